@@ -1,0 +1,19 @@
+//! walferry moves a live PostgreSQL database from a source to a target while applications write.
+//!
+//! The rooms, in floor order. A room imports only from the floors below its own; rooms of floor 3
+//! never import each other. `tests/tidy.rs` holds both.
+
+// Floor 0: words. No I/O, no async.
+pub mod clock;
+pub mod fault;
+pub mod id;
+pub mod limit;
+pub mod lsn;
+pub mod secret;
+
+// Floor 1: the wire, and changes as plain data.
+pub mod change;
+pub mod pg;
+
+// Floor 6: edges.
+pub mod demo;

@@ -1,0 +1,40 @@
+//! Every bound of the program, with the reason for its number (law 9).
+
+use std::time::Duration;
+
+/// Decoded changes waiting for the target, in bytes. When full, reading from the source pauses
+/// (feedback goes on) and WAL stays on the source. 64 MiB is some 300k small rows, far more than
+/// one batch, and small beside any server's memory.
+pub const BUFFER_BYTES: usize = 64 << 20;
+
+/// A transaction is handed on in chunks of at most about this many bytes, so that one of any size
+/// passes through fixed memory. 1 MiB keeps per-chunk costs under a percent.
+pub const CHUNK_BYTES: usize = 1 << 20;
+
+/// The same bound in changes: many tiny changes cost more in bookkeeping than in bytes.
+pub const CHUNK_CHANGES: usize = 8192;
+
+/// A batch closes at this many bytes of changes; whole transactions only, so one larger
+/// transaction still makes one batch.
+pub const BATCH_BYTES: usize = 4 << 20;
+
+/// A batch closes at this many source transactions, so that one failure repeats little work.
+pub const BATCH_TRANSACTIONS: usize = 1000;
+
+/// The largest protocol message taken from a server: PostgreSQL's own limit of 1 GiB a field, and
+/// some room for the frame.
+pub const MESSAGE_BYTES: usize = (1 << 30) + (1 << 20);
+
+/// How often the slot is told how far we are, at least. A third of the smallest sensible
+/// wal_sender_timeout (the default is 60 s), and often enough that retained WAL stays small.
+pub const FEEDBACK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A source that said nothing for so long is asked for a sign of life; silent for twice as long,
+/// the connection is given up and made again (Trendyol/go-pq-cdc#20).
+pub const SILENCE: Duration = Duration::from_secs(10);
+
+/// Data sent to a peer that is not acknowledged for so long means the network is gone.
+pub const TCP_USER_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A connection attempt takes no longer than this unless connect_timeout says so.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

@@ -1,0 +1,140 @@
+//! COPY in and out, frames passed through untouched.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use postgres_protocol::message::backend::Message;
+use postgres_protocol::message::frontend;
+
+use super::frame::Frame;
+use super::{Error, Result, Session};
+
+/// Bytes of CopyData collected before they are sent: few system calls, little memory.
+const COPY_SEND_BYTES: usize = 256 << 10;
+
+/// A running `COPY ... TO STDOUT`. Dropped before its end, the session is unusable.
+#[derive(Debug)]
+pub struct CopyOut<'a> {
+    session: &'a mut Session,
+}
+
+/// A running `COPY ... FROM STDIN`. Dropped before [`CopyIn::finish`], the session is unusable and
+/// the server rolls back when it is dropped too.
+#[derive(Debug)]
+pub struct CopyIn<'a> {
+    session: &'a mut Session,
+    out: BytesMut,
+}
+
+impl Session {
+    /// Starts `COPY ... TO STDOUT`.
+    pub async fn copy_out(&mut self, sql: &str) -> Result<CopyOut<'_>> {
+        self.start_copy(sql).await?;
+        Ok(CopyOut { session: self })
+    }
+
+    /// Starts `COPY ... FROM STDIN`.
+    pub async fn copy_in(&mut self, sql: &str) -> Result<CopyIn<'_>> {
+        self.start_copy(sql).await?;
+        Ok(CopyIn { session: self, out: BytesMut::new() })
+    }
+
+    async fn start_copy(&mut self, sql: &str) -> Result<()> {
+        let mut out = BytesMut::new();
+        frontend::query(sql, &mut out)
+            .map_err(|e| self.protocol(format!("cannot encode query: {e}")))?;
+        self.begin_exchange()?;
+        self.send(&out).await?;
+        match self.receive().await {
+            Ok(Message::CopyInResponse(_) | Message::CopyOutResponse(_)) => Ok(()),
+            Ok(_) => Err(self.protocol(format!("not a COPY: {sql}"))),
+            Err(error) => Err(self.drain(error).await),
+        }
+    }
+
+    /// Reads up to ReadyForQuery after an error, so that the session can go on; gives the error.
+    pub(super) async fn drain(&mut self, error: Error) -> Error {
+        if error.is_closed() {
+            return error;
+        }
+        loop {
+            match self.receive().await {
+                Ok(Message::ReadyForQuery(body)) => {
+                    self.end_exchange(body.status());
+                    return error;
+                }
+                Ok(_) => {}
+                Err(lost) if lost.is_closed() => return lost,
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+impl CopyOut<'_> {
+    /// The next piece of data (text and CSV: whole lines; binary: see the manual), `None` at the
+    /// end, after which the session is ready again.
+    pub async fn next(&mut self) -> Result<Option<Bytes>> {
+        loop {
+            let frame = self.session.reader.next().await.map_err(|e| self.session.lost(e))?;
+            if let Frame::CopyData(data) = frame {
+                return Ok(Some(data));
+            }
+            match self.session.absorb(frame) {
+                Ok(Some(Message::ReadyForQuery(body))) => {
+                    self.session.end_exchange(body.status());
+                    return Ok(None);
+                }
+                Ok(_) => {}
+                Err(error) => return Err(self.session.drain(error).await),
+            }
+        }
+    }
+}
+
+impl CopyIn<'_> {
+    /// Adds data; sent when enough has come together.
+    pub async fn write(&mut self, data: &[u8]) -> Result<()> {
+        self.out.put_u8(b'd');
+        self.out.put_u32(data.len() as u32 + 4);
+        self.out.put_slice(data);
+        if self.out.len() < COPY_SEND_BYTES {
+            return Ok(());
+        }
+        let out = self.out.split();
+        self.session.send(&out).await
+    }
+
+    /// Ends the COPY; gives the number of rows. On an error the session is ready again.
+    pub async fn finish(mut self) -> Result<u64> {
+        frontend::copy_done(&mut self.out);
+        self.end().await
+    }
+
+    /// Gives up: the server forgets the rows. The session is ready again.
+    pub async fn abort(mut self, reason: &str) -> Result<()> {
+        self.out.clear();
+        let _ = frontend::copy_fail(reason, &mut self.out);
+        match self.end().await {
+            Err(error) if error.is_closed() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    async fn end(self) -> Result<u64> {
+        self.session.send(&self.out).await?;
+        let mut count = 0;
+        loop {
+            match self.session.receive().await {
+                Ok(Message::CommandComplete(body)) => {
+                    let tag = body.tag().unwrap_or_default();
+                    count = tag.rsplit(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
+                }
+                Ok(Message::ReadyForQuery(body)) => {
+                    self.session.end_exchange(body.status());
+                    return Ok(count);
+                }
+                Ok(_) => {}
+                Err(error) => return Err(self.session.drain(error).await),
+            }
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! The wire: the only room with a PostgreSQL socket.
+//!
+//! One small session type serves the source's replication stream, the apply pipeline, COPY in both
+//! directions, and the control plane (catalogs, DDL, the job's own tables), so that connection
+//! strings, TLS, authentication, deadlines and the loss of a server are handled and tested once.
+//! Results are text: the questions asked here are the same from PostgreSQL 10 to 18, and text needs
+//! no type table. No published client offers replication mode and COPY BOTH, which is why this room
+//! exists; the bytes of messages come from postgres-protocol.
+//!
+//! - `config`: connection strings, PG* variables, pass files. - `tls`, `auth`: the start of a session.
+//! - `frame`: messages on a socket. - `session`: simple and extended queries, notifications.
+//! - `pipeline`: many statements in one round trip. - `copy`: COPY in and out. - `replication`:
+//!   the replication commands and the COPY BOTH stream.
+//!
+//! Left out on purpose: pools, binary results, statement caches (the applier names its own).
+
+pub mod auth;
+pub mod config;
+pub mod copy;
+pub mod error;
+pub mod frame;
+pub mod pipeline;
+pub mod replication;
+pub mod row;
+pub mod session;
+pub mod socket;
+pub mod tls;
+
+pub use config::{Config, Host};
+pub use copy::{CopyIn, CopyOut};
+pub use error::{Error, ServerError};
+pub use pipeline::{Pipeline, Reply};
+pub use replication::{CreatedSlot, ReplicationMessage};
+pub use row::Row;
+pub use session::{CancelHandle, Notification, Purpose, Session};
+
+/// Result with this room's error.
+pub type Result<T> = std::result::Result<T, Error>;

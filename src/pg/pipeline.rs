@@ -1,0 +1,156 @@
+//! Many statements in one round trip.
+//!
+//! The applier writes a whole batch (BEGIN, origin, rows, COMMIT) with one Sync at its end. Replies
+//! are read while the request is still being written: a server blocked on its own output would
+//! otherwise never read the rest of ours (pgcopydb#880).
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use postgres_protocol::message::backend::Message;
+use postgres_protocol::message::frontend;
+use tokio::io::AsyncWriteExt;
+
+use super::{Result, Row, Session};
+use crate::pg::Error;
+
+/// Requests being collected for one exchange.
+#[derive(Debug, Default)]
+pub struct Pipeline {
+    out: BytesMut,
+}
+
+/// What a statement answered. Given in the order of the statements.
+#[derive(Debug)]
+pub enum Reply {
+    /// A row.
+    Row(Row),
+    /// The statement is done; its command tag (`INSERT 0 1`, `COMMIT`).
+    Done(String),
+}
+
+impl Pipeline {
+    /// An empty request.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Bytes collected so far.
+    pub fn len(&self) -> usize {
+        self.out.len()
+    }
+
+    /// True if nothing was collected.
+    pub fn is_empty(&self) -> bool {
+        self.out.is_empty()
+    }
+
+    /// Names a prepared statement; `types` are parameter type OIDs, 0 for "infer".
+    pub fn parse(&mut self, name: &str, sql: &str, types: &[u32]) {
+        // Fails only for text with a NUL byte, which no identifier or SQL of ours can hold.
+        let _ = frontend::parse(name, sql, types.iter().copied(), &mut self.out);
+    }
+
+    /// Binds and runs a prepared statement with text parameters; results come as text.
+    pub fn run<'a>(&mut self, name: &str, params: impl Iterator<Item = Option<&'a [u8]>>) {
+        self.out.put_u8(b'B');
+        let start = self.out.len();
+        self.out.put_u32(0);
+        self.out.put_u8(0); // the unnamed portal
+        self.out.put_slice(name.as_bytes());
+        self.out.put_u8(0);
+        self.out.put_u16(0); // every parameter is text
+        let count_at = self.out.len();
+        self.out.put_u16(0);
+        let mut count: u16 = 0;
+        for param in params {
+            count = count.saturating_add(1);
+            match param {
+                None => self.out.put_i32(-1),
+                Some(bytes) => {
+                    self.out.put_u32(bytes.len() as u32);
+                    self.out.put_slice(bytes);
+                }
+            }
+        }
+        self.out.put_u16(0); // every result is text
+        patch(&mut self.out, count_at, &count.to_be_bytes());
+        let len = (self.out.len() - start) as u32;
+        patch(&mut self.out, start, &len.to_be_bytes());
+        let _ = frontend::execute("", 0, &mut self.out);
+    }
+
+    /// Prepares, binds and runs one statement without a name and without parameters.
+    pub fn once(&mut self, sql: &str) {
+        self.parse("", sql, &[]);
+        self.run("", std::iter::empty());
+    }
+
+    /// Drops a prepared statement.
+    pub fn close(&mut self, name: &str) {
+        let _ = frontend::close(b'S', name, &mut self.out);
+    }
+
+    /// The raw bytes, for a caller that frames messages of its own.
+    pub fn bytes_mut(&mut self) -> &mut BytesMut {
+        &mut self.out
+    }
+}
+
+fn patch(out: &mut BytesMut, at: usize, bytes: &[u8]) {
+    if let Some(place) = out.get_mut(at..at + bytes.len()) {
+        place.copy_from_slice(bytes);
+    }
+}
+
+impl Session {
+    /// Sends the collected requests and one Sync, giving each reply to `on_reply` in order.
+    ///
+    /// After the first error the server skips everything up to the Sync; that error is returned
+    /// once the session is ready again, so the session stays usable (but may be in a failed
+    /// transaction block: see [`Session::in_transaction`]). `on_reply` must not block.
+    pub async fn exchange(
+        &mut self,
+        pipeline: Pipeline,
+        mut on_reply: impl FnMut(Reply),
+    ) -> Result<()> {
+        let mut out = pipeline.out;
+        frontend::sync(&mut out);
+        let mut out: Bytes = out.freeze();
+        self.begin_exchange()?;
+        let mut failure: Option<Error> = None;
+        loop {
+            let frame = if out.is_empty() {
+                self.reader.next().await.map_err(|e| self.lost(e))?
+            } else {
+                tokio::select! {
+                    biased;
+                    frame = self.reader.next() => frame.map_err(|e| self.lost(e))?,
+                    written = self.writer.write(&out) => {
+                        match written {
+                            Ok(count) => out.advance(count),
+                            // The reply that explains it may still be readable.
+                            Err(_) => out.clear(),
+                        }
+                        if out.is_empty() {
+                            let _ = self.writer.flush().await;
+                        }
+                        continue;
+                    }
+                }
+            };
+            match self.absorb(frame) {
+                Ok(None) => {}
+                Ok(Some(Message::DataRow(body))) => on_reply(Reply::Row(self.row(&body)?)),
+                Ok(Some(Message::CommandComplete(body))) => {
+                    on_reply(Reply::Done(body.tag().unwrap_or_default().to_string()));
+                }
+                Ok(Some(Message::ReadyForQuery(body))) => {
+                    self.end_exchange(body.status());
+                    return failure.map_or(Ok(()), Err);
+                }
+                Ok(Some(_)) => {}
+                Err(error) if error.is_closed() => return Err(error),
+                Err(error) => failure = failure.or(Some(error)),
+            }
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! The replication commands and the COPY BOTH stream.
+//!
+//! <https://www.postgresql.org/docs/current/protocol-replication.html>
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use postgres_protocol::message::backend::Message;
+use postgres_protocol::message::frontend;
+
+use super::frame::Frame;
+use super::{Error, Result, Session};
+use crate::clock::PgTimestamp;
+use crate::id::quote_ident;
+use crate::lsn::Lsn;
+
+/// A slot just made, with the snapshot that fits it.
+#[derive(Clone, Debug)]
+pub struct CreatedSlot {
+    /// Everything committed before it is in the snapshot, everything after comes from the slot.
+    pub consistent_lsn: Lsn,
+    /// For SET TRANSACTION SNAPSHOT; dies with the next command on the session that made it.
+    pub snapshot_name: String,
+}
+
+/// One message of the stream.
+#[derive(Debug)]
+pub enum ReplicationMessage {
+    /// Output of the plugin.
+    Data {
+        /// Where the message stands; for pgoutput's Commit the end of the transaction.
+        start_lsn: Lsn,
+        /// The server's end of WAL when it was sent.
+        end_lsn: Lsn,
+        /// The plugin's bytes.
+        data: Bytes,
+    },
+    /// A sign of life.
+    Keepalive {
+        /// All that stands before it has been sent.
+        end_lsn: Lsn,
+        /// The server wants an answer at once, or it will hang up.
+        reply_requested: bool,
+    },
+}
+
+impl Session {
+    /// CREATE_REPLICATION_SLOT ... LOGICAL with an exported snapshot.
+    ///
+    /// Waits for every transaction that was running when it began; `lock_timeout` and
+    /// `statement_timeout` set on this session bound the wait. The session must stay idle for as
+    /// long as the snapshot is needed.
+    pub async fn create_slot(
+        &mut self,
+        name: &str,
+        plugin: &str,
+        temporary: bool,
+    ) -> Result<CreatedSlot> {
+        let kind = if temporary { "TEMPORARY " } else { "" };
+        let sql = format!(
+            "CREATE_REPLICATION_SLOT {} {kind}LOGICAL {} EXPORT_SNAPSHOT",
+            quote_ident(name),
+            quote_ident(plugin)
+        );
+        let rows = self.query(&sql).await?;
+        let row = rows.first().ok_or_else(|| Error::Result("slot without a row".to_string()))?;
+        Ok(CreatedSlot { consistent_lsn: row.lsn(1)?, snapshot_name: row.string(2)? })
+    }
+
+    /// IDENTIFY_SYSTEM: the system identifier and the flush position.
+    pub async fn identify_system(&mut self) -> Result<(String, Lsn)> {
+        let rows = self.query("IDENTIFY_SYSTEM").await?;
+        let row = rows.first().ok_or_else(|| Error::Result("no system".to_string()))?;
+        Ok((row.string(0)?, row.lsn(2)?))
+    }
+
+    /// START_REPLICATION from `start_lsn` (the server begins no earlier than the slot's
+    /// confirmed position). From here on only [`Session::replication_message`] and
+    /// [`Session::send_feedback`] may be called.
+    pub async fn start_replication(
+        &mut self,
+        slot: &str,
+        start_lsn: Lsn,
+        options: &[(&str, &str)],
+    ) -> Result<()> {
+        let options: Vec<String> = options
+            .iter()
+            .map(|(name, value)| format!("{} '{}'", quote_ident(name), value.replace('\'', "''")))
+            .collect();
+        let sql = format!(
+            "START_REPLICATION SLOT {} LOGICAL {start_lsn} ({})",
+            quote_ident(slot),
+            options.join(", ")
+        );
+        let mut out = BytesMut::new();
+        frontend::query(&sql, &mut out)
+            .map_err(|e| self.protocol(format!("cannot encode query: {e}")))?;
+        self.begin_exchange()?;
+        self.send(&out).await?;
+        loop {
+            match self.reader.next().await.map_err(|e| self.lost(e))? {
+                Frame::CopyBoth => return Ok(()),
+                frame => match self.absorb(frame) {
+                    Ok(_) => {}
+                    Err(error) => return Err(self.drain(error).await),
+                },
+            }
+        }
+    }
+
+    /// The next message of the stream; `None` when the server ended it. Cancel-safe.
+    pub async fn replication_message(&mut self) -> Result<Option<ReplicationMessage>> {
+        loop {
+            let frame = self.reader.next().await.map_err(|e| self.lost(e))?;
+            if let Some(message) = self.replication_frame(frame)? {
+                return Ok(message);
+            }
+        }
+    }
+
+    /// A message that has already arrived, without waiting: `None` if there is none.
+    pub fn buffered_replication_message(&mut self) -> Result<Option<ReplicationMessage>> {
+        while let Some(frame) = self.reader.buffered().map_err(|e| self.lost(e))? {
+            if let Some(Some(message)) = self.replication_frame(frame)? {
+                return Ok(Some(message));
+            }
+        }
+        Ok(None)
+    }
+
+    fn replication_frame(&mut self, frame: Frame) -> Result<Option<Option<ReplicationMessage>>> {
+        if let Frame::CopyData(data) = frame {
+            let message = parse(data);
+            return message
+                .map(|m| Some(Some(m)))
+                .ok_or_else(|| self.protocol("malformed replication message".to_string()));
+        }
+        match self.absorb(frame)? {
+            Some(Message::CopyDone | Message::ReadyForQuery(_)) => Ok(Some(None)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Standby status update. All three positions count as "the byte after": `flushed` is what the
+    /// slot may forget. Short; not cancel-safe.
+    pub async fn send_feedback(
+        &mut self,
+        received: Lsn,
+        flushed: Lsn,
+        applied: Lsn,
+        reply_requested: bool,
+    ) -> Result<()> {
+        let mut out = BytesMut::with_capacity(64);
+        out.put_u8(b'd');
+        out.put_u32(4 + 34);
+        out.put_u8(b'r');
+        out.put_u64(received.0);
+        out.put_u64(flushed.0);
+        out.put_u64(applied.0);
+        out.put_i64(PgTimestamp::now().0);
+        out.put_u8(u8::from(reply_requested));
+        self.send(&out).await
+    }
+}
+
+fn parse(mut data: Bytes) -> Option<ReplicationMessage> {
+    match data.try_get_u8().ok()? {
+        b'w' => {
+            let start_lsn = Lsn(data.try_get_u64().ok()?);
+            let end_lsn = Lsn(data.try_get_u64().ok()?);
+            let _sent_at = data.try_get_u64().ok()?;
+            Some(ReplicationMessage::Data { start_lsn, end_lsn, data })
+        }
+        b'k' => {
+            let end_lsn = Lsn(data.try_get_u64().ok()?);
+            let _sent_at = data.try_get_u64().ok()?;
+            let reply_requested = data.try_get_u8().ok()? == 1;
+            Some(ReplicationMessage::Keepalive { end_lsn, reply_requested })
+        }
+        _ => None,
+    }
+}

@@ -1,0 +1,12 @@
+//! One test binary: every part against real PostgreSQL servers.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
+mod apply;
+mod check;
+mod copy;
+mod decode;
+mod pg;
+mod schema;
+mod source;
+mod support;
+mod verify;
