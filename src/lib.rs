@@ -15,5 +15,8 @@ pub mod secret;
 pub mod change;
 pub mod pg;
 
+// Floor 2: pure decoding, and what a server says of itself.
+pub mod catalog;
+
 // Floor 6: edges.
 pub mod demo;

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 mod apply;
+mod catalog;
 mod check;
 mod copy;
 mod decode;

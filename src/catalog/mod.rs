@@ -1,0 +1,13 @@
+//! What a server says of its own tables and sequences, as plain data.
+//!
+//! Copy, verify, check and the cutover all ask the same questions, and rooms of one floor do not
+//! import each other, so the answers live here, a floor below them. Queries run on PostgreSQL 10
+//! to 18 and name every schema, as sessions have an empty search_path. Nothing here writes.
+
+pub mod select;
+pub mod sequence;
+pub mod table;
+
+pub use select::{PatternError, Selection};
+pub use sequence::{Sequence, sequences};
+pub use table::{Column, Table, TableKind, tables};
