@@ -1,1 +1,33 @@
-fn main() {}
+//! Arguments, run, exit code.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use walferry::cli::{self, Cli};
+
+// Rows are many small allocations on two threads; mimalloc frees across threads cheaply.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let level = match cli.verbose {
+        0 => "walferry=error",
+        1 => "walferry=info",
+        _ => "walferry=debug",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("WALFERRY_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("walferry: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = runtime.block_on(cli::run(cli));
+    // A blocking read of a child or a resolver must not hold the exit up.
+    runtime.shutdown_background();
+    code
+}

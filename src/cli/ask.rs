@@ -1,0 +1,111 @@
+//! A client of whatever runner is alive, and of one of our own where none is.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::job::client::Client;
+use crate::job::store::Store;
+use crate::job::{self, JobConfig, Notice, Phase, Runner, Until, lease};
+use crate::pg::{Purpose, Session};
+
+/// A way to reach the job's runner.
+pub struct Asker {
+    config: JobConfig,
+    /// The connection for commands.
+    pub client: Client,
+    own: Option<Own>,
+}
+
+struct Own {
+    stop: watch::Sender<bool>,
+    task: JoinHandle<job::Result<Phase>>,
+}
+
+impl Asker {
+    /// Connects. Fails if there is no such job. Starts a runner of our own if none is alive.
+    pub async fn connect(config: &JobConfig) -> anyhow::Result<Asker> {
+        let mut config = config.clone();
+        let home = Session::connect(&config.target, Purpose::Sql).await?;
+        let mut store = Store::new(home, config.job.clone());
+        let row = store.load().await?.ok_or_else(|| job::Error::NoJob {
+            job: config.job.to_string(),
+            peer: store.session.peer().to_string(),
+        })?;
+        // The job knows its tables; these commands need not repeat the options.
+        config.options = row.options;
+        let client = Client::connect(&config.target, &config.job).await?;
+        let mut asker = Asker { config, client, own: None };
+        asker.ensure_runner().await?;
+        Ok(asker)
+    }
+
+    /// The job, with the options it was planned with.
+    pub fn config(&self) -> &JobConfig {
+        &self.config
+    }
+
+    /// True if the runner is ours and will end with us.
+    pub fn is_own(&self) -> bool {
+        self.own.is_some()
+    }
+
+    async fn ensure_runner(&mut self) -> anyhow::Result<()> {
+        if let Some(own) = self.own.take_if(|own| own.task.is_finished()) {
+            own.task.await??;
+        }
+        let alive = lease::holder(self.client.session(), &self.config.job).await?.is_some();
+        if self.own.is_none() && !alive {
+            let (stop, stopping) = watch::channel(false);
+            let report = Arc::new(|notice: Notice| {
+                if let Notice::Said(text) = notice {
+                    eprintln!("{text}");
+                }
+            });
+            let config = self.config.clone();
+            let task = tokio::spawn(Runner::run(config, Until::Told, report, stopping));
+            self.own = Some(Own { stop, task });
+        }
+        Ok(())
+    }
+
+    /// Asks and waits for the answer, up to `wait`; a runner that dies meanwhile is replaced.
+    pub async fn ask(
+        &mut self,
+        verb: &str,
+        args: &Value,
+        wait: Duration,
+    ) -> anyhow::Result<Value> {
+        let id = self.client.post(verb, args).await?;
+        let deadline = crate::clock::Deadline::after(wait);
+        let mut turns = 0_u32;
+        loop {
+            if let Some(result) = self.client.poll(&id).await? {
+                return Ok(result);
+            }
+            if deadline.passed() {
+                return Err(job::Error::NoAnswer { verb: verb.to_string(), wait }.into());
+            }
+            turns += 1;
+            if turns % 40 == 0 {
+                self.ensure_runner().await?;
+            }
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+    }
+
+    /// Ends our own runner, if there is one, at a batch boundary.
+    pub async fn close(self) -> anyhow::Result<()> {
+        if let Some(own) = self.own {
+            let _ = own.stop.send(true);
+            match own.task.await? {
+                Ok(_) | Err(job::Error::Interrupted) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,56 @@
+//! `walferry check`.
+
+use std::process::ExitCode;
+
+use super::options::JobArgs;
+use super::print;
+use crate::catalog::Selection;
+use crate::job::check::{self, CheckOptions, Level};
+use crate::job;
+
+/// Options of the command.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    job: JobArgs,
+    /// Print the findings as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Says what stands in the way. 0 ready, 1 not.
+pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let config = args.job.job()?;
+    let options = &config.options;
+    let selection = Selection::parse(&options.include, &options.exclude, &options.schema_only)
+        .map_err(job::Error::from)?;
+    let report = check::run(
+        &config.source,
+        &config.target,
+        &CheckOptions {
+            job: config.job.clone(),
+            selection,
+            copy_jobs: config.jobs,
+            owners: config.owners,
+        },
+    )
+    .await
+    .map_err(job::Error::from)?;
+    if args.json {
+        print::json(&serde_json::json!({ "ready": report.ready(), "findings": report.findings }))?;
+    } else {
+        for finding in &report.findings {
+            let level = match finding.level {
+                Level::Error => "error",
+                Level::Warning => "warning",
+                Level::Info => "info",
+            };
+            println!("{level:>8}  {}: {}", finding.object, finding.message);
+            for line in finding.fix.iter().flat_map(|fix| fix.lines()) {
+                println!("{:>10}{line}", "");
+            }
+        }
+        println!("{}", if report.ready() { "ready" } else { "not ready" });
+    }
+    Ok(if report.ready() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

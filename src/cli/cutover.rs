@@ -1,0 +1,104 @@
+//! `walferry cutover`, and what it shares with rollback.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::ask::Asker;
+use super::options::{FlipArgs, JobArgs};
+use super::print;
+use crate::config::{self, parse_duration};
+use crate::id::Stream;
+use crate::job::FlipRequest;
+use crate::route::Route;
+
+/// Options of the command.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    job: JobArgs,
+    #[command(flatten)]
+    flip: FlipArgs,
+}
+
+/// Switches applications to the target. 0 switched, 1 not.
+pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
+    flip(Stream::Forward, &args.job, &args.flip).await
+}
+
+/// Cutover and rollback alike.
+pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<ExitCode> {
+    let request = request(stream, job, args)?;
+    let mut asker = Asker::connect(&job.job()?).await?;
+    let wait = Duration::from_millis(request.timeout_ms + request.max_hold_ms)
+        + Duration::from_secs(120);
+    let answer = asker.ask("flip", &serde_json::to_value(&request)?, wait).await;
+    let own = asker.is_own();
+    let closed = asker.close().await;
+    let outcome = answer?;
+    if args.json {
+        print::json(&outcome)?;
+    } else {
+        show(stream, args.dry_run, &outcome);
+        if own && !args.dry_run {
+            eprintln!(
+                "no runner was alive, so this command drove the job and has ended; start `walferry \
+                 run` again to keep the other side current"
+            );
+        }
+    }
+    closed?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn request(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<FlipRequest> {
+    let file = job.file()?.cutover;
+    let time = |own: Option<Duration>, file: Option<String>, default: u64| {
+        let value = match (own, file) {
+            (Some(own), _) => Ok(own),
+            (None, Some(text)) => parse_duration(&text),
+            (None, None) => Ok(Duration::from_millis(default)),
+        };
+        value
+            .map(|v| v.as_millis() as u64)
+            .map_err(|message| config::Error::Value { option: "[cutover]", message })
+    };
+    let routes = if args.route.is_empty() { file.route } else { args.route.clone() };
+    let value = |option, e: String| config::Error::Value { option, message: e };
+    for route in &routes {
+        Route::parse(route).map_err(|e| value("--route", e.to_string()))?;
+    }
+    let fence = args.fence.clone().or(file.fence).unwrap_or_else(|| "lock".to_string());
+    fence
+        .parse::<crate::cutover::FenceKind>()
+        .map_err(|e| value("--fence", e.to_string()))?;
+    Ok(FlipRequest {
+        flip: stream.to_string(),
+        attempt: format!("{:016x}", fastrand::u64(..)),
+        fence,
+        routes,
+        max_lag_ms: time(args.max_lag, file.max_lag, 1_000)?,
+        timeout_ms: time(args.timeout, file.timeout, 30_000)?,
+        lock_timeout_ms: time(args.lock_timeout, file.lock_timeout, 200)?,
+        max_hold_ms: time(args.max_hold, None, 5_000)?,
+        dry_run: args.dry_run,
+    })
+}
+
+fn show(stream: Stream, dry_run: bool, outcome: &Value) {
+    for step in outcome["steps"].as_array().into_iter().flatten() {
+        let name = step["name"].as_str().unwrap_or_default();
+        println!("{:>10.1} ms  {name}", step["ms"].as_f64().unwrap_or_default());
+    }
+    let side = if stream == Stream::Forward { "target" } else { "source" };
+    if dry_run {
+        println!("ready: the way there and back is proven; nothing was changed");
+        return;
+    }
+    println!(
+        "switched to the {side} at {}; writers were held for {:.1} ms",
+        outcome["switched_lsn"].as_str().unwrap_or_default(),
+        outcome["fenced_ms"].as_f64().unwrap_or_default()
+    );
+}

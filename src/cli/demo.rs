@@ -1,0 +1,271 @@
+//! `walferry demo`: the whole move on two throw-away servers, with the commands a user would type.
+//!
+//! Every step runs this same binary as a child, prints the command, and shows what it says. A writer
+//! works through pgbouncer all the while; it knows which of its transactions were acknowledged, so the
+//! end is not "looks fine" but a count. The two final compares read both databases whole and do not
+//! use walferry's own verify. Everything lives in temporary directories and is gone afterwards.
+
+use std::path::PathBuf;
+use std::process::{ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use serde_json::Value;
+use tokio::process::{Child, Command};
+
+use super::print;
+use crate::demo::compare::compare;
+use crate::demo::dataset::{broken_invariants, create_schema};
+use crate::demo::ledger;
+use crate::demo::pgbouncer::Pgbouncer;
+use crate::demo::server::Server;
+use crate::demo::writer::{Options, Report, Writer};
+use crate::pg::{Config, Purpose, Session};
+
+/// Options of the command.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Size of the database, about 5 MB for each
+    #[arg(long, default_value_t = 60)]
+    scale: u32,
+    /// Transactions a second that the writer aims at
+    #[arg(long, default_value_t = 300.0)]
+    rate: f64,
+}
+
+/// The stage: two servers, a pooler, and this binary.
+struct Stage {
+    source: Server,
+    target: Server,
+    pooler: Pgbouncer,
+    program: PathBuf,
+    started: Instant,
+}
+
+/// Moves a database there and back. 0 only if both compares are exact and nothing was lost.
+pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let stage = Stage::build(args.scale).await?;
+    let writer = Writer::start(Options {
+        tx_per_second: Some(args.rate),
+        ..Options::new(&stage.pooler.uri("app"))
+    })
+    .await?;
+    stage.say(&format!("a writer is at work through pgbouncer, {} transactions/s", args.rate));
+    let mut runner = stage.start_run().await?;
+    let outcome = stage.play(&writer).await;
+    let report = writer.stop().await;
+    let exact = match outcome {
+        Ok(story) => stage.end(&story, &report).await,
+        Err(error) => Err(error),
+    };
+    let _ = runner.kill().await;
+    Ok(if exact? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What is told at the end.
+struct Story {
+    rows_copied: u64,
+    applied: u64,
+    cutover: Value,
+    rollback: Value,
+    there_exact: bool,
+    back_exact: bool,
+}
+
+impl Stage {
+    async fn build(scale: u32) -> anyhow::Result<Stage> {
+        let started = Instant::now();
+        let bin = Server::default_bin()?;
+        println!("starting two PostgreSQL servers and a pgbouncer in temporary directories");
+        let source = Server::start(&bin, &[]).context("starting the source")?;
+        let target = Server::start(&bin, &[]).context("starting the target")?;
+        for server in [&source, &target] {
+            server.psql("postgres", "create database app")?;
+        }
+        let pooler = Pgbouncer::start(&source, "app").context("starting pgbouncer")?;
+        let program = std::env::current_exe()?;
+        let stage = Stage { source, target, pooler, program, started };
+        stage.say("filling the source");
+        create_schema(&stage.source.uri("app"), scale).await?;
+        let size = stage.source.psql("app", "select pg_database_size('app')")?;
+        stage.say(&format!("the source holds {}", print::bytes(size.parse()?)));
+        Ok(stage)
+    }
+
+    fn say(&self, text: &str) {
+        println!("[{:>5.1} s] {text}", self.started.elapsed().as_secs_f64());
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(args).env("WALFERRY_SOURCE", self.source.uri("app"));
+        command.env("WALFERRY_TARGET", self.target.uri("app")).env("WALFERRY_NAME", "demo");
+        command.stdin(Stdio::null()).kill_on_drop(true);
+        command
+    }
+
+    /// Runs a command to its end; its standard output, if it succeeded.
+    async fn walferry(&self, args: &[&str]) -> anyhow::Result<String> {
+        self.say(&format!("$ walferry {}", args.join(" ")));
+        let output = self.command(args).stderr(Stdio::inherit()).output().await?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        if !output.status.success() {
+            bail!("walferry {} failed: {text}", args.join(" "));
+        }
+        Ok(text)
+    }
+
+    async fn start_run(&self) -> anyhow::Result<Child> {
+        self.walferry(&["check"]).await?;
+        self.say("$ walferry run &");
+        Ok(self.command(&["run"]).spawn()?)
+    }
+
+    async fn status(&self) -> anyhow::Result<Value> {
+        let output = self.command(&["status", "--json"]).stderr(Stdio::null()).output().await?;
+        Ok(serde_json::from_slice(&output.stdout).unwrap_or(Value::Null))
+    }
+
+    async fn until_phase(&self, phase: &str) -> anyhow::Result<()> {
+        loop {
+            let status = self.status().await?;
+            if status["phase"] == phase {
+                return Ok(());
+            }
+            if let Some(error) = status["error"].as_str().filter(|_| status["runner"].is_null()) {
+                bail!("the run stopped: {error}");
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    async fn play(&self, writer: &Writer) -> anyhow::Result<Story> {
+        self.until_phase("following").await?;
+        self.say("the target follows");
+        self.verify().await?;
+        let route = format!(
+            "pgbouncer:{},{},app",
+            self.pooler.admin_uri(),
+            self.pooler.ini_path().display()
+        );
+        writer.reset_stalls();
+        let cutover = self.flip("cutover", &route).await?;
+        writer.committed_more(300).await;
+        self.verify().await?;
+        let there_exact = self.compare_at_rest(writer, "after the cutover").await?;
+        let rollback = self.flip("rollback", &route).await?;
+        writer.committed_more(300).await;
+        self.verify().await?;
+        let back_exact = self.compare_at_rest(writer, "after the rollback").await?;
+        let (rows_copied, applied) = self.counted().await?;
+        self.walferry(&["finish"]).await?;
+        Ok(Story { rows_copied, applied, cutover, rollback, there_exact, back_exact })
+    }
+
+    async fn verify(&self) -> anyhow::Result<()> {
+        let report: Value = serde_json::from_str(&self.walferry(&["verify", "--json"]).await?)?;
+        let rows: u64 = report["tables"]
+            .as_array()
+            .map(|tables| tables.iter().filter_map(|t| t["rows"].as_u64()).sum())
+            .unwrap_or_default();
+        self.say(&format!("equal, {} rows, both sides live", print::count(rows)));
+        Ok(())
+    }
+
+    async fn flip(&self, command: &str, route: &str) -> anyhow::Result<Value> {
+        let text = self.walferry(&[command, "--route", route, "--json"]).await?;
+        let outcome: Value = serde_json::from_str(&text)?;
+        self.say(&format!(
+            "switched; writers were held for {:.1} ms",
+            outcome["fenced_ms"].as_f64().unwrap_or_default()
+        ));
+        Ok(outcome)
+    }
+
+    /// The writer rests while both databases are read whole; verify's aligned point makes sure that
+    /// the stream has brought everything over.
+    async fn compare_at_rest(&self, writer: &Writer, when: &str) -> anyhow::Result<bool> {
+        writer.pause().await;
+        self.verify().await?;
+        let comparison = compare(&self.source.uri("app"), &self.target.uri("app")).await?;
+        writer.resume();
+        for difference in comparison.differences.iter().take(10) {
+            self.say(difference);
+        }
+        let verdict = if comparison.is_equal() { "exact" } else { "DIFFERENT" };
+        let rows = print::count(comparison.rows());
+        self.say(&format!("compare {when}, read row by row: {verdict}, {rows} rows"));
+        Ok(comparison.is_equal())
+    }
+
+    async fn counted(&self) -> anyhow::Result<(u64, u64)> {
+        let status = self.status().await?;
+        let sum = |tables: &Value, key: &str| -> u64 {
+            let tables = tables.as_array().map(Vec::as_slice).unwrap_or_default();
+            tables.iter().filter_map(|t| t[key].as_u64()).sum()
+        };
+        let applied = sum(&status["tables"], "applied") + sum(&status["reverse"]["tables"], "applied");
+        Ok((sum(&status["tables"], "rows_copied"), applied))
+    }
+
+    async fn end(&self, story: &Story, report: &Report) -> anyhow::Result<bool> {
+        let check = ledger::check(&self.source.uri("app"), &report.ledger).await?;
+        let broken = broken_invariants(&self.source.uri("app")).await?;
+        let left = self.leftovers().await?;
+        let held = |value: &Value| value["fenced_ms"].as_f64().unwrap_or_default();
+        let good = |yes: bool| if yes { "exact" } else { "DIFFERENT" };
+        println!();
+        println!("rows moved             {}", print::count(story.rows_copied));
+        println!("changes applied        {}", print::count(story.applied));
+        println!("transactions           {}", print::count(report.committed));
+        println!("failed statements      {}", report.failed_statements);
+        println!("longest write stall    {:.1} ms", report.longest_stall.as_secs_f64() * 1e3);
+        println!(
+            "writers held           {:.1} ms at cutover, {:.1} ms at rollback",
+            held(&story.cutover),
+            held(&story.rollback)
+        );
+        println!("compare after cutover  {}", good(story.there_exact));
+        println!("compare after rollback {}", good(story.back_exact));
+        println!(
+            "ledger                 {} acknowledged, {} lost, {} twice",
+            print::count(report.ledger.acknowledged()),
+            check.lost.len(),
+            check.duplicated.len()
+        );
+        for line in broken.iter().chain(&left) {
+            println!("wrong                  {line}");
+        }
+        println!("time                   {:.0} s", self.started.elapsed().as_secs_f64());
+        Ok(story.there_exact
+            && story.back_exact
+            && check.is_exact()
+            && broken.is_empty()
+            && left.is_empty()
+            && report.failed_statements == 0)
+    }
+
+    /// What of walferry is left on either side; nothing is good.
+    async fn leftovers(&self) -> anyhow::Result<Vec<String>> {
+        let mut left = Vec::new();
+        for (side, server) in [("source", &self.source), ("target", &self.target)] {
+            let config = Config::parse(&server.uri("app"))?;
+            let mut session = Session::connect(&config, Purpose::Sql).await?;
+            let rows = session
+                .query(
+                    "select 'slot ' || slot_name from pg_catalog.pg_replication_slots \
+                     union all select 'publication ' || pubname from pg_catalog.pg_publication \
+                     union all select 'origin ' || roname from pg_catalog.pg_replication_origin \
+                     union all select 'schema ' || nspname from pg_catalog.pg_namespace \
+                        where nspname = 'walferry' \
+                     union all select 'trigger ' || tgname from pg_catalog.pg_trigger \
+                        where tgname like 'walferry%'",
+                )
+                .await?;
+            for row in &rows {
+                left.push(format!("{} is left on the {side}", row.str(0)?));
+            }
+        }
+        Ok(left)
+    }
+}

@@ -1,0 +1,81 @@
+//! `walferry finish`, and what it shares with cancel.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::options::JobArgs;
+use crate::clock::Deadline;
+use crate::job::cleanup::{CleanedUp, clean_up};
+use crate::job::client::Client;
+use crate::job::lease::{self, Lease};
+use crate::job::state::Event;
+use crate::job::store::Store;
+use crate::job::{self, JobConfig};
+use crate::pg::{Purpose, Session};
+
+/// Options of the command.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    job: JobArgs,
+    /// Keep schema walferry on the target, with the job's history
+    #[arg(long)]
+    keep_history: bool,
+}
+
+/// Drops all that walferry made. 0 done.
+pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let done = end(&args.job.job()?, Event::FinishAsked, args.keep_history).await?;
+    for line in done.dropped {
+        println!("dropped {line}");
+    }
+    println!("finished: nothing of walferry is left on either side");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Stops the runner that is alive, takes the lease, and cleans up.
+pub async fn end(
+    config: &JobConfig,
+    event: Event,
+    keep_history: bool,
+) -> anyhow::Result<CleanedUp> {
+    let home = Session::connect(&config.target, Purpose::Sql).await?;
+    let mut store = Store::new(home, config.job.clone());
+    let row = store.load().await?.ok_or_else(|| job::Error::NoJob {
+        job: config.job.to_string(),
+        peer: store.session.peer().to_string(),
+    })?;
+    // Refused before the runner is disturbed.
+    let ended = matches!(row.phase, job::Phase::Finished | job::Phase::Canceled);
+    if !ended {
+        job::state::step(row.phase, event).map_err(job::Error::from)?;
+    }
+    let lease = take_lease(config).await?;
+    Ok(clean_up(config, event, keep_history, &lease).await?)
+}
+
+async fn take_lease(config: &JobConfig) -> anyhow::Result<Lease> {
+    let mut named = config.clone();
+    named.target =
+        named.target.with_application_name(&lease::application_name(&config.job));
+    let deadline = Deadline::after(Duration::from_secs(60));
+    let mut client = Client::connect(&config.target, &config.job).await?;
+    let mut asked = false;
+    loop {
+        if let Some(lease) = Lease::try_take(&named.target, &config.job).await? {
+            return Ok(lease);
+        }
+        if !asked {
+            eprintln!("stopping the runner");
+            client.post("stop", &json!({})).await?;
+            asked = true;
+        }
+        if deadline.passed() {
+            let pid = lease::holder(client.session(), &config.job).await?.unwrap_or_default();
+            return Err(job::Error::Busy { job: config.job.to_string(), pid }.into());
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}

@@ -1,0 +1,91 @@
+//! The command line: one file a command.
+//!
+//! A command reads options, calls the job room, and prints. Results go to standard output (one JSON
+//! document under --json), everything else to standard error, so that scripts can read the one and
+//! people the other. Exit codes: 0 done, 1 not (not ready, different, failed), 2 usage.
+//!
+//! `run` holds the job while it lives. Commands that need the streams (`verify`, `cutover`,
+//! `rollback`) ask whatever runner is alive, on any host, through the home database; where none is,
+//! they run the job themselves for as long as they need it (`ask`).
+
+mod ask;
+mod cancel;
+mod check;
+mod cutover;
+mod demo;
+mod finish;
+mod options;
+mod print;
+mod rollback;
+mod run;
+mod status;
+mod verify;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+pub use options::JobArgs;
+
+use crate::{config, job, pg};
+
+/// walferry moves a live PostgreSQL database between servers while applications write.
+#[derive(Debug, Parser)]
+#[command(name = "walferry", version, about, max_term_width = 100)]
+pub struct Cli {
+    /// More about what happens, on standard error; twice for everything.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands, in the order of a move.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Move a database between two throw-away local servers under a live writer, and back
+    Demo(demo::Args),
+    /// Say what stands in the way, each with the SQL that mends it
+    Check(check::Args),
+    /// Plan, make the schema, copy, catch up and follow; the same command resumes
+    Run(run::Args),
+    /// Show phase, positions, lag and tables
+    Status(status::Args),
+    /// Compare both sides row by row while they live
+    Verify(verify::Args),
+    /// Switch applications to the target
+    Cutover(cutover::Args),
+    /// Switch applications back to the source
+    Rollback(rollback::Args),
+    /// Drop all that walferry made, on both sides
+    Finish(finish::Args),
+    /// Give up before the switch, and clean up
+    Cancel(cancel::Args),
+}
+
+/// Runs the command. Prints its error.
+pub async fn run(cli: Cli) -> ExitCode {
+    let outcome = match cli.command {
+        Command::Demo(args) => demo::run(args).await,
+        Command::Check(args) => check::run(args).await,
+        Command::Run(args) => run::run(args).await,
+        Command::Status(args) => status::run(args).await,
+        Command::Verify(args) => verify::run(args).await,
+        Command::Cutover(args) => cutover::run(args).await,
+        Command::Rollback(args) => rollback::run(args).await,
+        Command::Finish(args) => finish::run(args).await,
+        Command::Cancel(args) => cancel::run(args).await,
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            let text = crate::secret::redact(&format!("{error:#}"));
+            eprintln!("walferry: {text}");
+            let usage = error.is::<config::Error>()
+                || matches!(error.downcast_ref(), Some(pg::Error::Config(_)))
+                || matches!(error.downcast_ref(), Some(job::Error::Pattern(_)));
+            ExitCode::from(if usage { 2 } else { 1 })
+        }
+    }
+}

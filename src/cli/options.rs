@@ -1,0 +1,121 @@
+//! Options that most commands share.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use crate::config::{self, File, parse_duration};
+use crate::id::JobName;
+use crate::job::JobConfig;
+use crate::job::store::JobOptions;
+use crate::pg::Config;
+
+/// Name of a job that was not given one.
+const DEFAULT_NAME: &str = "main";
+
+/// Which job.
+#[derive(Clone, Debug, Default, Args)]
+pub struct JobArgs {
+    /// Where rows come from: a libpq URI or key=value string
+    #[arg(long, value_name = "URI", env = "WALFERRY_SOURCE", hide_env_values = true)]
+    pub source: Option<String>,
+    /// Where they go; the job's own tables live there too, in schema walferry
+    #[arg(long, value_name = "URI", env = "WALFERRY_TARGET", hide_env_values = true)]
+    pub target: Option<String>,
+    /// The job's name: part of the names of slot, publication and origin [default: main]
+    #[arg(long, value_name = "NAME", env = "WALFERRY_NAME")]
+    pub name: Option<String>,
+    /// A file with these options [default: walferry.toml, if there is one]
+    #[arg(short, long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Only these tables (schema.table, with * and ?); may be given again
+    #[arg(long, value_name = "TABLE")]
+    pub include: Vec<String>,
+    /// Not these tables; may be given again
+    #[arg(long, value_name = "TABLE")]
+    pub exclude: Vec<String>,
+    /// Create these tables and leave their rows behind; may be given again
+    #[arg(long, value_name = "TABLE")]
+    pub schema_only: Vec<String>,
+    /// Tables copied, and indexes built, at the same time [default: 4]
+    #[arg(short, long, value_name = "N")]
+    pub jobs: Option<usize>,
+    /// Leave owners and grants behind
+    #[arg(long)]
+    pub no_owner: bool,
+}
+
+impl JobArgs {
+    /// The options file.
+    pub fn file(&self) -> Result<File, config::Error> {
+        config::load(self.config.as_deref())
+    }
+
+    /// Everything put together; a missing source or target is an error of usage.
+    pub fn job(&self) -> anyhow::Result<JobConfig> {
+        let file = self.file()?;
+        let missing = |what, option, variable| config::Error::Missing { what, option, variable };
+        let source = self
+            .source
+            .clone()
+            .or(file.source)
+            .ok_or(missing("the source", "source", "WALFERRY_SOURCE"))?;
+        let target = self
+            .target
+            .clone()
+            .or(file.target)
+            .ok_or(missing("the target", "target", "WALFERRY_TARGET"))?;
+        let name = self.name.clone().or(file.name).unwrap_or_else(|| DEFAULT_NAME.to_string());
+        let job: JobName = name
+            .parse()
+            .map_err(|e| config::Error::Value { option: "--name", message: format!("{e}") })?;
+        let given = |own: &[String], file: Vec<String>| {
+            if own.is_empty() { file } else { own.to_vec() }
+        };
+        Ok(JobConfig {
+            job,
+            source: Config::parse(&source)?.labelled("source"),
+            target: Config::parse(&target)?.labelled("target"),
+            options: JobOptions {
+                include: given(&self.include, file.include),
+                exclude: given(&self.exclude, file.exclude),
+                schema_only: given(&self.schema_only, file.schema_only),
+            },
+            jobs: self.jobs.or(file.jobs).unwrap_or(4).max(1),
+            split_bytes: 256 << 20,
+            owners: !self.no_owner,
+            slot_timeout: Duration::from_secs(3600),
+        })
+    }
+}
+
+/// Options of cutover and rollback.
+#[derive(Clone, Debug, Args)]
+pub struct FlipArgs {
+    /// What stops writers: lock, read-only or none [default: lock]
+    #[arg(long, value_name = "KIND")]
+    pub fence: Option<String>,
+    /// Where clients find the data: hook:COMMAND or pgbouncer:ADMIN_URI,INI_PATH,DBNAME; may be
+    /// given again
+    #[arg(long, value_name = "KIND:...")]
+    pub route: Vec<String>,
+    /// Do not begin while the stream is further behind [default: 1s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub max_lag: Option<Duration>,
+    /// Give up after trying for so long to stop writers [default: 30s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+    /// No statement waits longer for us in one try [default: 200ms]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub lock_timeout: Option<Duration>,
+    /// Once writers are stopped, let them go on if the target needs longer to drain [default: 5s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub max_hold: Option<Duration>,
+    /// Prove the way there and back, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+}

@@ -1,0 +1,95 @@
+//! `walferry status`.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use super::options::JobArgs;
+use super::print;
+use crate::job::status::{self, Status, TableStatus};
+use crate::job::store::StreamRow;
+
+/// Options of the command.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    job: JobArgs,
+    /// Print it as JSON
+    #[arg(long)]
+    json: bool,
+    /// Print it again every second
+    #[arg(long)]
+    watch: bool,
+}
+
+/// Shows where the job stands. 0, or 1 if there is no such job.
+pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let config = args.job.job()?;
+    loop {
+        let status = status::read(&config).await?;
+        if args.json {
+            print::json(&status)?;
+        } else {
+            if args.watch {
+                print!("\x1b[H\x1b[2J");
+            }
+            show(&status);
+        }
+        if !args.watch {
+            return Ok(ExitCode::SUCCESS);
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+fn show(status: &Status) {
+    println!("job      {} ({} -> {})", status.job, status.source, status.target);
+    println!("phase    {}", status.phase);
+    match &status.runner {
+        Some(pid) => println!("runner   alive (backend {pid} on the target)"),
+        None => println!("runner   none; `walferry run` goes on from here"),
+    }
+    if let Some(error) = &status.error {
+        println!("error    {error}");
+    }
+    show_stream("forward", &status.positions);
+    show_tables(&status.tables);
+    if let Some(reverse) = &status.reverse {
+        show_stream("reverse", &reverse.positions);
+        show_tables(&reverse.tables);
+    }
+}
+
+fn show_stream(name: &str, row: &StreamRow) {
+    let text = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".to_string());
+    println!(
+        "{name}  lag {} / {:.1} s  received {}  applied {}  durable {}  confirmed {}",
+        row.lag_bytes.map_or("-".to_string(), |b| print::bytes(b.unsigned_abs())),
+        row.lag_seconds.unwrap_or(0.0),
+        text(&row.received_lsn),
+        text(&row.applied_lsn),
+        text(&row.durable_lsn),
+        text(&row.confirmed_lsn),
+    );
+}
+
+fn show_tables(tables: &[TableStatus]) {
+    if tables.is_empty() {
+        return;
+    }
+    println!(
+        "  {:<40} {:>8} {:>12} {:>12} {:>12} {:>10} {:>6}",
+        "table", "copy", "rows copied", "decoded", "applied", "filtered", "aside"
+    );
+    for table in tables {
+        println!(
+            "  {:<40} {:>8} {:>12} {:>12} {:>12} {:>10} {:>6}",
+            table.name,
+            table.copy_state,
+            print::count(table.rows_copied.unsigned_abs()),
+            print::count(table.decoded.unsigned_abs()),
+            print::count(table.applied.unsigned_abs()),
+            print::count(table.filtered.unsigned_abs()),
+            table.quarantined
+        );
+    }
+}

@@ -1,0 +1,80 @@
+//! `walferry.toml`.
+
+use std::path::Path;
+
+use serde::Deserialize;
+
+use super::Error;
+
+/// All that may stand in the file; names are those of the options.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct File {
+    /// `--name`.
+    pub name: Option<String>,
+    /// `--source`.
+    pub source: Option<String>,
+    /// `--target`.
+    pub target: Option<String>,
+    /// `--include`.
+    pub include: Vec<String>,
+    /// `--exclude`.
+    pub exclude: Vec<String>,
+    /// `--schema-only`.
+    pub schema_only: Vec<String>,
+    /// `--jobs`.
+    pub jobs: Option<usize>,
+    /// `[cutover]`.
+    pub cutover: Cutover,
+}
+
+/// `[cutover]`: defaults for cutover and rollback.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Cutover {
+    /// `--fence`.
+    pub fence: Option<String>,
+    /// `--route`.
+    pub route: Vec<String>,
+    /// `--max-lag`.
+    pub max_lag: Option<String>,
+    /// `--timeout`.
+    pub timeout: Option<String>,
+    /// `--lock-timeout`.
+    pub lock_timeout: Option<String>,
+}
+
+/// Reads `path`, or `walferry.toml` here if `path` is not given and it exists.
+pub fn load(path: Option<&Path>) -> Result<File, Error> {
+    let default = Path::new("walferry.toml");
+    let path = match path {
+        Some(path) => path,
+        None if default.exists() => default,
+        None => return Ok(File::default()),
+    };
+    let shown = path.display().to_string();
+    let text = std::fs::read_to_string(path)
+        .map_err(|source| Error::Read { path: shown.clone(), source })?;
+    toml::from_str(&text).map_err(|error| {
+        let line = error.span().map(|span| {
+            1 + text.as_bytes().iter().take(span.start).filter(|b| **b == b'\n').count()
+        });
+        let line = line.map_or(String::new(), |line| format!("line {line}: "));
+        Error::Parse { path: shown, message: format!("{line}{}", error.message()) }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_typo_in_the_file_is_named_with_its_line_and_no_secret() {
+        let dir = std::env::temp_dir().join(format!("walferry-toml-{}", std::process::id()));
+        std::fs::write(&dir, "source = \"postgres://u:secret@h/d\"\ntargett = \"x\"\n").unwrap();
+        let error = load(Some(&dir)).unwrap_err().to_string();
+        std::fs::remove_file(&dir).unwrap();
+        assert!(error.contains("line 2") && error.contains("targett"), "{error}");
+        assert!(!error.contains("secret"), "{error}");
+    }
+}

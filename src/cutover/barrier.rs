@@ -1,0 +1,58 @@
+//! Positions on the live side, and waiting for the other side to reach them.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::{Error, Result};
+use crate::apply::Applied;
+use crate::lsn::Lsn;
+use crate::pg::Session;
+
+/// A position that covers every transaction that has committed so far, made durable.
+///
+/// The end of WAL is read first; then a transactional message is committed, which flushes
+/// everything before it, gives the stream something beyond the position to send, and wakes the
+/// walsender at once instead of at the next background flush.
+pub async fn mark(session: &mut Session, what: &str) -> Result<Lsn> {
+    let row = session.query_one("select pg_catalog.pg_current_wal_insert_lsn()", &[]).await?;
+    let lsn = row.lsn(0)?;
+    session
+        .query_params(
+            "select pg_catalog.pg_logical_emit_message(true, 'walferry', $1)",
+            &[Some(what)],
+        )
+        .await?;
+    Ok(lsn)
+}
+
+/// Waits until everything before `lsn` is applied; `Ok(false)` after `wait`.
+pub async fn reached(
+    carry: &mut watch::Receiver<Applied>,
+    lsn: Lsn,
+    wait: Duration,
+) -> Result<bool> {
+    let waiting = carry.wait_for(|applied| applied.applied_lsn >= lsn);
+    match tokio::time::timeout(wait, waiting).await {
+        Ok(Ok(_)) => Ok(true),
+        Ok(Err(_)) => Err(Error::StreamStopped),
+        Err(_) => Ok(false),
+    }
+}
+
+/// The gate: a probe committed now is applied within `max_lag`.
+///
+/// A measured arrival and not a computed lag: a lag that is not known yet looks like none
+/// (pgdog#1121, pgdog#1201).
+pub async fn gate(
+    session: &mut Session,
+    carry: &mut watch::Receiver<Applied>,
+    max_lag: Duration,
+) -> Result<()> {
+    let probe_lsn = mark(session, "probe").await?;
+    if reached(carry, probe_lsn, max_lag).await? {
+        return Ok(());
+    }
+    let applied_lsn = carry.borrow().applied_lsn;
+    Err(Error::Lag { max_lag, probe_lsn, applied_lsn })
+}

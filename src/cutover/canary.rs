@@ -1,0 +1,58 @@
+//! The proof of both streams: a row written on one side arrives on the other, and another comes back.
+//!
+//! The canary table is in both publications. A canary that arrives has passed slot, decoding,
+//! rights, triggers and origin of its direction, so a way back that lacks a right is found before
+//! the switch and not after (vitess#16794).
+
+use std::time::Duration;
+
+use super::{Error, Result};
+use crate::clock::Deadline;
+use crate::id::{JobName, Stream};
+use crate::pg::{Config, Purpose, Session};
+
+/// Sends a canary from `live` to `dest` along `flip`, and one back. Each must arrive within `wait`.
+pub async fn prove(
+    job: &JobName,
+    flip: Stream,
+    live: &Config,
+    dest: &Config,
+    wait: Duration,
+) -> Result<()> {
+    let mut live = Session::connect(live, Purpose::Sql).await?;
+    let mut dest = Session::connect(dest, Purpose::Sql).await?;
+    send(job, flip, &mut live, &mut dest, wait).await?;
+    send(job, flip.opposite(), &mut dest, &mut live, wait).await
+}
+
+async fn send(
+    job: &JobName,
+    leg: Stream,
+    from: &mut Session,
+    to: &mut Session,
+    wait: Duration,
+) -> Result<()> {
+    let token = format!("{:016x}", fastrand::u64(..));
+    from.query_params(
+        "insert into walferry.canary values ($1, $2, $3) \
+         on conflict (job, leg) do update set token = excluded.token",
+        &[Some(job.as_str()), Some(leg.as_str()), Some(&token)],
+    )
+    .await?;
+    let deadline = Deadline::after(wait);
+    loop {
+        let arrived = to
+            .query_opt(
+                "select 1 from walferry.canary where job = $1 and leg = $2 and token = $3",
+                &[Some(job.as_str()), Some(leg.as_str()), Some(&token)],
+            )
+            .await?;
+        if arrived.is_some() {
+            return Ok(());
+        }
+        if deadline.passed() {
+            return Err(Error::Canary { leg: leg.to_string(), wait });
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}

@@ -1,0 +1,111 @@
+//! Why a cutover did not happen.
+
+use std::time::Duration;
+
+use crate::fault::{Fault, Faulty};
+use crate::lsn::Lsn;
+use crate::{pg, route, schema};
+
+/// What stopped the choreography. Everything done before it has been undone unless the error is
+/// [`Error::NotUndone`].
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A server or the connection to it.
+    #[error(transparent)]
+    Pg(#[from] pg::Error),
+    /// A route.
+    #[error(transparent)]
+    Route(#[from] route::Error),
+    /// Sequences could not be set.
+    #[error("sequences: {0}")]
+    Sequences(#[from] schema::Error),
+    /// The stream is not close enough.
+    #[error(
+        "the stream is more than {max_lag:?} behind (a probe committed at {probe_lsn} has not \
+         arrived; applied {applied_lsn}); wait for it to catch up, or raise --max-lag"
+    )]
+    Lag {
+        /// The gate.
+        max_lag: Duration,
+        /// Where the probe stands.
+        probe_lsn: Lsn,
+        /// How far the stream is.
+        applied_lsn: Lsn,
+    },
+    /// The canary did not come through.
+    #[error(
+        "the {leg} stream is not proven: a canary row did not arrive within {wait:?}; \
+         walferry status shows what holds the stream up"
+    )]
+    Canary {
+        /// `forward` or `reverse`.
+        leg: String,
+        /// How long was waited.
+        wait: Duration,
+    },
+    /// Writers would not stop in time.
+    #[error(
+        "could not stop writers within {waited:?}: {blockers}; nothing was switched and writers go \
+         on. End or wait for these transactions, or raise --timeout"
+    )]
+    Fence {
+        /// For how long it was tried.
+        waited: Duration,
+        /// Who held locks.
+        blockers: String,
+    },
+    /// The stream did not reach the barrier in time.
+    #[error(
+        "the target did not reach the barrier {barrier_lsn} within {waited:?} (applied \
+         {applied_lsn}); nothing was switched and writers go on"
+    )]
+    Drain {
+        /// The barrier.
+        barrier_lsn: Lsn,
+        /// How far it came.
+        applied_lsn: Lsn,
+        /// For how long.
+        waited: Duration,
+    },
+    /// The stream ended while it was waited for.
+    #[error("the stream stopped during the cutover; nothing was switched and writers go on")]
+    StreamStopped,
+    /// Something but walferry has written to the side that is to become live.
+    #[error(
+        "{changes} changes were made on the other side by something else than walferry \
+         (last seen in {table}); they would collide with the application's own. Find who writes \
+         there, then cancel and start again"
+    )]
+    RogueWrites {
+        /// How many row changes.
+        changes: u64,
+        /// In which table.
+        table: String,
+    },
+    /// The journal could not be written.
+    #[error("the job's journal: {0}")]
+    Journal(String),
+    /// The fence kind is not one.
+    #[error("\"{0}\" is not a fence: use lock, read-only or none")]
+    UnknownFence(String),
+    /// Undoing failed; the job stays in cutting_over and the same is tried again by any command.
+    #[error(
+        "{cause}; and undoing failed: {undo}. The job is in cutting_over: `walferry run` (or \
+         cutover again) repeats the undoing"
+    )]
+    NotUndone {
+        /// What went wrong first.
+        cause: String,
+        /// What went wrong then.
+        undo: String,
+    },
+}
+
+impl Faulty for Error {
+    fn fault(&self) -> Fault {
+        match self {
+            Error::Pg(error) => error.fault(),
+            _ => Fault::Stop,
+        }
+    }
+}

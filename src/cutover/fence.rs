@@ -1,0 +1,282 @@
+//! What stops writers: locks, a read-only database, or nothing.
+//!
+//! *lock*: one transaction takes SHARE ROW EXCLUSIVE on every table (readers go on, writers wait) and
+//! adds to each a statement trigger that refuses writes. Until it commits, the end of our session
+//! for whatever reason undoes it all. Its commit is the seal: those who waited get the trigger's
+//! error, a transaction with an old snapshot too, as triggers are read from the catalog as it is now.
+//! Sessions with session_replication_role = replica, the reverse stream's, do not fire it.
+//!
+//! *read-only*: default_transaction_read_only on the database, and every other client session ended.
+//! For roles that own the database but not its tables. Not airtight: a session may set it off.
+//!
+//! <https://www.postgresql.org/docs/current/explicit-locking.html#LOCKING-TABLES>
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use super::{Error, Result};
+use crate::id::{QualifiedName, quote_ident};
+use crate::pg::{Config, Purpose, Session};
+
+/// Name of the trigger that seals a table.
+pub const SEAL: &str = "walferry_seal";
+
+/// `--fence`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FenceKind {
+    /// Locks and triggers.
+    Lock,
+    /// The database becomes read-only.
+    ReadOnly,
+    /// The routes alone stop writers.
+    None,
+}
+
+impl FenceKind {
+    /// As written on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            FenceKind::Lock => "lock",
+            FenceKind::ReadOnly => "read-only",
+            FenceKind::None => "none",
+        }
+    }
+}
+
+impl FromStr for FenceKind {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        [FenceKind::Lock, FenceKind::ReadOnly, FenceKind::None]
+            .into_iter()
+            .find(|kind| kind.as_str() == text)
+            .ok_or_else(|| Error::UnknownFence(text.to_string()))
+    }
+}
+
+/// A fence that is ready to be put up, with what could be prepared while writers still go on.
+#[derive(Debug)]
+pub struct Fence {
+    kind: FenceKind,
+    session: Session,
+    lock_sql: String,
+    trigger_sql: String,
+}
+
+impl Fence {
+    /// Opens the session and prepares the statements. Stops nobody.
+    pub async fn prepare(
+        kind: FenceKind,
+        live: &Config,
+        tables: &[QualifiedName],
+    ) -> Result<Fence> {
+        let mut session = Session::connect(live, Purpose::Sql).await?;
+        // A lock wait cancels an autovacuum in the way only after deadlock_timeout (1 s), which is
+        // longer than we ever wait. Only superusers may shorten it; others retry.
+        let _ = session.execute("set deadlock_timeout = '20ms'").await;
+        let mut trigger_sql = String::new();
+        if kind == FenceKind::Lock {
+            let sealed = sealed_tables(&mut session).await?;
+            for table in tables {
+                trigger_sql.push_str(&if sealed.contains(table) {
+                    format!("alter table {} enable trigger {SEAL};", table.quoted())
+                } else {
+                    format!(
+                        "create trigger {SEAL} before insert or update or delete or truncate on {} \
+                         for each statement execute procedure walferry.seal();",
+                        table.quoted()
+                    )
+                });
+            }
+        }
+        let names: Vec<String> = tables.iter().map(|t| format!("only {}", t.quoted())).collect();
+        let lock_sql = names.join(", ");
+        Ok(Fence { kind, session, lock_sql, trigger_sql })
+    }
+
+    /// One try to stop writers, for at most `wait`. `Ok(false)`: somebody holds a lock; nobody waits
+    /// for us any more.
+    pub async fn raise(&mut self, wait: Duration) -> Result<bool> {
+        match self.kind {
+            FenceKind::None => Ok(true),
+            FenceKind::ReadOnly => self.raise_read_only().await,
+            FenceKind::Lock if self.lock_sql.is_empty() => {
+                self.session.execute("begin").await?;
+                Ok(true)
+            }
+            FenceKind::Lock => self.raise_lock(wait).await,
+        }
+    }
+
+    async fn raise_lock(&mut self, wait: Duration) -> Result<bool> {
+        // statement_timeout bounds the whole list: tables locked first would otherwise stay locked
+        // through one lock_timeout for every table behind them.
+        let millis = wait.as_millis().max(1);
+        let sql = format!(
+            "begin; set local lock_timeout = {millis}; set local statement_timeout = {millis}; \
+             lock table {} in share row exclusive mode; set local statement_timeout = 0; \
+             set local lock_timeout = 0; {}",
+            self.lock_sql, self.trigger_sql
+        );
+        match self.session.execute(&sql).await {
+            Ok(_) => Ok(true),
+            Err(error) if matches!(error.code(), Some("55P03" | "57014" | "40P01")) => {
+                self.session.execute("rollback").await?;
+                Ok(false)
+            }
+            Err(error) => {
+                if !error.is_closed() {
+                    self.session.execute("rollback").await?;
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    async fn raise_read_only(&mut self) -> Result<bool> {
+        let row = self.session.query_one("select pg_catalog.current_database()", &[]).await?;
+        let database = quote_ident(row.str(0)?);
+        let sql = format!("alter database {database} set default_transaction_read_only = on");
+        self.session.execute(&sql).await?;
+        // Sessions that are open keep their own setting: they must go.
+        for _ in 0..200 {
+            let left = self
+                .session
+                .query(
+                    "select pid, pg_catalog.pg_terminate_backend(pid) \
+                     from pg_catalog.pg_stat_activity \
+                     where datname = pg_catalog.current_database() \
+                     and backend_type = 'client backend' and pid <> pg_catalog.pg_backend_pid() \
+                     and application_name not like 'walferry%'",
+                )
+                .await?;
+            if left.is_empty() {
+                return Ok(true);
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Ok(false)
+    }
+
+    /// Makes a raised fence outlive this session.
+    pub async fn seal(&mut self) -> Result<()> {
+        if self.kind == FenceKind::Lock {
+            self.session.execute("commit").await?;
+        }
+        Ok(())
+    }
+
+    /// Lets writers go on; for a fence that is raised and not sealed.
+    pub async fn lower(&mut self) -> Result<()> {
+        match self.kind {
+            FenceKind::None => Ok(()),
+            FenceKind::Lock => {
+                self.session.execute("rollback").await?;
+                Ok(())
+            }
+            FenceKind::ReadOnly => open(&mut self.session).await,
+        }
+    }
+
+    /// Transactions that hold locks in our way: for the error message.
+    pub async fn blockers(&mut self) -> Result<String> {
+        let rows = self
+            .session
+            .query(
+                "select distinct l.pid, coalesce(a.usename, 'autovacuum'), a.state, \
+                 coalesce(extract(epoch from pg_catalog.clock_timestamp() - a.xact_start), 0)::int8, \
+                 pg_catalog.left(pg_catalog.regexp_replace(a.query, '\\s+', ' ', 'g'), 80) \
+                 from pg_catalog.pg_locks l join pg_catalog.pg_stat_activity a on a.pid = l.pid \
+                 where l.locktype = 'relation' and l.granted \
+                 and l.mode in ('RowExclusiveLock', 'ShareUpdateExclusiveLock', 'ShareLock', \
+                    'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock') \
+                 and l.database = (select oid from pg_catalog.pg_database \
+                    where datname = pg_catalog.current_database()) \
+                 and l.relation >= 16384 and l.pid <> pg_catalog.pg_backend_pid() \
+                 order by 4 desc limit 5",
+            )
+            .await?;
+        let mut lines = Vec::new();
+        for row in &rows {
+            lines.push(format!(
+                "pid {} ({}, {}) in a transaction for {} s: {}",
+                row.str(0)?,
+                row.str(1)?,
+                row.opt(2)?.unwrap_or("running"),
+                row.str(3)?,
+                row.opt(4)?.unwrap_or("")
+            ));
+        }
+        if lines.is_empty() {
+            lines.push("locks were held by transactions that have ended since".to_string());
+        }
+        Ok(lines.join("; "))
+    }
+}
+
+/// Tables that carry the seal's trigger, enabled or not.
+async fn sealed_tables(session: &mut Session) -> Result<Vec<QualifiedName>> {
+    let rows = session
+        .query(&format!(
+            "select n.nspname, c.relname from pg_catalog.pg_trigger t \
+             join pg_catalog.pg_class c on c.oid = t.tgrelid \
+             join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+             where t.tgname = '{SEAL}' and not t.tgisinternal"
+        ))
+        .await?;
+    let names = rows.iter().map(|row| Ok(QualifiedName::new(row.str(0)?, row.str(1)?)));
+    names.collect()
+}
+
+/// Opens whatever seal an earlier flip left on a database: its triggers are disabled (which locks
+/// out writers for a moment, not readers), and the database may be written again. Idempotent.
+pub async fn open(session: &mut Session) -> Result<()> {
+    for table in sealed_tables(session).await? {
+        retry_locks(session, &format!("alter table {} disable trigger {SEAL}", table.quoted()))
+            .await?;
+    }
+    let read_only = session
+        .query(
+            "select 1 from pg_catalog.pg_db_role_setting s \
+             join pg_catalog.pg_database d on d.oid = s.setdatabase \
+             where d.datname = pg_catalog.current_database() and s.setrole = 0 \
+             and 'default_transaction_read_only=on' = any (s.setconfig)",
+        )
+        .await?;
+    if !read_only.is_empty() {
+        let row = session.query_one("select pg_catalog.current_database()", &[]).await?;
+        let database = quote_ident(row.str(0)?);
+        let sql = format!("alter database {database} reset default_transaction_read_only");
+        session.execute(&sql).await?;
+    }
+    Ok(())
+}
+
+/// Drops the seal's triggers for good, for finish and cancel. Idempotent.
+pub async fn remove(session: &mut Session) -> Result<()> {
+    open(session).await?;
+    for table in sealed_tables(session).await? {
+        let sql = format!("drop trigger if exists {SEAL} on {}", table.quoted());
+        retry_locks(session, &sql).await?;
+    }
+    Ok(())
+}
+
+/// Runs DDL that needs a table lock in short tries, so that nobody queues behind it for long.
+async fn retry_locks(session: &mut Session, sql: &str) -> Result<()> {
+    let deadline = crate::clock::Deadline::after(Duration::from_secs(60));
+    loop {
+        session.execute("set lock_timeout = '200ms'").await?;
+        let outcome = session.execute(sql).await;
+        if !outcome.as_ref().is_err_and(crate::pg::Error::is_closed) {
+            session.execute("set lock_timeout = 0").await?;
+        }
+        match outcome {
+            Ok(_) => return Ok(()),
+            Err(error) if error.code() == Some("55P03") && !deadline.passed() => {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! Both sides at one point, while both live: DESIGN's aligned snapshots.
+//!
+//! 1. The applier is held at the reading side's end of WAL, read now.
+//! 2. A temporary slot on the reading side exports a snapshot of exactly what had committed before its
+//!    consistent point, which is not before the hold.
+//! 3. The hold moves to that point; when everything before it is applied, a snapshot is exported on
+//!    the written side. The stream goes on; the two snapshots show the same rows.
+//!
+//! The stream is held for as long as the temporary slot takes to find its point: milliseconds, or as
+//! long as the longest transaction on the reading side.
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::client::Client;
+use super::{Error, Result};
+use crate::clock::Deadline;
+use crate::cutover::barrier;
+use crate::id::Stream;
+use crate::lsn::Lsn;
+use crate::pg::{Config, Purpose, Session};
+use crate::source::{slot, snapshot};
+
+/// Two snapshots of the same state. They live as long as this does.
+#[derive(Debug)]
+pub struct Aligned {
+    /// Snapshot to import on the side that is read.
+    pub from_snapshot: String,
+    /// Snapshot to import on the side that is written.
+    pub to_snapshot: String,
+    /// The point.
+    pub lsn: Lsn,
+    _from: Session,
+    _to: Session,
+}
+
+/// Lines both sides up through a runner that is alive.
+pub async fn align(
+    client: &mut Client,
+    stream: Stream,
+    from: &Config,
+    to: &Config,
+    wait: Duration,
+) -> Result<Aligned> {
+    let outcome = hold_and_export(client, stream, from, to, wait).await;
+    let let_go = client.ask("let_go", &json!({}), Duration::from_secs(10)).await;
+    let aligned = outcome?;
+    let_go?;
+    Ok(aligned)
+}
+
+async fn hold_and_export(
+    client: &mut Client,
+    stream: Stream,
+    from: &Config,
+    to: &Config,
+    wait: Duration,
+) -> Result<Aligned> {
+    let deadline = Deadline::after(wait);
+    let mut live = Session::connect(from, Purpose::Sql).await?;
+    let end_lsn = barrier::mark(&mut live, "align").await?;
+    let first = post_hold(client, stream, end_lsn).await?;
+    wait_held(client, &first, deadline).await?;
+    let name = format!("walferry_verify_{:08x}", fastrand::u32(..));
+    let (created, holder) =
+        slot::create(from, &name, "pgoutput", true, deadline.left(), &|_: &str| {}).await?;
+    barrier::mark(&mut live, "align").await?;
+    let second = post_hold(client, stream, created.consistent_lsn).await?;
+    wait_held(client, &second, deadline).await?;
+    let session = Session::connect(to, Purpose::Sql).await?;
+    let exported = snapshot::export(session).await?;
+    Ok(Aligned {
+        from_snapshot: created.snapshot_name,
+        to_snapshot: exported.name,
+        lsn: created.consistent_lsn,
+        _from: holder,
+        _to: exported.session,
+    })
+}
+
+async fn post_hold(client: &mut Client, stream: Stream, lsn: Lsn) -> Result<String> {
+    client.post("hold", &json!({ "stream": stream.as_str(), "lsn": lsn.to_string() })).await
+}
+
+async fn wait_held(client: &mut Client, id: &str, deadline: Deadline) -> Result<()> {
+    while client.poll(id).await?.is_none() {
+        if deadline.passed() {
+            let verb = "hold".to_string();
+            return Err(Error::NoAnswer { verb, wait: Duration::ZERO });
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}

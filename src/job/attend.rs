@@ -1,0 +1,250 @@
+//! What a runner does while its streams flow: hears commands, stores positions, keeps the lease,
+//! notices that the target is level.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::flip::FlipRequest;
+use super::pipeline::Pipe;
+use super::run::{Notice, Runner, Until};
+use super::state::{Event, Phase};
+use super::store::StreamRow;
+use super::{Error, Result, client};
+use crate::cutover::barrier;
+use crate::id::Stream;
+use crate::lsn::Lsn;
+use crate::pg::{Config, Purpose, Session};
+
+/// Commands are announced by NOTIFY; this is how often the table is looked at all the same, and
+/// positions are stored.
+const TURN: Duration = Duration::from_millis(500);
+
+/// Sessions that ask each side for its end of WAL, opened when needed and again after a loss.
+#[derive(Default)]
+struct Probes {
+    source: Option<Session>,
+    target: Option<Session>,
+}
+
+impl Runner {
+    /// Works until an event, or `None` when it is time to return.
+    pub(super) async fn attend(&mut self, until: &Until) -> Result<Option<Event>> {
+        let phase = self.row().await?.phase;
+        if matches!(phase, Phase::Finished | Phase::Canceled) {
+            return Ok(None);
+        }
+        let mut probes = Probes::default();
+        loop {
+            if *self.stop.borrow() {
+                return Ok(None);
+            }
+            self.lease.check().await?;
+            self.check_streams()?;
+            self.store_positions(&mut probes).await?;
+            if phase == Phase::CatchingUp && self.is_level() {
+                return Ok(Some(Event::CaughtUp));
+            }
+            let due = match until {
+                Until::Copied => phase >= Phase::CatchingUp,
+                Until::Following => phase >= Phase::Following,
+                Until::Told => false,
+            };
+            if due {
+                return Ok(None);
+            }
+            if let Some(event) = self.hear().await? {
+                return Ok(event);
+            }
+            let mut stop = self.stop.clone();
+            tokio::select! {
+                heard = self.listener.notification(self.turn(phase)) => { heard?; }
+                _ = stop.wait_for(|stop| *stop) => return Ok(None),
+            }
+        }
+    }
+
+    /// Short while something is about to happen, so that scripts do not wait for the turn's end.
+    fn turn(&self, phase: Phase) -> Duration {
+        if phase == Phase::CatchingUp || self.hold.is_some() { TURN / 20 } else { TURN }
+    }
+
+    fn check_streams(&self) -> Result<()> {
+        for (stream, pipe) in
+            [(Stream::Forward, &self.forward), (Stream::Reverse, &self.reverse)]
+        {
+            if let Some(message) = pipe.as_ref().and_then(Pipe::fatal) {
+                return Err(Error::Stream { stream: stream.to_string(), message });
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes waiting commands. `Some(None)`: return from the run.
+    async fn hear(&mut self) -> Result<Option<Option<Event>>> {
+        self.drop_stale_hold().await?;
+        while let Some(asked) = client::take(&mut self.store.session, &self.config.job).await? {
+            let outcome = match asked.verb.as_str() {
+                "stop" => {
+                    client::answer(&mut self.store.session, &asked.id, Ok(Value::Null)).await?;
+                    return Ok(Some(None));
+                }
+                "ping" => Ok(Value::Null),
+                "flip" => {
+                    let request: FlipRequest = serde_json::from_value(asked.args)
+                        .map_err(|e| Error::State(e.to_string()))?;
+                    match self.arm(&request).await {
+                        Ok(event) => {
+                            self.asked = Some((asked.id, request));
+                            return Ok(Some(Some(event)));
+                        }
+                        Err(error) if keeps_running(&error) => Err(error.to_string()),
+                        Err(error) => {
+                            let said = Err(error.to_string());
+                            client::answer(&mut self.store.session, &asked.id, said).await?;
+                            return Err(error);
+                        }
+                    }
+                }
+                "hold" => self.hold(&asked.id, &asked.args).await?,
+                "let_go" => {
+                    self.let_go();
+                    Ok(Value::Null)
+                }
+                other => Err(format!("the runner does not know the command {other}")),
+            };
+            if asked.verb != "hold" || outcome.is_err() {
+                client::answer(&mut self.store.session, &asked.id, outcome).await?;
+            }
+        }
+        self.answer_hold().await?;
+        Ok(None)
+    }
+
+    /// `hold`: stop applying at a position, so that verify can line up snapshots. Answered once
+    /// everything before it is applied.
+    async fn hold(&mut self, id: &str, args: &Value) -> Result<std::result::Result<Value, String>> {
+        let stream = if args["stream"] == "reverse" { &self.reverse } else { &self.forward };
+        let Some(pipe) = stream else {
+            return Ok(Err("the stream to hold is not running".to_string()));
+        };
+        let Some(lsn) = args["lsn"].as_str().and_then(|l| l.parse::<Lsn>().ok()) else {
+            return Ok(Err("hold needs a position".to_string()));
+        };
+        let _ = pipe.hold.send(Some(lsn));
+        self.hold = Some(id.to_string());
+        Ok(Ok(Value::Null))
+    }
+
+    /// Answers a pending hold whose position has been reached.
+    async fn answer_hold(&mut self) -> Result<()> {
+        let Some(id) = self.hold.clone() else { return Ok(()) };
+        for pipe in [&self.forward, &self.reverse].into_iter().flatten() {
+            let Some(lsn) = *pipe.hold.borrow() else { continue };
+            let applied_lsn = pipe.applied.borrow().applied_lsn;
+            if applied_lsn >= lsn || pipe.applied.borrow().held {
+                let outcome = Ok(json!({ "applied_lsn": applied_lsn.to_string() }));
+                client::answer(&mut self.store.session, &id, outcome).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn let_go(&mut self) {
+        self.hold = None;
+        for pipe in [&self.forward, &self.reverse].into_iter().flatten() {
+            let _ = pipe.hold.send(None);
+        }
+    }
+
+    /// A verify that died must not hold the stream for ever.
+    async fn drop_stale_hold(&mut self) -> Result<()> {
+        let Some(id) = self.hold.clone() else { return Ok(()) };
+        if client::asker_gone(&mut self.store.session, &id).await? {
+            self.let_go();
+        }
+        Ok(())
+    }
+
+    /// Remembers where the source's WAL ends now; once the target is there it is level.
+    pub(super) async fn measure_level(&mut self) -> Result<Option<Event>> {
+        let mut session = Session::connect(&self.config.source, Purpose::Sql).await?;
+        self.level_at = Some(barrier::mark(&mut session, "level").await?);
+        Ok(None)
+    }
+
+    fn is_level(&self) -> bool {
+        match (&self.forward, self.level_at) {
+            (Some(pipe), Some(lsn)) => pipe.applied.borrow().applied_lsn >= lsn,
+            _ => false,
+        }
+    }
+
+    async fn store_positions(&mut self, probes: &mut Probes) -> Result<()> {
+        let sides = [
+            (Stream::Forward, &self.forward, &self.config.source, &mut probes.source),
+            (Stream::Reverse, &self.reverse, &self.config.target, &mut probes.target),
+        ];
+        let mut rows = Vec::new();
+        for (stream, pipe, config, probe) in sides {
+            if let Some(pipe) = pipe {
+                rows.push((stream, positions(pipe, end_of_wal(config, probe).await)));
+            }
+        }
+        for (stream, row) in rows {
+            if stream == Stream::Forward {
+                if let Some(bytes) = row.lag_bytes {
+                    self.say(Notice::Lag(bytes.unsigned_abs()));
+                }
+                if let Some(trouble) = &row.error {
+                    self.say(Notice::Trouble(trouble.clone()));
+                }
+            }
+            self.store.save_stream(stream, &row).await?;
+        }
+        Ok(())
+    }
+}
+
+/// A flip that could not begin for a reason outside the streams leaves them running.
+fn keeps_running(error: &Error) -> bool {
+    use crate::fault::{Fault, Faulty};
+    error.fault() != Fault::Bug && !matches!(error, Error::LeaseLost)
+}
+
+/// The side's end of WAL; `None` while it cannot be asked.
+async fn end_of_wal(config: &Config, probe: &mut Option<Session>) -> Option<Lsn> {
+    if probe.is_none() {
+        *probe = Session::connect(config, Purpose::Sql).await.ok();
+    }
+    let asked = probe.as_mut()?.query_one("select pg_catalog.pg_current_wal_insert_lsn()", &[]);
+    match tokio::time::timeout(Duration::from_secs(5), asked).await {
+        Ok(Ok(row)) => row.lsn(0).ok(),
+        _ => {
+            *probe = None;
+            None
+        }
+    }
+}
+
+fn positions(pipe: &Pipe, end_lsn: Option<Lsn>) -> StreamRow {
+    let applied = pipe.applied.borrow().clone();
+    let read = pipe.positions.borrow().clone();
+    let text = |lsn: Lsn| Some(lsn.to_string());
+    let lag_bytes = end_lsn.map(|end| end.bytes_since(applied.applied_lsn) as i64);
+    // Level to within one transaction: what age the last one has says nothing about lag.
+    let level = read.received_lsn <= applied.applied_lsn;
+    let lag_seconds = if level { 0.0 } else { applied.commit_time.seconds_ago() };
+    StreamRow {
+        received_lsn: text(read.received_lsn.max(applied.applied_lsn)),
+        decoded_lsn: text(read.decoded_lsn.max(applied.applied_lsn)),
+        buffered_lsn: text(read.buffered_lsn.max(applied.applied_lsn)),
+        applied_lsn: text(applied.applied_lsn),
+        durable_lsn: text(applied.durable_lsn),
+        confirmed_lsn: text(read.confirmed_lsn),
+        lag_bytes,
+        lag_seconds: Some(lag_seconds),
+        error: pipe.trouble.borrow().clone(),
+        age_seconds: None,
+    }
+}

@@ -1,0 +1,143 @@
+//! What stops a job.
+
+use std::time::Duration;
+
+use super::state::Refused;
+use crate::fault::{Fault, Faulty};
+use crate::{apply, catalog, copy, cutover, pg, schema, source, verify};
+
+/// Why a job, or a command to it, did not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A server or the connection to it.
+    #[error(transparent)]
+    Pg(#[from] pg::Error),
+    /// The reading side of a stream.
+    #[error(transparent)]
+    Source(#[from] source::Error),
+    /// The writing side of a stream.
+    #[error(transparent)]
+    Apply(#[from] apply::Error),
+    /// The bulk copy.
+    #[error(transparent)]
+    Copy(#[from] copy::Error),
+    /// Dump or restore of the schema.
+    #[error(transparent)]
+    Schema(#[from] schema::Error),
+    /// The comparison.
+    #[error(transparent)]
+    Verify(#[from] verify::Error),
+    /// The choreography.
+    #[error(transparent)]
+    Cutover(#[from] cutover::Error),
+    /// Table patterns.
+    #[error(transparent)]
+    Pattern(#[from] catalog::PatternError),
+    /// A command that does not fit the phase.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// Check found errors.
+    #[error("not ready: {0} (walferry check lists all, each with what mends it)")]
+    NotReady(String),
+    /// Another runner has the job.
+    #[error(
+        "job {job} is being run by another process (backend {pid} on the target); one runner at a \
+         time. walferry status shows it"
+    )]
+    Busy {
+        /// The job.
+        job: String,
+        /// The backend that holds the lease.
+        pid: String,
+    },
+    /// A dead runner's session would not end.
+    #[error(
+        "{peer}: backend {pid}, left by an earlier run of this job, does not end; look at it in \
+         pg_stat_activity and end it with select pg_terminate_backend({pid})"
+    )]
+    Predecessor {
+        /// Which server.
+        peer: String,
+        /// Which backend.
+        pid: String,
+    },
+    /// The lease's session is gone.
+    #[error("the lease on the home database was lost; taking it again")]
+    LeaseLost,
+    /// The job's stored state cannot be used.
+    #[error("the job's stored state: {0}")]
+    State(String),
+    /// No such job.
+    #[error(
+        "there is no job \"{job}\" on {peer}; walferry run starts one (or give the right --name and \
+         --target)"
+    )]
+    NoJob {
+        /// The name asked for.
+        job: String,
+        /// Where it was looked for.
+        peer: String,
+    },
+    /// A different server than the one the job was made with.
+    #[error(
+        "{side} is another system than the one this job was made with (system identifier {found}, \
+         was {expected}): it was restored, upgraded or replaced, so its WAL positions mean something \
+         else. Point {side} at the original, or cancel this job and start a new one"
+    )]
+    OtherSystem {
+        /// `--source` or `--target`.
+        side: &'static str,
+        /// What it says now.
+        found: String,
+        /// What was stored.
+        expected: String,
+    },
+    /// Options that differ from those the job was planned with.
+    #[error(
+        "job {job} was planned with other table options ({planned}); give the same, or another \
+         --name for a new job"
+    )]
+    OtherOptions {
+        /// The job.
+        job: String,
+        /// What it was planned with.
+        planned: String,
+    },
+    /// A stream stopped for good.
+    #[error("the {stream} stream stopped: {message}")]
+    Stream {
+        /// Which.
+        stream: String,
+        /// Why.
+        message: String,
+    },
+    /// A runner did not answer a command.
+    #[error("the runner did not answer `{verb}` within {wait:?}; walferry status shows its state")]
+    NoAnswer {
+        /// The command.
+        verb: String,
+        /// How long was waited.
+        wait: Duration,
+    },
+    /// A command failed in the runner, which said why.
+    #[error("{0}")]
+    Remote(String),
+    /// Asked to stop while waiting.
+    #[error("stopped; the same command goes on from here")]
+    Interrupted,
+}
+
+impl Faulty for Error {
+    fn fault(&self) -> Fault {
+        match self {
+            Error::Pg(error) => error.fault(),
+            Error::Source(error) => error.fault(),
+            Error::Apply(error) => error.fault(),
+            Error::Copy(error) => error.fault(),
+            Error::Schema(error) => error.fault(),
+            Error::Cutover(error) => error.fault(),
+            Error::LeaseLost => Fault::Retry,
+            _ => Fault::Stop,
+        }
+    }
+}

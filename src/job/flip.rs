@@ -1,0 +1,300 @@
+//! Cutover and rollback as a runner does them: arming the way back, the choreography with its journal
+//! in the home database, and picking up what a crash left.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::run::{Notice, Runner, published};
+use super::state::{Event, Phase};
+use super::store::{FlipRecord, Store};
+use super::{Error, Result};
+use crate::cutover::{self, FenceKind, Journal, Plan, barrier};
+use crate::id::Stream;
+use crate::pg::{Purpose, Session};
+use crate::route::{self, Route};
+use crate::source::{publication, slot};
+use crate::apply;
+
+/// A cutover or rollback as asked for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FlipRequest {
+    /// `forward`: cutover; `reverse`: rollback.
+    pub flip: String,
+    /// Tells this attempt from others in the journal.
+    pub attempt: String,
+    /// `--fence`.
+    pub fence: String,
+    /// `--route`, as given.
+    pub routes: Vec<String>,
+    /// `--max-lag`, in milliseconds.
+    pub max_lag_ms: u64,
+    /// `--timeout`, in milliseconds.
+    pub timeout_ms: u64,
+    /// `--lock-timeout`, in milliseconds.
+    pub lock_timeout_ms: u64,
+    /// `--max-hold`, in milliseconds.
+    pub max_hold_ms: u64,
+    /// `--dry-run`.
+    pub dry_run: bool,
+}
+
+impl FlipRequest {
+    /// What is stored before the flip begins.
+    pub fn record(&self) -> FlipRecord {
+        FlipRecord {
+            attempt: self.attempt.clone(),
+            flip: self.flip.clone(),
+            fence: self.fence.clone(),
+            routes: self.routes.clone(),
+            released: false,
+        }
+    }
+
+    fn stream(&self) -> Stream {
+        stream_of(&self.flip)
+    }
+}
+
+fn stream_of(flip: &str) -> Stream {
+    if flip == "reverse" { Stream::Reverse } else { Stream::Forward }
+}
+
+impl Runner {
+    /// Checks that the flip fits the phase, and makes the way back: publication, slot and origin of
+    /// the reverse stream, which then runs (canaries only) from before the switch.
+    pub(super) async fn arm(&mut self, request: &FlipRequest) -> Result<Event> {
+        let row = self.row().await?;
+        let event = Event::FlipAsked(request.stream());
+        super::state::step(row.phase, event)?;
+        parse_routes(&request.routes)?;
+        request.fence.parse::<FenceKind>()?;
+        if !row.armed {
+            self.say(Notice::Said("arming the way back".to_string()));
+            self.make_reverse().await?;
+            self.store.set_armed(true).await?;
+        }
+        self.follow_reverse_now().await?;
+        Ok(event)
+    }
+
+    /// A new slot never meets old progress (law 4): both are made here, after both were dropped.
+    async fn make_reverse(&mut self) -> Result<()> {
+        let name = self.config.job.object(Stream::Reverse);
+        let tables = self.tables(&self.config.target).await?;
+        let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
+        let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
+        slot::drop(&mut target, &name).await?;
+        apply::progress::forget(&mut source, &name).await?;
+        let names = published(&tables, target.major_version());
+        publication::ensure(&mut target, &name, &names).await?;
+        slot::create_plain(&mut target, &name).await?;
+        Ok(())
+    }
+
+    async fn follow_reverse_now(&mut self) -> Result<()> {
+        if self.reverse.is_none() {
+            let pipe = self.pipe(Stream::Reverse, std::collections::HashMap::new()).await?;
+            self.reverse = Some(pipe);
+        }
+        Ok(())
+    }
+
+    /// Runs the choreography and answers whoever asked.
+    pub(super) async fn flip(&mut self, flip: Stream) -> Result<Event> {
+        let Some((_, request)) = self.asked.clone() else {
+            return Err(Error::State("a flip without a request".to_string()));
+        };
+        let outcome = self.fly(flip, &request).await;
+        match outcome {
+            Ok(outcome) => {
+                let value = serde_json::to_value(&outcome).unwrap_or(Value::Null);
+                self.answer_flip(Ok(value)).await?;
+                let event = if request.dry_run { Event::FlipUndone } else { Event::Flipped };
+                Ok(event(flip))
+            }
+            Err(error @ Error::Cutover(cutover::Error::NotUndone { .. })) => {
+                self.answer_flip(Err(error.to_string())).await?;
+                Err(error)
+            }
+            Err(error) => {
+                if flip == Stream::Forward && self.reverse_open.load(Ordering::SeqCst) {
+                    self.drain_reverse().await?;
+                }
+                self.reverse_open.store(flip == Stream::Reverse, Ordering::SeqCst);
+                self.answer_flip(Err(error.to_string())).await?;
+                Ok(Event::FlipUndone(flip))
+            }
+        }
+    }
+
+    async fn fly(&mut self, flip: Stream, request: &FlipRequest) -> Result<cutover::Outcome> {
+        if flip == Stream::Forward {
+            self.refuse_rogue_writes().await?;
+        }
+        let mut plan = self.flight_plan(flip, request).await?;
+        let mut journal = HomeJournal {
+            store: &mut self.store,
+            record: request.record(),
+            phase: if flip == Stream::Forward { Phase::Switched } else { Phase::RolledBack },
+            open: self.reverse_open.clone(),
+        };
+        Ok(cutover::run(&mut plan, &mut journal).await?)
+    }
+
+    async fn flight_plan(&mut self, flip: Stream, request: &FlipRequest) -> Result<Plan> {
+        let (source, target) = (self.config.source.clone(), self.config.target.clone());
+        let (live, dest, pipe) = match flip {
+            Stream::Forward => (&source, &target, &self.forward),
+            Stream::Reverse => (&target, &source, &self.reverse),
+        };
+        let carry = pipe.as_ref().map(|pipe| pipe.applied.clone());
+        let carry = carry.ok_or(cutover::Error::StreamStopped)?;
+        let tables = self.tables(live).await?.into_iter().map(|t| t.name).collect();
+        let millis = Duration::from_millis;
+        Ok(Plan {
+            flip,
+            job: self.config.job.clone(),
+            live: live.clone(),
+            dest: dest.clone(),
+            tables,
+            fence: request.fence.parse()?,
+            routes: parse_routes(&request.routes)?,
+            context: self.context(flip),
+            max_lag: millis(request.max_lag_ms),
+            lock_timeout: millis(request.lock_timeout_ms),
+            timeout: millis(request.timeout_ms),
+            max_hold: millis(request.max_hold_ms),
+            carry,
+            dry_run: request.dry_run,
+        })
+    }
+
+    fn context(&self, flip: Stream) -> route::Context {
+        route::Context {
+            job: self.config.job.to_string(),
+            flip,
+            source: self.config.source.clone(),
+            target: self.config.target.clone(),
+        }
+    }
+
+    /// Before the switch the reverse stream applies canaries only and counts the rest as filtered:
+    /// what it counted was written to the target by somebody else.
+    async fn refuse_rogue_writes(&mut self) -> Result<()> {
+        if self.row().await?.flip.is_some_and(|f| f.released) {
+            return Ok(()); // After a rollback the counters hold the application's own changes.
+        }
+        let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
+        let row = source
+            .query_opt(
+                "select sum(filtered) over (), schema || '.' || name from walferry.stream_table \
+                 where stream = $1 and filtered > 0 and schema <> 'walferry' limit 1",
+                &[Some(&self.config.job.object(Stream::Reverse))],
+            )
+            .await?;
+        let Some(row) = row else { return Ok(()) };
+        Err(cutover::Error::RogueWrites { changes: row.parse(0)?, table: row.string(1)? }.into())
+    }
+
+    /// After a crash in the middle of a flip that had not passed its point of no return.
+    pub(super) async fn undo_flip(&mut self) -> Result<Event> {
+        let row = self.row().await?;
+        let Some(record) = row.flip else {
+            return Ok(Event::FlipUndone(Stream::Forward));
+        };
+        self.say(Notice::Said(format!("undoing the {} flip that was cut short", record.flip)));
+        let flip = stream_of(&record.flip);
+        let live = match flip {
+            Stream::Forward => &self.config.source,
+            Stream::Reverse => &self.config.target,
+        };
+        let routes = parse_routes(&record.routes)?;
+        let fence = record.fence.parse()?;
+        cutover::undo(live, fence, &routes, &self.context(flip)).await?;
+        if flip == Stream::Forward && self.switch_had_begun(&record).await? {
+            self.drain_reverse().await?;
+        }
+        self.reverse_open.store(flip == Stream::Reverse, Ordering::SeqCst);
+        Ok(Event::FlipUndone(flip))
+    }
+
+    /// True if a route may have let clients through to the other side.
+    pub(super) async fn switch_had_begun(&mut self, record: &FlipRecord) -> Result<bool> {
+        let lines = self.store.journal(&record.attempt).await?;
+        Ok(lines.iter().any(|line| line.step == "switch"))
+    }
+
+    /// Brings home what clients wrote on the target before their route was flipped back.
+    async fn drain_reverse(&mut self) -> Result<()> {
+        let Some(pipe) = &self.reverse else { return Ok(()) };
+        let mut carry = pipe.applied.clone();
+        let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
+        let lsn = barrier::mark(&mut target, "undo").await?;
+        if barrier::reached(&mut carry, lsn, Duration::from_secs(60)).await? {
+            return Ok(());
+        }
+        let applied_lsn = carry.borrow().applied_lsn;
+        let waited = Duration::from_secs(60);
+        Err(cutover::Error::Drain { barrier_lsn: lsn, applied_lsn, waited }.into())
+    }
+
+    /// After a crash between the point of no return and the release of clients.
+    pub(super) async fn release_clients(&mut self) -> Result<Option<Event>> {
+        let Some(mut record) = self.row().await?.flip.filter(|f| !f.released) else {
+            return Ok(None);
+        };
+        let routes = parse_routes(&record.routes)?;
+        cutover::release(&routes, &self.context(stream_of(&record.flip))).await?;
+        record.released = true;
+        self.store.set_flip(&record).await?;
+        Ok(None)
+    }
+}
+
+/// Reads `--route` values.
+pub fn parse_routes(texts: &[String]) -> Result<Vec<Route>> {
+    let routes: std::result::Result<Vec<Route>, route::Error> =
+        texts.iter().map(|text| Route::parse(text)).collect();
+    Ok(routes.map_err(cutover::Error::from)?)
+}
+
+/// The journal in the home database.
+struct HomeJournal<'a> {
+    store: &'a mut Store,
+    record: FlipRecord,
+    phase: Phase,
+    open: std::sync::Arc<std::sync::atomic::AtomicBool>,
+}
+
+fn journal_error(error: Error) -> cutover::Error {
+    cutover::Error::Journal(error.to_string())
+}
+
+impl Journal for HomeJournal<'_> {
+    async fn begin(&mut self, step: &str) -> cutover::Result<String> {
+        if step == "switch" && self.phase == Phase::Switched {
+            // A hook may let clients through as soon as it flips: what they write on the target
+            // from here on is the application's, and flows back.
+            self.open.store(true, Ordering::SeqCst);
+        }
+        self.store.journal_begin(&self.record, step).await.map_err(journal_error)
+    }
+
+    async fn end(&mut self, handle: &str, ms: f64) -> cutover::Result<()> {
+        self.store.journal_end(handle, ms).await.map_err(journal_error)
+    }
+
+    async fn point_of_no_return(&mut self) -> cutover::Result<()> {
+        self.store.set_phase_and_flip(self.phase, &self.record).await.map_err(journal_error)?;
+        self.open.store(self.phase == Phase::Switched, Ordering::SeqCst);
+        Ok(())
+    }
+
+    async fn released(&mut self) -> cutover::Result<()> {
+        self.record.released = true;
+        self.store.set_flip(&self.record).await.map_err(journal_error)
+    }
+}

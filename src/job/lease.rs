@@ -1,0 +1,103 @@
+//! One runner at a time: an advisory lock on the home database.
+//!
+//! The lock belongs to a session of its own that does nothing else, so it is free the moment its
+//! holder's process dies, and within seconds of its network dying (the session asks its server for
+//! short TCP keepalives). What a dead predecessor left running is ended before the new holder
+//! works: a backend that still builds an index or applies a batch would otherwise race it.
+
+use std::time::Duration;
+
+use super::Result;
+use super::error::Error;
+use crate::clock::Deadline;
+use crate::id::JobName;
+use crate::pg::{Config, Purpose, Session};
+
+/// Class of our advisory locks: "walf" would not fit a role's own numbers by accident.
+const LOCK_CLASS: i32 = 0x77_61_6c_66;
+
+/// The right to run a job, held while this lives.
+#[derive(Debug)]
+pub struct Lease {
+    session: Session,
+}
+
+impl Lease {
+    /// Takes the lease if it is free; `None` if another runner holds it. `home` must carry the
+    /// application name of [`application_name`].
+    pub async fn try_take(home: &Config, job: &JobName) -> Result<Option<Lease>> {
+        let mut session = Session::connect(home, Purpose::Sql).await?;
+        // Not every platform or socket has these; where they are refused the defaults stay.
+        let keepalives = "set tcp_keepalives_idle = 5; set tcp_keepalives_interval = 3; \
+                          set tcp_keepalives_count = 3";
+        let _ = session.execute(keepalives).await;
+        let row = session
+            .query_one(
+                "select pg_catalog.pg_try_advisory_lock($1, pg_catalog.hashtext($2))",
+                &[Some(&LOCK_CLASS.to_string()), Some(job.as_str())],
+            )
+            .await?;
+        Ok(if row.bool(0)? { Some(Lease { session }) } else { None })
+    }
+
+    /// Fails once the lease is lost with its session. Cheap; asked every second.
+    pub async fn check(&mut self) -> Result<()> {
+        let asking = self.session.query("select 1");
+        match tokio::time::timeout(Duration::from_secs(10), asking).await {
+            Ok(answer) => answer.map(|_| ()).map_err(Error::from),
+            Err(_) => Err(Error::LeaseLost),
+        }
+    }
+
+    /// Process id of the backend that holds it.
+    pub fn process_id(&self) -> i32 {
+        self.session.process_id()
+    }
+}
+
+/// What a runner's sessions are called in pg_stat_activity.
+pub fn application_name(job: &JobName) -> String {
+    format!("walferry run {job}")
+}
+
+/// Ends sessions that a dead runner of this job left on a server, and waits until they are gone.
+/// `keep` are process ids of ours.
+pub async fn end_predecessors(session: &mut Session, job: &JobName, keep: &[i32]) -> Result<()> {
+    let keep: Vec<String> = keep.iter().map(i32::to_string).collect();
+    let keep = format!("{{{}}}", keep.join(","));
+    let name = application_name(job);
+    let deadline = Deadline::after(Duration::from_secs(30));
+    loop {
+        let left = session
+            .query_params(
+                "select pid, pg_catalog.pg_terminate_backend(pid) from pg_catalog.pg_stat_activity \
+                 where application_name = $1 and pid <> pg_catalog.pg_backend_pid() \
+                 and datname = pg_catalog.current_database() and pid <> all ($2::int[])",
+                &[Some(&name), Some(&keep)],
+            )
+            .await?;
+        if left.is_empty() {
+            return Ok(());
+        }
+        if deadline.passed() {
+            let pid = left.first().map(|r| r.string(0)).transpose()?.unwrap_or_default();
+            return Err(Error::Predecessor { peer: session.peer().to_string(), pid });
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// The backend that holds a job's lease, if one does.
+pub async fn holder(session: &mut Session, job: &JobName) -> Result<Option<String>> {
+    let row = session
+        .query_opt(
+            "select pid from pg_catalog.pg_locks where locktype = 'advisory' and granted \
+             and classid::int8 = $1 and objsubid = 2 \
+             and objid = (select oid from (select (pg_catalog.hashtext($2)::int8 & 4294967295)) h(oid)) \
+             and database = (select oid from pg_catalog.pg_database \
+                where datname = pg_catalog.current_database())",
+            &[Some(&LOCK_CLASS.to_string()), Some(job.as_str())],
+        )
+        .await?;
+    Ok(row.map(|r| r.string(0)).transpose()?)
+}

@@ -1,0 +1,41 @@
+//! The job: what walferry does from `run` to `finish`, across crashes and hosts.
+//!
+//! Why it exists: rooms below do one thing each and know nothing of each other. This room wires them,
+//! keeps the job's state in the home database (the target), and sees to it that exactly one process
+//! runs it.
+//!
+//! - `state`: the pure step function. `store`: its tables. `lease`: one runner at a time.
+//! - `run`: the runner, a loop of step and execute. `prepare`: check, publication, slot, tables.
+//!   `copying`: rows, then indexes and constraints. `pipeline`: one stream, kept going.
+//!   `attend`: what a runner does while it follows: commands, positions, lease. `flip`: arming the way
+//!   back, and the choreography with its journal. `cleanup`: finish and cancel.
+//! - `client`: commands from other processes. `align`: both sides held at one point, for verify.
+//!   `status`: what people and scripts see.
+//!
+//! What survives a crash: everything that is in a table, and nothing else; there are no local files.
+//! A runner that dies is replaced by any other; each phase begins by looking at what is there.
+//!
+//! Left out here: more than one task in a job (shard groups); they are built on the same runner.
+
+pub mod align;
+mod attend;
+pub mod cleanup;
+pub mod client;
+mod copying;
+pub mod error;
+mod flip;
+pub mod lease;
+pub mod pipeline;
+mod prepare;
+pub mod run;
+pub mod state;
+pub mod status;
+pub mod store;
+
+pub use error::Error;
+pub use flip::FlipRequest;
+pub use run::{JobConfig, Notice, Runner, Until};
+pub use state::Phase;
+
+/// Result with this room's error.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,210 @@
+//! One stream from slot to tables: source -> decode -> buffer -> apply, kept going.
+//!
+//! Reader and applier are two tasks with a bounded queue between them. Either may fail: then both are
+//! stopped, and both begin again from the progress that the target holds. Faults that may mend
+//! themselves (a restart, a cut network) are tried again for ever with growing pauses, and shown in
+//! status meanwhile; any other ends the pipe and the job stops with its message.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::Result;
+use super::error::Error;
+use crate::apply::{self, Applied, Applier};
+use crate::buffer::memory;
+use crate::change::Snapshot;
+use crate::clock::Backoff;
+use crate::fault::{Fault, Faulty};
+use crate::id::{JobName, QualifiedName, Stream};
+use crate::limit;
+use crate::lsn::Lsn;
+use crate::pg::{Config, Purpose, Session};
+use crate::source::{self, Positions};
+
+/// Decides whether a table's changes are applied. Asked for every change, so it must be cheap.
+pub type TableFilter = Arc<dyn Fn(&QualifiedName) -> bool + Send + Sync>;
+
+/// What a pipe needs to know.
+#[derive(Clone)]
+pub struct PipeOptions {
+    /// The job.
+    pub job: JobName,
+    /// Which way.
+    pub stream: Stream,
+    /// The side that is read.
+    pub from: Config,
+    /// The side that is written.
+    pub to: Config,
+    /// System identifier that the read side must have.
+    pub system: String,
+    /// Which tables are applied.
+    pub tables: TableFilter,
+    /// Tables that were copied under a snapshot later than the slot's.
+    pub visibility: HashMap<QualifiedName, Snapshot>,
+}
+
+/// A running stream. Dropping it stops it at once; [`Pipe::stop`] at a batch boundary.
+#[derive(Debug)]
+pub struct Pipe {
+    /// How far the written side is.
+    pub applied: watch::Receiver<Applied>,
+    /// How far the reader is.
+    pub positions: watch::Receiver<Positions>,
+    /// Set to stop applying at a position; `None` lets it run.
+    pub hold: watch::Sender<Option<Lsn>>,
+    /// A fault that is being tried again.
+    pub trouble: watch::Receiver<Option<String>>,
+    fatal: watch::Receiver<Option<String>>,
+    stop: watch::Sender<bool>,
+    task: JoinHandle<()>,
+}
+
+struct Ends {
+    applied: watch::Sender<Applied>,
+    positions: watch::Sender<Positions>,
+    hold: watch::Receiver<Option<Lsn>>,
+    trouble: watch::Sender<Option<String>>,
+    stop: watch::Receiver<bool>,
+}
+
+impl Pipe {
+    /// Starts the stream in tasks of its own. Does not wait for it to connect.
+    pub fn start(options: PipeOptions) -> Pipe {
+        let (applied_tx, applied) = watch::channel(Applied::default());
+        let (positions_tx, positions) = watch::channel(Positions::default());
+        let (hold, hold_rx) = watch::channel(None);
+        let (trouble_tx, trouble) = watch::channel(None);
+        let (fatal_tx, fatal) = watch::channel(None);
+        let (stop, stop_rx) = watch::channel(false);
+        let ends = Ends {
+            applied: applied_tx,
+            positions: positions_tx,
+            hold: hold_rx,
+            trouble: trouble_tx,
+            stop: stop_rx,
+        };
+        let task = tokio::spawn(async move {
+            if let Err(error) = supervise(&options, ends).await {
+                tracing::error!(stream = %options.stream, %error, "stream stopped");
+                let _ = fatal_tx.send(Some(error.to_string()));
+            }
+        });
+        Pipe { applied, positions, hold, trouble, fatal, stop, task }
+    }
+
+    /// The error that ended the stream, if one did.
+    pub fn fatal(&self) -> Option<String> {
+        self.fatal.borrow().clone()
+    }
+
+    /// Stops at the next batch boundary and waits until nothing runs any more.
+    pub async fn stop(self) {
+        let _ = self.stop.send(true);
+        let _ = self.task.await;
+    }
+}
+
+async fn supervise(options: &PipeOptions, mut ends: Ends) -> Result<()> {
+    let fresh = || Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+    let mut backoff = fresh();
+    loop {
+        let before = ends.applied.borrow().applied_lsn;
+        match attempt(options, &mut ends).await {
+            Ok(()) if *ends.stop.borrow() => return Ok(()),
+            // The server ended the stream politely (shutdown): begin again.
+            Ok(()) => {}
+            Err(error) if error.fault() == Fault::Retry => {
+                tracing::warn!(stream = %options.stream, %error, "stream broken, trying again");
+                let _ = ends.trouble.send(Some(error.to_string()));
+            }
+            Err(error) => return Err(error),
+        }
+        if ends.applied.borrow().applied_lsn > before {
+            backoff = fresh();
+        }
+        tokio::select! {
+            () = tokio::time::sleep(backoff.step()) => {}
+            _ = ends.stop.wait_for(|stop| *stop) => return Ok(()),
+        }
+    }
+}
+
+/// Connects both ends, checks that slot and progress fit, and runs until something ends.
+async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
+    let name = options.job.object(options.stream);
+    let mut applier = Applier::connect(
+        &options.to,
+        apply::Options {
+            origin: name.clone(),
+            stream: name.clone(),
+            tables: Some(options.tables.clone()),
+            visibility: options.visibility.clone(),
+            ..apply::Options::default()
+        },
+    )
+    .await?;
+    let progress = applier.progress();
+    check_slot(options, &name, progress).await?;
+    let (queue, feed) = memory::queue(limit::BUFFER_BYTES);
+    let reader = source::Stream::open(
+        &options.from,
+        source::StreamOptions {
+            slot: name.clone(),
+            publication: name.clone(),
+            start_lsn: progress,
+            system_identifier: Some(options.system.clone()),
+            skip_origins: vec![options.job.object(options.stream.opposite())],
+            ..source::StreamOptions::default()
+        },
+    )
+    .await?;
+    let _ = ends.trouble.send(None);
+    let (durable_tx, durable) = watch::channel(progress);
+    let (positions, stop) = (ends.positions.clone(), ends.stop.clone());
+    let mut reading = tokio::spawn(reader.run(queue, durable, positions, stop.clone()));
+    let (applied, hold) = (ends.applied.clone(), ends.hold.clone());
+    let mut applying =
+        tokio::spawn(async move { applier.run(feed, applied, hold, stop).await });
+    let mut watching = ends.applied.subscribe();
+    loop {
+        tokio::select! {
+            changed = watching.changed() => {
+                let durable_lsn = watching.borrow_and_update().durable_lsn;
+                let _ = durable_tx.send(durable_lsn);
+                if changed.is_err() { break; }
+            }
+            done = &mut applying => {
+                reading.abort();
+                return flatten(done).map_err(Error::from);
+            }
+            done = &mut reading => {
+                // What was received is still applied; then both begin again.
+                let read = flatten(done);
+                flatten(applying.await)?;
+                return read.map(|_| ()).map_err(Error::from);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A task's result; a panic in it is ours to pass on.
+fn flatten<T, E>(done: std::result::Result<std::result::Result<T, E>, tokio::task::JoinError>)
+-> std::result::Result<T, E> {
+    match done {
+        Ok(result) => result,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// Law 4: slot and progress must belong together.
+async fn check_slot(options: &PipeOptions, name: &str, progress: Lsn) -> Result<()> {
+    let mut session = Session::connect(&options.from, Purpose::Sql).await?;
+    let status = source::slot::status(&mut session, name).await?;
+    source::slot::check_continuity(name, status.as_ref(), progress)?;
+    Ok(())
+}

@@ -1,0 +1,100 @@
+//! Check; then publication, slot, and the target's tables.
+//!
+//! The slot is made before the dump is taken, so that nothing can fall between them: a column added
+//! after the dump is in the stream, where it is noticed. The slot's snapshot stays open for the copy;
+//! a run that comes later reads under a fresh one.
+
+use super::run::{Notice, Runner, published};
+use super::state::Event;
+use super::{Error, Result, check};
+use crate::id::Stream;
+use crate::pg::{Purpose, Session};
+use crate::source::{publication, slot};
+use crate::{apply, schema};
+
+impl Runner {
+    /// Looks for what stands in the way; errors stop the job before anything is made.
+    pub(super) async fn check(&mut self) -> Result<Event> {
+        let report = check::run(
+            &self.config.source,
+            &self.config.target,
+            &check::CheckOptions {
+                job: self.config.job.clone(),
+                selection: self.selection.clone(),
+                copy_jobs: self.config.jobs,
+                owners: self.config.owners,
+            },
+        )
+        .await?;
+        let mut errors = Vec::new();
+        for finding in &report.findings {
+            match finding.level {
+                check::Level::Error => errors.push(format!("{finding}")),
+                check::Level::Warning => self.say(Notice::Said(format!("warning: {finding}"))),
+                check::Level::Info => {}
+            }
+        }
+        if errors.is_empty() { Ok(Event::CheckPassed) } else { Err(Error::NotReady(errors.join("; "))) }
+    }
+
+    /// Publication, slot, dump, pre-data. Every part finds out whether it was done before.
+    pub(super) async fn make_schema(&mut self) -> Result<Event> {
+        let name = self.config.job.object(Stream::Forward);
+        let tables = self.tables(&self.config.source).await?;
+        let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
+        let names = published(&tables, source.major_version());
+        publication::ensure(&mut source, &name, &names).await?;
+        self.make_slot(&mut source, &name).await?;
+        let dump = match self.store.load_dump().await? {
+            Some((pre, post)) => schema::Dump { pre, post },
+            None => {
+                self.say(Notice::Said("dumping the schema".to_string()));
+                let options = schema::DumpOptions { owners: self.config.owners };
+                let target_major = self.store.session.major_version();
+                let dump = schema::dump(
+                    &self.config.source,
+                    &self.selection,
+                    source.major_version(),
+                    target_major,
+                    &options,
+                )
+                .await?;
+                self.store.save_dump(&dump.pre, &dump.post).await?;
+                dump
+            }
+        };
+        self.say(Notice::Said("creating tables on the target".to_string()));
+        let job = self.config.job.as_str().to_string();
+        schema::apply_pre(&mut self.store.session, &dump, &job).await?;
+        Ok(Event::SchemaMade)
+    }
+
+    /// Nothing has been applied yet in this phase, so a slot that is already there (from a run that
+    /// died here) may go on being used, and progress of an earlier life under the same name is
+    /// forgotten together with making a new one (law 4).
+    async fn make_slot(&mut self, source: &mut Session, name: &str) -> Result<()> {
+        if self.row().await?.slot_lsn.is_some() {
+            if slot::status(source, name).await?.is_some() {
+                return Ok(());
+            }
+        }
+        slot::drop(source, name).await?;
+        apply::progress::forget(&mut self.store.session, name).await?;
+        self.say(Notice::Said("creating the replication slot".to_string()));
+        let report = self.report.clone();
+        let waiting = move |line: &str| report(Notice::Said(line.to_string()));
+        let (created, holder) = slot::create(
+            &self.config.source,
+            name,
+            "pgoutput",
+            false,
+            self.config.slot_timeout,
+            &waiting,
+        )
+        .await?;
+        self.store.set_slot_lsn(created.consistent_lsn).await?;
+        self.slot_snapshot = Some(created.snapshot_name);
+        self.slot_holder = Some(holder);
+        Ok(())
+    }
+}

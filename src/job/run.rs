@@ -1,0 +1,425 @@
+//! The runner: takes the lease, then steps and executes until it is told to stop.
+//!
+//! Any fault that may mend itself drops everything (sessions, streams, lease) and begins again from
+//! the stored phase, which is the same as being killed and started again: one path, tested by both.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::flip::FlipRequest;
+use super::lease::{self, Lease};
+use super::pipeline::{Pipe, PipeOptions, TableFilter};
+use super::state::{Command, Event, Phase, step};
+use super::store::{DDL_BOTH, JobOptions, JobRow, Store, ensure};
+use super::{Error, Result, client};
+use crate::catalog::{Selection, Table, TableKind, tables};
+use crate::change::Snapshot;
+use crate::clock::Backoff;
+use crate::copy::CopyProgress;
+use crate::fault::{Fault, Faulty};
+use crate::id::{JobName, QualifiedName, Stream};
+use crate::pg::{Config, Purpose, Session};
+use crate::{apply, copy, schema};
+
+/// What a job is, apart from its state.
+#[derive(Clone, Debug)]
+pub struct JobConfig {
+    /// Its name.
+    pub job: JobName,
+    /// Where rows come from.
+    pub source: Config,
+    /// Where they go; also the home of the job's tables.
+    pub target: Config,
+    /// Table patterns.
+    pub options: JobOptions,
+    /// Tables read at the same time, and indexes built at the same time.
+    pub jobs: usize,
+    /// Tables larger than this are read in parts, in bytes of the main fork.
+    pub split_bytes: u64,
+    /// Copy owners and grants too.
+    pub owners: bool,
+    /// Limit of the wait for the slot's consistent point.
+    pub slot_timeout: Duration,
+}
+
+/// When the runner returns.
+#[derive(Clone, Debug)]
+pub enum Until {
+    /// When all rows, indexes and constraints are on the target.
+    Copied,
+    /// When the target was level with the source once.
+    Following,
+    /// When told to by a command, a signal or the end of the job.
+    Told,
+}
+
+/// What a runner tells whoever watches.
+#[derive(Clone, Debug)]
+pub enum Notice {
+    /// A new phase.
+    Phase(Phase),
+    /// Something worth a line.
+    Said(String),
+    /// Rows are being copied; look at the counters from time to time.
+    Copying(Arc<CopyProgress>),
+    /// Indexes and constraints: done, total, what is being built.
+    Building(usize, usize, String),
+    /// A fault that is being tried again.
+    Trouble(String),
+    /// Bytes the target is behind.
+    Lag(u64),
+}
+
+/// Receives notices; must not block.
+pub type Report = Arc<dyn Fn(Notice) + Send + Sync>;
+
+/// One process's hold on a job.
+pub struct Runner {
+    pub(super) config: JobConfig,
+    pub(super) report: Report,
+    pub(super) stop: watch::Receiver<bool>,
+    pub(super) store: Store,
+    pub(super) lease: Lease,
+    pub(super) listener: Session,
+    pub(super) selection: Selection,
+    pub(super) forward: Option<Pipe>,
+    pub(super) reverse: Option<Pipe>,
+    /// Whether the reverse stream applies more than canaries: true once applications are on the target.
+    pub(super) reverse_open: Arc<AtomicBool>,
+    /// The command whose flip is under way.
+    pub(super) asked: Option<(String, FlipRequest)>,
+    pub(super) slot_holder: Option<Session>,
+    pub(super) slot_snapshot: Option<String>,
+    pub(super) hold: Option<String>,
+    pub(super) level_at: Option<crate::lsn::Lsn>,
+}
+
+impl Runner {
+    /// Runs the job until `until`, `stop`, or an error that a person must mend. Gives the phase
+    /// reached. The error is stored with the job too, so that status shows it.
+    pub async fn run(
+        config: JobConfig,
+        until: Until,
+        report: Report,
+        mut stop: watch::Receiver<bool>,
+    ) -> Result<Phase> {
+        let fresh = || Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+        let mut backoff = fresh();
+        loop {
+            let started = tokio::time::Instant::now();
+            let outcome = Self::session(&config, &until, &report, &stop).await;
+            match outcome {
+                Err(error) if error.fault() == Fault::Retry && !*stop.borrow() => {
+                    tracing::warn!(%error, "trying again");
+                    report(Notice::Trouble(error.to_string()));
+                }
+                other => return other,
+            }
+            if started.elapsed() > Duration::from_secs(30) {
+                backoff = fresh();
+            }
+            tokio::select! {
+                () = tokio::time::sleep(backoff.step()) => {}
+                _ = stop.wait_for(|stop| *stop) => return Err(Error::Interrupted),
+            }
+        }
+    }
+
+    async fn session(
+        config: &JobConfig,
+        until: &Until,
+        report: &Report,
+        stop: &watch::Receiver<bool>,
+    ) -> Result<Phase> {
+        let mut runner = Self::open(config, report, stop).await?;
+        let mut stopping = stop.clone();
+        let outcome = tokio::select! {
+            outcome = runner.drive(until) => outcome,
+            // Long statements (an index build) are abandoned: their server rolls them back.
+            _ = wait_and_linger(&mut stopping) => Err(Error::Interrupted),
+        };
+        if let Err(error) = &outcome {
+            if error.fault() != Fault::Retry && !matches!(error, Error::Interrupted) {
+                let _ = runner.store.set_error(Some(&error.to_string())).await;
+            }
+        }
+        runner.stop_streams().await;
+        outcome
+    }
+
+    /// Takes the lease, ends what a dead predecessor left, makes the job's tables.
+    async fn open(
+        config: &JobConfig,
+        report: &Report,
+        stop: &watch::Receiver<bool>,
+    ) -> Result<Runner> {
+        let mut config = config.clone();
+        let name = lease::application_name(&config.job);
+        config.source = config.source.labelled("source").with_application_name(&name);
+        config.target = config.target.labelled("target").with_application_name(&name);
+        let lease = take_lease(&config).await?;
+        let mut home = Session::connect(&config.target, Purpose::Sql).await?;
+        let mut listener = Session::connect(&config.target, Purpose::Sql).await?;
+        let keep = [lease.process_id(), listener.process_id()];
+        lease::end_predecessors(&mut home, &config.job, &keep).await?;
+        let mut source = Session::connect(&config.source, Purpose::Sql).await?;
+        lease::end_predecessors(&mut source, &config.job, &[]).await?;
+        let mut store = Store::new(home, config.job.clone());
+        store.ensure(&[apply::DDL, copy::DDL, schema::DDL]).await?;
+        ensure(&mut source, &[DDL_BOTH, apply::DDL]).await?;
+        let systems = (system_of(&mut source).await?, system_of(&mut store.session).await?);
+        let places = (place(&config.source), place(&config.target));
+        store.create(&places.0, &places.1, (&systems.0, &systems.1), &config.options).await?;
+        let row = store.load().await?.ok_or_else(|| Error::State("the job is gone".to_string()))?;
+        accept(&config, &row, &systems)?;
+        listener
+            .execute(&format!("listen {}", crate::id::quote_ident(&config.job.channel())))
+            .await?;
+        let options = &config.options;
+        let selection =
+            Selection::parse(&options.include, &options.exclude, &options.schema_only)?;
+        Ok(Runner {
+            config,
+            report: report.clone(),
+            stop: stop.clone(),
+            store,
+            lease,
+            listener,
+            selection,
+            forward: None,
+            reverse: None,
+            reverse_open: Arc::new(AtomicBool::new(false)),
+            asked: None,
+            slot_holder: None,
+            slot_snapshot: None,
+            hold: None,
+            level_at: None,
+        })
+    }
+
+    async fn drive(&mut self, until: &Until) -> Result<Phase> {
+        let mut event = Event::Start;
+        loop {
+            let phase = self.row().await?.phase;
+            let (next, commands) = match step(phase, event) {
+                Ok(stepped) => stepped,
+                Err(refused) => {
+                    self.answer_flip(Err(refused.to_string())).await?;
+                    return Err(refused.into());
+                }
+            };
+            if next != phase {
+                self.enter(next).await?;
+            }
+            let mut following = None;
+            for command in commands {
+                if let Some(event) = self.execute(command).await? {
+                    following = Some(event);
+                }
+            }
+            event = match following {
+                Some(event) => event,
+                None if next == Phase::Checked => Event::Start,
+                None => match self.attend(until).await? {
+                    Some(event) => event,
+                    None => return Ok(self.row().await?.phase),
+                },
+            };
+        }
+    }
+
+    /// Stores a phase. One that begins a flip is stored with the flip's record.
+    async fn enter(&mut self, phase: Phase) -> Result<()> {
+        match (&self.asked, phase) {
+            (Some((_, request)), Phase::CuttingOver) => {
+                let record = request.record();
+                self.store.set_phase_and_flip(phase, &record).await?;
+            }
+            _ => self.store.set_phase(phase).await?,
+        }
+        self.say(Notice::Phase(phase));
+        Ok(())
+    }
+
+    async fn execute(&mut self, command: Command) -> Result<Option<Event>> {
+        Ok(match command {
+            Command::Check => Some(self.check().await?),
+            Command::MakeSchema => Some(self.make_schema().await?),
+            Command::Copy => Some(self.copy().await?),
+            Command::FollowForward => self.follow_forward().await?,
+            Command::FollowReverse => self.follow_reverse().await?,
+            Command::CatchUp => self.measure_level().await?,
+            Command::Flip(flip) => Some(self.flip(flip).await?),
+            Command::UndoFlip => Some(self.undo_flip().await?),
+            Command::ReleaseClients => self.release_clients().await?,
+            // Finish and cancel run without a runner: see `cleanup`.
+            Command::CleanUp => None,
+        })
+    }
+
+    async fn follow_forward(&mut self) -> Result<Option<Event>> {
+        if self.forward.is_none() {
+            let visibility = copy::visibility(&mut self.store.session, self.config.job.as_str())
+                .await?
+                .into_iter()
+                .map(|(table, (snapshot, _))| (table, snapshot))
+                .collect();
+            self.forward = Some(self.pipe(Stream::Forward, visibility).await?);
+        }
+        Ok(None)
+    }
+
+    async fn follow_reverse(&mut self) -> Result<Option<Event>> {
+        let row = self.row().await?;
+        let open = match (row.phase, &row.flip) {
+            (Phase::Switched, _) => true,
+            (Phase::CuttingOver, Some(flip)) => {
+                flip.flip == "reverse" || self.switch_had_begun(flip).await?
+            }
+            _ => false,
+        };
+        self.reverse_open.store(open, Ordering::SeqCst);
+        if row.armed && self.reverse.is_none() {
+            self.reverse = Some(self.pipe(Stream::Reverse, HashMap::new()).await?);
+        }
+        Ok(None)
+    }
+
+    /// Starts one stream.
+    pub(super) async fn pipe(
+        &mut self,
+        stream: Stream,
+        visibility: HashMap<QualifiedName, Snapshot>,
+    ) -> Result<Pipe> {
+        let row = self.row().await?;
+        let (from, to, system) = match stream {
+            Stream::Forward => (&self.config.source, &self.config.target, row.source_system),
+            Stream::Reverse => (&self.config.target, &self.config.source, row.target_system),
+        };
+        let selection = self.selection.clone();
+        let open = self.reverse_open.clone();
+        let tables: TableFilter = Arc::new(move |table: &QualifiedName| {
+            if table.schema == "walferry" {
+                return table.name == "canary";
+            }
+            (stream == Stream::Forward || open.load(Ordering::SeqCst)) && selection.has_rows(table)
+        });
+        Ok(Pipe::start(PipeOptions {
+            job: self.config.job.clone(),
+            stream,
+            from: from.clone(),
+            to: to.clone(),
+            system: system.unwrap_or_default(),
+            tables,
+            visibility,
+        }))
+    }
+
+    /// Stops both streams at a batch boundary.
+    pub(super) async fn stop_streams(&mut self) {
+        for pipe in [self.forward.take(), self.reverse.take()].into_iter().flatten() {
+            pipe.stop().await;
+        }
+    }
+
+    /// The job's row.
+    pub(super) async fn row(&mut self) -> Result<JobRow> {
+        let row = self.store.load().await?;
+        row.ok_or_else(|| Error::NoJob {
+            job: self.config.job.to_string(),
+            peer: self.store.session.peer().to_string(),
+        })
+    }
+
+    /// Tells the watcher.
+    pub(super) fn say(&self, notice: Notice) {
+        (self.report)(notice);
+    }
+
+    /// Tables of the source whose rows take part, parents included.
+    pub(super) async fn tables(&self, side: &Config) -> Result<Vec<Table>> {
+        let mut session = Session::connect(side, Purpose::Sql).await?;
+        let all = tables(&mut session, &self.selection).await?;
+        let keep = |t: &Table| self.selection.has_rows(&t.name) && !t.unlogged;
+        Ok(all.into_iter().filter(keep).collect())
+    }
+
+    pub(super) async fn answer_flip(
+        &mut self,
+        outcome: std::result::Result<serde_json::Value, String>,
+    ) -> Result<()> {
+        if let Some((id, _)) = self.asked.take() {
+            client::answer(&mut self.store.session, &id, outcome).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Tables to publish: on 13 and later a partition tree by its root, which covers partitions to come;
+/// before, its leaves.
+pub(super) fn published(tables: &[Table], major_version: u32) -> Vec<QualifiedName> {
+    tables
+        .iter()
+        .filter(|t| match t.kind {
+            TableKind::Partitioned => major_version >= 13 && t.partition_of.is_none(),
+            TableKind::Plain => major_version < 13 || t.partition_of.is_none(),
+        })
+        .map(|t| t.name.clone())
+        .chain([QualifiedName::new("walferry", "canary")])
+        .collect()
+}
+
+/// After a stop is asked for, what is under way gets a moment to end by itself.
+async fn wait_and_linger(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+}
+
+/// The lease, waiting a little for a predecessor whose session its server has not yet noticed dead.
+async fn take_lease(config: &JobConfig) -> Result<Lease> {
+    for _ in 0..20 {
+        if let Some(lease) = Lease::try_take(&config.target, &config.job).await? {
+            return Ok(lease);
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let mut session = Session::connect(&config.target, Purpose::Sql).await?;
+    let pid = lease::holder(&mut session, &config.job).await?;
+    Err(Error::Busy { job: config.job.to_string(), pid: pid.unwrap_or_default() })
+}
+
+/// `pg_control_system()`'s identifier: what tells one cluster from another.
+pub(super) async fn system_of(session: &mut Session) -> Result<String> {
+    let sql = "select system_identifier from pg_catalog.pg_control_system()";
+    Ok(session.query_one(sql, &[]).await?.string(0)?)
+}
+
+/// Host, port and database, for people.
+pub(super) fn place(config: &Config) -> String {
+    config.hosts.first().map(|host| config.clone().labelled("").peer(host)).unwrap_or_default()
+}
+
+/// Refuses to go on with other servers or other tables than the job was made with.
+fn accept(config: &JobConfig, row: &JobRow, systems: &(String, String)) -> Result<()> {
+    let sides = [
+        ("--source", &row.source_system, &systems.0),
+        ("--target", &row.target_system, &systems.1),
+    ];
+    for (side, stored, found) in sides {
+        if let Some(expected) = stored.as_ref().filter(|s| *s != found) {
+            let (found, expected) = (found.clone(), expected.clone());
+            return Err(Error::OtherSystem { side, found, expected });
+        }
+    }
+    if row.options != config.options {
+        return Err(Error::OtherOptions {
+            job: config.job.to_string(),
+            planned: serde_json::to_string(&row.options).unwrap_or_default(),
+        });
+    }
+    Ok(())
+}

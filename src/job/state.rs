@@ -1,0 +1,319 @@
+//! The states of a job, as a pure function: `step(phase, event) -> (phase, commands)`.
+//!
+//! ```text
+//! planned -> checked -> schema -> copying -> catching_up -> following
+//!                                                            |    ^
+//!                                                   cutover  v    | failed or undone
+//!                                                        cutting_over -> switched <-> rolled_back
+//! finished: from switched or rolled_back.   canceled: from anything before switched.
+//! ```
+//!
+//! Every phase is stored in the home database before its work begins, so a run that died is taken
+//! up by the phase's own entry command, which is why each command can be repeated. `error` is not a
+//! phase of its own here: a job keeps the phase to resume in, and the error beside it.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::id::Stream;
+
+/// Where a job stands. Stored in `walferry.job.phase`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Phase {
+    /// Set when the job is first written down. Nothing exists on either side but schema walferry.
+    Planned,
+    /// Set when check found no error. A crash here repeats nothing that matters.
+    Checked,
+    /// Set before the publication and the slot are made. In it: publication, slot, pre-data. A crash
+    /// finds what exists by name and goes on; the slot's snapshot is lost, the rows are then read
+    /// under a fresh one with the exact visibility rule.
+    Schema,
+    /// Set when the target has its tables. Finished tables survive a crash, half-read ones are read
+    /// again. In it too: indexes and constraints, each recorded in its own transaction.
+    Copying,
+    /// Set when all rows are there and the stream begins to be applied.
+    CatchingUp,
+    /// Set when the target was seen level with the source. Lag may grow again; the phase stays.
+    Following,
+    /// Set before a cutover or rollback touches anything. A crash undoes the attempt.
+    CuttingOver,
+    /// Set at the point of no return of a cutover: applications belong on the target.
+    Switched,
+    /// Set at the point of no return of a rollback: applications belong on the source.
+    RolledBack,
+    /// All that walferry made is gone, or about to be.
+    Finished,
+    /// Given up before the switch; the source is as it was found.
+    Canceled,
+}
+
+/// All phases with their stored names.
+const NAMES: [(Phase, &str); 11] = [
+    (Phase::Planned, "planned"),
+    (Phase::Checked, "checked"),
+    (Phase::Schema, "schema"),
+    (Phase::Copying, "copying"),
+    (Phase::CatchingUp, "catching_up"),
+    (Phase::Following, "following"),
+    (Phase::CuttingOver, "cutting_over"),
+    (Phase::Switched, "switched"),
+    (Phase::RolledBack, "rolled_back"),
+    (Phase::Finished, "finished"),
+    (Phase::Canceled, "canceled"),
+];
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = NAMES.iter().find(|(phase, _)| phase == self).map_or("unknown", |(_, n)| n);
+        f.write_str(name)
+    }
+}
+
+impl FromStr for Phase {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let found = NAMES.iter().find(|(_, name)| *name == text).map(|(phase, _)| *phase);
+        found.ok_or_else(|| format!("\"{text}\" is not a phase of this version of walferry"))
+    }
+}
+
+/// What happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A run begins, for the first time or after a stop.
+    Start,
+    /// Check found nothing that stands in the way.
+    CheckPassed,
+    /// Publication, slot and tables exist.
+    SchemaMade,
+    /// All rows, indexes and constraints are there.
+    CopyDone,
+    /// The target was seen level with the source.
+    CaughtUp,
+    /// A cutover (`Forward`) or rollback (`Reverse`) is asked for.
+    FlipAsked(Stream),
+    /// It passed its point of no return.
+    Flipped(Stream),
+    /// It was undone; applications go on where they were. Carries the phase it came from.
+    FlipUndone(Stream),
+    /// The end is asked for.
+    FinishAsked,
+    /// Giving up is asked for.
+    CancelAsked,
+}
+
+/// What to do, in order. Every command can be repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Look for what stands in the way.
+    Check,
+    /// Make publication, slot and tables.
+    MakeSchema,
+    /// Copy rows; build indexes and constraints.
+    Copy,
+    /// Stream and apply, forward.
+    FollowForward,
+    /// Stream and apply back, if the way back was armed.
+    FollowReverse,
+    /// Wait until the target is level.
+    CatchUp,
+    /// Undo a flip that a crash left half done.
+    UndoFlip,
+    /// Let clients through where a crash came after the point of no return.
+    ReleaseClients,
+    /// Run the choreography.
+    Flip(Stream),
+    /// Drop all that walferry made on both sides.
+    CleanUp,
+}
+
+/// The event does not fit the phase.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{asked} is not possible in phase {phase}: {why}")]
+pub struct Refused {
+    /// Where the job stands.
+    pub phase: Phase,
+    /// What was asked.
+    pub asked: &'static str,
+    /// What to do instead.
+    pub why: &'static str,
+}
+
+/// The one transition function. Does nothing itself.
+pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused> {
+    use Command::{
+        CatchUp, Check, CleanUp, Copy, FollowForward, FollowReverse, MakeSchema, ReleaseClients,
+        UndoFlip,
+    };
+    let refuse = |asked, why| Err(Refused { phase, asked, why });
+    let streams = || vec![FollowForward, FollowReverse];
+    Ok(match (phase, event) {
+        (Phase::Finished, _) => return refuse("this", "the job is finished; use another --name"),
+        (Phase::Canceled, Event::CancelAsked) => (Phase::Canceled, vec![CleanUp]),
+        (Phase::Canceled, _) => return refuse("this", "the job was canceled; use another --name"),
+
+        (Phase::Planned, Event::Start) => (Phase::Planned, vec![Check]),
+        (Phase::Checked, Event::Start) => (Phase::Schema, vec![MakeSchema]),
+        (Phase::Schema, Event::Start) => (Phase::Schema, vec![MakeSchema]),
+        (Phase::Copying, Event::Start) => (Phase::Copying, vec![Copy]),
+        (Phase::CatchingUp, Event::Start) => (phase, vec![FollowForward, CatchUp]),
+        (Phase::Following, Event::Start) => (phase, streams()),
+        (Phase::CuttingOver, Event::Start) => {
+            (phase, vec![FollowForward, FollowReverse, UndoFlip])
+        }
+        (Phase::Switched | Phase::RolledBack, Event::Start) => {
+            (phase, vec![FollowForward, FollowReverse, ReleaseClients])
+        }
+
+        (Phase::Planned, Event::CheckPassed) => (Phase::Checked, vec![]),
+        (Phase::Schema, Event::SchemaMade) => (Phase::Copying, vec![Copy]),
+        (Phase::Copying, Event::CopyDone) => (Phase::CatchingUp, vec![FollowForward, CatchUp]),
+        (Phase::CatchingUp, Event::CaughtUp) => (Phase::Following, vec![]),
+
+        (Phase::Following | Phase::RolledBack, Event::FlipAsked(Stream::Forward)) => {
+            (Phase::CuttingOver, vec![Command::Flip(Stream::Forward)])
+        }
+        (Phase::Switched, Event::FlipAsked(Stream::Reverse)) => {
+            (Phase::CuttingOver, vec![Command::Flip(Stream::Reverse)])
+        }
+        (_, Event::FlipAsked(Stream::Forward)) => {
+            return refuse("cutover", "it starts from following; walferry status tells how far it is");
+        }
+        (_, Event::FlipAsked(Stream::Reverse)) => {
+            return refuse("rollback", "it starts from switched; before that, cancel gives up");
+        }
+        (Phase::CuttingOver, Event::Flipped(Stream::Forward)) => (Phase::Switched, vec![]),
+        (Phase::CuttingOver, Event::Flipped(Stream::Reverse)) => (Phase::RolledBack, vec![]),
+        (Phase::CuttingOver, Event::FlipUndone(Stream::Forward)) => (Phase::Following, vec![]),
+        (Phase::CuttingOver, Event::FlipUndone(Stream::Reverse)) => (Phase::Switched, vec![]),
+
+        (Phase::Switched | Phase::RolledBack, Event::FinishAsked) => {
+            (Phase::Finished, vec![CleanUp])
+        }
+        (_, Event::FinishAsked) => {
+            return refuse("finish", "it ends a job that was switched or rolled back; use cancel");
+        }
+        (Phase::Switched | Phase::CuttingOver, Event::CancelAsked) => {
+            return refuse("cancel", "the switch has been made or begun; use rollback or finish");
+        }
+        (_, Event::CancelAsked) => (Phase::Canceled, vec![CleanUp]),
+        (phase, event) => unexpected(phase, event)?,
+    })
+}
+
+/// Events that only walferry itself gives, in a phase where it never should.
+fn unexpected(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused> {
+    let asked = match event {
+        Event::Start => "start",
+        Event::CheckPassed => "check passed",
+        Event::SchemaMade => "schema made",
+        Event::CopyDone => "copy done",
+        Event::CaughtUp => "caught up",
+        Event::Flipped(_) => "flipped",
+        Event::FlipUndone(_) => "flip undone",
+        Event::FlipAsked(_) | Event::FinishAsked | Event::CancelAsked => "this",
+    };
+    Err(Refused { phase, asked, why: "this is a fault of walferry itself; please report it" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn run(events: &[Event]) -> Phase {
+        events.iter().fold(Phase::Planned, |phase, event| step(phase, *event).unwrap().0)
+    }
+
+    #[test]
+    fn the_usual_road_goes_there_and_back() {
+        use Event::*;
+        let road = [
+            Start,
+            CheckPassed,
+            Start,
+            SchemaMade,
+            CopyDone,
+            CaughtUp,
+            FlipAsked(Stream::Forward),
+            Flipped(Stream::Forward),
+            FlipAsked(Stream::Reverse),
+            Flipped(Stream::Reverse),
+            FlipAsked(Stream::Forward),
+            Flipped(Stream::Forward),
+            FinishAsked,
+        ];
+        assert_eq!(run(&road), Phase::Finished);
+    }
+
+    #[test]
+    fn names_round_trip() {
+        for (phase, name) in NAMES {
+            assert_eq!(name.parse::<Phase>().unwrap(), phase);
+            assert_eq!(phase.to_string(), name);
+        }
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        use Event::*;
+        prop_oneof![
+            Just(Start),
+            Just(CheckPassed),
+            Just(SchemaMade),
+            Just(CopyDone),
+            Just(CaughtUp),
+            Just(FlipAsked(Stream::Forward)),
+            Just(FlipAsked(Stream::Reverse)),
+            Just(Flipped(Stream::Forward)),
+            Just(Flipped(Stream::Reverse)),
+            Just(FlipUndone(Stream::Forward)),
+            Just(FlipUndone(Stream::Reverse)),
+            Just(FinishAsked),
+            Just(CancelAsked),
+        ]
+    }
+
+    proptest! {
+        /// vitess#19680: nothing restarts or cancels a job past its point of no return.
+        #[test]
+        fn vitess_19680_no_way_leads_from_switched_to_canceled(
+            events in proptest::collection::vec(event(), 1..60)
+        ) {
+            let mut phase = Phase::Planned;
+            let mut live = Stream::Forward; // direction in which a flip is due
+            for event in events {
+                let Ok((next, commands)) = step(phase, event) else { continue };
+                if commands.contains(&Command::CleanUp) {
+                    prop_assert!(matches!(next, Phase::Finished | Phase::Canceled));
+                }
+                if next == Phase::Canceled {
+                    prop_assert!(phase != Phase::Switched && phase != Phase::CuttingOver);
+                }
+                if let Event::FlipAsked(flip) = event {
+                    // A flip only ever starts towards the side that is not live.
+                    prop_assert_eq!(flip, live);
+                }
+                match (event, next) {
+                    (Event::Flipped(Stream::Forward), _) => live = Stream::Reverse,
+                    (Event::Flipped(Stream::Reverse), _) => live = Stream::Forward,
+                    (Event::FlipUndone(stream), _) => live = stream,
+                    _ => {}
+                }
+                if phase >= Phase::Finished {
+                    prop_assert_eq!(phase, next);
+                }
+                phase = next;
+            }
+        }
+
+        /// After any crash, Start has an answer in every phase that is not an end.
+        #[test]
+        fn a_run_can_start_in_every_open_phase(index in 0_usize..9) {
+            let phase = NAMES[index].0;
+            let (next, commands) = step(phase, Event::Start).unwrap();
+            prop_assert!(!commands.is_empty());
+            prop_assert!(next >= phase);
+        }
+    }
+}

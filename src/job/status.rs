@@ -1,0 +1,189 @@
+//! What people and scripts see of a job, read from its tables; works whether a runner lives or not.
+
+use serde::Serialize;
+
+use super::run::{JobConfig, place};
+use super::state::Phase;
+use super::store::{Store, StreamRow};
+use super::{Error, Result, lease};
+use crate::id::Stream;
+use crate::lsn::Lsn;
+use crate::pg::{Purpose, Session};
+use crate::source::slot;
+
+/// One table's figures.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct TableStatus {
+    /// `schema.table`.
+    pub name: String,
+    /// Rows copied so far, of finished parts.
+    pub rows_copied: i64,
+    /// Bytes copied so far, of finished parts.
+    pub bytes_copied: i64,
+    /// `todo`, `copying` or `done`.
+    pub copy_state: String,
+    /// Changes decoded (law 10: decoded = applied + filtered + quarantined).
+    pub decoded: i64,
+    /// Changes applied.
+    pub applied: i64,
+    /// Changes left out on purpose: visible in the copy already, or not of this job.
+    pub filtered: i64,
+    /// Changes set aside.
+    pub quarantined: i64,
+}
+
+/// The reverse stream's part.
+#[derive(Clone, Debug, Serialize)]
+pub struct ReverseStatus {
+    /// Its positions.
+    #[serde(flatten)]
+    pub positions: StreamRow,
+    /// Its counters by table.
+    pub tables: Vec<TableStatus>,
+}
+
+/// All of it, as `status --json` prints it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Status {
+    /// The job.
+    pub job: String,
+    /// Where it stands.
+    pub phase: String,
+    /// Where the source is.
+    pub source: String,
+    /// Where the target is.
+    pub target: String,
+    /// Backend of the runner that lives, if one does.
+    pub runner: Option<String>,
+    /// The forward stream's positions.
+    #[serde(flatten)]
+    pub positions: StreamRow,
+    /// By table.
+    pub tables: Vec<TableStatus>,
+    /// The reverse stream, once armed.
+    pub reverse: Option<ReverseStatus>,
+    /// What stopped the job, or keeps a stream from flowing.
+    pub error: Option<String>,
+}
+
+/// Reads a job's status. The source is asked too, where it answers: a runner that is not alive leaves
+/// stale positions, and the slot knows better.
+pub async fn read(config: &JobConfig) -> Result<Status> {
+    let home = Session::connect(&config.target, Purpose::Sql).await?;
+    let mut store = Store::new(home, config.job.clone());
+    let row = store.load().await?;
+    let row = row.ok_or_else(|| Error::NoJob {
+        job: config.job.to_string(),
+        peer: place(&config.target),
+    })?;
+    let runner = lease::holder(&mut store.session, &config.job).await?;
+    let mut positions = store.load_stream(Stream::Forward).await?.unwrap_or_default();
+    let mut source = Session::connect(&config.source, Purpose::Sql).await.ok();
+    let open = !matches!(row.phase, Phase::Finished | Phase::Canceled);
+    if let (Some(source), true, true) = (&mut source, runner.is_none(), open) {
+        refresh(config, Stream::Forward, source, &mut positions).await?;
+    }
+    let name = config.job.object(Stream::Forward);
+    let tables = tables(&mut store.session, config.job.as_str(), &name).await?;
+    let reverse = if row.armed {
+        let mut positions = store.load_stream(Stream::Reverse).await?.unwrap_or_default();
+        if runner.is_none() && open {
+            refresh(config, Stream::Reverse, &mut store.session, &mut positions).await?;
+        }
+        let name = config.job.object(Stream::Reverse);
+        let tables = match &mut source {
+            Some(source) => counters(source, &name).await?,
+            None => Vec::new(),
+        };
+        Some(ReverseStatus { positions, tables })
+    } else {
+        None
+    };
+    Ok(Status {
+        job: config.job.to_string(),
+        phase: row.phase.to_string(),
+        source: row.source,
+        target: row.target,
+        runner,
+        error: row.error.or_else(|| positions.error.clone()),
+        positions,
+        tables,
+        reverse,
+    })
+}
+
+/// Without a runner: what the slot was told, and how far the side's WAL has gone since.
+async fn refresh(
+    config: &JobConfig,
+    stream: Stream,
+    session: &mut Session,
+    positions: &mut StreamRow,
+) -> Result<()> {
+    let Some(status) = slot::status(session, &config.job.object(stream)).await? else {
+        return Ok(());
+    };
+    let row = session.query_one("select pg_catalog.pg_current_wal_insert_lsn()", &[]).await?;
+    let end_lsn = row.lsn(0)?;
+    let confirmed_lsn = status.confirmed_flush_lsn.unwrap_or(Lsn::ZERO);
+    positions.confirmed_lsn = Some(confirmed_lsn.to_string());
+    let applied = positions.applied_lsn.as_deref().and_then(|l| l.parse().ok());
+    let applied_lsn = applied.unwrap_or(confirmed_lsn).max(confirmed_lsn);
+    positions.lag_bytes = Some(end_lsn.bytes_since(applied_lsn) as i64);
+    Ok(())
+}
+
+async fn counters(session: &mut Session, stream: &str) -> Result<Vec<TableStatus>> {
+    let there = "select pg_catalog.to_regclass('walferry.stream_table') is not null";
+    if !session.query_one(there, &[]).await?.bool(0)? {
+        return Ok(Vec::new());
+    }
+    let rows = session
+        .query_params(
+            "select schema || '.' || name, decoded, applied, filtered, quarantined \
+             from walferry.stream_table where stream = $1 and schema <> 'walferry' order by 1",
+            &[Some(stream)],
+        )
+        .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(TableStatus {
+                name: row.string(0)?,
+                decoded: row.parse(1)?,
+                applied: row.parse(2)?,
+                filtered: row.parse(3)?,
+                quarantined: row.parse(4)?,
+                ..TableStatus::default()
+            })
+        })
+        .collect()
+}
+
+async fn tables(session: &mut Session, job: &str, stream: &str) -> Result<Vec<TableStatus>> {
+    let mut tables = counters(session, stream).await?;
+    let there = "select pg_catalog.to_regclass('walferry.table_copy') is not null";
+    if !session.query_one(there, &[]).await?.bool(0)? {
+        return Ok(tables);
+    }
+    let rows = session
+        .query_params(
+            "select schema || '.' || name, coalesce(sum(rows), 0), coalesce(sum(bytes), 0), \
+             case when bool_and(state = 'done') then 'done' \
+                when bool_or(state = 'done') then 'copying' else 'todo' end \
+             from walferry.table_copy where job = $1 group by 1 order by 1",
+            &[Some(job)],
+        )
+        .await?;
+    for row in &rows {
+        let name = row.string(0)?;
+        if !tables.iter().any(|t| t.name == name) {
+            tables.push(TableStatus { name: name.clone(), ..TableStatus::default() });
+        }
+        if let Some(table) = tables.iter_mut().find(|t| t.name == name) {
+            table.rows_copied = row.parse(1)?;
+            table.bytes_copied = row.parse(2)?;
+            table.copy_state = row.string(3)?;
+        }
+    }
+    tables.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(tables)
+}

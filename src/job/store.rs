@@ -1,0 +1,438 @@
+//! The job's own tables, in schema `walferry` of the home database (the target), and the few on the
+//! source that the way back needs.
+//!
+//! State is in tables and not in files, so that status can be read by SQL from anywhere, a new host
+//! can take over, and a switch commits together with its journal.
+
+use serde::{Deserialize, Serialize};
+
+use super::Result;
+use super::error::Error;
+use super::state::Phase;
+use crate::id::{JobName, Stream};
+use crate::lsn::Lsn;
+use crate::pg::{Row, Session};
+
+/// Tables of both sides: the canary that proves a stream, and the seal of a fence.
+///
+/// The seal's trigger function raises always; whether it stands is decided by the trigger's presence
+/// and state, because catalogs are read as they are now even by a transaction whose snapshot is old.
+pub const DDL_BOTH: &str = "
+create schema if not exists walferry;
+create table if not exists walferry.canary (
+    job text not null, leg text not null, token text not null, primary key (job, leg));
+create or replace function walferry.seal() returns trigger language plpgsql as $seal$
+begin
+    raise exception 'this database has moved: table %.% takes no writes here any more',
+        tg_table_schema, tg_table_name
+        using errcode = 'read_only_sql_transaction',
+              hint = 'Connect to the new server. (A walferry cutover switched it.)';
+end $seal$;
+";
+
+/// Tables of the home database only.
+pub const DDL_HOME: &str = "
+create table if not exists walferry.job (
+    name text primary key, phase text not null, error text, source_system text, target_system text,
+    source text not null, target text not null, options jsonb not null default '{}',
+    slot_lsn pg_lsn, armed boolean not null default false, flip jsonb,
+    created_at timestamptz not null default now(), updated_at timestamptz not null default now());
+create table if not exists walferry.schema_dump (
+    job text primary key, pre text not null, post text not null);
+create table if not exists walferry.stream (
+    job text not null, stream text not null, received_lsn pg_lsn, decoded_lsn pg_lsn,
+    buffered_lsn pg_lsn, applied_lsn pg_lsn, durable_lsn pg_lsn, confirmed_lsn pg_lsn,
+    lag_bytes bigint, lag_seconds float8, error text, updated_at timestamptz not null default now(),
+    primary key (job, stream));
+create table if not exists walferry.journal (
+    id bigint generated always as identity primary key, job text not null, attempt text not null,
+    flip text not null, step text not null, ms float8,
+    at timestamptz not null default clock_timestamp());
+create table if not exists walferry.command (
+    id bigint generated always as identity primary key, job text not null, verb text not null,
+    args jsonb not null, state text not null default 'queued', result jsonb, error text,
+    created_at timestamptz not null default now(), seen_at timestamptz not null default now());
+";
+
+/// A row of `walferry.job`.
+#[derive(Clone, Debug)]
+pub struct JobRow {
+    /// Where the job stands.
+    pub phase: Phase,
+    /// What stopped it, if something did.
+    pub error: Option<String>,
+    /// `pg_control_system()` identifier of the source when the job was made.
+    pub source_system: Option<String>,
+    /// The same of the target.
+    pub target_system: Option<String>,
+    /// Where the source was, without secrets.
+    pub source: String,
+    /// Where the target was, without secrets.
+    pub target: String,
+    /// The options the job was planned with.
+    pub options: JobOptions,
+    /// The slot's consistent point, once it exists.
+    pub slot_lsn: Option<Lsn>,
+    /// The reverse slot, publication and origin exist.
+    pub armed: bool,
+    /// The cutover or rollback under way, or the last one.
+    pub flip: Option<FlipRecord>,
+}
+
+/// What a job was planned with; a resume must not silently differ.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobOptions {
+    /// `--include`.
+    pub include: Vec<String>,
+    /// `--exclude`.
+    pub exclude: Vec<String>,
+    /// `--schema-only`.
+    pub schema_only: Vec<String>,
+}
+
+/// What a flip needs to be undone or finished by another process.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FlipRecord {
+    /// Tells attempts apart in the journal.
+    pub attempt: String,
+    /// `forward` (cutover) or `reverse` (rollback).
+    pub flip: String,
+    /// `lock`, `read-only` or `none`.
+    pub fence: String,
+    /// Routes as given on the command line.
+    pub routes: Vec<String>,
+    /// Clients were let through after the point of no return.
+    pub released: bool,
+}
+
+/// One line of the journal.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JournalLine {
+    /// Name of the step.
+    pub step: String,
+    /// How long it took; `None` for one that was begun and not ended.
+    pub ms: Option<f64>,
+}
+
+/// Positions of one stream, as stored for status.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct StreamRow {
+    /// Highest position received.
+    pub received_lsn: Option<String>,
+    /// Highest position decoded.
+    pub decoded_lsn: Option<String>,
+    /// Highest position handed to the buffer.
+    pub buffered_lsn: Option<String>,
+    /// Highest position applied.
+    pub applied_lsn: Option<String>,
+    /// Highest position durable on the applying side.
+    pub durable_lsn: Option<String>,
+    /// What the slot was told.
+    pub confirmed_lsn: Option<String>,
+    /// Bytes of WAL between the writing side's end and `applied_lsn`.
+    pub lag_bytes: Option<i64>,
+    /// Age of the newest applied transaction while behind, 0 when level.
+    pub lag_seconds: Option<f64>,
+    /// What keeps the stream from flowing, if something does.
+    pub error: Option<String>,
+    /// Seconds since the row was written.
+    pub age_seconds: Option<f64>,
+}
+
+/// The job's tables, through one session with the home database.
+#[derive(Debug)]
+pub struct Store {
+    /// The session; callers may use it for their own statements between calls.
+    pub session: Session,
+    job: JobName,
+}
+
+impl Store {
+    /// Wraps a session with the home database. Makes nothing.
+    pub fn new(session: Session, job: JobName) -> Store {
+        Store { session, job }
+    }
+
+    /// The job's name.
+    pub fn job(&self) -> &JobName {
+        &self.job
+    }
+
+    /// Makes schema and tables where they are missing. `more` is DDL of the rooms below.
+    pub async fn ensure(&mut self, more: &[&str]) -> Result<()> {
+        ensure(&mut self.session, &[&[DDL_BOTH, DDL_HOME], more].concat()).await
+    }
+
+    /// True if the job's tables exist here.
+    pub async fn exists(&mut self) -> Result<bool> {
+        let row = self
+            .session
+            .query_one("select pg_catalog.to_regclass('walferry.job') is not null", &[])
+            .await?;
+        Ok(row.bool(0)?)
+    }
+
+    /// The job's row, `None` where there is no such job or no tables.
+    pub async fn load(&mut self) -> Result<Option<JobRow>> {
+        if !self.exists().await? {
+            return Ok(None);
+        }
+        let row = self
+            .session
+            .query_opt(
+                "select phase, error, source_system, target_system, source, target, options, \
+                 slot_lsn, armed, flip from walferry.job where name = $1",
+                &[Some(self.job.as_str())],
+            )
+            .await?;
+        row.as_ref().map(read_job).transpose()
+    }
+
+    /// Writes a new job down, in phase planned. Harmless if it exists.
+    pub async fn create(
+        &mut self,
+        source: &str,
+        target: &str,
+        systems: (&str, &str),
+        options: &JobOptions,
+    ) -> Result<()> {
+        let options = json(options)?;
+        self.session
+            .query_params(
+                "insert into walferry.job (name, phase, source, target, source_system, \
+                 target_system, options) values ($1, 'planned', $2, $3, $4, $5, $6::jsonb) \
+                 on conflict (name) do nothing",
+                &[
+                    Some(self.job.as_str()),
+                    Some(source),
+                    Some(target),
+                    Some(systems.0),
+                    Some(systems.1),
+                    Some(&options),
+                ],
+            )
+            .await?;
+        Ok(())
+    }
+
+    /// Sets one column of the job's row to a text value.
+    async fn set(&mut self, column: &str, value: Option<&str>) -> Result<()> {
+        let sql = format!(
+            "update walferry.job set {column} = $2, updated_at = now() where name = $1"
+        );
+        self.session.query_params(&sql, &[Some(self.job.as_str()), value]).await?;
+        Ok(())
+    }
+
+    /// Stores the phase and forgets the error.
+    pub async fn set_phase(&mut self, phase: Phase) -> Result<()> {
+        self.session
+            .query_params(
+                "update walferry.job set phase = $2, error = null, updated_at = now() \
+                 where name = $1",
+                &[Some(self.job.as_str()), Some(&phase.to_string())],
+            )
+            .await?;
+        Ok(())
+    }
+
+    /// Stores what stopped the job, `None` to forget it.
+    pub async fn set_error(&mut self, error: Option<&str>) -> Result<()> {
+        self.set("error", error).await
+    }
+
+    /// Stores the slot's consistent point.
+    pub async fn set_slot_lsn(&mut self, lsn: Lsn) -> Result<()> {
+        self.set("slot_lsn", Some(&lsn.to_string())).await
+    }
+
+    /// Stores whether the way back is armed.
+    pub async fn set_armed(&mut self, armed: bool) -> Result<()> {
+        self.set("armed", Some(if armed { "true" } else { "false" })).await
+    }
+
+    /// Stores the flip under way.
+    pub async fn set_flip(&mut self, flip: &FlipRecord) -> Result<()> {
+        let flip = json(flip)?;
+        self.set("flip", Some(&flip)).await
+    }
+
+    /// Stores the phase and the flip together: the point of no return, and its undoing.
+    ///
+    /// Committed synchronously: all that the target applied before is durable when this returns.
+    pub async fn set_phase_and_flip(&mut self, phase: Phase, flip: &FlipRecord) -> Result<()> {
+        let flip = json(flip)?;
+        self.session
+            .query_params(
+                "update walferry.job set phase = $2, flip = $3::jsonb, error = null, \
+                 updated_at = now() where name = $1",
+                &[Some(self.job.as_str()), Some(&phase.to_string()), Some(&flip)],
+            )
+            .await?;
+        Ok(())
+    }
+
+    /// Keeps the dump, so that a resume builds the same schema.
+    pub async fn save_dump(&mut self, pre: &str, post: &str) -> Result<()> {
+        self.session
+            .query_params(
+                "insert into walferry.schema_dump values ($1, $2, $3) on conflict (job) \
+                 do update set pre = excluded.pre, post = excluded.post",
+                &[Some(self.job.as_str()), Some(pre), Some(post)],
+            )
+            .await?;
+        Ok(())
+    }
+
+    /// The kept dump: pre-data and post-data.
+    pub async fn load_dump(&mut self) -> Result<Option<(String, String)>> {
+        let row = self
+            .session
+            .query_opt(
+                "select pre, post from walferry.schema_dump where job = $1",
+                &[Some(self.job.as_str())],
+            )
+            .await?;
+        Ok(match row {
+            Some(row) => Some((row.string(0)?, row.string(1)?)),
+            None => None,
+        })
+    }
+
+    /// Writes a step of a flip down before it is done; gives the line's id.
+    pub async fn journal_begin(&mut self, flip: &FlipRecord, step: &str) -> Result<String> {
+        let row = self
+            .session
+            .query_one(
+                "insert into walferry.journal (job, attempt, flip, step) values ($1, $2, $3, $4) \
+                 returning id",
+                &[Some(self.job.as_str()), Some(&flip.attempt), Some(&flip.flip), Some(step)],
+            )
+            .await?;
+        Ok(row.string(0)?)
+    }
+
+    /// Writes down that it is done.
+    pub async fn journal_end(&mut self, id: &str, ms: f64) -> Result<()> {
+        self.session
+            .query_params(
+                "update walferry.journal set ms = $2 where id = $1",
+                &[Some(id), Some(&format!("{ms:.3}"))],
+            )
+            .await?;
+        Ok(())
+    }
+
+    /// The lines of one attempt, oldest first.
+    pub async fn journal(&mut self, attempt: &str) -> Result<Vec<JournalLine>> {
+        let rows = self
+            .session
+            .query_params(
+                "select step, ms from walferry.journal where job = $1 and attempt = $2 order by id",
+                &[Some(self.job.as_str()), Some(attempt)],
+            )
+            .await?;
+        rows.iter()
+            .map(|row| Ok(JournalLine { step: row.string(0)?, ms: row.parse_opt(1)? }))
+            .collect()
+    }
+
+    /// Stores a stream's positions for status.
+    pub async fn save_stream(&mut self, stream: Stream, row: &StreamRow) -> Result<()> {
+        let lag_bytes = row.lag_bytes.map(|v| v.to_string());
+        let lag_seconds = row.lag_seconds.map(|v| format!("{v:.3}"));
+        self.session
+            .query_params(
+                "insert into walferry.stream as s values \
+                 ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, clock_timestamp()) \
+                 on conflict (job, stream) do update set received_lsn = excluded.received_lsn, \
+                 decoded_lsn = excluded.decoded_lsn, buffered_lsn = excluded.buffered_lsn, \
+                 applied_lsn = excluded.applied_lsn, durable_lsn = excluded.durable_lsn, \
+                 confirmed_lsn = excluded.confirmed_lsn, lag_bytes = excluded.lag_bytes, \
+                 lag_seconds = excluded.lag_seconds, error = excluded.error, \
+                 updated_at = excluded.updated_at",
+                &[
+                    Some(self.job.as_str()),
+                    Some(stream.as_str()),
+                    row.received_lsn.as_deref(),
+                    row.decoded_lsn.as_deref(),
+                    row.buffered_lsn.as_deref(),
+                    row.applied_lsn.as_deref(),
+                    row.durable_lsn.as_deref(),
+                    row.confirmed_lsn.as_deref(),
+                    lag_bytes.as_deref(),
+                    lag_seconds.as_deref(),
+                    row.error.as_deref(),
+                ],
+            )
+            .await?;
+        Ok(())
+    }
+
+    /// A stream's stored positions.
+    pub async fn load_stream(&mut self, stream: Stream) -> Result<Option<StreamRow>> {
+        let row = self
+            .session
+            .query_opt(
+                "select received_lsn, decoded_lsn, buffered_lsn, applied_lsn, durable_lsn, \
+                 confirmed_lsn, lag_bytes, lag_seconds, error, \
+                 extract(epoch from clock_timestamp() - updated_at) \
+                 from walferry.stream where job = $1 and stream = $2",
+                &[Some(self.job.as_str()), Some(stream.as_str())],
+            )
+            .await?;
+        let Some(row) = row else { return Ok(None) };
+        let text = |i| row.opt(i).map(|v| v.map(str::to_string));
+        Ok(Some(StreamRow {
+            received_lsn: text(0)?,
+            decoded_lsn: text(1)?,
+            buffered_lsn: text(2)?,
+            applied_lsn: text(3)?,
+            durable_lsn: text(4)?,
+            confirmed_lsn: text(5)?,
+            lag_bytes: row.parse_opt(6)?,
+            lag_seconds: row.parse_opt(7)?,
+            error: text(8)?,
+            age_seconds: row.parse_opt(9)?,
+        }))
+    }
+}
+
+/// Runs idempotent DDL quietly, one statement list after another, under a lock of our own so that
+/// two processes starting together do not trip over `if not exists`.
+pub async fn ensure(session: &mut Session, ddl: &[&str]) -> Result<()> {
+    let mut sql = String::from(
+        "begin; set local client_min_messages = error; \
+         select pg_catalog.pg_advisory_xact_lock(7823, 0);",
+    );
+    ddl.iter().for_each(|text| sql.push_str(text));
+    sql.push_str("; commit");
+    let outcome = session.execute(&sql).await;
+    if outcome.is_err() && session.in_transaction() {
+        session.execute("rollback").await?;
+    }
+    outcome?;
+    Ok(())
+}
+
+fn read_job(row: &Row) -> Result<JobRow> {
+    let text = |i| row.opt(i).map(|v| v.map(str::to_string));
+    let flip = row.opt(9)?.map(serde_json::from_str).transpose();
+    Ok(JobRow {
+        phase: row.str(0)?.parse().map_err(Error::State)?,
+        error: text(1)?,
+        source_system: text(2)?,
+        target_system: text(3)?,
+        source: row.string(4)?,
+        target: row.string(5)?,
+        options: serde_json::from_str(row.str(6)?)
+            .map_err(|e| Error::State(format!("walferry.job.options: {e}")))?,
+        slot_lsn: row.parse_opt(7)?,
+        armed: row.bool(8)?,
+        flip: flip.map_err(|e| Error::State(format!("walferry.job.flip: {e}")))?,
+    })
+}
+
+fn json<T: Serialize>(value: &T) -> Result<String> {
+    serde_json::to_string(value).map_err(|e| Error::State(e.to_string()))
+}
