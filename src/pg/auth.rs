@@ -10,9 +10,10 @@ use postgres_protocol::message::backend::Message;
 use postgres_protocol::message::frontend;
 use tokio::io::{AsyncWriteExt, WriteHalf};
 
+use super::config::ChannelBinding;
 use super::frame::{Frame, FrameReader};
 use super::socket::Socket;
-use super::{Config, Error, Result, ServerError};
+use super::{Config, Error, Host, Result, ServerError};
 use crate::secret::ExposeSecret;
 
 /// What the server told while the session began.
@@ -34,6 +35,8 @@ pub struct Handshake<'a> {
     pub writer: &'a mut WriteHalf<Socket>,
     /// Who we talk to, for errors.
     pub peer: &'a str,
+    /// The host among the config's: passwords differ per host.
+    pub host: &'a Host,
     /// RFC 5929 tls-server-end-point data, when the connection is TLS and the certificate gives it.
     pub channel_binding: Option<Vec<u8>>,
 }
@@ -74,39 +77,57 @@ impl Handshake<'_> {
     }
 
     fn refused(&self, detail: String) -> Error {
-        Error::Connect { peer: self.peer.to_string(), detail, transient: false }
+        Error::refused(self.peer, detail)
     }
 
     fn password<'c>(&self, config: &'c Config) -> Result<&'c [u8]> {
-        let password = config.password.as_ref().map(|p| p.expose_secret().as_bytes());
-        password.ok_or_else(|| {
-            self.refused(format!(
-                "the server asks for the password of role \"{}\" and none was given; \
-                 put it in the URI, PGPASSWORD or ~/.pgpass",
-                config.user
-            ))
-        })
+        if let Some(password) = config.password_for(self.host) {
+            return Ok(password.expose_secret().as_bytes());
+        }
+        let file = config.passfile.as_ref();
+        let problem = file.and_then(|f| f.problem()).map(|p| format!("; {p}")).unwrap_or_default();
+        Err(self.refused(format!(
+            "the server asks for the password of role \"{}\" and none was given; \
+             put it in the URI, PGPASSWORD or ~/.pgpass{problem}",
+            config.user
+        )))
+    }
+
+    /// Refuses to go on where `require_auth` rules the server's choice out.
+    fn allowed(&self, config: &Config, method: &str) -> Result<()> {
+        if config.require_auth.allows(method) {
+            return Ok(());
+        }
+        Err(self.refused(format!(
+            "the server chose authentication by \"{method}\", which require_auth={} rules out",
+            config.require_auth
+        )))
     }
 
     async fn authenticate(&mut self, config: &Config) -> Result<()> {
+        let mut asked = false;
         loop {
             match self.receive().await? {
-                Message::AuthenticationOk => return Ok(()),
+                Message::AuthenticationOk if asked => return Ok(()),
+                Message::AuthenticationOk => {
+                    self.bound_by_scram(config)?;
+                    return self.allowed(config, "none");
+                }
                 Message::AuthenticationCleartextPassword => {
-                    let mut out = BytesMut::new();
-                    let sent = frontend::password_message(self.password(config)?, &mut out);
-                    sent.map_err(|e| self.refused(e.to_string()))?;
-                    self.send(out).await?;
+                    self.allowed(config, "password")?;
+                    self.bound_by_scram(config)?;
+                    let password = self.password(config)?;
+                    self.send_password(password).await?;
                 }
                 Message::AuthenticationMd5Password(body) => {
+                    self.allowed(config, "md5")?;
+                    self.bound_by_scram(config)?;
                     let password = self.password(config)?;
                     let hash = md5_hash(config.user.as_bytes(), password, body.salt());
-                    let mut out = BytesMut::new();
-                    let sent = frontend::password_message(hash.as_bytes(), &mut out);
-                    sent.map_err(|e| self.refused(e.to_string()))?;
-                    self.send(out).await?;
+                    self.send_password(hash.as_bytes()).await?;
                 }
                 Message::AuthenticationSasl(body) => {
+                    self.allowed(config, "scram-sha-256")?;
                     let offered: Vec<String> =
                         body.mechanisms().map(|m| Ok(m.to_string())).collect().unwrap_or_default();
                     self.scram(config, &offered).await?;
@@ -119,7 +140,28 @@ impl Handshake<'_> {
                     ));
                 }
             }
+            asked = true;
         }
+    }
+
+    async fn send_password(&mut self, password: &[u8]) -> Result<()> {
+        let mut out = BytesMut::new();
+        let built = frontend::password_message(password, &mut out);
+        built.map_err(|e| self.refused(e.to_string()))?;
+        self.send(out).await
+    }
+
+    /// Only SCRAM binds the session to its TLS channel: under channel_binding=require a server
+    /// (or someone posing as it) that asks for less gets nothing.
+    fn bound_by_scram(&self, config: &Config) -> Result<()> {
+        if config.channel_binding != ChannelBinding::Require {
+            return Ok(());
+        }
+        Err(self.refused(
+            "channel_binding=require, but the server did not ask for SCRAM; set the role's \
+             password under password_encryption=scram-sha-256 and use scram-sha-256 in pg_hba.conf"
+                .to_string(),
+        ))
     }
 
     async fn scram(&mut self, config: &Config, offered: &[String]) -> Result<()> {
@@ -152,7 +194,6 @@ impl Handshake<'_> {
         config: &Config,
         offered: &[String],
     ) -> Result<(&'static str, sasl::ChannelBinding)> {
-        use super::config::ChannelBinding;
         let plus = offered.iter().any(|m| m == sasl::SCRAM_SHA_256_PLUS);
         let plain = offered.iter().any(|m| m == sasl::SCRAM_SHA_256);
         let data = match config.channel_binding {

@@ -22,6 +22,8 @@ pub struct CopyOut<'a> {
 pub struct CopyIn<'a> {
     session: &'a mut Session,
     out: BytesMut,
+    /// The server ended the COPY with an error, which has been given; it takes no more data.
+    failed: bool,
 }
 
 impl Session {
@@ -34,7 +36,7 @@ impl Session {
     /// Starts `COPY ... FROM STDIN`.
     pub async fn copy_in(&mut self, sql: &str) -> Result<CopyIn<'_>> {
         self.start_copy(sql).await?;
-        Ok(CopyIn { session: self, out: BytesMut::new() })
+        Ok(CopyIn { session: self, out: BytesMut::new(), failed: false })
     }
 
     async fn start_copy(&mut self, sql: &str) -> Result<()> {
@@ -91,26 +93,61 @@ impl CopyOut<'_> {
 }
 
 impl CopyIn<'_> {
-    /// Adds data; sent when enough has come together.
+    /// Adds data; sent when enough has come together. A row that the server refuses is reported
+    /// here as soon as the server says so; the session is then ready again and this COPY over.
     pub async fn write(&mut self, data: &[u8]) -> Result<()> {
+        if self.failed {
+            return Err(self.over());
+        }
         self.out.put_u8(b'd');
         self.out.put_u32(data.len() as u32 + 4);
         self.out.put_slice(data);
         if self.out.len() < COPY_SEND_BYTES {
             return Ok(());
         }
-        let out = self.out.split();
-        self.session.send(&out).await
+        self.flush().await
+    }
+
+    /// Sends what was collected, reading meanwhile: a server held up by its own notices would
+    /// never take the rest, and an error must not wait for the end of the data.
+    async fn flush(&mut self) -> Result<()> {
+        let mut out = self.out.split().freeze();
+        let mut flushed = false;
+        while !flushed {
+            let Some(frame) = self.session.frame_or_write(&mut out, &mut flushed).await? else {
+                continue;
+            };
+            if let Err(error) = self.session.absorb(frame) {
+                self.failed = true;
+                // What is left of `out` must still go out whole: half a message would be taken
+                // for the beginning of the next one. The server throws it away.
+                if !error.is_closed() {
+                    self.session.send(&out).await?;
+                }
+                return Err(self.session.drain(error).await);
+            }
+        }
+        Ok(())
+    }
+
+    fn over(&self) -> Error {
+        self.session.protocol("this COPY has already failed".to_string())
     }
 
     /// Ends the COPY; gives the number of rows. On an error the session is ready again.
     pub async fn finish(mut self) -> Result<u64> {
+        if self.failed {
+            return Err(self.over());
+        }
         frontend::copy_done(&mut self.out);
         self.end().await
     }
 
     /// Gives up: the server forgets the rows. The session is ready again.
     pub async fn abort(mut self, reason: &str) -> Result<()> {
+        if self.failed {
+            return Ok(());
+        }
         self.out.clear();
         let _ = frontend::copy_fail(reason, &mut self.out);
         match self.end().await {
@@ -119,8 +156,8 @@ impl CopyIn<'_> {
         }
     }
 
-    async fn end(self) -> Result<u64> {
-        self.session.send(&self.out).await?;
+    async fn end(mut self) -> Result<u64> {
+        self.flush().await?;
         let mut count = 0;
         loop {
             match self.session.receive().await {

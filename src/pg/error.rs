@@ -91,6 +91,8 @@ pub enum Error {
         detail: String,
         /// True if a later try may go better (refused, unreachable, starting up, too many clients).
         transient: bool,
+        /// What the server said, where it was the server that refused.
+        server: Option<Box<ServerError>>,
     },
     /// The server answered with an error.
     #[error("{peer}: {error}")]
@@ -126,12 +128,27 @@ pub enum Error {
         /// What.
         detail: String,
     },
+    /// The session was used again after the future of an earlier request was dropped half way.
+    #[error(
+        "{peer}: an earlier request on this session was dropped half way and its answers are \
+         still to come; open a new session"
+    )]
+    Abandoned {
+        /// Which server.
+        peer: String,
+    },
     /// A result did not have the shape the query promises.
     #[error("unexpected result: {0}")]
     Result(String),
 }
 
 impl Error {
+    /// No session, and none until a person acts.
+    pub(super) fn refused(peer: &str, detail: impl Into<String>) -> Error {
+        let (peer, detail) = (peer.to_string(), detail.into());
+        Error::Connect { peer, detail, transient: false, server: None }
+    }
+
     /// SQLSTATE, where the server gave one.
     pub fn code(&self) -> Option<&str> {
         self.server().map(|e| e.code.as_str())
@@ -141,6 +158,7 @@ impl Error {
     pub fn server(&self) -> Option<&ServerError> {
         match self {
             Error::Server { error, .. } => Some(error),
+            Error::Connect { server, .. } => server.as_deref(),
             _ => None,
         }
     }
@@ -149,7 +167,7 @@ impl Error {
     pub fn is_closed(&self) -> bool {
         match self {
             Error::Connect { .. } | Error::Io { .. } | Error::Protocol { .. } => true,
-            Error::Timeout { .. } => true,
+            Error::Timeout { .. } | Error::Abandoned { .. } => true,
             Error::Server { error, .. } => error.severity == "FATAL" || error.severity == "PANIC",
             Error::Config(_) | Error::Result(_) => false,
         }
@@ -172,7 +190,7 @@ impl Faulty for Error {
             Error::Io { .. } | Error::Timeout { .. } => Fault::Retry,
             Error::Connect { transient: true, .. } => Fault::Retry,
             Error::Server { error, .. } if transient(&error.code) => Fault::Retry,
-            Error::Result(_) => Fault::Bug,
+            Error::Result(_) | Error::Abandoned { .. } => Fault::Bug,
             _ => Fault::Stop,
         }
     }

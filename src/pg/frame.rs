@@ -58,20 +58,100 @@ impl FrameReader {
 
     /// A message that has already arrived, without waiting.
     pub fn buffered(&mut self) -> io::Result<Option<Frame>> {
-        let Some(header) = Header::parse(&self.buffer)? else { return Ok(None) };
-        let len = usize::try_from(header.len()).unwrap_or(usize::MAX).saturating_add(1);
-        if len > MESSAGE_BYTES {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "message over 1 GiB"));
+        take(&mut self.buffer)
+    }
+}
+
+/// Cuts one whole message off the front of `buffer`; `None` if it is not all there yet.
+fn take(buffer: &mut BytesMut) -> io::Result<Option<Frame>> {
+    let Some(header) = Header::parse(buffer)? else { return Ok(None) };
+    let len = usize::try_from(header.len()).unwrap_or(usize::MAX).saturating_add(1);
+    if len > MESSAGE_BYTES {
+        let message = "a message over 1 GiB; is this a PostgreSQL server's port?";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+    }
+    if buffer.len() < len {
+        // Grown by doubling rather than to the announced length: a peer that is no PostgreSQL
+        // announces anything.
+        let missing = len - buffer.len();
+        buffer.reserve(missing.min(buffer.len().max(READ_BYTES)));
+        return Ok(None);
+    }
+    let mut whole = buffer.split_to(len);
+    match header.tag() {
+        b'd' => Ok(Some(Frame::CopyData(whole.split_off(5).freeze()))),
+        b'W' => Ok(Some(Frame::CopyBoth)),
+        _ => Ok(Message::parse(&mut whole)?.map(Frame::Message)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pg::ServerError;
+    use fallible_iterator::FallibleIterator;
+    use proptest::prelude::*;
+
+    /// Reads every part of a message that a session would read.
+    fn look_into(message: &Message) {
+        match message {
+            Message::ErrorResponse(body) => {
+                let _ = ServerError::from_fields(body.fields());
+            }
+            Message::NoticeResponse(body) => {
+                let _ = ServerError::from_fields(body.fields());
+            }
+            Message::DataRow(body) => {
+                let _ = body.ranges().count();
+            }
+            Message::RowDescription(body) => {
+                let _ = body.fields().count();
+            }
+            Message::ParameterStatus(body) => {
+                let _ = (body.name(), body.value());
+            }
+            Message::NotificationResponse(body) => {
+                let _ = (body.channel(), body.message());
+            }
+            Message::CommandComplete(body) => {
+                let _ = body.tag();
+            }
+            Message::AuthenticationSasl(body) => {
+                let _ = body.mechanisms().count();
+            }
+            Message::CopyOutResponse(body) => {
+                let _ = body.column_formats().count();
+            }
+            _ => {}
         }
-        if self.buffer.len() < len {
-            self.buffer.reserve(len - self.buffer.len());
-            return Ok(None);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4000))]
+        #[test]
+        fn any_bytes_are_frames_or_an_error(
+            tag in prop::sample::select(b"RKSZCDTEN123AGHIdcVnstvW\x00".to_vec()),
+            claimed in prop::option::of(any::<i32>()),
+            body in prop::collection::vec(any::<u8>(), 0..60),
+        ) {
+            let mut buffer = BytesMut::from(&[tag][..]);
+            let len = claimed.unwrap_or(body.len() as i32 + 4);
+            buffer.extend_from_slice(&len.to_be_bytes());
+            buffer.extend_from_slice(&body);
+            while let Ok(Some(frame)) = take(&mut buffer) {
+                if let Frame::Message(message) = &frame {
+                    look_into(message);
+                }
+            }
         }
-        let mut whole = self.buffer.split_to(len);
-        match header.tag() {
-            b'd' => Ok(Some(Frame::CopyData(whole.split_off(5).freeze()))),
-            b'W' => Ok(Some(Frame::CopyBoth)),
-            _ => Ok(Message::parse(&mut whole)?.map(Frame::Message)),
-        }
+    }
+
+    #[test]
+    fn an_announced_length_is_not_believed_before_the_bytes_come() {
+        let mut buffer = BytesMut::from(&b"D\x3f\xff\xff\xff"[..]);
+        assert!(take(&mut buffer).unwrap().is_none());
+        assert!(buffer.capacity() <= 4 * READ_BYTES);
+        let mut buffer = BytesMut::from(&b"HTTP/1.1 400 Bad Request"[..]);
+        assert!(take(&mut buffer).is_err());
     }
 }

@@ -7,7 +7,8 @@
 //! no type table. No published client offers replication mode and COPY BOTH, which is why this room
 //! exists; the bytes of messages come from postgres-protocol.
 //!
-//! - `config`: connection strings, PG* variables, pass files. - `tls`, `auth`: the start of a session.
+//! - `conninfo`, `config`, `choice`, `passfile`: connection strings, PG* variables, password files.
+//! - `connect`, `tls`, `auth`: hosts in turn, and the start of a session.
 //! - `frame`: messages on a socket. - `session`: simple and extended queries, notifications.
 //! - `pipeline`: many statements in one round trip. - `copy`: COPY in and out. - `replication`:
 //!   the replication commands and the COPY BOTH stream.
@@ -15,10 +16,14 @@
 //! Left out on purpose: pools, binary results, statement caches (the applier names its own).
 
 pub mod auth;
+mod choice;
 pub mod config;
+mod connect;
+mod conninfo;
 pub mod copy;
 pub mod error;
 pub mod frame;
+pub mod passfile;
 pub mod pipeline;
 pub mod replication;
 pub mod row;

@@ -9,6 +9,7 @@ use postgres_protocol::message::backend::Message;
 use postgres_protocol::message::frontend;
 use tokio::io::AsyncWriteExt;
 
+use super::frame::Frame;
 use super::{Result, Row, Session};
 use crate::pg::Error;
 
@@ -115,27 +116,13 @@ impl Session {
         let mut out = pipeline.out;
         frontend::sync(&mut out);
         let mut out: Bytes = out.freeze();
+        let mut flushed = false;
         self.begin_exchange()?;
         let mut failure: Option<Error> = None;
         loop {
-            let frame = if out.is_empty() {
-                self.reader.next().await.map_err(|e| self.lost(e))?
-            } else {
-                tokio::select! {
-                    biased;
-                    frame = self.reader.next() => frame.map_err(|e| self.lost(e))?,
-                    written = self.writer.write(&out) => {
-                        match written {
-                            Ok(count) => out.advance(count),
-                            // The reply that explains it may still be readable.
-                            Err(_) => out.clear(),
-                        }
-                        if out.is_empty() {
-                            let _ = self.writer.flush().await;
-                        }
-                        continue;
-                    }
-                }
+            let frame = match self.frame_or_write(&mut out, &mut flushed).await? {
+                Some(frame) => frame,
+                None => continue,
             };
             match self.absorb(frame) {
                 Ok(None) => {}
@@ -150,6 +137,36 @@ impl Session {
                 Ok(Some(_)) => {}
                 Err(error) if error.is_closed() => return Err(error),
                 Err(error) => failure = failure.or(Some(error)),
+            }
+        }
+    }
+
+    /// One step of writing while reading: a frame that came in, or `None` after some bytes (or,
+    /// with TLS, records) went out. Once all is written, waits for a frame. Cancel-safe.
+    pub(super) async fn frame_or_write(
+        &mut self,
+        out: &mut Bytes,
+        flushed: &mut bool,
+    ) -> Result<Option<Frame>> {
+        let writing = async {
+            if out.is_empty() {
+                // TLS keeps the last records until flushed; a full socket must not stop reading.
+                self.writer.flush().await.map(|()| true)
+            } else {
+                let count = self.writer.write(out).await?;
+                out.advance(count);
+                Ok(false)
+            }
+        };
+        tokio::select! {
+            biased;
+            frame = self.reader.next() => frame.map(Some).map_err(|e| self.lost(e)),
+            written = writing, if !*flushed => {
+                match written {
+                    Ok(done) => *flushed = done,
+                    Err(source) => return Err(self.last_words(source).await),
+                }
+                Ok(None)
             }
         }
     }

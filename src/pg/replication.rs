@@ -178,3 +178,31 @@ fn parse(mut data: Bytes) -> Option<ReplicationMessage> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_replication_message_or_refused(
+            tag in prop::sample::select(b"wkr\x00".to_vec()),
+            body in prop::collection::vec(any::<u8>(), 0..40),
+        ) {
+            let mut data = vec![tag];
+            data.extend_from_slice(&body);
+            let whole = match tag {
+                b'w' => body.len() >= 24,
+                b'k' => body.len() >= 17,
+                _ => false,
+            };
+            prop_assert_eq!(parse(Bytes::from(data)).is_some(), whole);
+        }
+    }
+
+    #[test]
+    fn an_empty_message_is_refused() {
+        assert!(parse(Bytes::new()).is_none());
+    }
+}

@@ -1,5 +1,6 @@
 //! A session: simple and extended queries, notifications, cancel.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -7,12 +8,12 @@ use fallible_iterator::FallibleIterator;
 use postgres_protocol::IsNull;
 use postgres_protocol::message::backend::{DataRowBody, Message};
 use postgres_protocol::message::frontend;
-use tokio::io::{AsyncWriteExt, WriteHalf};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, WriteHalf};
 
-use super::auth::{Greeting, Handshake};
+use super::auth::Greeting;
+use super::connect::{self, Opened, Place};
 use super::frame::{Frame, FrameReader};
-use super::socket::{self, Socket};
+use super::socket::Socket;
 use super::{Config, Error, Host, Result, Row, ServerError};
 
 /// What a session is for; decides its start-up parameters.
@@ -45,88 +46,49 @@ pub struct Session {
     pub(super) reader: FrameReader,
     pub(super) writer: WriteHalf<Socket>,
     pub(super) peer: String,
-    config: Config,
-    host: Host,
+    place: Place,
     greeting: Greeting,
-    notifications: Vec<Notification>,
+    notifications: VecDeque<Notification>,
     /// Transaction status of the last ReadyForQuery: `I`, `T` or `E`.
     status: u8,
     /// Set while an exchange is under way; still set on entry means that one was abandoned.
     busy: bool,
+    /// A notice that announced the end of the session, as an immediate shutdown gives it.
+    farewell: Option<Box<ServerError>>,
 }
 
-/// Settings that make values come out and go in the same on every server, whatever is set for the
-/// role or the database. The same that PostgreSQL's own subscriber sends, and the ones pg_dump sets.
-const SETTINGS: &str = "-c DateStyle=ISO -c IntervalStyle=postgres -c extra_float_digits=3 \
-     -c bytea_output=hex -c TimeZone=UTC -c lc_monetary=C -c statement_timeout=0 -c lock_timeout=0 \
-     -c idle_in_transaction_session_timeout=0 -c default_transaction_read_only=off \
-     -c default_transaction_isolation=read\\ committed -c row_security=off -c search_path=";
-
 impl Session {
-    /// Opens a session, trying the hosts of `config` in order.
+    /// Opens a session on the first host of `config` that will do, each of its addresses in turn.
     ///
     /// The session has fixed output settings (ISO dates, UTC, hex bytea, 3 extra float digits), an
-    /// empty search_path, no timeouts of the role's own, and client_encoding UTF8.
+    /// empty search_path, no timeouts of the role's own, and client_encoding UTF8. Reads
+    /// certificates from disk where TLS needs them.
     pub async fn connect(config: &Config, purpose: Purpose) -> Result<Session> {
-        let mut last = None;
-        for host in &config.hosts {
-            let peer = config.peer(host);
-            let opening = Self::connect_host(config, host, &peer, purpose);
-            let outcome = match tokio::time::timeout(config.connect_timeout, opening).await {
-                Ok(outcome) => outcome,
-                Err(_) => Err(Error::Timeout {
-                    peer,
-                    doing: "opening a connection".to_string(),
-                    seconds: config.connect_timeout.as_secs(),
-                }),
-            };
-            match outcome {
-                Ok(session) => return Ok(session),
-                Err(error) => last = Some(error),
-            }
-        }
-        Err(last.unwrap_or_else(|| Error::Config("no host to connect to".to_string())))
+        connect::open(config, purpose).await
     }
 
-    async fn connect_host(
-        config: &Config,
-        host: &Host,
-        peer: &str,
-        purpose: Purpose,
-    ) -> Result<Session> {
-        let socket = open_socket(host, peer).await?;
-        let (read, mut writer) = tokio::io::split(socket);
-        let mut reader = FrameReader::new(read);
-        let mut handshake =
-            Handshake { reader: &mut reader, writer: &mut writer, peer, channel_binding: None };
-        let options = match &config.options {
-            Some(more) => format!("{SETTINGS} {more}"),
-            None => SETTINGS.to_string(),
-        };
-        let mut parameters = vec![
-            ("user", config.user.as_str()),
-            ("database", config.dbname.as_str()),
-            ("client_encoding", "UTF8"),
-            ("application_name", config.application_name.as_deref().unwrap_or("walferry")),
-        ];
-        if purpose != Purpose::PoolerAdmin {
-            parameters.push(("options", options.as_str()));
-        }
-        if purpose == Purpose::Replication {
-            parameters.push(("replication", "database"));
-        }
-        let greeting = handshake.run(config, &parameters).await?;
-        Ok(Session {
-            reader,
-            writer,
-            peer: peer.to_string(),
-            config: config.clone(),
-            host: host.clone(),
-            greeting,
-            notifications: Vec::new(),
+    pub(super) fn from_opened(opened: Opened) -> Session {
+        Session {
+            reader: opened.reader,
+            writer: opened.writer,
+            peer: opened.peer,
+            place: opened.place,
+            greeting: opened.greeting,
+            notifications: VecDeque::new(),
             status: b'I',
             busy: false,
-        })
+            farewell: None,
+        }
+    }
+
+    /// The host of the config that let us in.
+    pub fn host(&self) -> &Host {
+        &self.place.host
+    }
+
+    /// True if the connection is TLS.
+    pub fn is_encrypted(&self) -> bool {
+        self.place.encrypted
     }
 
     /// `label host:port/dbname`: how errors name this server.
@@ -217,26 +179,26 @@ impl Session {
 
     /// The next NOTIFY, waiting up to `wait`. The session must be idle. Cancel-safe.
     pub async fn notification(&mut self, wait: Duration) -> Result<Option<Notification>> {
-        if !self.notifications.is_empty() {
-            return Ok(Some(self.notifications.remove(0)));
+        if self.busy {
+            return Err(self.abandoned());
         }
         let deadline = tokio::time::Instant::now() + wait;
         loop {
+            if let Some(notification) = self.notifications.pop_front() {
+                return Ok(Some(notification));
+            }
             let Ok(frame) = tokio::time::timeout_at(deadline, self.reader.next()).await else {
                 return Ok(None);
             };
-            self.absorb(frame.map_err(|e| self.lost(e))?)?;
-            if !self.notifications.is_empty() {
-                return Ok(Some(self.notifications.remove(0)));
-            }
+            let frame = frame.map_err(|e| self.lost(e))?;
+            self.absorb(frame)?;
         }
     }
 
     /// A handle that cancels what this session is doing, from any task.
     pub fn cancel_handle(&self) -> CancelHandle {
         CancelHandle {
-            config: self.config.clone(),
-            host: self.host.clone(),
+            place: self.place.clone(),
             process_id: self.greeting.process_id,
             secret_key: self.greeting.secret_key,
         }
@@ -290,7 +252,7 @@ impl Session {
     /// Refuses to start where an earlier exchange was abandoned half way.
     pub(super) fn begin_exchange(&mut self) -> Result<()> {
         if self.busy {
-            return Err(self.protocol("an earlier request was abandoned half way".to_string()));
+            return Err(self.abandoned());
         }
         self.busy = true;
         Ok(())
@@ -314,16 +276,15 @@ impl Session {
     }
 
     /// A server that shuts down says why before it closes; prefer that to "broken pipe".
-    async fn last_words(&mut self, source: std::io::Error) -> Error {
-        let mut error = self.lost(source);
+    pub(super) async fn last_words(&mut self, source: std::io::Error) -> Error {
         for _ in 0..16 {
             let waiting = tokio::time::timeout(Duration::from_millis(100), self.reader.next());
             let Ok(Ok(frame)) = waiting.await else { break };
             if let Err(said @ Error::Server { .. }) = self.absorb(frame) {
-                error = said;
+                return said;
             }
         }
-        error
+        self.lost(source)
     }
 
     /// The next message that is not asynchronous; an ErrorResponse is an `Err`.
@@ -342,11 +303,17 @@ impl Session {
             Frame::Message(Message::NotificationResponse(body)) => {
                 if let (Ok(channel), Ok(payload)) = (body.channel(), body.message()) {
                     let (channel, payload) = (channel.to_string(), payload.to_string());
-                    self.notifications.push(Notification { channel, payload });
+                    self.notifications.push_back(Notification { channel, payload });
                 }
                 Ok(None)
             }
-            Frame::Message(Message::NoticeResponse(_)) => Ok(None),
+            Frame::Message(Message::NoticeResponse(body)) => {
+                let notice = ServerError::from_fields(body.fields());
+                if notice.code.starts_with("57P") {
+                    self.farewell = Some(Box::new(notice));
+                }
+                Ok(None)
+            }
             Frame::Message(Message::ParameterStatus(body)) => {
                 if let (Ok(name), Ok(value)) = (body.name(), body.value()) {
                     self.greeting.parameters.insert(name.to_string(), value.to_string());
@@ -364,8 +331,19 @@ impl Session {
         }
     }
 
-    pub(super) fn lost(&self, source: std::io::Error) -> Error {
-        Error::Io { peer: self.peer.clone(), source }
+    /// The error for a connection that broke: the server's announcement, if it made one.
+    pub(super) fn lost(&mut self, source: std::io::Error) -> Error {
+        match self.farewell.take() {
+            Some(mut error) => {
+                error.severity = "FATAL".to_string();
+                Error::Server { peer: self.peer.clone(), error }
+            }
+            None => Error::Io { peer: self.peer.clone(), source },
+        }
+    }
+
+    fn abandoned(&self) -> Error {
+        Error::Abandoned { peer: self.peer.clone() }
     }
 
     pub(super) fn protocol(&self, detail: String) -> Error {
@@ -373,44 +351,39 @@ impl Session {
     }
 }
 
-async fn open_socket(host: &Host, peer: &str) -> Result<Socket> {
-    let refused = |error: std::io::Error| Error::Connect {
-        peer: peer.to_string(),
-        detail: error.to_string(),
-        transient: true,
-    };
-    if host.host.starts_with('/') {
-        let path = format!("{}/.s.PGSQL.{}", host.host, host.port);
-        return UnixStream::connect(path).await.map(Socket::Unix).map_err(refused);
-    }
-    let name = host.hostaddr.as_deref().unwrap_or(&host.host);
-    let stream = TcpStream::connect((name, host.port)).await.map_err(refused)?;
-    socket::tune(&stream).map_err(refused)?;
-    Ok(Socket::Tcp(stream))
-}
-
 /// Cancels what a session is doing.
 ///
 /// <https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-CANCELING-REQUESTS>
 #[derive(Clone, Debug)]
 pub struct CancelHandle {
-    config: Config,
-    host: Host,
+    place: Place,
     process_id: i32,
     secret_key: i32,
 }
 
 impl CancelHandle {
-    /// Sends the request on a connection of its own. The server promises nothing.
+    /// Sends the request on a connection of its own, TLS where the session is, and waits (up to
+    /// connect_timeout) until the server has taken it. The server promises nothing more.
     pub async fn cancel(&self) -> Result<()> {
-        let peer = self.config.peer(&self.host);
-        let mut socket = open_socket(&self.host, &peer).await?;
-        let mut out = BytesMut::new();
-        frontend::cancel_request(self.process_id, self.secret_key, &mut out);
-        let sent = async {
-            socket.write_all(&out).await?;
-            socket.flush().await
+        let Place { config, host, address, encrypted } = &self.place;
+        let peer = config.peer(host);
+        let asking = async {
+            let mut socket = connect::connect_socket(config, host, address, *encrypted).await?;
+            let mut out = BytesMut::new();
+            frontend::cancel_request(self.process_id, self.secret_key, &mut out);
+            let sent = async {
+                socket.write_all(&out).await?;
+                socket.flush().await
+            };
+            sent.await.map_err(|source| Error::Io { peer: peer.clone(), source })?;
+            // The server hangs up when it has passed the request on; how does not matter.
+            let _ = socket.read(&mut [0u8; 1]).await;
+            Ok(())
         };
-        sent.await.map_err(|source| Error::Io { peer, source })
+        let limit = config.connect_timeout;
+        tokio::time::timeout(limit, asking).await.unwrap_or_else(|_| {
+            let (doing, seconds) = ("canceling".to_string(), limit.as_secs());
+            Err(Error::Timeout { peer: config.peer(host), doing, seconds })
+        })
     }
 }
