@@ -17,6 +17,11 @@ pub mod pg;
 
 // Floor 2: pure decoding, and what a server says of itself.
 pub mod catalog;
+pub mod decode;
+
+// Floor 3: stages. They never import each other.
+pub mod buffer;
+pub mod source;
 
 // Floor 6: edges.
 pub mod demo;

@@ -6,10 +6,12 @@
 
 pub mod relation;
 pub mod row;
+pub mod sink;
 pub mod transaction;
 pub mod visibility;
 
 pub use relation::{Column, Relation, ReplicaIdentity};
 pub use row::{Row, RowBuilder, RowError, Value};
+pub use sink::{Sink, SinkClosed};
 pub use transaction::{Begin, Change, Chunk, Commit, Item, OldRow};
 pub use visibility::Snapshot;

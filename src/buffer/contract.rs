@@ -1,0 +1,191 @@
+//! The obligations of a buffer as checks that any implementation can run.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::{Make, Outlet};
+use crate::change::{Begin, Change, Chunk, Commit, Item, Sink};
+use crate::lsn::Lsn;
+
+/// A check that should pass at once is given up after this.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long something that must wait is watched waiting.
+const WATCH: Duration = Duration::from_millis(30);
+
+/// Runs every check on fresh buffers; an error says which obligation is broken.
+///
+/// `#[tokio::test]` with one thread and with several are both worth it.
+pub async fn check<M: Make>(make: &M) -> Result<(), String> {
+    order_is_kept(make).await?;
+    bytes_are_bounded(make).await?;
+    full_blocks_and_unblocks(make).await?;
+    a_large_item_is_let_in_alone(make).await?;
+    nothing_is_lost_when_the_sender_closes(make).await?;
+    a_waiting_pop_ends_when_the_sender_closes(make).await?;
+    push_fails_when_the_receiver_closes(make).await?;
+    pop_is_cancel_safe(make).await
+}
+
+/// A transaction of one message of `bytes` bytes, ending at `number`.
+pub fn item(number: u64, bytes: usize) -> Item {
+    let change = Change::Message {
+        transactional: true,
+        lsn: Lsn(number),
+        prefix: "contract".to_string(),
+        content: Bytes::from(vec![b'x'; bytes]),
+    };
+    let commit_time = Default::default();
+    let (commit_lsn, end_lsn) = (Lsn(number * 2), Lsn(number * 2 + 1));
+    Item::Chunk(Chunk {
+        begin: Arc::new(Begin { xid: number as u32, commit_lsn, commit_time, origin: None }),
+        number: 0,
+        bytes: change.bytes(),
+        changes: vec![change],
+        commit: Some(Commit { commit_lsn, end_lsn, commit_time }),
+    })
+}
+
+fn ensure(condition: bool, obligation: &str) -> Result<(), String> {
+    if condition { Ok(()) } else { Err(obligation.to_string()) }
+}
+
+async fn soon<T>(what: &str, future: impl Future<Output = T>) -> Result<T, String> {
+    tokio::time::timeout(PATIENCE, future).await.map_err(|_| format!("{what}: never came"))
+}
+
+async fn order_is_kept<M: Make>(make: &M) -> Result<(), String> {
+    let (mut sink, mut outlet) = make.make(4096);
+    let writer = tokio::spawn(async move {
+        for number in 1..=2000 {
+            sink.push(item(number, (number % 500) as usize)).await?;
+        }
+        Ok::<_, crate::change::SinkClosed>(())
+    });
+    for number in 1..=2000 {
+        // Both ways of reading give the same order.
+        let got = match outlet.try_pop() {
+            Some(got) => Some(got),
+            None => soon("an item", outlet.pop()).await?,
+        };
+        ensure(got == Some(item(number, (number % 500) as usize)), "items keep their order")?;
+    }
+    ensure(soon("the end", outlet.pop()).await?.is_none(), "nothing comes twice")?;
+    let pushed = writer.await.map_err(|e| e.to_string())?;
+    ensure(pushed.is_ok(), "push succeeds while the receiver lives")
+}
+
+async fn bytes_are_bounded<M: Make>(make: &M) -> Result<(), String> {
+    let limit_bytes = 8192;
+    let (mut sink, mut outlet) = make.make(limit_bytes);
+    let writer = tokio::spawn(async move {
+        for number in 1..=500 {
+            let _ = sink.push(item(number, 700)).await;
+        }
+    });
+    let mut most = 0;
+    loop {
+        tokio::task::yield_now().await;
+        most = most.max(make.bytes(&outlet));
+        if soon("an item", outlet.pop()).await?.is_none() {
+            break;
+        }
+    }
+    writer.await.map_err(|e| e.to_string())?;
+    ensure(make.bytes(&outlet) == 0, "an empty buffer holds no bytes")?;
+    ensure(most > 0, "bytes held are counted")?;
+    ensure(most <= limit_bytes, "bytes held never exceed the limit")
+}
+
+async fn full_blocks_and_unblocks<M: Make>(make: &M) -> Result<(), String> {
+    let bytes = item(1, 100).bytes();
+    let (mut sink, mut outlet) = make.make(bytes * 2);
+    soon("room", sink.push(item(1, 100))).await?.map_err(|e| e.to_string())?;
+    soon("room", sink.push(item(2, 100))).await?.map_err(|e| e.to_string())?;
+    let mut third = Box::pin(sink.push(item(3, 100)));
+    let early = tokio::time::timeout(WATCH, &mut third).await;
+    ensure(early.is_err(), "a full buffer makes push wait")?;
+    ensure(make.bytes(&outlet) == bytes * 2, "a waiting push holds nothing in the buffer")?;
+    for number in 1..=2 {
+        let got = soon("an item", outlet.pop()).await?;
+        ensure(got == Some(item(number, 100)), "what waits does not overtake")?;
+    }
+    soon("room after pop", third).await?.map_err(|e| e.to_string())?;
+    let got = soon("an item", outlet.pop()).await?;
+    ensure(got == Some(item(3, 100)), "a push that waited arrives")
+}
+
+async fn a_large_item_is_let_in_alone<M: Make>(make: &M) -> Result<(), String> {
+    let (mut sink, mut outlet) = make.make(512);
+    soon("room for a large item", sink.push(item(1, 4096))).await?.map_err(|e| e.to_string())?;
+    let mut second = Box::pin(sink.push(item(2, 1)));
+    let early = tokio::time::timeout(WATCH, &mut second).await;
+    ensure(early.is_err(), "nothing joins an item over the limit")?;
+    let got = soon("the large item", outlet.pop()).await?;
+    ensure(got == Some(item(1, 4096)), "an item over the limit passes")?;
+    soon("room after it", second).await?.map_err(|e| e.to_string())
+}
+
+async fn nothing_is_lost_when_the_sender_closes<M: Make>(make: &M) -> Result<(), String> {
+    let (mut sink, mut outlet) = make.make(1 << 16);
+    for number in 1..=10 {
+        soon("room", sink.push(item(number, 10))).await?.map_err(|e| e.to_string())?;
+    }
+    drop(sink);
+    for number in 1..=10 {
+        let got = soon("an item", outlet.pop()).await?;
+        ensure(got == Some(item(number, 10)), "what was pushed comes out after a close")?;
+    }
+    ensure(soon("the end", outlet.pop()).await?.is_none(), "then None comes")?;
+    ensure(soon("the end", outlet.pop()).await?.is_none(), "and None again")?;
+    ensure(outlet.try_pop().is_none(), "also without waiting")
+}
+
+async fn a_waiting_pop_ends_when_the_sender_closes<M: Make>(make: &M) -> Result<(), String> {
+    let (sink, mut outlet) = make.make(1 << 16);
+    let mut waiting = Box::pin(outlet.pop());
+    let early = tokio::time::timeout(WATCH, &mut waiting).await;
+    ensure(early.is_err(), "an empty buffer makes pop wait")?;
+    drop(sink);
+    ensure(soon("the end", waiting).await?.is_none(), "a close ends a waiting pop")
+}
+
+async fn push_fails_when_the_receiver_closes<M: Make>(make: &M) -> Result<(), String> {
+    let (mut sink, outlet) = make.make(item(1, 100).bytes());
+    soon("room", sink.push(item(1, 100))).await?.map_err(|e| e.to_string())?;
+    let mut waiting = Box::pin(sink.push(item(2, 100)));
+    let early = tokio::time::timeout(WATCH, &mut waiting).await;
+    ensure(early.is_err(), "a full buffer makes push wait")?;
+    drop(outlet);
+    ensure(soon("the refusal", waiting).await?.is_err(), "a close ends a waiting push")?;
+    let after = soon("the refusal", sink.push(item(3, 1))).await?;
+    ensure(after.is_err(), "push fails after the receiver is gone")
+}
+
+async fn pop_is_cancel_safe<M: Make>(make: &M) -> Result<(), String> {
+    let (mut sink, mut outlet) = make.make(2048);
+    let writer = tokio::spawn(async move {
+        for number in 1..=300 {
+            let _ = sink.push(item(number, 50)).await;
+            if number % 3 == 0 {
+                tokio::task::yield_now().await;
+            }
+        }
+    });
+    let mut next = 1;
+    while next <= 300 {
+        // The future is dropped at its first wait, again and again.
+        let got = tokio::select! {
+            biased;
+            got = outlet.pop() => got,
+            () = tokio::task::yield_now() => continue,
+        };
+        ensure(got == Some(item(next, 50)), "a dropped pop loses nothing")?;
+        next += 1;
+    }
+    writer.await.map_err(|e| e.to_string())?;
+    ensure(soon("the end", outlet.pop()).await?.is_none(), "nothing comes twice")
+}

@@ -1,0 +1,58 @@
+//! Between reader and applier: holds decoded items, in order, in bounded space.
+//!
+//! The reader must not wait for the applier on every item, nor run away from it (law 9). A buffer
+//! takes items at one end through [`Sink`] and gives them at the other through [`Outlet`]. When full
+//! it makes the reader wait; the reader then stops reading, feedback goes on, and WAL stays on the
+//! source, where it is safe.
+//!
+//! What survives a crash depends on the implementation. [`memory`] keeps nothing: the slot has been
+//! told only what the target holds durably (law 1), so everything in it comes again. A buffer that
+//! claims durability may acknowledge earlier, and `push` returns only once the item is on stable
+//! storage.
+//!
+//! Obligations of every implementation, all checked by [`contract::check`]:
+//! - order: items come out as they went in, each once;
+//! - bounded: bytes held never exceed the limit, except that an item larger than the limit is let
+//!   in when nothing else is held (or it would wait for ever);
+//! - a full buffer makes `push` wait, and `pop` makes it go on;
+//! - closing: after the sender is dropped what it pushed still comes out, then `None`; after the
+//!   receiver is dropped `push` answers [`SinkClosed`], also one that is waiting;
+//! - `pop` is cancel-safe: dropping its future loses no item.
+//!
+//! Left out for now: the disk spool and Kafka.
+//!
+//! [`SinkClosed`]: crate::change::SinkClosed
+
+use std::future::Future;
+
+use crate::change::{Item, Sink};
+
+pub mod contract;
+pub mod memory;
+
+/// The reading end of a buffer.
+pub trait Outlet: Send {
+    /// The next item, waiting for one; `None` once the sender is gone and nothing is left.
+    /// Cancel-safe.
+    fn pop(&mut self) -> impl Future<Output = Option<Item>> + Send;
+
+    /// The next item if there is one now.
+    fn try_pop(&mut self) -> Option<Item>;
+}
+
+/// The two ends of one buffer.
+pub type Ends<S, O> = (S, O);
+
+/// Makes buffers of a given limit in bytes, for [`contract::check`].
+pub trait Make {
+    /// The writing end.
+    type Sink: Sink + 'static;
+    /// The reading end.
+    type Outlet: Outlet + 'static;
+
+    /// A fresh, empty buffer.
+    fn make(&self, limit_bytes: usize) -> Ends<Self::Sink, Self::Outlet>;
+
+    /// Bytes held now.
+    fn bytes(&self, outlet: &Self::Outlet) -> usize;
+}

@@ -1,0 +1,199 @@
+//! From events to items: chunks of transactions, and positions.
+
+use std::sync::Arc;
+
+use super::{Error, Event, Result};
+use crate::change::{Begin, Change, Chunk, Commit, Item};
+use crate::limit::{CHUNK_BYTES, CHUNK_CHANGES};
+use crate::lsn::Lsn;
+
+/// Collects the open transaction. Each event gives at most one item.
+#[derive(Debug, Default)]
+pub struct Assembler {
+    open: Option<Open>,
+    /// End of the last transaction or the last idle position given: nothing below comes again.
+    decoded_lsn: Lsn,
+}
+
+/// The transaction between its BEGIN and its COMMIT.
+#[derive(Debug)]
+struct Open {
+    begin: Begin,
+    /// Made at the first change, when the origin is known.
+    shared: Option<Arc<Begin>>,
+    number: u32,
+    changes: Vec<Change>,
+    bytes: usize,
+}
+
+impl Open {
+    fn new(begin: Begin) -> Self {
+        Open { begin, shared: None, number: 0, changes: Vec::new(), bytes: 0 }
+    }
+
+    fn is_full(&self) -> bool {
+        self.bytes >= CHUNK_BYTES || self.changes.len() >= CHUNK_CHANGES
+    }
+
+    fn push(&mut self, change: Change) {
+        self.bytes += change.bytes();
+        self.changes.push(change);
+    }
+
+    /// The changes so far as a chunk; the next one starts empty.
+    fn cut(&mut self, commit: Option<Commit>) -> Chunk {
+        let begin = self.shared.get_or_insert_with(|| Arc::new(self.begin.clone())).clone();
+        let chunk = Chunk {
+            begin,
+            number: self.number,
+            changes: std::mem::take(&mut self.changes),
+            commit,
+            bytes: std::mem::take(&mut self.bytes),
+        };
+        self.number = self.number.saturating_add(1);
+        chunk
+    }
+}
+
+impl Assembler {
+    /// Starts where the stream was asked to start; keepalives at or below it say nothing new.
+    pub fn new(start_lsn: Lsn) -> Self {
+        Assembler { open: None, decoded_lsn: start_lsn }
+    }
+
+    /// True between a transaction's BEGIN and its COMMIT.
+    pub fn in_transaction(&self) -> bool {
+        self.open.is_some()
+    }
+
+    /// Exclusive end of all that was given in whole transactions or idle positions.
+    pub fn decoded_lsn(&self) -> Lsn {
+        self.decoded_lsn
+    }
+
+    /// Takes one event; gives the chunk that it completes, if it does.
+    ///
+    /// A chunk ends when it holds [`CHUNK_BYTES`] or [`CHUNK_CHANGES`], so it is larger than that
+    /// by at most one change. Errors for events out of their place.
+    pub fn event(&mut self, event: Event) -> Result<Option<Item>> {
+        match event {
+            Event::Begin(begin) => self.begin(begin),
+            Event::Origin { name, .. } => self.origin(name),
+            Event::Relation(_) | Event::Type { .. } => Ok(None),
+            Event::Change { xid: None, change } => self.change(change),
+            Event::Commit(commit) => self.commit(commit),
+            Event::Change { xid: Some(_), .. } => not_asked("a change of a streamed transaction"),
+            Event::StreamStart { .. } => not_asked("Stream Start"),
+            Event::StreamStop => not_asked("Stream Stop"),
+            Event::StreamCommit { .. } => not_asked("Stream Commit"),
+            Event::StreamAbort { .. } => not_asked("Stream Abort"),
+            Event::BeginPrepare(_) => not_asked("Begin Prepare"),
+            Event::Prepare(_) => not_asked("Prepare"),
+            Event::CommitPrepared(_) => not_asked("Commit Prepared"),
+            Event::RollbackPrepared(_) => not_asked("Rollback Prepared"),
+            Event::StreamPrepare(_) => not_asked("Stream Prepare"),
+        }
+    }
+
+    /// Takes a keepalive's position: an idle item if no transaction is open and it is news.
+    ///
+    /// The server sends `end_lsn` once everything that commits before it has been sent, so it is
+    /// an exclusive end. The item goes the way of the transactions before it and must be
+    /// acknowledged after them: the keepalive itself never moves the slot (pgcopydb#1033).
+    pub fn keepalive(&mut self, end_lsn: Lsn) -> Option<Item> {
+        if self.open.is_some() || end_lsn <= self.decoded_lsn {
+            return None;
+        }
+        self.decoded_lsn = end_lsn;
+        Some(Item::Idle { lsn: end_lsn })
+    }
+
+    fn begin(&mut self, begin: Begin) -> Result<Option<Item>> {
+        if self.open.is_some() {
+            return Err(self.out_of_place("BEGIN", "inside a transaction"));
+        }
+        self.open = Some(Open::new(begin));
+        Ok(None)
+    }
+
+    fn origin(&mut self, name: String) -> Result<Option<Item>> {
+        let after = self.decoded_lsn;
+        let place = match &mut self.open {
+            // Later, chunks without it may have gone out: the loop filter would miss them.
+            Some(open) if open.number > 0 || !open.changes.is_empty() => "after a change",
+            Some(open) => {
+                open.begin.origin = Some(name);
+                return Ok(None);
+            }
+            None => "outside a transaction",
+        };
+        Err(Error::OutOfPlace { event: "ORIGIN", place, after })
+    }
+
+    fn change(&mut self, change: Change) -> Result<Option<Item>> {
+        if let Some(open) = &mut self.open {
+            open.push(change);
+            return Ok(open.is_full().then(|| Item::Chunk(open.cut(None))));
+        }
+        match change {
+            Change::Message { transactional: false, lsn, .. } => Ok(self.lone_message(lsn, change)),
+            _ => Err(self.out_of_place("a change", "outside a transaction")),
+        }
+    }
+
+    /// A message written outside any transaction becomes one of its own, with xid 0.
+    ///
+    /// It stands at the start of its record, and the server skips it when asked to start beyond
+    /// that, so one byte further is an end position that makes it come exactly once.
+    fn lone_message(&mut self, lsn: Lsn, change: Change) -> Option<Item> {
+        let commit = Commit {
+            commit_lsn: lsn,
+            end_lsn: Lsn(lsn.0.saturating_add(1)),
+            commit_time: Default::default(),
+        };
+        if commit.end_lsn <= self.decoded_lsn {
+            return None;
+        }
+        let mut open = Open::new(Begin {
+            xid: 0,
+            commit_lsn: lsn,
+            commit_time: commit.commit_time,
+            origin: None,
+        });
+        open.push(change);
+        self.decoded_lsn = commit.end_lsn;
+        Some(Item::Chunk(open.cut(Some(commit))))
+    }
+
+    fn commit(&mut self, commit: Commit) -> Result<Option<Item>> {
+        let Some(open) = &mut self.open else {
+            return Err(self.out_of_place("COMMIT", "outside a transaction"));
+        };
+        if commit.commit_lsn != open.begin.commit_lsn {
+            return Err(Error::WrongCommit {
+                xid: open.begin.xid,
+                begin_lsn: open.begin.commit_lsn,
+                commit_lsn: commit.commit_lsn,
+            });
+        }
+        if commit.end_lsn <= self.decoded_lsn || commit.end_lsn <= commit.commit_lsn {
+            return Err(Error::Disorder {
+                commit_lsn: commit.commit_lsn,
+                end_lsn: commit.end_lsn,
+                after: self.decoded_lsn,
+            });
+        }
+        let chunk = open.cut(Some(commit));
+        self.open = None;
+        self.decoded_lsn = commit.end_lsn;
+        Ok(Some(Item::Chunk(chunk)))
+    }
+
+    fn out_of_place(&self, event: &'static str, place: &'static str) -> Error {
+        Error::OutOfPlace { event, place, after: self.decoded_lsn }
+    }
+}
+
+fn not_asked(event: &'static str) -> Result<Option<Item>> {
+    Err(Error::NotAskedFor { event })
+}

@@ -1,0 +1,169 @@
+//! What can be wrong with the bytes or the order of a stream.
+
+use crate::change::RowError;
+use crate::fault::{Fault, Faulty};
+use crate::id::QualifiedName;
+use crate::lsn::Lsn;
+
+/// A message that cannot be decoded. `lsn` is where the stream said it stands.
+///
+/// None of these mends itself: the same bytes come again from the same slot.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// The bytes end before the message does.
+    #[error(
+        "pgoutput message '{message}' at {lsn} ends too early; if it does so again on a new \
+         connection, report it with the server's version"
+    )]
+    Truncated {
+        /// First byte of the message.
+        message: char,
+        /// Where.
+        lsn: Lsn,
+    },
+    /// The message ends before the bytes do.
+    #[error(
+        "pgoutput message '{message}' at {lsn} has {bytes} bytes more than its format; \
+         report it with the server's version"
+    )]
+    Trailing {
+        /// First byte of the message.
+        message: char,
+        /// Where.
+        lsn: Lsn,
+        /// How many.
+        bytes: usize,
+    },
+    /// A first byte that no protocol version up to 4 has.
+    #[error(
+        "pgoutput message of unknown kind {kind:#04x} at {lsn}; \
+         check that the slot's plugin is pgoutput"
+    )]
+    UnknownMessage {
+        /// The byte.
+        kind: u8,
+        /// Where.
+        lsn: Lsn,
+    },
+    /// A field holds a value that the protocol does not have.
+    #[error(
+        "pgoutput message '{message}' at {lsn}: {field} is {value:#04x}; \
+         report it with the server's version"
+    )]
+    Field {
+        /// First byte of the message.
+        message: char,
+        /// Where.
+        lsn: Lsn,
+        /// Which field.
+        field: &'static str,
+        /// What it holds.
+        value: u8,
+    },
+    /// A name is not UTF-8, though the session asked for it.
+    #[error(
+        "pgoutput message '{message}' at {lsn} has a name that is not UTF-8; rename the object, \
+         as a SQL_ASCII database does not convert names"
+    )]
+    NotUtf8 {
+        /// First byte of the message.
+        message: char,
+        /// Where.
+        lsn: Lsn,
+    },
+    /// A change of a table that was not described on this connection.
+    #[error(
+        "pgoutput message '{message}' at {lsn} names relation {oid}, which the stream has not \
+         described (find it with: select {oid}::regclass)"
+    )]
+    UnknownRelation {
+        /// First byte of the message.
+        message: char,
+        /// Where.
+        lsn: Lsn,
+        /// `pg_class.oid` on the source.
+        oid: u32,
+    },
+    /// A row does not fit its table's description.
+    #[error(
+        "a row of {relation} at {lsn} has {row_columns} columns where its description has \
+         {relation_columns}; report it with the server's version"
+    )]
+    ColumnCount {
+        /// The table.
+        relation: QualifiedName,
+        /// Where.
+        lsn: Lsn,
+        /// Columns in the row.
+        row_columns: usize,
+        /// Columns in the description.
+        relation_columns: usize,
+    },
+    /// A row's bytes are no row.
+    #[error("a row of {relation} at {lsn}: {source}; report it with the server's version")]
+    Row {
+        /// The table.
+        relation: QualifiedName,
+        /// Where.
+        lsn: Lsn,
+        /// What is wrong with it.
+        source: RowError,
+    },
+    /// A message where the protocol does not allow it.
+    #[error("{event} {place}, after position {after}; report it with the server's version")]
+    OutOfPlace {
+        /// Which message.
+        event: &'static str,
+        /// Where it should not have been.
+        place: &'static str,
+        /// End of the last transaction.
+        after: Lsn,
+    },
+    /// Transactions come in commit order; this one did not.
+    #[error(
+        "the commit at {commit_lsn} (end {end_lsn}) comes after position {after}; the stream is \
+         not in commit order, or not of one server"
+    )]
+    Disorder {
+        /// Start of the commit record.
+        commit_lsn: Lsn,
+        /// Its end.
+        end_lsn: Lsn,
+        /// What the stream had reached.
+        after: Lsn,
+    },
+    /// A transaction's COMMIT is not the one its BEGIN promised.
+    #[error(
+        "transaction {xid} began for the commit record at {begin_lsn} and ended with {commit_lsn}; \
+         report it with the server's version"
+    )]
+    WrongCommit {
+        /// The transaction.
+        xid: u32,
+        /// What BEGIN said.
+        begin_lsn: Lsn,
+        /// What COMMIT said.
+        commit_lsn: Lsn,
+    },
+    /// In-progress streaming or two-phase decoding, which the reader never asks for.
+    #[error(
+        "{event} came in the stream, but neither streaming of transactions in progress nor \
+         two-phase decoding was asked for; a slot made with two_phase cannot be used, make it again"
+    )]
+    NotAskedFor {
+        /// Which message.
+        event: &'static str,
+    },
+}
+
+impl Faulty for Error {
+    fn fault(&self) -> Fault {
+        match self {
+            // A slot made by someone else with two_phase brings these.
+            Error::NotAskedFor { .. } => Fault::Stop,
+            // The server describes before it sends; if it seems not to have, we forgot.
+            Error::UnknownRelation { .. } | Error::WrongCommit { .. } => Fault::Bug,
+            _ => Fault::Stop,
+        }
+    }
+}
