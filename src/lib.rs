@@ -23,5 +23,8 @@ pub mod decode;
 pub mod buffer;
 pub mod source;
 
+// Floor 3: stages. They never import each other.
+pub mod apply;
+
 // Floor 6: edges.
 pub mod demo;

@@ -4,12 +4,14 @@
 //! travels as one or more [`Chunk`]s, so that one of any size passes through fixed memory; a small
 //! one, the usual case, is a single chunk with `commit` set.
 
+pub mod feed;
 pub mod relation;
 pub mod row;
 pub mod sink;
 pub mod transaction;
 pub mod visibility;
 
+pub use feed::Feed;
 pub use relation::{Column, Relation, ReplicaIdentity};
 pub use row::{Row, RowBuilder, RowError, Value};
 pub use sink::{Sink, SinkClosed};

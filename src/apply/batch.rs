@@ -1,0 +1,356 @@
+//! Collecting items into batches. Pure.
+//!
+//! A batch holds whole source transactions in commit order (law 5). One transaction larger than a
+//! batch is given out chunk by chunk, to be written inside one open target transaction, so that
+//! memory stays fixed (law 9).
+
+use std::collections::VecDeque;
+
+use super::error::{Error, Result};
+use crate::change::{Chunk, Commit, Item};
+use crate::limit;
+use crate::lsn::Lsn;
+
+/// What to do next.
+#[derive(Debug)]
+pub(super) enum Work {
+    /// Write these chunks.
+    Write(Batch),
+    /// The stream began again inside a transaction of which chunks were written: roll it back.
+    Abandon,
+    /// Everything below this position (exclusive) has been given out, and nothing is waiting.
+    Idle(Lsn),
+}
+
+/// Chunks that are written in one round trip.
+#[derive(Debug)]
+pub(super) struct Batch {
+    /// In commit order.
+    pub chunks: Vec<Chunk>,
+    /// False if an earlier batch opened the target transaction.
+    pub opens: bool,
+    /// The last transaction's commit; `None` if the target transaction stays open for more chunks.
+    pub commit: Option<Commit>,
+}
+
+impl Batch {
+    /// Number of source transactions that end in this batch.
+    pub fn transactions(&self) -> u64 {
+        self.chunks.iter().filter(|c| c.commit.is_some()).count() as u64
+    }
+}
+
+/// Bounds of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// A batch closes at this many bytes of changes.
+    pub bytes: usize,
+    /// A batch closes at this many source transactions.
+    pub transactions: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits { bytes: limit::BATCH_BYTES, transactions: limit::BATCH_TRANSACTIONS }
+    }
+}
+
+/// Chunks taken from the feed and not yet given out: about one batch at most.
+#[derive(Debug)]
+pub(super) struct Batcher {
+    limits: Limits,
+    queue: VecDeque<Chunk>,
+    /// Bytes in `queue`.
+    bytes: usize,
+    /// How many chunks at the front of `queue` belong to transactions that are complete.
+    complete: usize,
+    /// End of the last complete transaction taken in, or progress at the start. What commits
+    /// before it has been seen already.
+    seen_lsn: Lsn,
+    /// Number of the chunk that must come next; 0 between transactions.
+    next_number: u32,
+    /// Some chunks of the transaction at the front were given out already.
+    open: bool,
+    /// The open transaction was cut.
+    abandoned: bool,
+    idle_lsn: Option<Lsn>,
+}
+
+impl Batcher {
+    /// Transactions whose commit record starts before `progress_lsn` are skipped whole (law 3).
+    pub fn new(progress_lsn: Lsn, limits: Limits) -> Self {
+        Batcher {
+            limits,
+            queue: VecDeque::new(),
+            bytes: 0,
+            complete: 0,
+            seen_lsn: progress_lsn,
+            next_number: 0,
+            open: false,
+            abandoned: false,
+            idle_lsn: None,
+        }
+    }
+
+    /// False once there is enough for a batch, or what is there must be given out first.
+    pub fn wants_more(&self) -> bool {
+        self.bytes < self.limits.bytes && !self.abandoned
+    }
+
+    /// True if what is at the front may not be applied yet.
+    pub fn is_held(&self, hold_lsn: Option<Lsn>) -> bool {
+        match (self.queue.front(), hold_lsn) {
+            (Some(chunk), Some(hold_lsn)) => !self.open && chunk.begin.commit_lsn >= hold_lsn,
+            _ => false,
+        }
+    }
+
+    /// True while a target transaction is open for a transaction given out in part.
+    pub fn is_open(&self) -> bool {
+        self.open
+    }
+
+    /// Takes an item in. Errors if chunks of a transaction are missing.
+    pub fn push(&mut self, item: Item) -> Result<()> {
+        match item {
+            Item::Idle { lsn } => {
+                if self.next_number == 0 {
+                    self.idle_lsn = Some(lsn);
+                }
+                Ok(())
+            }
+            Item::Chunk(chunk) => self.push_chunk(chunk),
+        }
+    }
+
+    fn push_chunk(&mut self, chunk: Chunk) -> Result<()> {
+        if chunk.number == 0 {
+            self.forget_incomplete();
+        }
+        if chunk.begin.commit_lsn < self.seen_lsn {
+            return Ok(());
+        }
+        if chunk.number != self.next_number {
+            return Err(Error::Broken(format!(
+                "chunk {} of transaction {} (commit at {}) arrived where chunk {} is due",
+                chunk.number, chunk.begin.xid, chunk.begin.commit_lsn, self.next_number
+            )));
+        }
+        self.idle_lsn = None;
+        self.next_number = chunk.number.saturating_add(1);
+        self.bytes += chunk.bytes;
+        let commit = chunk.commit;
+        self.queue.push_back(chunk);
+        if let Some(commit) = commit {
+            self.seen_lsn = commit.end_lsn;
+            self.next_number = 0;
+            self.complete = self.queue.len();
+        }
+        Ok(())
+    }
+
+    /// The reader connected again: what it had sent of an unfinished transaction comes once more.
+    fn forget_incomplete(&mut self) {
+        if self.next_number == 0 {
+            return;
+        }
+        for chunk in self.queue.drain(self.complete..) {
+            self.bytes -= chunk.bytes;
+        }
+        self.next_number = 0;
+        if self.open && self.complete == 0 {
+            self.abandoned = true;
+        }
+    }
+
+    /// What to do next, if anything can be done. Transactions whose commit record starts at or
+    /// after `hold_lsn` stay here.
+    pub fn take(&mut self, hold_lsn: Option<Lsn>) -> Option<Work> {
+        if self.abandoned {
+            (self.abandoned, self.open) = (false, false);
+            return Some(Work::Abandon);
+        }
+        let hold_lsn = hold_lsn.unwrap_or(Lsn(u64::MAX));
+        let count = if self.open { self.rest_of_open() } else { self.whole_below(hold_lsn) };
+        if count > 0 {
+            return Some(Work::Write(self.give(count)));
+        }
+        let oversized = !self.open && self.complete == 0 && self.bytes >= self.limits.bytes;
+        if oversized && self.queue.front().is_some_and(|c| c.begin.commit_lsn < hold_lsn) {
+            return Some(Work::Write(self.give(self.queue.len())));
+        }
+        if !self.queue.is_empty() || self.open {
+            return None;
+        }
+        self.idle_lsn.take().map(Work::Idle)
+    }
+
+    /// Chunks at the front up to the open transaction's commit.
+    fn rest_of_open(&self) -> usize {
+        let commit_at = self.queue.iter().position(|c| c.commit.is_some());
+        commit_at.map_or(self.queue.len(), |at| at + 1)
+    }
+
+    /// Chunks at the front that are whole transactions, within the limits and below `hold_lsn`.
+    fn whole_below(&self, hold_lsn: Lsn) -> usize {
+        let (mut count, mut bytes, mut transactions) = (0, 0, 0);
+        for (index, chunk) in self.queue.iter().take(self.complete).enumerate() {
+            if chunk.begin.commit_lsn >= hold_lsn {
+                break;
+            }
+            bytes += chunk.bytes;
+            if chunk.commit.is_some() {
+                (count, transactions) = (index + 1, transactions + 1);
+                if bytes >= self.limits.bytes || transactions >= self.limits.transactions {
+                    break;
+                }
+            }
+        }
+        count
+    }
+
+    fn give(&mut self, count: usize) -> Batch {
+        let chunks: Vec<Chunk> = self.queue.drain(..count).collect();
+        self.bytes -= chunks.iter().map(|c| c.bytes).sum::<usize>();
+        self.complete = self.complete.saturating_sub(count);
+        let commit = chunks.last().and_then(|c| c.commit);
+        let opens = !self.open;
+        self.open = commit.is_none();
+        Batch { chunks, opens, commit }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::change::Begin;
+    use crate::clock::PgTimestamp;
+
+    /// Chunk `number` of the transaction whose commit record is `at..at+10`.
+    fn chunk(at: u64, number: u32, last: bool, bytes: usize) -> Item {
+        let begin = Begin {
+            xid: at as u32,
+            commit_lsn: Lsn(at),
+            commit_time: PgTimestamp(0),
+            origin: None,
+        };
+        let commit = last.then_some(Commit {
+            commit_lsn: Lsn(at),
+            end_lsn: Lsn(at + 10),
+            commit_time: PgTimestamp(0),
+        });
+        Item::Chunk(Chunk { begin: Arc::new(begin), number, changes: vec![], commit, bytes })
+    }
+
+    /// `100,200+` for a written batch (+ leaves the transaction open, ~ continues one).
+    fn take(batcher: &mut Batcher, hold_lsn: Option<u64>) -> String {
+        match batcher.take(hold_lsn.map(Lsn)) {
+            None => "-".to_string(),
+            Some(Work::Abandon) => "abandon".to_string(),
+            Some(Work::Idle(lsn)) => format!("idle {}", lsn.0),
+            Some(Work::Write(batch)) => {
+                let starts: Vec<String> =
+                    batch.chunks.iter().map(|c| c.begin.commit_lsn.0.to_string()).collect();
+                let head = if batch.opens { "" } else { "~" };
+                let tail = if batch.commit.is_some() { "" } else { "+" };
+                format!("{head}{}{tail}", starts.join(","))
+            }
+        }
+    }
+
+    fn batcher(items: impl IntoIterator<Item = Item>) -> Batcher {
+        let limits = Limits { bytes: 100, transactions: 3 };
+        let mut batcher = Batcher::new(Lsn(50), limits);
+        items.into_iter().for_each(|i| batcher.push(i).unwrap());
+        batcher
+    }
+
+    #[test]
+    fn a_batch_is_whole_transactions_within_the_limits() {
+        let mut b = batcher((1..=5).map(|n| chunk(n * 100, 0, true, 1)));
+        assert_eq!(take(&mut b, None), "100,200,300");
+        assert_eq!(take(&mut b, None), "400,500");
+        assert_eq!(take(&mut b, None), "-");
+        let mut b = batcher((1..=3).map(|n| chunk(n * 100, 0, true, 60)));
+        assert_eq!(take(&mut b, None), "100,200");
+        let mut b = batcher([chunk(100, 0, true, 1), chunk(200, 0, false, 1)]);
+        assert_eq!(take(&mut b, None), "100");
+        assert_eq!(take(&mut b, None), "-");
+        b.push(chunk(200, 1, true, 1)).unwrap();
+        assert_eq!(take(&mut b, None), "200,200");
+    }
+
+    #[test]
+    fn a_transaction_larger_than_a_batch_is_given_out_in_parts() {
+        let mut b = batcher([chunk(100, 0, true, 1), chunk(200, 0, false, 99)]);
+        assert!(!b.wants_more());
+        assert_eq!(take(&mut b, None), "100");
+        assert_eq!(take(&mut b, None), "-");
+        b.push(chunk(200, 1, false, 60)).unwrap();
+        assert_eq!(take(&mut b, None), "200,200+");
+        assert_eq!(take(&mut b, None), "-");
+        b.push(chunk(200, 2, true, 1)).unwrap();
+        b.push(chunk(300, 0, true, 1)).unwrap();
+        assert_eq!(take(&mut b, None), "~200");
+        assert_eq!(take(&mut b, None), "300");
+    }
+
+    #[test]
+    fn what_was_seen_is_skipped_whole_and_a_cut_transaction_begins_again() {
+        let mut b = batcher([chunk(40, 0, false, 1), chunk(40, 1, true, 1), chunk(50, 0, true, 1)]);
+        assert_eq!(take(&mut b, None), "50");
+        let mut b = batcher([chunk(100, 0, true, 1), chunk(200, 0, false, 1)]);
+        b.push(chunk(100, 0, true, 1)).unwrap();
+        b.push(chunk(200, 0, true, 1)).unwrap();
+        assert_eq!(take(&mut b, None), "100,200");
+        let mut b = batcher([chunk(200, 0, false, 100)]);
+        assert_eq!(take(&mut b, None), "200+");
+        b.push(chunk(200, 0, true, 1)).unwrap();
+        assert!(!b.wants_more());
+        assert_eq!(take(&mut b, None), "abandon");
+        assert_eq!(take(&mut b, None), "200");
+    }
+
+    #[test]
+    fn a_complete_open_transaction_outlives_the_restart_of_the_stream() {
+        let mut b = batcher([chunk(200, 0, false, 100)]);
+        assert_eq!(take(&mut b, None), "200+");
+        b.push(chunk(200, 1, true, 1)).unwrap();
+        b.push(chunk(300, 0, false, 1)).unwrap();
+        b.push(chunk(200, 0, false, 100)).unwrap();
+        b.push(chunk(200, 1, true, 1)).unwrap();
+        assert_eq!(take(&mut b, None), "~200");
+        assert_eq!(take(&mut b, None), "-");
+    }
+
+    #[test]
+    fn a_missing_chunk_is_an_error() {
+        let mut b = batcher([]);
+        assert!(b.push(chunk(100, 1, true, 1)).is_err());
+    }
+
+    #[test]
+    fn a_hold_keeps_back_what_commits_at_or_after_it() {
+        let mut b = batcher([chunk(100, 0, true, 1), chunk(200, 0, true, 1)]);
+        assert_eq!(take(&mut b, Some(200)), "100");
+        assert!(b.is_held(Some(Lsn(200))));
+        assert_eq!(take(&mut b, Some(200)), "-");
+        assert_eq!(take(&mut b, None), "200");
+        let mut b = batcher([chunk(100, 0, false, 200)]);
+        assert_eq!(take(&mut b, Some(100)), "-");
+    }
+
+    #[test]
+    fn idleness_is_told_only_when_nothing_is_waiting() {
+        let mut b = batcher([chunk(100, 0, true, 1), Item::Idle { lsn: Lsn(150) }]);
+        assert_eq!(take(&mut b, Some(100)), "-");
+        assert_eq!(take(&mut b, None), "100");
+        assert_eq!(take(&mut b, None), "idle 150");
+        assert_eq!(take(&mut b, None), "-");
+        b.push(chunk(200, 0, false, 1)).unwrap();
+        b.push(Item::Idle { lsn: Lsn(250) }).unwrap();
+        assert_eq!(take(&mut b, None), "-");
+    }
+}

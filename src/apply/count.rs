@@ -1,0 +1,78 @@
+//! The books of law 10: decoded = applied + filtered + quarantined, per table.
+
+use super::error::{Error, Result};
+use crate::id::QualifiedName;
+
+/// Adds one batch's counts to what the target has of earlier ones.
+pub(super) const UPSERT: &str = "insert into walferry.stream_table as t \
+     (stream, schema, name, decoded, applied, filtered, quarantined) \
+     select $1::text, c.* from unnest($2::text[], $3::text[], $4::int8[], $5::int8[], $6::int8[], \
+     $7::int8[]) as c on conflict (stream, schema, name) do update \
+     set decoded = t.decoded + excluded.decoded, applied = t.applied + excluded.applied, \
+     filtered = t.filtered + excluded.filtered, quarantined = t.quarantined + excluded.quarantined";
+
+/// Changes of one table, of one target transaction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counts {
+    /// Seen in the stream.
+    pub decoded: u64,
+    /// Written.
+    pub applied: u64,
+    /// Left out on purpose: not in the job, or part of the copy.
+    pub filtered: u64,
+    /// Set aside for a person. None, so far.
+    pub quarantined: u64,
+}
+
+impl Counts {
+    /// Refuses books that do not balance.
+    pub fn check(&self, table: &QualifiedName) -> Result<()> {
+        let Counts { decoded, applied, filtered, quarantined } = *self;
+        if decoded == applied + filtered + quarantined {
+            return Ok(());
+        }
+        Err(Error::Conservation { table: table.clone(), decoded, applied, filtered, quarantined })
+    }
+}
+
+/// The parameters of [`UPSERT`] after the stream's name: six array literals.
+pub(super) fn upsert_params(counts: &[(&QualifiedName, Counts)]) -> Vec<String> {
+    let texts = |get: fn(&QualifiedName) -> &str| array(counts.iter().map(|(n, _)| quoted(get(n))));
+    let numbers = |get: fn(&Counts) -> u64| array(counts.iter().map(|(_, c)| get(c).to_string()));
+    vec![
+        texts(|n| &n.schema),
+        texts(|n| &n.name),
+        numbers(|c| c.decoded),
+        numbers(|c| c.applied),
+        numbers(|c| c.filtered),
+        numbers(|c| c.quarantined),
+    ]
+}
+
+fn array(elements: impl Iterator<Item = String>) -> String {
+    format!("{{{}}}", elements.collect::<Vec<_>>().join(","))
+}
+
+fn quoted(text: &str) -> String {
+    format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn books_that_do_not_balance_are_refused() {
+        let name = QualifiedName::new("public", "t");
+        let even = Counts { decoded: 6, applied: 3, filtered: 2, quarantined: 1 };
+        assert!(even.check(&name).is_ok());
+        assert!(Counts { decoded: 7, ..even }.check(&name).is_err());
+    }
+
+    #[test]
+    fn names_survive_array_literals() {
+        let name = QualifiedName::new("a\"b", "c\\d,{}");
+        let params = upsert_params(&[(&name, Counts::default())]);
+        assert_eq!(params[..3], ["{\"a\\\"b\"}", "{\"c\\\\d,{}\"}", "{0}"]);
+    }
+}

@@ -1,0 +1,242 @@
+//! What can go wrong while applying, and what to do then.
+
+use crate::fault::{Fault, Faulty};
+use crate::id::QualifiedName;
+use crate::lsn::Lsn;
+use crate::pg;
+
+/// Result with this room's error.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// The change an error is about: enough to find the row on both sides, no value outside its key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Culprit {
+    /// `INSERT`, `UPDATE`, `DELETE` or `TRUNCATE`.
+    pub operation: &'static str,
+    /// The table on the target.
+    pub table: QualifiedName,
+    /// `(id)=(5)`, or what stands in for a key.
+    pub key: String,
+    /// Start of the source transaction's commit record.
+    pub commit_lsn: Lsn,
+    /// The source transaction.
+    pub xid: u32,
+}
+
+impl std::fmt::Display for Culprit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} of {} key {} (source transaction {} committed at {})",
+            self.operation, self.table, self.key, self.xid, self.commit_lsn
+        )
+    }
+}
+
+/// Why applying stopped. Nothing of the batch concerned is on the target.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The wire, or a statement of our own that the server refused.
+    #[error(transparent)]
+    Pg(#[from] pg::Error),
+    /// The role lacks a right that applying needs.
+    #[error("role \"{role}\" may not {what}: run {sql} ({source})")]
+    Denied {
+        /// The role of the session.
+        role: String,
+        /// What it tried.
+        what: &'static str,
+        /// What gives it the right.
+        sql: String,
+        /// The server's refusal.
+        source: Box<pg::Error>,
+    },
+    /// The schema `walferry` or a table in it is not there.
+    #[error("the tables of schema walferry are missing on the target ({source}): run {ddl}")]
+    NoState {
+        /// What makes them.
+        ddl: &'static str,
+        /// The server's words.
+        source: Box<pg::Error>,
+    },
+    /// Another session applies under this origin.
+    #[error(
+        "replication origin \"{origin}\" is in use by the session with pid {pid} after {seconds} s \
+         of waiting: stop the other walferry, or run select pg_terminate_backend({pid}) on the target"
+    )]
+    OriginBusy {
+        /// The origin.
+        origin: String,
+        /// Its holder, as far as the server told.
+        pid: String,
+        /// How long was waited.
+        seconds: u64,
+    },
+    /// Progress is kept in both ways that exist, so that neither can be believed alone.
+    #[error(
+        "progress of stream \"{stream}\" would be kept {wanted}, but is already kept {found}: go on \
+         in that way, or (only if the copy starts afresh) run {sql}"
+    )]
+    ProgressElsewhere {
+        /// The stream.
+        stream: String,
+        /// What was asked for.
+        wanted: &'static str,
+        /// What is there.
+        found: &'static str,
+        /// What removes it.
+        sql: String,
+    },
+    /// The progress row was moved by somebody else.
+    #[error(
+        "progress of stream \"{stream}\" was moved by another session: another walferry applies \
+         the same stream, or did a moment ago"
+    )]
+    ProgressMoved {
+        /// The stream.
+        stream: String,
+    },
+    /// A table of the stream does not exist on the target.
+    #[error(
+        "table {table} does not exist on the target: create it there as it is on the source, or \
+         leave it out of the job"
+    )]
+    NoTable {
+        /// Its name.
+        table: QualifiedName,
+    },
+    /// What has the table's name on the target cannot be written as a table.
+    #[error(
+        "{table} is not a table on the target (relkind \"{kind}\"): rename it and create the table"
+    )]
+    NotATable {
+        /// Its name.
+        table: QualifiedName,
+        /// `pg_class.relkind`.
+        kind: String,
+    },
+    /// The source's table has a column that the target's lacks.
+    #[error(
+        "column {column} of table {table} does not exist on the target: run alter table {quoted} \
+         add column {column} with the type it has on the source"
+    )]
+    NoColumn {
+        /// The table.
+        table: QualifiedName,
+        /// The table, quoted.
+        quoted: String,
+        /// The column, quoted.
+        column: String,
+    },
+    /// An UPDATE or DELETE says not which row it means.
+    #[error(
+        "{culprit} does not identify its row: run alter table {quoted} replica identity full on \
+         the source (or using index), then copy the table again"
+    )]
+    NotIdentified {
+        /// The change.
+        culprit: Box<Culprit>,
+        /// The table, quoted.
+        quoted: String,
+    },
+    /// The statement for one change touched no row, or several.
+    #[error(
+        "{culprit} met {rows} rows on the target instead of 1: source and target differ; run \
+         walferry verify, repair the row, and find out who else writes to the target"
+    )]
+    RowMissing {
+        /// The change.
+        culprit: Box<Culprit>,
+        /// How many rows it met.
+        rows: String,
+    },
+    /// The target refused a change.
+    #[error("{culprit} was refused by the target: {said}; {advice}")]
+    Refused {
+        /// The change.
+        culprit: Box<Culprit>,
+        /// The server's message with its SQLSTATE, without other columns' values.
+        said: String,
+        /// What to do.
+        advice: &'static str,
+        /// The server's error in full.
+        source: Box<pg::Error>,
+    },
+    /// COMMIT did not answer COMMIT.
+    #[error("the target answered COMMIT with \"{tag}\": the batch up to {end_lsn} is not applied")]
+    NotCommitted {
+        /// The command tag.
+        tag: String,
+        /// Where the batch ends.
+        end_lsn: Lsn,
+    },
+    /// Law 10 does not hold.
+    #[error(
+        "changes of {table} do not add up: {decoded} decoded, {applied} applied, {filtered} \
+         filtered, {quarantined} quarantined"
+    )]
+    Conservation {
+        /// The table.
+        table: QualifiedName,
+        /// Changes seen.
+        decoded: u64,
+        /// Changes written.
+        applied: u64,
+        /// Changes left out on purpose.
+        filtered: u64,
+        /// Changes set aside.
+        quarantined: u64,
+    },
+    /// The stream or our own bookkeeping broke a promise.
+    #[error("{0}")]
+    Broken(String),
+}
+
+impl Faulty for Error {
+    fn fault(&self) -> Fault {
+        match self {
+            Error::Pg(error) => error.fault(),
+            Error::ProgressMoved { .. } => Fault::Retry,
+            Error::NotCommitted { .. } | Error::Conservation { .. } | Error::Broken(_) => {
+                Fault::Bug
+            }
+            _ => Fault::Stop,
+        }
+    }
+}
+
+/// What to do about a row that the target refused.
+pub(super) fn advice(code: &str) -> &'static str {
+    match code {
+        "23505" | "23P01" => {
+            "a conflicting row is on the target: run walferry verify, and find out who else \
+             writes to the target"
+        }
+        "23502" | "23503" | "23514" | "23001" => {
+            "the target has a constraint that the source's row does not meet: drop it there, or \
+             mend the row on both sides"
+        }
+        "42501" => "grant the role of the target connection the right to write this table",
+        "53100" => "free disk space on the target and start again; nothing is lost",
+        "0A000" | "2BP01" => {
+            "a table outside the job refers to this one: drop its foreign key on the target, or \
+             take the table into the job"
+        }
+        _ if code.starts_with("22") => {
+            "the column's type or encoding differs between source and target: make them equal, \
+             and start again"
+        }
+        _ => "mend the cause on the target and start again; nothing is lost",
+    }
+}
+
+/// The server's words without its DETAIL, which may show whole rows; that of a unique or exclusion
+/// violation shows the key only and is kept.
+pub(super) fn said(error: &pg::ServerError) -> String {
+    let mut said = format!("{} (SQLSTATE {})", error.message, error.code);
+    if let (Some(detail), "23505") = (&error.detail, error.code.as_str()) {
+        said.push_str(": ");
+        said.push_str(detail);
+    }
+    said
+}

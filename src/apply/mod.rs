@@ -1,0 +1,273 @@
+//! Writes a stream's changes to its target: whole source transactions, in commit order, exactly
+//! once, tagged with a replication origin.
+//!
+//! # Steps
+//! 1. [`Applier::connect`] opens a session (triggers and foreign keys off by
+//!    `session_replication_role`, COMMIT not waiting for its flush), claims the stream's progress
+//!    and reads it.
+//! 2. [`Applier::run`] takes what the feed has without waiting and makes a batch of it: small when
+//!    the source is quiet, so that a change is on the target after one round trip, large when it is
+//!    busy. `batch` decides, and cannot do I/O.
+//! 3. `writer` turns a batch into one request: BEGIN, a prepared statement a row, one statement for
+//!    all counters, progress, COMMIT, and the question where the target's log stands; one Sync.
+//! 4. The answers are held against the request: every row statement met one row, COMMIT said
+//!    COMMIT. Positions go out by a watch channel.
+//!
+//! `routing` and `target` know the tables, `shape` and `statement` (pure) the SQL, `progress` where
+//! the position is kept, `durable` what a crash of the target can take back, `count` law 10's books.
+//!
+//! # A row that is not there
+//! An UPDATE that meets no row means that source and target differ, and must roll the batch back;
+//! but COMMIT is already on its way in the same request. So each UPDATE and DELETE is wrapped in a
+//! WITH whose count is cast to an error on the server when it is not 1. The rejected alternative, to
+//! look at the counts before sending COMMIT, costs a second round trip a batch.
+//!
+//! # What survives a crash
+//! Progress commits with the rows, so after any crash of either side [`Applier::progress`] is
+//! exactly what is on the target, and transactions before it are skipped whole when they come again
+//! (law 3). A transaction larger than a batch is written chunk by chunk inside one open target
+//! transaction; cut off, it is rolled back by the server and comes again from its first chunk.
+//! Positions of quiet times ([`Item::Idle`]) are not written to the target: a restart may see the
+//! slot ahead of progress, with nothing of interest between.
+//!
+//! # Timeline
+//! ```text
+//! feed       T1 T2 T3 | T4 (large) ... chunk chunk commit | Idle
+//! target     [T1 T2 T3]  [T4 ...........................]
+//! applied_lsn         T3                              T4   idle
+//! durable_lsn      (flush) T3                    (flush) T4 idle   <- what the slot may be told
+//! ```
+//!
+//! Left out on purpose: net-change folding and set-wise writing, several target sessions, and
+//! setting single rows aside (`quarantined` is counted, and always 0).
+//!
+//! [`Item::Idle`]: crate::change::Item::Idle
+
+mod batch;
+mod count;
+mod durable;
+mod error;
+mod progress;
+mod routing;
+mod run;
+mod shape;
+mod statement;
+mod target;
+mod writer;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+pub use batch::Limits;
+pub use error::{Culprit, Error, Result};
+pub use progress::ProgressKind;
+
+use batch::Batcher;
+use durable::Durable;
+use progress::Progress;
+use writer::Writer;
+
+use crate::change::Snapshot;
+use crate::clock::PgTimestamp;
+use crate::id::QualifiedName;
+use crate::lsn::Lsn;
+use crate::pg::{self, Config, Purpose, Session};
+
+/// Makes the tables that applying writes beside the rows. May be run again and again.
+pub const DDL: &str = "create schema if not exists walferry; \
+     create table if not exists walferry.progress (\
+     stream text primary key, end_lsn pg_lsn not null); \
+     create table if not exists walferry.stream_table (\
+     stream text, schema text, name text, decoded bigint not null, applied bigint not null, \
+     filtered bigint not null, quarantined bigint not null, primary key (stream, schema, name));";
+
+/// Logical messages whose prefix starts with this are handed to [`Options::on_message`].
+pub const MESSAGE_PREFIX: &str = "walferry";
+
+/// Asks where the target's log stands and how much of it is flushed.
+const POSITION: &str =
+    "select pg_catalog.pg_current_wal_insert_lsn(), pg_catalog.pg_current_wal_flush_lsn()";
+
+/// Tells whether a table's changes are written.
+pub type TableFilter = Arc<dyn Fn(&QualifiedName) -> bool + Send + Sync>;
+
+/// Called for each message after its transaction is committed on the target. Must not block.
+pub type MessageHook = Arc<dyn Fn(&Message) + Send + Sync>;
+
+/// A logical message that came with the stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// Namespace chosen by the writer.
+    pub prefix: String,
+    /// The writer's bytes.
+    pub content: Bytes,
+    /// Where it stands in the source's log.
+    pub lsn: Lsn,
+}
+
+/// How to apply one stream.
+#[derive(Clone)]
+pub struct Options {
+    /// Name of the origin or the progress row, and of the stream in `walferry.stream_table`.
+    pub stream: String,
+    /// Where progress is kept. Must not change during the life of a stream.
+    pub progress: ProgressKind,
+    /// Sets `session_replication_role = replica`, so that ordinary triggers, rules and foreign keys
+    /// do not act. False only for roles that may not, whose triggers are disabled otherwise.
+    pub replica_role: bool,
+    /// Tables whose changes are written; those of others are counted as filtered. `None`: all.
+    pub tables: Option<TableFilter>,
+    /// What the copy read: changes of transactions that a table's snapshot sees are filtered.
+    pub visibility: HashMap<QualifiedName, Snapshot>,
+    /// Takes messages with [`MESSAGE_PREFIX`]. At least once each: a crash may repeat one.
+    pub on_message: Option<MessageHook>,
+    /// How long to wait for an origin that a predecessor's backend still holds. The server notices
+    /// a peer that is gone within about 25 s, see [`Applier::connect`].
+    pub busy_wait: Duration,
+    /// Bounds of a batch.
+    pub limits: Limits,
+}
+
+impl Options {
+    /// Everything of the stream, progress in an origin.
+    pub fn new(stream: impl Into<String>) -> Self {
+        Options {
+            stream: stream.into(),
+            progress: ProgressKind::Origin,
+            replica_role: true,
+            tables: None,
+            visibility: HashMap::new(),
+            on_message: None,
+            busy_wait: Duration::from_secs(40),
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// How far the stream is applied. All positions are in the source's log.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Applied {
+    /// Exclusive: everything that commits below it is on the target, committed.
+    pub applied_lsn: Lsn,
+    /// Exclusive: and no crash of the target can take it back. What the slot may be told.
+    pub durable_lsn: Lsn,
+    /// End of the last transaction written; not moved by idleness.
+    pub last_end_lsn: Lsn,
+    /// When the source committed that transaction; `None` before the first of this run.
+    pub commit_time: Option<PgTimestamp>,
+    /// Source transactions written since [`Applier::connect`].
+    pub transactions: u64,
+    /// Row changes written since [`Applier::connect`].
+    pub rows: u64,
+    /// The hold position that is in force: everything below it is durable, and nothing at or above
+    /// it is applied before the hold is taken back, unless `last_end_lsn` says that it was already.
+    pub held: Option<Lsn>,
+}
+
+/// Applies one stream to one target.
+pub struct Applier {
+    session: Session,
+    progress: Progress,
+    /// End of the last transaction recorded on the target.
+    progress_lsn: Lsn,
+    writer: Writer,
+    batcher: Batcher,
+    durable: Durable,
+    applied: Applied,
+    on_message: Option<MessageHook>,
+}
+
+impl Applier {
+    /// Opens a session on the target and claims the stream's progress. [`DDL`] must have been run.
+    ///
+    /// The session asks the server to notice within about 25 s when this process or the network is
+    /// gone, so that the claim is free again for a successor.
+    pub async fn connect(config: &Config, options: Options) -> Result<Applier> {
+        let config = match &config.application_name {
+            Some(_) => config.clone(),
+            None => config.clone().with_application_name("walferry apply"),
+        };
+        let mut session = Session::connect(&config, Purpose::Sql).await?;
+        set_up(&mut session, options.replica_role).await?;
+        let (progress, progress_lsn) =
+            Progress::open(&mut session, &options.stream, options.progress, options.busy_wait)
+                .await?;
+        let writer = Writer::new(&mut session, &options).await?;
+        Ok(Applier {
+            session,
+            progress,
+            progress_lsn,
+            writer,
+            batcher: Batcher::new(progress_lsn, options.limits),
+            durable: Durable::new(progress_lsn),
+            applied: Applied {
+                applied_lsn: progress_lsn,
+                durable_lsn: progress_lsn,
+                last_end_lsn: progress_lsn,
+                ..Applied::default()
+            },
+            on_message: options.on_message,
+        })
+    }
+
+    /// Exclusive: every source transaction that commits below it is on the target. `0/0` before the
+    /// first. Read from the target when connecting, and moved by each batch.
+    pub fn progress(&self) -> Lsn {
+        self.progress_lsn
+    }
+}
+
+async fn set_up(session: &mut Session, replica_role: bool) -> Result<()> {
+    if replica_role {
+        let set = session.execute("set session_replication_role = replica").await;
+        if let Err(error) = set {
+            let grant = if session.major_version() >= 15 {
+                |role: &str| format!("grant set on parameter session_replication_role to {role}")
+            } else {
+                |role: &str| format!("alter role {role} superuser")
+            };
+            return Err(refused(session, error, "set session_replication_role", grant).await);
+        }
+    }
+    // An index is used wherever there is one, even if the planner saw the table when it was small;
+    // the cost that this adds to scans must not start the JIT compiler.
+    let mut settings = "set synchronous_commit = off; set enable_seqscan = off; \
+         set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; \
+         set tcp_keepalives_count = 3"
+        .to_string();
+    if session.major_version() >= 11 {
+        settings.push_str("; set jit = off");
+    }
+    session.execute(&settings).await?;
+    if session.major_version() >= 14 {
+        // Not known on every platform; keepalives alone will do.
+        let check = session.execute("set client_connection_check_interval = '5s'").await;
+        if let Err(error) = check
+            && error.is_closed()
+        {
+            return Err(error.into());
+        }
+    }
+    Ok(())
+}
+
+/// A refusal for lack of rights (42501) with the SQL that grants them; any other error as it is.
+async fn refused(
+    session: &mut Session,
+    error: pg::Error,
+    what: &'static str,
+    grant: impl Fn(&str) -> String,
+) -> Error {
+    if error.code() != Some("42501") {
+        return error.into();
+    }
+    let asked = session.query_one("select current_user, pg_catalog.quote_ident(current_user)", &[]);
+    let (role, quoted) = match asked.await {
+        Ok(row) => (row.string(0).unwrap_or_default(), row.string(1).unwrap_or_default()),
+        Err(_) => ("of the target".to_string(), "<role>".to_string()),
+    };
+    Error::Denied { role, what, sql: grant(&quoted), source: Box::new(error) }
+}

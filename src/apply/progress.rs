@@ -1,0 +1,240 @@
+//! How far a stream is applied, kept in the same target transaction as the rows (law 2).
+//!
+//! Where the role may use replication origins, the origin's position is moved by COMMIT itself and
+//! every row is tagged with the origin, so that nothing comes back on the reverse stream. Otherwise
+//! a row of `walferry.progress` is updated in the transaction, from the very value that was read
+//! before: of two appliers at work by mistake, one then fails.
+//!
+//! <https://www.postgresql.org/docs/current/replication-origins.html>
+
+use std::time::Duration;
+
+use super::error::{Error, Result};
+use super::statement::GUARD_PREFIX;
+use super::{DDL, refused};
+use crate::change::Commit;
+use crate::clock::Deadline;
+use crate::id::quote_literal;
+use crate::lsn::Lsn;
+use crate::pg::{self, Pipeline, Session};
+
+/// Where progress is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProgressKind {
+    /// In a replication origin of the stream's name.
+    Origin,
+    /// In the stream's row of `walferry.progress`.
+    Table,
+}
+
+/// An open claim on a stream's progress, for as long as the session lives.
+#[derive(Clone, Debug)]
+pub(super) struct Progress {
+    kind: ProgressKind,
+    stream: String,
+}
+
+/// Name of the prepared statement that records progress.
+const RECORD: &str = "walferry_progress";
+
+/// How often an origin that is in use is asked for again.
+const BUSY_STEP: Duration = Duration::from_millis(50);
+
+impl Progress {
+    /// Claims the stream's progress, making it at 0/0 if there is none yet, and gives the position
+    /// up to which (exclusive) the stream is applied. That much is flushed to the target's disk.
+    ///
+    /// An origin that is in use, by a predecessor's backend that has not noticed its end, is waited
+    /// for up to `busy_wait`; then an error names its pid.
+    pub async fn open(
+        session: &mut Session,
+        stream: &str,
+        kind: ProgressKind,
+        busy_wait: Duration,
+    ) -> Result<(Progress, Lsn)> {
+        refuse_other_kind(session, stream, kind).await?;
+        let progress = Progress { kind, stream: stream.to_string() };
+        match kind {
+            ProgressKind::Origin => progress.claim_origin(session, busy_wait).await?,
+            ProgressKind::Table => progress.make_row(session).await?,
+        }
+        progress.prepare(session).await?;
+        let lsn = progress.flush(session).await?;
+        Ok((progress, lsn))
+    }
+
+    async fn claim_origin(&self, session: &mut Session, busy_wait: Duration) -> Result<()> {
+        let name = Some(self.stream.as_str());
+        let known = "select 1 from pg_catalog.pg_replication_origin where roname = $1";
+        if session.query_opt(known, &[name]).await?.is_none() {
+            let create = "select pg_catalog.pg_replication_origin_create($1)";
+            match session.query_params(create, &[name]).await {
+                // 42710: made by somebody else just now.
+                Err(error) if error.code() != Some("42710") => {
+                    return Err(denied(session, error).await);
+                }
+                _ => {}
+            }
+        }
+        let deadline = Deadline::after(busy_wait);
+        loop {
+            let setup = "select pg_catalog.pg_replication_origin_session_setup($1)";
+            let error = match session.query_params(setup, &[name]).await {
+                Ok(_) => return Ok(()),
+                Err(error) => error,
+            };
+            if error.code() != Some("55006") {
+                return Err(denied(session, error).await);
+            }
+            if deadline.passed() {
+                return Err(Error::OriginBusy {
+                    origin: self.stream.clone(),
+                    pid: pid_of(&error),
+                    seconds: busy_wait.as_secs(),
+                });
+            }
+            tokio::time::sleep(BUSY_STEP).await;
+        }
+    }
+
+    async fn make_row(&self, session: &mut Session) -> Result<()> {
+        let sql = "insert into walferry.progress (stream, end_lsn) values ($1, '0/0') \
+             on conflict (stream) do nothing";
+        session.query_params(sql, &[Some(&self.stream)]).await.map_err(no_state)?;
+        Ok(())
+    }
+
+    async fn prepare(&self, session: &mut Session) -> Result<()> {
+        let mut pipeline = Pipeline::new();
+        let sql = match self.kind {
+            ProgressKind::Origin => {
+                "select pg_catalog.pg_replication_origin_xact_setup($1::pg_lsn, $2::timestamptz)"
+                    .to_string()
+            }
+            ProgressKind::Table => format!(
+                "with u as (update walferry.progress set end_lsn = $2::pg_lsn \
+                 where stream = $1::text and end_lsn = $3::pg_lsn returning 1) \
+                 select case when pg_catalog.count(*) = 1 then 1 \
+                 else pg_catalog.concat('{GUARD_PREFIX}', pg_catalog.count(*))::int end from u"
+            ),
+        };
+        pipeline.parse(RECORD, &sql, &[]);
+        session.exchange(pipeline, |_| {}).await.map_err(no_state)
+    }
+
+    /// Adds the statement, one, that moves progress from `previous_lsn` to the commit's end when
+    /// the target transaction commits. An origin's position must not be set before the transaction
+    /// is certain to commit next: it would stay with the session.
+    pub fn record(&self, pipeline: &mut Pipeline, previous_lsn: Lsn, commit: &Commit) {
+        let end_lsn = commit.end_lsn.to_string();
+        let params = match self.kind {
+            ProgressKind::Origin => vec![end_lsn, commit.commit_time.to_sql()],
+            ProgressKind::Table => vec![self.stream.clone(), end_lsn, previous_lsn.to_string()],
+        };
+        pipeline.run(RECORD, params.iter().map(|p| Some(p.as_bytes())));
+    }
+
+    /// Reads progress and has the target flush its log up to it, so that every commit of this
+    /// session, and of its predecessors under the same stream, is durable on return.
+    pub async fn flush(&self, session: &mut Session) -> Result<Lsn> {
+        match self.kind {
+            ProgressKind::Origin => {
+                let sql = "select pg_catalog.pg_replication_origin_session_progress(true)";
+                let row = match session.query_one(sql, &[]).await {
+                    Ok(row) => row,
+                    Err(error) => return Err(denied(session, error).await),
+                };
+                Ok(row.parse_opt(0)?.unwrap_or(Lsn::ZERO))
+            }
+            ProgressKind::Table => {
+                // A commit that waits for its flush, and with it for all before it.
+                let sql = format!(
+                    "begin; set local synchronous_commit = local; \
+                     update walferry.progress set end_lsn = end_lsn where stream = {} \
+                     returning end_lsn; commit",
+                    quote_literal(&self.stream)
+                );
+                let rows = session.query(&sql).await?;
+                let row = rows.first().ok_or_else(|| {
+                    Error::Broken(format!(
+                        "the row of stream \"{}\" is gone from walferry.progress",
+                        self.stream
+                    ))
+                })?;
+                Ok(row.lsn(0)?)
+            }
+        }
+    }
+
+    /// The error that a failed [`Progress::record`] stands for.
+    pub async fn explain(&self, session: &mut Session, error: pg::Error) -> Error {
+        let moved = error.server().is_some_and(|e| e.message.contains(GUARD_PREFIX));
+        if moved {
+            return Error::ProgressMoved { stream: self.stream.clone() };
+        }
+        denied(session, error).await
+    }
+}
+
+/// Progress begun in one way and gone on in the other would be two truths: the new way starts at
+/// 0/0, and everything would be applied again.
+async fn refuse_other_kind(session: &mut Session, stream: &str, kind: ProgressKind) -> Result<()> {
+    let name = Some(stream);
+    let elsewhere = |wanted, found, sql: String| Error::ProgressElsewhere {
+        stream: stream.to_string(),
+        wanted,
+        found,
+        sql,
+    };
+    let (in_table, in_origin) = ("in walferry.progress", "in a replication origin");
+    match kind {
+        ProgressKind::Origin => {
+            let there = "select 1 where pg_catalog.to_regclass('walferry.progress') is not null";
+            if session.query(there).await?.is_empty() {
+                return Ok(());
+            }
+            let row = "select 1 from walferry.progress where stream = $1 and end_lsn <> '0/0'";
+            if session.query_opt(row, &[name]).await?.is_some() {
+                let literal = quote_literal(stream);
+                let sql = format!("delete from walferry.progress where stream = {literal}");
+                return Err(elsewhere(in_origin, in_table, sql));
+            }
+        }
+        ProgressKind::Table => {
+            let row = "select 1 from pg_catalog.pg_replication_origin where roname = $1";
+            if session.query_opt(row, &[name]).await?.is_some() {
+                let literal = quote_literal(stream);
+                let sql = format!("select pg_replication_origin_drop({literal})");
+                return Err(elsewhere(in_table, in_origin, sql));
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn denied(session: &mut Session, error: pg::Error) -> Error {
+    let grants = |role: &str| {
+        format!(
+            "grant execute on function pg_replication_origin_create(text), \
+             pg_replication_origin_session_setup(text), \
+             pg_replication_origin_session_progress(boolean), \
+             pg_replication_origin_xact_setup(pg_lsn, timestamptz) to {role} (as a superuser, in \
+             the target database), or keep progress in a table"
+        )
+    };
+    refused(session, error, "use replication origins", grants).await
+}
+
+fn no_state(error: pg::Error) -> Error {
+    match error.code() {
+        Some("3F000" | "42P01") => Error::NoState { ddl: DDL, source: Box::new(error) },
+        _ => error.into(),
+    }
+}
+
+/// The server says "... is already active for PID 123", in its language; the pid comes last.
+fn pid_of(error: &pg::Error) -> String {
+    let message = error.server().map_or("", |e| e.message.as_str());
+    let pid = message.rsplit(|c: char| !c.is_ascii_digit()).find(|part| !part.is_empty());
+    pid.unwrap_or("unknown").to_string()
+}

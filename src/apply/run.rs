@@ -1,0 +1,237 @@
+//! The applier's loop.
+
+use std::future::{Future, pending};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::batch::{Batch, Work};
+use super::error::Result;
+use super::{Applied, Applier, POSITION};
+use crate::change::Feed;
+use crate::lsn::Lsn;
+
+/// With nothing to do, how often the target is asked how much of its log is flushed.
+const FLUSH_POLL: Duration = Duration::from_millis(50);
+
+/// After so many questions the flush is asked for. The target's WAL writer runs every 200 ms, and
+/// may stop just short of the position noted if somebody else's open transaction wrote the last of
+/// it.
+const FLUSH_POLLS_MAX: u32 = 6;
+
+/// Commits not known to be durable; beyond that the flush is asked for even when busy.
+const PENDING_MAX: usize = 1024;
+
+/// A statement that is under way when shutdown is asked for gets so long before it is canceled: it
+/// may be waiting for a lock.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
+
+impl Applier {
+    /// Applies what `feed` gives until it ends, `shutdown` turns true (both `Ok`), or an error. After
+    /// an error or shutdown the applier is to be dropped; [`Applier::connect`] resumes from what the
+    /// target has. Ends at a batch boundary: a transaction written in part is rolled back.
+    ///
+    /// `positions` is told after every batch. While `hold` has a position, transactions whose commit
+    /// record starts at or after it are not applied; [`Applied::held`] answers.
+    pub async fn run<F: Feed>(
+        &mut self,
+        feed: &mut F,
+        positions: &watch::Sender<Applied>,
+        mut hold: watch::Receiver<Option<Lsn>>,
+        mut shutdown: watch::Receiver<bool>,
+    ) -> Result<()> {
+        self.publish(positions);
+        let mut ended = false;
+        let mut polls = 0;
+        while !*shutdown.borrow_and_update() {
+            let hold_lsn = *hold.borrow_and_update();
+            self.fill(feed)?;
+            if let Some(work) = self.batcher.take(hold_lsn) {
+                self.applied.held = None;
+                let stopped = self.work(work, &mut shutdown).await?;
+                self.publish(positions);
+                polls = 0;
+                if stopped {
+                    break;
+                }
+                continue;
+            }
+            self.note_hold(hold_lsn).await?;
+            self.publish(positions);
+            if ended && !self.batcher.is_held(hold_lsn) {
+                break;
+            }
+            tokio::select! {
+                item = feed.pop(), if !ended && self.batcher.wants_more() => match item {
+                    Some(item) => self.batcher.push(item)?,
+                    None => ended = true,
+                },
+                () = changed(&mut hold) => {}
+                () = changed(&mut shutdown) => {}
+                () = tokio::time::sleep(FLUSH_POLL), if self.durable.pending() > 0 => {
+                    polls += 1;
+                    self.poll_flush(polls).await?;
+                }
+            }
+        }
+        self.finish(positions).await
+    }
+
+    /// Takes what is there, without waiting.
+    fn fill<F: Feed>(&mut self, feed: &mut F) -> Result<()> {
+        while self.batcher.wants_more() {
+            let Some(item) = feed.try_pop() else { break };
+            self.batcher.push(item)?;
+        }
+        Ok(())
+    }
+
+    /// True if shutdown cut it short.
+    async fn work(&mut self, work: Work, shutdown: &mut watch::Receiver<bool>) -> Result<bool> {
+        match work {
+            Work::Write(batch) => {
+                let cancel = self.session.cancel_handle();
+                let write = self.write(&batch);
+                let mut stopping = shutdown.clone();
+                let (outcome, canceled) = until(write, asked(&mut stopping), async {
+                    let _ = cancel.cancel().await;
+                })
+                .await;
+                match outcome {
+                    // The batch is not on the target; that is no error of anybody's.
+                    Err(_) if canceled => return Ok(true),
+                    outcome => outcome?,
+                }
+            }
+            Work::Abandon => {
+                self.session.execute("rollback").await?;
+                self.writer.abandon();
+            }
+            Work::Idle(lsn) => {
+                self.passed(lsn);
+                if self.durable.pending() > 0 {
+                    self.force_flush().await?;
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    async fn write(&mut self, batch: &Batch) -> Result<()> {
+        let written =
+            self.writer.write(&mut self.session, &self.progress, self.progress_lsn, batch).await?;
+        self.applied.rows += written.rows;
+        let Some(commit) = batch.commit else { return Ok(()) };
+        match written.position {
+            None => self.passed(commit.end_lsn),
+            Some((insert_lsn, flush_lsn)) => {
+                self.progress_lsn = commit.end_lsn;
+                self.applied.applied_lsn = commit.end_lsn;
+                self.applied.last_end_lsn = commit.end_lsn;
+                self.applied.commit_time = Some(commit.commit_time);
+                self.applied.transactions += batch.transactions();
+                self.durable.committed(commit.end_lsn, insert_lsn);
+                self.durable.flushed(flush_lsn);
+            }
+        }
+        for message in self.writer.take_messages() {
+            if let Some(hook) = &self.on_message {
+                hook(&message);
+            }
+        }
+        if self.durable.pending() > PENDING_MAX {
+            self.force_flush().await?;
+        }
+        Ok(())
+    }
+
+    /// Nothing is to be written below `lsn`.
+    fn passed(&mut self, lsn: Lsn) {
+        self.applied.applied_lsn = lsn.max(self.applied.applied_lsn);
+        self.durable.passed(lsn);
+    }
+
+    /// Answers a hold once everything below it is applied, and makes that durable.
+    async fn note_hold(&mut self, hold_lsn: Option<Lsn>) -> Result<()> {
+        let reached = hold_lsn
+            .is_some_and(|lsn| self.applied.applied_lsn >= lsn || self.batcher.is_held(hold_lsn));
+        if reached && self.durable.pending() > 0 {
+            self.force_flush().await?;
+        }
+        self.applied.held = hold_lsn.filter(|_| reached && !self.batcher.is_open());
+        Ok(())
+    }
+
+    async fn poll_flush(&mut self, polls: u32) -> Result<()> {
+        // Inside an open transaction the answer is as good.
+        if polls >= FLUSH_POLLS_MAX {
+            return self.force_flush().await;
+        }
+        let row = self.session.query_one(POSITION, &[]).await?;
+        self.durable.flushed(row.lsn(1)?);
+        Ok(())
+    }
+
+    async fn force_flush(&mut self) -> Result<()> {
+        // Keeping progress in a table, the flush is a commit, which an open transaction has no room
+        // for; what is pending stays so until that transaction ends.
+        if !self.batcher.is_open() {
+            self.progress.flush(&mut self.session).await?;
+            self.durable.flushed_all();
+        }
+        Ok(())
+    }
+
+    /// Rolls back what is written in part, and makes the rest durable.
+    async fn finish(&mut self, positions: &watch::Sender<Applied>) -> Result<()> {
+        if self.session.in_transaction() {
+            self.session.execute("rollback").await?;
+            self.writer.abandon();
+        }
+        self.progress.flush(&mut self.session).await?;
+        self.durable.flushed_all();
+        self.publish(positions);
+        Ok(())
+    }
+
+    fn publish(&mut self, positions: &watch::Sender<Applied>) {
+        self.applied.durable_lsn = self.durable.durable_lsn();
+        let applied = self.applied;
+        positions.send_if_modified(|last| {
+            let modified = *last != applied;
+            *last = applied;
+            modified
+        });
+    }
+}
+
+/// Ready when the value changes; never, once nobody can change it.
+async fn changed<T>(receiver: &mut watch::Receiver<T>) {
+    if receiver.changed().await.is_err() {
+        pending::<()>().await;
+    }
+}
+
+/// Ready some time after shutdown is asked for.
+async fn asked(shutdown: &mut watch::Receiver<bool>) {
+    if shutdown.wait_for(|asked| *asked).await.is_err() {
+        pending::<()>().await;
+    }
+    tokio::time::sleep(SHUTDOWN_GRACE).await;
+}
+
+/// Runs `work` to its end, calling `cancel` if `stop` comes first. True if it did.
+async fn until<T>(
+    work: impl Future<Output = T>,
+    stop: impl Future<Output = ()>,
+    cancel: impl Future<Output = ()>,
+) -> (T, bool) {
+    tokio::pin!(work);
+    tokio::select! {
+        biased;
+        outcome = &mut work => return (outcome, false),
+        () = stop => {}
+    }
+    cancel.await;
+    (work.await, true)
+}

@@ -1,0 +1,153 @@
+//! What the target says of a table that is written: columns, key, and how to compare them.
+
+use crate::id::QualifiedName;
+use crate::pg::{self, Session};
+
+/// A table on the target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Table {
+    /// Schema and name.
+    pub name: QualifiedName,
+    /// `pg_class.relkind`.
+    pub kind: String,
+    /// Rows must be counted on INSERT too: a trigger or rule could swallow one.
+    pub counts_inserts: bool,
+    /// Names of the columns of the primary key, or else of the smallest unique index over NOT NULL
+    /// columns; empty if there is neither.
+    pub key: Vec<String>,
+    /// In attnum order.
+    pub columns: Vec<Column>,
+}
+
+/// A column of a table on the target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Column {
+    /// Its name, unquoted.
+    pub name: String,
+    /// Its type for a cast, without length or precision.
+    pub type_name: String,
+    /// The same without domains, so that comparing checks no constraint.
+    pub base_type_name: String,
+    /// `operator(schema.=)` of the base type; `None` where it has no equality (json, xml, point).
+    pub equality: Option<String>,
+    /// GENERATED ALWAYS AS (...): never written.
+    pub generated: bool,
+    /// GENERATED ALWAYS AS IDENTITY: INSERT must override it, UPDATE cannot set it.
+    pub identity_always: bool,
+}
+
+impl Table {
+    /// True for a partitioned parent, whose rows are in its partitions.
+    pub fn is_partitioned(&self) -> bool {
+        self.kind == "p"
+    }
+
+    /// `only ` where the name would also mean tables that inherit from it: their rows come as
+    /// changes of their own. A partitioned table has no rows but its partitions'.
+    pub fn only(&self) -> &'static str {
+        if self.is_partitioned() { "" } else { "only " }
+    }
+
+    /// The column with that name, and its place.
+    pub fn column(&self, name: &str) -> Option<(usize, &Column)> {
+        self.columns.iter().enumerate().find(|(_, c)| c.name == name)
+    }
+
+    /// Asks the target about a table; `None` if nothing of that name is there. Two round trips.
+    pub async fn load(session: &mut Session, name: &QualifiedName) -> pg::Result<Option<Table>> {
+        let Some(row) = session.query_opt(TABLE, &[Some(&name.schema), Some(&name.name)]).await?
+        else {
+            return Ok(None);
+        };
+        let key = match row.opt(3)? {
+            None => Vec::new(),
+            Some(json) => serde_json::from_str(json)
+                .map_err(|e| pg::Error::Result(format!("key of {name}: {e}")))?,
+        };
+        let mut columns = Vec::new();
+        for row in session.query_params(COLUMNS, &[Some(row.str(0)?)]).await? {
+            columns.push(Column {
+                name: row.string(0)?,
+                type_name: row.string(1)?,
+                base_type_name: row.string(2)?,
+                equality: row.opt(3)?.map(str::to_string),
+                generated: row.bool(4)?,
+                identity_always: row.bool(5)?,
+            });
+        }
+        Ok(Some(Table {
+            name: name.clone(),
+            kind: row.string(1)?,
+            counts_inserts: row.bool(2)?,
+            key,
+            columns,
+        }))
+    }
+}
+
+/// Oid, kind, whether INSERT may lose rows, key. A partition's own triggers are not looked for, so
+/// inserts into partitioned tables are always counted.
+const TABLE: &str = "select c.oid, c.relkind, \
+     c.relhasrules or c.relkind = 'p' or exists (select from pg_catalog.pg_trigger g \
+         where g.tgrelid = c.oid and not g.tgisinternal and g.tgenabled <> 'D'), \
+     (select pg_catalog.json_agg(a.attname order by k.n) from (select i.indrelid, i.indkey, \
+             coalesce((pg_catalog.to_jsonb(i) ->> 'indnkeyatts')::int, i.indnatts) as width \
+             from pg_catalog.pg_index i \
+             where i.indrelid = c.oid and i.indisunique and i.indisvalid and i.indimmediate \
+             and i.indpred is null and i.indexprs is null \
+             and not exists (select from pg_catalog.unnest(i.indkey::int2[]) u(n) \
+                 join pg_catalog.pg_attribute b on b.attnum = u.n and b.attrelid = c.oid \
+                 where not b.attnotnull) \
+             order by i.indisprimary desc, i.indnatts, i.indexrelid limit 1) i, \
+         pg_catalog.unnest(i.indkey::int2[]) with ordinality k(attnum, n) \
+         join pg_catalog.pg_attribute a on a.attnum = k.attnum \
+         where a.attrelid = c.oid and k.n <= i.width) \
+     from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+     where n.nspname = $1 and c.relname = $2";
+
+/// Columns with their types and equality operators.
+///
+/// The operator is that of the default btree or hash operator class, of the type itself or of one
+/// it is binary-coercible to (varchar to text). The session's search_path is empty and the type may
+/// be an extension's, so the operator is named with its schema: a bare `=` on citext would silently
+/// be that of text. Enums, ranges and arrays have pg_catalog's polymorphic operators; an array is
+/// comparable if its elements are. Composite types are not said to be comparable: one may hold json.
+const COLUMNS: &str = "with recursive base(attnum, oid, typbasetype) as ( \
+       select a.attnum, t.oid, t.typbasetype from pg_catalog.pg_attribute a \
+         join pg_catalog.pg_type t on t.oid = a.atttypid \
+         where a.attrelid = $1::oid and a.attnum > 0 and not a.attisdropped \
+       union all select b.attnum, t.oid, t.typbasetype from base b \
+         join pg_catalog.pg_type t on t.oid = b.typbasetype), \
+     compared(attnum, base, element, category, elemental) as ( \
+       select b.attnum, b.oid, t.typelem, t.typcategory, e.oid \
+         from base b join pg_catalog.pg_type t on t.oid = b.oid \
+         cross join lateral (select t.oid union all select t.typelem \
+             where t.typcategory = 'A' and t.typelem <> 0) e where b.typbasetype = 0), \
+     equal(attnum, oid, operator) as ( \
+       select distinct on (c.attnum, c.elemental) c.attnum, c.elemental, \
+         pg_catalog.format('operator(%I.%s)', n.nspname, o.oprname) \
+         from compared c \
+         join pg_catalog.pg_opclass k on k.opcdefault and k.opcintype in (select c.elemental \
+             union all select x.casttarget from pg_catalog.pg_cast x where x.castsource = \
+             c.elemental and x.castmethod = 'b' and x.castcontext = 'i') \
+         join pg_catalog.pg_am m on m.oid = k.opcmethod and m.amname in ('btree', 'hash') \
+         join pg_catalog.pg_amop p on p.amopfamily = k.opcfamily \
+             and p.amoplefttype = k.opcintype and p.amoprighttype = k.opcintype \
+             and p.amopstrategy = case m.amname when 'btree' then 3 else 1 end \
+         join pg_catalog.pg_operator o on o.oid = p.amopopr \
+         join pg_catalog.pg_namespace n on n.oid = o.oprnamespace \
+         order by c.attnum, c.elemental, k.opcintype = c.elemental desc, m.amname, o.oid) \
+     select a.attname, pg_catalog.format_type(a.atttypid, -1), \
+       pg_catalog.format_type(b.oid, -1), \
+       coalesce( \
+         (select e.operator from equal e where e.attnum = a.attnum and e.oid = b.oid), \
+         case when t.typtype in ('e', 'r', 'm') then 'operator(pg_catalog.=)' end, \
+         case when t.typcategory = 'A' and ( \
+             exists (select from equal e where e.attnum = a.attnum and e.oid = t.typelem) \
+             or exists (select from pg_catalog.pg_type l where l.oid = t.typelem \
+                 and l.typtype in ('e', 'r', 'm'))) then 'operator(pg_catalog.=)' end), \
+       coalesce(pg_catalog.to_jsonb(a) ->> 'attgenerated', '') <> '', a.attidentity = 'a' \
+     from pg_catalog.pg_attribute a \
+     join base b on b.attnum = a.attnum and b.typbasetype = 0 \
+     join pg_catalog.pg_type t on t.oid = b.oid \
+     where a.attrelid = $1::oid order by a.attnum";
