@@ -1,0 +1,94 @@
+//! Tests of what the other tests stand on.
+
+use walferry::demo::binaries;
+use walferry::demo::server::{Server, StopMode};
+
+use crate::support;
+
+#[tokio::test]
+async fn a_server_survives_stops_and_kills_on_the_same_port() {
+    let server = support::server();
+    let port = server.port();
+    server.psql("postgres", "create table t as select 1 as a; checkpoint").unwrap();
+    for how in ["fast", "immediate", "kill9"] {
+        match how {
+            "fast" => server.stop(StopMode::Fast).unwrap(),
+            "immediate" => server.stop(StopMode::Immediate).unwrap(),
+            _ => server.kill9().unwrap(),
+        }
+        assert!(server.pid().is_none() && server.psql("postgres", "select 1").is_err(), "{how}");
+        server.resume().unwrap();
+        assert_eq!(server.psql("postgres", "select count(*) from t").unwrap(), "1", "{how}");
+    }
+    assert_eq!(server.port(), port);
+}
+
+#[tokio::test]
+async fn two_servers_have_different_system_identifiers() {
+    let (one, two) = (support::server(), support::server());
+    let ask = "select system_identifier from pg_control_system()";
+    assert_ne!(one.psql("postgres", ask).unwrap(), two.psql("postgres", ask).unwrap());
+}
+
+#[tokio::test]
+async fn every_installed_major_starts() {
+    for major in 10..=18 {
+        if !binaries::is_installed(major) {
+            continue;
+        }
+        let server = Server::start(&Server::bin_of(major).unwrap(), &["fsync = on"]).unwrap();
+        let mut session = support::session(&server, "postgres").await;
+        assert_eq!(session.major_version(), major);
+        let row = session.query_one("show fsync", &[]).await.unwrap();
+        assert_eq!(row.str(0).unwrap(), "on");
+    }
+}
+
+#[tokio::test]
+async fn a_standby_follows_its_primary() {
+    let server = support::server();
+    let standby = server.standby(&[]).unwrap();
+    assert_eq!(standby.psql("postgres", "select pg_is_in_recovery()").unwrap(), "t");
+}
+
+#[test]
+fn a_dropped_server_leaves_nothing() {
+    let server = support::server();
+    let (dir, pid) = (server.dir().to_path_buf(), server.pid().unwrap());
+    drop(server);
+    assert!(!dir.exists());
+    assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
+}
+
+/// Not a test by itself: what the next one runs and kills.
+#[test]
+#[ignore = "run by no_server_outlives_a_killed_process"]
+fn holds_a_server_until_killed() {
+    let server = support::server();
+    println!("\nholding {} {}", server.dir().display(), server.pid().unwrap());
+    std::thread::sleep(std::time::Duration::from_secs(60));
+}
+
+#[test]
+fn no_server_outlives_a_killed_process() {
+    use std::io::{BufRead, BufReader};
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "--nocapture", "support_works::holds_a_server_until_killed"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let line = lines.into_iter().find(|l| l.starts_with("holding ")).unwrap();
+    let words: Vec<&str> = line.split(' ').collect();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let gone = || {
+        let cmdline = std::fs::read(format!("/proc/{}/cmdline", words[2])).unwrap_or_default();
+        cmdline.is_empty() && !std::path::Path::new(words[1]).exists()
+    };
+    while !gone() {
+        assert!(std::time::Instant::now() < deadline, "{line}: still there");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
