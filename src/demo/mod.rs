@@ -14,6 +14,11 @@
 //! move of a real database would need; no other room may import this one except the command line.
 
 pub mod binaries;
+mod dataset;
 pub mod guard;
+pub mod ledger;
 pub mod server;
+mod stalls;
 mod template;
+pub mod transactions;
+pub mod writer;

@@ -1,7 +1,8 @@
 //! Tests of what the other tests stand on.
 
-use walferry::demo::binaries;
 use walferry::demo::server::{Server, StopMode};
+use walferry::demo::writer::{self, Writer};
+use walferry::demo::{binaries, ledger};
 
 use crate::support;
 
@@ -91,4 +92,37 @@ fn no_server_outlives_a_killed_process() {
         assert!(std::time::Instant::now() < deadline, "{line}: still there");
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
+}
+
+#[tokio::test]
+async fn the_writer_fails_nothing_and_knows_what_it_did() {
+    let server = support::server();
+    let uri = server.uri("postgres");
+    writer::create_schema(&uri, 1).await.unwrap();
+    let writer = Writer::start(writer::Options::new(&uri)).await.unwrap();
+    writer.committed_more(3000).await;
+    let report = writer.stop().await;
+    println!("{report:?}");
+    assert_eq!(report.errors, Default::default());
+    assert_eq!((report.failed_statements, report.unknown), (0, 0));
+    assert_eq!(report.kinds.len(), 13, "{:?}", report.kinds);
+    assert_eq!(report.ledger.acknowledged(), report.committed);
+    let verdict = ledger::check(&uri, &report.ledger).await.unwrap();
+    assert!(verdict.is_exact() && verdict.found == report.committed, "{verdict:?}");
+    assert_eq!(writer::broken_invariants(&uri).await.unwrap(), Vec::<String>::new());
+
+    // The checks can fail.
+    server
+        .psql(
+            "postgres",
+            "delete from bank.ledger where writer = 1 and seq = 1 + (select min(seq) from bank.ledger \
+             where writer = 1 and seq > 10); \
+             insert into bank.ledger select * from bank.ledger where writer = 2 order by seq limit 1; \
+             insert into bank.ledger values (1, 1000000, 'x'); \
+             update bank.tellers set tbalance = tbalance + 1 where tid = 3",
+        )
+        .unwrap();
+    let verdict = ledger::check(&uri, &report.ledger).await.unwrap();
+    assert_eq!((verdict.duplicated.len(), verdict.phantom.len()), (1, 1), "{verdict:?}");
+    assert_eq!(writer::broken_invariants(&uri).await.unwrap().len(), 1);
 }
