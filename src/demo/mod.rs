@@ -14,6 +14,7 @@
 //! move of a real database would need; no other room may import this one except the command line.
 
 pub mod binaries;
+pub mod compare;
 mod dataset;
 pub mod guard;
 pub mod ledger;

@@ -1,5 +1,6 @@
 //! Tests of what the other tests stand on.
 
+use walferry::demo::compare::{self, compare};
 use walferry::demo::server::{Server, StopMode};
 use walferry::demo::writer::{self, Writer};
 use walferry::demo::{binaries, ledger};
@@ -32,16 +33,26 @@ async fn two_servers_have_different_system_identifiers() {
 }
 
 #[tokio::test]
-async fn every_installed_major_starts() {
+async fn every_installed_major_starts_and_takes_the_writer() {
     for major in 10..=18 {
         if !binaries::is_installed(major) {
             continue;
         }
-        let server = Server::start(&Server::bin_of(major).unwrap(), &["fsync = on"]).unwrap();
+        let server = Server::start(
+            &Server::bin_of(major).unwrap(),
+            &["fsync = on", "synchronous_commit = off"],
+        )
+        .unwrap();
         let mut session = support::session(&server, "postgres").await;
         assert_eq!(session.major_version(), major);
         let row = session.query_one("show fsync", &[]).await.unwrap();
         assert_eq!(row.str(0).unwrap(), "on");
+        let uri = server.uri("postgres");
+        writer::create_schema(&uri, 1).await.unwrap();
+        let writer = Writer::start(writer::Options::new(&uri)).await.unwrap();
+        writer.committed_more(300).await;
+        let report = writer.stop().await;
+        assert_eq!(report.errors, Default::default(), "PostgreSQL {major}");
     }
 }
 
@@ -125,4 +136,47 @@ async fn the_writer_fails_nothing_and_knows_what_it_did() {
     let verdict = ledger::check(&uri, &report.ledger).await.unwrap();
     assert_eq!((verdict.duplicated.len(), verdict.phantom.len()), (1, 1), "{verdict:?}");
     assert_eq!(writer::broken_invariants(&uri).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn the_comparison_names_what_differs() {
+    let server = support::server();
+    let (one, two) = (server.uri("one"), server.uri("two"));
+    server.psql("postgres", "create database one").unwrap();
+    writer::create_schema(&one, 1).await.unwrap();
+    server.psql("one", "select nextval('shop.ticket')").unwrap();
+    server.psql("postgres", "create database two template one").unwrap();
+    let same = compare(&one, &two).await.unwrap();
+    assert!(same.is_equal(), "{same:?}");
+    assert!(same.rows() > 20_000 && same.tables.len() == 16, "{same:?}");
+    assert_eq!(compare::schema_differences(&one, &two).unwrap(), Vec::<String>::new());
+
+    let changes = [
+        (
+            "update bank.accounts set filler = 'x' where aid = 77",
+            "accounts: on the source only: (77,",
+        ),
+        ("delete from shop.events where id = 8", "events_north: 1000 rows became 999"),
+        ("insert into shop.audit select * from shop.audit limit 1", "audit: 1000 rows became 1001"),
+        (
+            "update shop.documents set body = body || ' ' where id = 5",
+            "documents: on the target only",
+        ),
+        ("select setval('shop.ticket', 5)", "sequence shop.ticket"),
+        ("create table shop.more (a int)", "shop.more: on the target only"),
+        ("alter table shop.stock alter qty type bigint", "shop.stock: columns"),
+        ("drop table shop.scratch", "shop.scratch: not on the target"),
+    ];
+    // Further on is no difference.
+    server.psql("two", "select setval('shop.countdown', -1)").unwrap();
+    for (sql, _) in changes {
+        server.psql("two", sql).unwrap();
+    }
+    let found = compare(&one, &two).await.unwrap();
+    for (sql, said) in changes {
+        assert!(found.differences.iter().any(|d| d.contains(said)), "{sql}: {found:?}");
+    }
+    assert!(!found.differences.iter().any(|d| d.contains("countdown")), "{found:?}");
+    assert_eq!(found.tables.iter().filter(|(_, _, equal)| !equal).count(), 7);
+    assert!(!compare::schema_differences(&one, &two).unwrap().is_empty());
 }
