@@ -10,4 +10,5 @@ mod pg;
 mod schema;
 mod source;
 mod support;
+mod support_works;
 mod verify;

@@ -1,0 +1,182 @@
+//! Tests of what the other tests stand on.
+
+use walferry::demo::compare::{self, compare};
+use walferry::demo::server::{Server, StopMode};
+use walferry::demo::writer::{self, Writer};
+use walferry::demo::{binaries, ledger};
+
+use crate::support;
+
+#[tokio::test]
+async fn a_server_survives_stops_and_kills_on_the_same_port() {
+    let server = support::server();
+    let port = server.port();
+    server.psql("postgres", "create table t as select 1 as a; checkpoint").unwrap();
+    for how in ["fast", "immediate", "kill9"] {
+        match how {
+            "fast" => server.stop(StopMode::Fast).unwrap(),
+            "immediate" => server.stop(StopMode::Immediate).unwrap(),
+            _ => server.kill9().unwrap(),
+        }
+        assert!(server.pid().is_none() && server.psql("postgres", "select 1").is_err(), "{how}");
+        server.resume().unwrap();
+        assert_eq!(server.psql("postgres", "select count(*) from t").unwrap(), "1", "{how}");
+    }
+    assert_eq!(server.port(), port);
+}
+
+#[tokio::test]
+async fn two_servers_have_different_system_identifiers() {
+    let (one, two) = (support::server(), support::server());
+    let ask = "select system_identifier from pg_control_system()";
+    assert_ne!(one.psql("postgres", ask).unwrap(), two.psql("postgres", ask).unwrap());
+}
+
+#[tokio::test]
+async fn every_installed_major_starts_and_takes_the_writer() {
+    for major in 10..=18 {
+        if !binaries::is_installed(major) {
+            continue;
+        }
+        let server = Server::start(
+            &Server::bin_of(major).unwrap(),
+            &["fsync = on", "synchronous_commit = off"],
+        )
+        .unwrap();
+        let mut session = support::session(&server, "postgres").await;
+        assert_eq!(session.major_version(), major);
+        let row = session.query_one("show fsync", &[]).await.unwrap();
+        assert_eq!(row.str(0).unwrap(), "on");
+        let uri = server.uri("postgres");
+        writer::create_schema(&uri, 1).await.unwrap();
+        let writer = Writer::start(writer::Options::new(&uri)).await.unwrap();
+        writer.committed_more(300).await;
+        let report = writer.stop().await;
+        assert_eq!(report.errors, Default::default(), "PostgreSQL {major}");
+    }
+}
+
+#[tokio::test]
+async fn a_standby_follows_its_primary() {
+    let server = support::server();
+    let standby = server.standby(&[]).unwrap();
+    assert_eq!(standby.psql("postgres", "select pg_is_in_recovery()").unwrap(), "t");
+}
+
+#[test]
+fn a_dropped_server_leaves_nothing() {
+    let server = support::server();
+    let (dir, pid) = (server.dir().to_path_buf(), server.pid().unwrap());
+    drop(server);
+    assert!(!dir.exists());
+    assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
+}
+
+/// Not a test by itself: what the next one runs and kills.
+#[test]
+#[ignore = "run by no_server_outlives_a_killed_process"]
+fn holds_a_server_until_killed() {
+    let server = support::server();
+    println!("\nholding {} {}", server.dir().display(), server.pid().unwrap());
+    std::thread::sleep(std::time::Duration::from_secs(60));
+}
+
+#[test]
+fn no_server_outlives_a_killed_process() {
+    use std::io::{BufRead, BufReader};
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "--nocapture", "support_works::holds_a_server_until_killed"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let line = lines.into_iter().find(|l| l.starts_with("holding ")).unwrap();
+    let words: Vec<&str> = line.split(' ').collect();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let gone = || {
+        let cmdline = std::fs::read(format!("/proc/{}/cmdline", words[2])).unwrap_or_default();
+        cmdline.is_empty() && !std::path::Path::new(words[1]).exists()
+    };
+    while !gone() {
+        assert!(std::time::Instant::now() < deadline, "{line}: still there");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+#[tokio::test]
+async fn the_writer_fails_nothing_and_knows_what_it_did() {
+    let server = support::server();
+    let uri = server.uri("postgres");
+    writer::create_schema(&uri, 1).await.unwrap();
+    let writer = Writer::start(writer::Options::new(&uri)).await.unwrap();
+    writer.committed_more(3000).await;
+    let report = writer.stop().await;
+    println!("{report:?}");
+    assert_eq!(report.errors, Default::default());
+    assert_eq!((report.failed_statements, report.unknown), (0, 0));
+    assert_eq!(report.kinds.len(), 13, "{:?}", report.kinds);
+    assert_eq!(report.ledger.acknowledged(), report.committed);
+    let verdict = ledger::check(&uri, &report.ledger).await.unwrap();
+    assert!(verdict.is_exact() && verdict.found == report.committed, "{verdict:?}");
+    assert_eq!(writer::broken_invariants(&uri).await.unwrap(), Vec::<String>::new());
+
+    // The checks can fail.
+    server
+        .psql(
+            "postgres",
+            "delete from bank.ledger where writer = 1 and seq = 1 + (select min(seq) from bank.ledger \
+             where writer = 1 and seq > 10); \
+             insert into bank.ledger select * from bank.ledger where writer = 2 order by seq limit 1; \
+             insert into bank.ledger values (1, 1000000, 'x'); \
+             update bank.tellers set tbalance = tbalance + 1 where tid = 3",
+        )
+        .unwrap();
+    let verdict = ledger::check(&uri, &report.ledger).await.unwrap();
+    assert_eq!((verdict.duplicated.len(), verdict.phantom.len()), (1, 1), "{verdict:?}");
+    assert_eq!(writer::broken_invariants(&uri).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn the_comparison_names_what_differs() {
+    let server = support::server();
+    let (one, two) = (server.uri("one"), server.uri("two"));
+    server.psql("postgres", "create database one").unwrap();
+    writer::create_schema(&one, 1).await.unwrap();
+    server.psql("one", "select nextval('shop.ticket')").unwrap();
+    server.psql("postgres", "create database two template one").unwrap();
+    let same = compare(&one, &two).await.unwrap();
+    assert!(same.is_equal(), "{same:?}");
+    assert!(same.rows() > 20_000 && same.tables.len() == 16, "{same:?}");
+    assert_eq!(compare::schema_differences(&one, &two).unwrap(), Vec::<String>::new());
+
+    let changes = [
+        (
+            "update bank.accounts set filler = 'x' where aid = 77",
+            "accounts: on the source only: (77,",
+        ),
+        ("delete from shop.events where id = 8", "events_north: 1000 rows became 999"),
+        ("insert into shop.audit select * from shop.audit limit 1", "audit: 1000 rows became 1001"),
+        (
+            "update shop.documents set body = body || ' ' where id = 5",
+            "documents: on the target only",
+        ),
+        ("select setval('shop.ticket', 5)", "sequence shop.ticket"),
+        ("create table shop.more (a int)", "shop.more: on the target only"),
+        ("alter table shop.stock alter qty type bigint", "shop.stock: columns"),
+        ("drop table shop.scratch", "shop.scratch: not on the target"),
+    ];
+    // Further on is no difference.
+    server.psql("two", "select setval('shop.countdown', -1)").unwrap();
+    for (sql, _) in changes {
+        server.psql("two", sql).unwrap();
+    }
+    let found = compare(&one, &two).await.unwrap();
+    for (sql, said) in changes {
+        assert!(found.differences.iter().any(|d| d.contains(said)), "{sql}: {found:?}");
+    }
+    assert!(!found.differences.iter().any(|d| d.contains("countdown")), "{found:?}");
+    assert_eq!(found.tables.iter().filter(|(_, _, equal)| !equal).count(), 7);
+    assert!(!compare::schema_differences(&one, &two).unwrap().is_empty());
+}
