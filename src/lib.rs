@@ -20,11 +20,21 @@ pub mod catalog;
 pub mod decode;
 
 // Floor 3: stages. They never import each other.
-pub mod buffer;
-pub mod source;
-
-// Floor 3: stages. They never import each other.
 pub mod apply;
+pub mod buffer;
+pub mod copy;
+pub mod route;
+pub mod schema;
+pub mod source;
+pub mod verify;
+
+// Floor 4: the one choreography.
+pub mod cutover;
+
+// Floor 5: the job.
+pub mod job;
 
 // Floor 6: edges.
+pub mod cli;
+pub mod config;
 pub mod demo;

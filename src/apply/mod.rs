@@ -63,7 +63,7 @@ use bytes::Bytes;
 
 pub use batch::Limits;
 pub use error::{Culprit, Error, Result};
-pub use progress::ProgressKind;
+pub use progress::{ProgressKind, begin_at, forget};
 
 use batch::Batcher;
 use durable::Durable;

@@ -238,3 +238,36 @@ fn pid_of(error: &pg::Error) -> String {
     let pid = message.rsplit(|c: char| !c.is_ascii_digit()).find(|part| !part.is_empty());
     pid.unwrap_or("unknown").to_string()
 }
+
+/// Sets the progress of a stream whose slot was just made, forgetting what an earlier stream of the
+/// same name left (law 4: a new slot never meets old progress). `end_lsn` is the slot's consistent
+/// point, exclusive: everything that commits below it is in the snapshot.
+pub async fn begin_at(session: &mut Session, stream: &str, end_lsn: Lsn) -> Result<()> {
+    forget(session, stream).await?;
+    let create = "select pg_catalog.pg_replication_origin_create($1)";
+    if let Err(error) = session.query_params(create, &[Some(stream)]).await {
+        return Err(denied(session, error).await);
+    }
+    let advance = "select pg_catalog.pg_replication_origin_advance($1, $2::pg_lsn)";
+    let params = [Some(stream), Some(&*end_lsn.to_string())];
+    session.query_params(advance, &params).await?;
+    Ok(())
+}
+
+/// Drops a stream's progress and its counters. Harmless if there are none. The stream must not be
+/// running.
+pub async fn forget(session: &mut Session, stream: &str) -> Result<()> {
+    let known = "select pg_catalog.pg_replication_origin_drop(roname) \
+         from pg_catalog.pg_replication_origin where roname = $1";
+    if let Err(error) = session.query_params(known, &[Some(stream)]).await {
+        return Err(denied(session, error).await);
+    }
+    for table in ["progress", "stream_table"] {
+        let there = format!("select pg_catalog.to_regclass('walferry.{table}') is not null");
+        if session.query_one(&there, &[]).await?.bool(0)? {
+            let sql = format!("delete from walferry.{table} where stream = $1");
+            session.query_params(&sql, &[Some(stream)]).await?;
+        }
+    }
+    Ok(())
+}

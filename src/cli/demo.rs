@@ -15,11 +15,10 @@ use tokio::process::{Child, Command};
 
 use super::print;
 use crate::demo::compare::compare;
-use crate::demo::dataset::{broken_invariants, create_schema};
 use crate::demo::ledger;
 use crate::demo::pgbouncer::Pgbouncer;
 use crate::demo::server::Server;
-use crate::demo::writer::{Options, Report, Writer};
+use crate::demo::writer::{Options, Report, Writer, broken_invariants, create_schema};
 use crate::pg::{Config, Purpose, Session};
 
 /// Options of the command.

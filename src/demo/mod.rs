@@ -23,3 +23,4 @@ mod stalls;
 mod template;
 pub mod transactions;
 pub mod writer;
+pub mod pgbouncer;

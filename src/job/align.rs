@@ -20,7 +20,7 @@ use crate::cutover::barrier;
 use crate::id::Stream;
 use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
-use crate::source::{slot, snapshot};
+use crate::source::{ExportedSnapshot, HeldSlot, slot, snapshot};
 
 /// Two snapshots of the same state. They live as long as this does.
 #[derive(Debug)]
@@ -31,8 +31,8 @@ pub struct Aligned {
     pub to_snapshot: String,
     /// The point.
     pub lsn: Lsn,
-    _from: Session,
-    _to: Session,
+    _from: HeldSlot,
+    _to: ExportedSnapshot,
 }
 
 /// Lines both sides up through a runner that is alive.
@@ -63,19 +63,25 @@ async fn hold_and_export(
     let first = post_hold(client, stream, end_lsn).await?;
     wait_held(client, &first, deadline).await?;
     let name = format!("walferry_verify_{:08x}", fastrand::u32(..));
-    let (created, holder) =
-        slot::create(from, &name, "pgoutput", true, deadline.left(), &|_: &str| {}).await?;
+    let maker = Session::connect(from, Purpose::Replication).await?;
+    let options = slot::CreateOptions {
+        name,
+        plugin: "pgoutput".to_string(),
+        temporary: true,
+        wait: deadline.left(),
+    };
+    let held = slot::create(maker, &mut live, &options, |_| {}).await?;
     barrier::mark(&mut live, "align").await?;
-    let second = post_hold(client, stream, created.consistent_lsn).await?;
+    let second = post_hold(client, stream, held.consistent_lsn).await?;
     wait_held(client, &second, deadline).await?;
     let session = Session::connect(to, Purpose::Sql).await?;
     let exported = snapshot::export(session).await?;
     Ok(Aligned {
-        from_snapshot: created.snapshot_name,
-        to_snapshot: exported.name,
-        lsn: created.consistent_lsn,
-        _from: holder,
-        _to: exported.session,
+        from_snapshot: held.snapshot_name.clone(),
+        to_snapshot: exported.name.clone(),
+        lsn: held.consistent_lsn,
+        _from: held,
+        _to: exported,
     })
 }
 

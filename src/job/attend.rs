@@ -11,6 +11,7 @@ use super::run::{Notice, Runner, Until};
 use super::state::{Event, Phase};
 use super::store::StreamRow;
 use super::{Error, Result, client};
+use crate::clock::PgTimestamp;
 use crate::cutover::barrier;
 use crate::id::Stream;
 use crate::lsn::Lsn;
@@ -142,7 +143,7 @@ impl Runner {
         for pipe in [&self.forward, &self.reverse].into_iter().flatten() {
             let Some(lsn) = *pipe.hold.borrow() else { continue };
             let applied_lsn = pipe.applied.borrow().applied_lsn;
-            if applied_lsn >= lsn || pipe.applied.borrow().held {
+            if pipe.applied.borrow().held == Some(lsn) {
                 let outcome = Ok(json!({ "applied_lsn": applied_lsn.to_string() }));
                 client::answer(&mut self.store.session, &id, outcome).await?;
             }
@@ -228,13 +229,14 @@ async fn end_of_wal(config: &Config, probe: &mut Option<Session>) -> Option<Lsn>
 }
 
 fn positions(pipe: &Pipe, end_lsn: Option<Lsn>) -> StreamRow {
-    let applied = pipe.applied.borrow().clone();
-    let read = pipe.positions.borrow().clone();
+    let applied = *pipe.applied.borrow();
+    let read = *pipe.positions.borrow();
     let text = |lsn: Lsn| Some(lsn.to_string());
     let lag_bytes = end_lsn.map(|end| end.bytes_since(applied.applied_lsn) as i64);
     // Level to within one transaction: what age the last one has says nothing about lag.
     let level = read.received_lsn <= applied.applied_lsn;
-    let lag_seconds = if level { 0.0 } else { applied.commit_time.seconds_ago() };
+    let age = applied.commit_time.map_or(0.0, PgTimestamp::seconds_ago);
+    let lag_seconds = if level { 0.0 } else { age };
     StreamRow {
         received_lsn: text(read.received_lsn.max(applied.applied_lsn)),
         decoded_lsn: text(read.decoded_lsn.max(applied.applied_lsn)),

@@ -56,7 +56,7 @@ pub async fn clean_up(
         }
         slot::drop(session, &name).await?;
         publication::drop(session, &name).await?;
-        apply::progress::forget(session, &config.job.object(stream.opposite())).await?;
+        apply::forget(session, &config.job.object(stream.opposite())).await?;
         fence::remove(session).await?;
     }
     drop_schema(&mut source, config, &mut dropped, false).await?;

@@ -12,7 +12,7 @@ use super::{Error, Result};
 use crate::copy::{self, CopyProgress, SnapshotSource};
 use crate::pg::{Purpose, Session};
 use crate::schema::{self, PostPhase};
-use crate::source::snapshot;
+use crate::source::{ExportedSnapshot, HeldSlot, snapshot};
 
 impl Runner {
     /// Copies what is not yet copied and builds what is not yet built.
@@ -45,16 +45,20 @@ impl Runner {
         Ok(Event::CopyDone)
     }
 
-    /// The slot's snapshot while its holder lives, else a fresh one. The session must be kept.
-    async fn snapshot(&mut self) -> Result<(Session, SnapshotSource)> {
-        if let (Some(holder), Some(name)) = (self.slot_holder.take(), self.slot_snapshot.take()) {
-            return Ok((holder, SnapshotSource::Slot { name }));
+    /// The slot's snapshot while its holder lives, else a fresh one. The holder must be kept.
+    async fn snapshot(&mut self) -> Result<(Holder, SnapshotSource)> {
+        if let Some(held) = self.slot.take() {
+            let source = SnapshotSource::Slot { name: held.snapshot_name.clone() };
+            return Ok((Holder::Slot(held), source));
         }
         let session = Session::connect(&self.config.source, Purpose::Sql).await?;
         let fresh = snapshot::export(session).await?;
-        let source =
-            SnapshotSource::Fresh { name: fresh.name, snapshot: fresh.snapshot, lsn: fresh.lsn };
-        Ok((fresh.session, source))
+        let source = SnapshotSource::Fresh {
+            name: fresh.name.clone(),
+            snapshot: fresh.snapshot.clone(),
+            lsn: fresh.lsn,
+        };
+        Ok((Holder::Fresh(fresh), source))
     }
 
     async fn build(&mut self, phase: PostPhase) -> Result<()> {
@@ -76,4 +80,11 @@ impl Runner {
         .await?;
         Ok(())
     }
+}
+
+/// Keeps a snapshot alive.
+#[allow(dead_code, reason = "held for its session")]
+enum Holder {
+    Slot(HeldSlot),
+    Fresh(ExportedSnapshot),
 }

@@ -87,10 +87,12 @@ impl Runner {
         let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
         slot::drop(&mut target, &name).await?;
-        apply::progress::forget(&mut source, &name).await?;
-        let names = published(&tables, target.major_version());
-        publication::ensure(&mut target, &name, &names).await?;
-        slot::create_plain(&mut target, &name).await?;
+        publication::ensure(&mut target, &name, &published(&tables)).await?;
+        let mut maker = Session::connect(&self.config.target, Purpose::Sql).await?;
+        let options = self.slot_options(&name);
+        let waiting = self.tell_blockers();
+        let lsn = slot::create_plain(&mut maker, &mut target, &options, waiting).await?;
+        apply::begin_at(&mut source, &name, lsn).await?;
         Ok(())
     }
 

@@ -19,6 +19,7 @@
 
 pub mod align;
 mod attend;
+pub mod check;
 pub mod cleanup;
 pub mod client;
 mod copying;

@@ -22,8 +22,8 @@ use crate::fault::{Fault, Faulty};
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::limit;
 use crate::lsn::Lsn;
-use crate::pg::{Config, Purpose, Session};
-use crate::source::{self, Positions};
+use crate::pg::Config;
+use crate::source::{self, Positions, Recorded, StreamOptions};
 
 /// Decides whether a table's changes are applied. Asked for every change, so it must be cheap.
 pub type TableFilter = Arc<dyn Fn(&QualifiedName) -> bool + Send + Sync>;
@@ -39,8 +39,8 @@ pub struct PipeOptions {
     pub from: Config,
     /// The side that is written.
     pub to: Config,
-    /// System identifier that the read side must have.
-    pub system: String,
+    /// The read side's server and slot, as recorded when the slot was made.
+    pub recorded: Recorded,
     /// Which tables are applied.
     pub tables: TableFilter,
     /// Tables that were copied under a snapshot later than the slot's.
@@ -136,48 +136,46 @@ async fn supervise(options: &PipeOptions, mut ends: Ends) -> Result<()> {
 /// Connects both ends, checks that slot and progress fit, and runs until something ends.
 async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
     let name = options.job.object(options.stream);
-    let mut applier = Applier::connect(
-        &options.to,
-        apply::Options {
-            origin: name.clone(),
-            stream: name.clone(),
-            tables: Some(options.tables.clone()),
-            visibility: options.visibility.clone(),
-            ..apply::Options::default()
-        },
-    )
-    .await?;
-    let progress = applier.progress();
-    check_slot(options, &name, progress).await?;
-    let (queue, feed) = memory::queue(limit::BUFFER_BYTES);
-    let reader = source::Stream::open(
-        &options.from,
-        source::StreamOptions {
-            slot: name.clone(),
-            publication: name.clone(),
-            start_lsn: progress,
-            system_identifier: Some(options.system.clone()),
-            skip_origins: vec![options.job.object(options.stream.opposite())],
-            ..source::StreamOptions::default()
-        },
-    )
-    .await?;
+    let wanted = apply::Options {
+        tables: Some(options.tables.clone()),
+        visibility: options.visibility.clone(),
+        ..apply::Options::new(name.as_str())
+    };
+    let mut applier = Applier::connect(&options.to, wanted).await?;
+    let progress_lsn = applier.progress();
+    let wanted = StreamOptions {
+        origin_none: true,
+        skip_origins: vec![options.job.object(options.stream.opposite())],
+        ..StreamOptions::new(&name, &name, progress_lsn, options.recorded.clone())
+    };
+    let reader = source::Stream::open(&options.from, wanted).await?;
     let _ = ends.trouble.send(None);
-    let (durable_tx, durable) = watch::channel(progress);
+    let (mut queue, mut feed) = memory::queue(limit::BUFFER_BYTES);
+    let (durable_tx, durable) = watch::channel(progress_lsn);
     let (positions, stop) = (ends.positions.clone(), ends.stop.clone());
-    let mut reading = tokio::spawn(reader.run(queue, durable, positions, stop.clone()));
-    let (applied, hold) = (ends.applied.clone(), ends.hold.clone());
+    let mut reading =
+        tokio::spawn(async move { reader.run(&mut queue, durable, &positions, stop).await });
+    let (applied, hold, stop) = (ends.applied.clone(), ends.hold.clone(), ends.stop.clone());
     let mut applying =
-        tokio::spawn(async move { applier.run(feed, applied, hold, stop).await });
+        tokio::spawn(async move { applier.run(&mut feed, &applied, hold, stop).await });
     let mut watching = ends.applied.subscribe();
     loop {
         tokio::select! {
             changed = watching.changed() => {
                 let durable_lsn = watching.borrow_and_update().durable_lsn;
-                let _ = durable_tx.send(durable_lsn);
-                if changed.is_err() { break; }
+                durable_tx.send_if_modified(|last| {
+                    let modified = durable_lsn > *last;
+                    *last = durable_lsn.max(*last);
+                    modified
+                });
+                if changed.is_err() { return Ok(()); }
             }
             done = &mut applying => {
+                let durable_lsn = ends.applied.borrow().durable_lsn;
+                let _ = durable_tx.send(durable_lsn);
+                drop(durable_tx);
+                // The reader tells the slot once more, then finds nobody to read for.
+                let _ = tokio::time::timeout(Duration::from_secs(2), &mut reading).await;
                 reading.abort();
                 return flatten(done).map_err(Error::from);
             }
@@ -189,7 +187,6 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
             }
         }
     }
-    Ok(())
 }
 
 /// A task's result; a panic in it is ours to pass on.
@@ -199,12 +196,4 @@ fn flatten<T, E>(done: std::result::Result<std::result::Result<T, E>, tokio::tas
         Ok(result) => result,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
-}
-
-/// Law 4: slot and progress must belong together.
-async fn check_slot(options: &PipeOptions, name: &str, progress: Lsn) -> Result<()> {
-    let mut session = Session::connect(&options.from, Purpose::Sql).await?;
-    let status = source::slot::status(&mut session, name).await?;
-    source::slot::check_continuity(name, status.as_ref(), progress)?;
-    Ok(())
 }

@@ -9,7 +9,7 @@ use super::state::Event;
 use super::{Error, Result, check};
 use crate::id::Stream;
 use crate::pg::{Purpose, Session};
-use crate::source::{publication, slot};
+use crate::source::{Blocker, publication, slot};
 use crate::{apply, schema};
 
 impl Runner {
@@ -42,8 +42,7 @@ impl Runner {
         let name = self.config.job.object(Stream::Forward);
         let tables = self.tables(&self.config.source).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
-        let names = published(&tables, source.major_version());
-        publication::ensure(&mut source, &name, &names).await?;
+        publication::ensure(&mut source, &name, &published(&tables)).await?;
         self.make_slot(&mut source, &name).await?;
         let dump = match self.store.load_dump().await? {
             Some((pre, post)) => schema::Dump { pre, post },
@@ -79,22 +78,36 @@ impl Runner {
             }
         }
         slot::drop(source, name).await?;
-        apply::progress::forget(&mut self.store.session, name).await?;
         self.say(Notice::Said("creating the replication slot".to_string()));
-        let report = self.report.clone();
-        let waiting = move |line: &str| report(Notice::Said(line.to_string()));
-        let (created, holder) = slot::create(
-            &self.config.source,
-            name,
-            "pgoutput",
-            false,
-            self.config.slot_timeout,
-            &waiting,
-        )
-        .await?;
-        self.store.set_slot_lsn(created.consistent_lsn).await?;
-        self.slot_snapshot = Some(created.snapshot_name);
-        self.slot_holder = Some(holder);
+        let maker = Session::connect(&self.config.source, Purpose::Replication).await?;
+        let options = self.slot_options(name);
+        let held = slot::create(maker, source, &options, self.tell_blockers()).await?;
+        apply::begin_at(&mut self.store.session, name, held.consistent_lsn).await?;
+        self.store.set_slot_lsn(held.consistent_lsn).await?;
+        self.slot = Some(held);
         Ok(())
+    }
+
+    /// How this job makes a slot.
+    pub(super) fn slot_options(&self, name: &str) -> slot::CreateOptions {
+        slot::CreateOptions {
+            name: name.to_string(),
+            plugin: "pgoutput".to_string(),
+            temporary: false,
+            wait: self.config.slot_timeout,
+        }
+    }
+
+    /// Says whom a slot's creation waits for, each one once.
+    pub(super) fn tell_blockers(&self) -> impl FnMut(&[Blocker]) + use<> {
+        let report = self.report.clone();
+        let mut told = std::collections::HashSet::new();
+        move |blockers: &[Blocker]| {
+            for blocker in blockers {
+                if told.insert((blocker.pid, blocker.xid)) {
+                    report(Notice::Said(format!("the slot waits for {blocker}")));
+                }
+            }
+        }
     }
 }

@@ -16,13 +16,14 @@ use super::pipeline::{Pipe, PipeOptions, TableFilter};
 use super::state::{Command, Event, Phase, step};
 use super::store::{DDL_BOTH, JobOptions, JobRow, Store, ensure};
 use super::{Error, Result, client};
-use crate::catalog::{Selection, Table, TableKind, tables};
+use crate::catalog::{Selection, Table, tables};
 use crate::change::Snapshot;
 use crate::clock::Backoff;
 use crate::copy::CopyProgress;
 use crate::fault::{Fault, Faulty};
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::pg::{Config, Purpose, Session};
+use crate::source::{HeldSlot, Recorded};
 use crate::{apply, copy, schema};
 
 /// What a job is, apart from its state.
@@ -92,8 +93,8 @@ pub struct Runner {
     pub(super) reverse_open: Arc<AtomicBool>,
     /// The command whose flip is under way.
     pub(super) asked: Option<(String, FlipRequest)>,
-    pub(super) slot_holder: Option<Session>,
-    pub(super) slot_snapshot: Option<String>,
+    /// The slot made by this run, while its snapshot is needed.
+    pub(super) slot: Option<HeldSlot>,
     pub(super) hold: Option<String>,
     pub(super) level_at: Option<crate::lsn::Lsn>,
 }
@@ -194,8 +195,7 @@ impl Runner {
             reverse: None,
             reverse_open: Arc::new(AtomicBool::new(false)),
             asked: None,
-            slot_holder: None,
-            slot_snapshot: None,
+            slot: None,
             hold: None,
             level_at: None,
         })
@@ -313,7 +313,7 @@ impl Runner {
             stream,
             from: from.clone(),
             to: to.clone(),
-            system: system.unwrap_or_default(),
+            recorded: recorded(from, system.as_deref()),
             tables,
             visibility,
         }))
@@ -359,18 +359,10 @@ impl Runner {
     }
 }
 
-/// Tables to publish: on 13 and later a partition tree by its root, which covers partitions to come;
-/// before, its leaves.
-pub(super) fn published(tables: &[Table], major_version: u32) -> Vec<QualifiedName> {
-    tables
-        .iter()
-        .filter(|t| match t.kind {
-            TableKind::Partitioned => major_version >= 13 && t.partition_of.is_none(),
-            TableKind::Plain => major_version < 13 || t.partition_of.is_none(),
-        })
-        .map(|t| t.name.clone())
-        .chain([QualifiedName::new("walferry", "canary")])
-        .collect()
+/// Names of what is published: every table with rows, and the canary.
+pub(super) fn published(tables: &[Table]) -> Vec<QualifiedName> {
+    let names = tables.iter().map(|t| t.name.clone());
+    names.chain([QualifiedName::new("walferry", "canary")]).collect()
 }
 
 /// After a stop is asked for, what is under way gets a moment to end by itself.
@@ -392,10 +384,26 @@ async fn take_lease(config: &JobConfig) -> Result<Lease> {
     Err(Error::Busy { job: config.job.to_string(), pid: pid.unwrap_or_default() })
 }
 
-/// `pg_control_system()`'s identifier: what tells one cluster from another.
+/// What tells one cluster, and one of its histories, from another: `identifier/timeline`.
 pub(super) async fn system_of(session: &mut Session) -> Result<String> {
-    let sql = "select system_identifier from pg_catalog.pg_control_system()";
+    let sql = "select s.system_identifier || '/' || c.timeline_id \
+               from pg_catalog.pg_control_system() s, pg_catalog.pg_control_checkpoint() c";
     Ok(session.query_one(sql, &[]).await?.string(0)?)
+}
+
+fn identifier(system: &str) -> &str {
+    system.split('/').next().unwrap_or(system)
+}
+
+/// A side's server and slot as they were recorded.
+fn recorded(side: &Config, system: Option<&str>) -> Recorded {
+    let (identifier, timeline) = system.and_then(|s| s.split_once('/')).unwrap_or_default();
+    Recorded {
+        system_identifier: identifier.to_string(),
+        timeline: timeline.parse().unwrap_or(1),
+        database: side.dbname.clone(),
+        plugin: "pgoutput".to_string(),
+    }
 }
 
 /// Host, port and database, for people.
@@ -410,7 +418,7 @@ fn accept(config: &JobConfig, row: &JobRow, systems: &(String, String)) -> Resul
         ("--target", &row.target_system, &systems.1),
     ];
     for (side, stored, found) in sides {
-        if let Some(expected) = stored.as_ref().filter(|s| *s != found) {
+        if let Some(expected) = stored.as_ref().filter(|s| identifier(s) != identifier(found)) {
             let (found, expected) = (found.clone(), expected.clone());
             return Err(Error::OtherSystem { side, found, expected });
         }

@@ -4,10 +4,9 @@ use std::time::Duration;
 
 use serde_json::Value;
 use walferry::demo::compare::compare;
-use walferry::demo::dataset::{broken_invariants, create_schema};
 use walferry::demo::ledger;
 use walferry::demo::server::{Server, StopMode};
-use walferry::demo::writer::{Options, Writer};
+use walferry::demo::writer::{Options, Writer, broken_invariants, create_schema};
 
 use crate::support::job::{Ends, Run, walferry};
 
