@@ -1,0 +1,217 @@
+//! Law 4: is this slot the one that the target's progress belongs to?
+//!
+//! START_REPLICATION from a position before the slot's confirmed one silently begins at the
+//! confirmed one. So whoever takes the greater of two positions loses what lies between, without a
+//! word (etl#935, debezium#3970). Here every mismatch is an error that names both positions.
+
+use crate::id::quote_literal;
+use crate::lsn::Lsn;
+use crate::pg::{self, Session};
+
+use super::slot::SlotStatus;
+use super::{Error, Result};
+
+/// Which server this is, and how far it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct System {
+    /// Made by initdb; the same on all standbys and after every failover.
+    pub system_identifier: String,
+    /// Grows with every promotion.
+    pub timeline: u32,
+    /// Exclusive end of its flushed WAL.
+    pub flush_lsn: Lsn,
+}
+
+/// IDENTIFY_SYSTEM, on a replication session.
+pub async fn identify(session: &mut Session) -> Result<System> {
+    let rows = session.query("IDENTIFY_SYSTEM").await?;
+    let Some(row) = rows.first() else {
+        return Err(pg::Error::Result("IDENTIFY_SYSTEM gave no row".to_string()).into());
+    };
+    let (system_identifier, timeline) = (row.string(0)?, row.parse(1)?);
+    Ok(System { system_identifier, timeline, flush_lsn: row.lsn(2)? })
+}
+
+/// What the job recorded when it made the slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recorded {
+    /// [`System::system_identifier`] then.
+    pub system_identifier: String,
+    /// [`System::timeline`] then.
+    pub timeline: u32,
+    /// The slot's database.
+    pub database: String,
+    /// The slot's plugin.
+    pub plugin: String,
+}
+
+/// The server is the recorded one, and no history that the target holds is missing from it.
+///
+/// A later timeline is fine if it forked at or after `progress_lsn` (a failover that lost
+/// nothing we have). `session` is a replication session.
+pub async fn check_system(
+    session: &mut Session,
+    recorded: &Recorded,
+    progress_lsn: Lsn,
+) -> Result<System> {
+    let system = identify(session).await?;
+    let peer = session.peer().to_string();
+    if system.system_identifier != recorded.system_identifier {
+        return Err(Error::AnotherSystem {
+            peer,
+            found: system.system_identifier,
+            expected: recorded.system_identifier.clone(),
+        });
+    }
+    if system.timeline != recorded.timeline {
+        let fork_lsn = fork(session, system.timeline, recorded.timeline).await?;
+        if fork_lsn < progress_lsn {
+            return Err(Error::AnotherTimeline {
+                peer,
+                found_timeline: system.timeline,
+                expected_timeline: recorded.timeline,
+                fork_lsn,
+                progress_lsn,
+            });
+        }
+    }
+    if system.flush_lsn < progress_lsn {
+        return Err(Error::Behind { peer, flush_lsn: system.flush_lsn, progress_lsn });
+    }
+    Ok(system)
+}
+
+/// Where `timeline`'s history left `from`; `0/0` if it never was on it.
+async fn fork(session: &mut Session, timeline: u32, from: u32) -> Result<Lsn> {
+    if timeline < from {
+        return Ok(Lsn::ZERO);
+    }
+    let rows = session.query(&format!("TIMELINE_HISTORY {timeline}")).await?;
+    let content = rows.first().and_then(|row| row.bytes(1)).cloned().unwrap_or_default();
+    Ok(fork_in(&String::from_utf8_lossy(&content), from).unwrap_or(Lsn::ZERO))
+}
+
+/// A history file has one line for each timeline left: its number, where, and why.
+fn fork_in(history: &str, from: u32) -> Option<Lsn> {
+    history.lines().find_map(|line| {
+        let mut fields = line.split_whitespace();
+        let timeline: u32 = fields.next()?.parse().ok()?;
+        let lsn = fields.next()?.parse().ok()?;
+        (timeline == from).then_some(lsn)
+    })
+}
+
+/// The slot exists, is ours and alive, and does not begin after what the target durably has.
+/// Gives its confirmed position, which is `<= progress_lsn`.
+pub fn check_slot(
+    name: &str,
+    status: Option<&SlotStatus>,
+    recorded: &Recorded,
+    progress_lsn: Lsn,
+) -> Result<Lsn> {
+    let slot = name.to_string();
+    let Some(status) = status else {
+        return Err(Error::SlotMissing { slot, progress_lsn });
+    };
+    for (what, found, expected) in [
+        ("plugin", &status.plugin, &recorded.plugin),
+        ("database", &status.database, &recorded.database),
+    ] {
+        if found != expected {
+            let (found, expected) = (quote_literal(found), quote_literal(expected));
+            return Err(Error::SlotForeign { slot, what, found, expected });
+        }
+    }
+    let confirmed_lsn = status.confirmed_flush_lsn.unwrap_or(Lsn::ZERO);
+    if let Some(reason) = status.lost_reason() {
+        let reason = reason.to_string();
+        return Err(Error::SlotLost { slot, reason, confirmed_lsn, progress_lsn });
+    }
+    if confirmed_lsn > progress_lsn {
+        return Err(Error::SlotAhead { slot, confirmed_lsn, progress_lsn });
+    }
+    Ok(confirmed_lsn)
+}
+
+/// [`check_system`] and [`check_slot`] together, over one replication session of the slot's database.
+pub async fn check_continuity(
+    session: &mut Session,
+    slot: &str,
+    recorded: &Recorded,
+    progress_lsn: Lsn,
+) -> Result<SlotStatus> {
+    check_system(session, recorded, progress_lsn).await?;
+    let status = super::slot::status(session, slot).await?;
+    check_slot(slot, status.as_ref(), recorded, progress_lsn)?;
+    status.ok_or(Error::SlotMissing { slot: slot.to_string(), progress_lsn })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fault::{Fault, Faulty};
+
+    fn recorded() -> Recorded {
+        Recorded {
+            system_identifier: "1".to_string(),
+            timeline: 1,
+            database: "shop".to_string(),
+            plugin: "pgoutput".to_string(),
+        }
+    }
+
+    fn status() -> SlotStatus {
+        SlotStatus {
+            name: "s".to_string(),
+            plugin: "pgoutput".to_string(),
+            database: "shop".to_string(),
+            active_pid: None,
+            restart_lsn: Some(Lsn(50)),
+            confirmed_flush_lsn: Some(Lsn(100)),
+            wal_status: Some("reserved".to_string()),
+            invalidation_reason: None,
+            retained_bytes: 0,
+        }
+    }
+
+    #[test]
+    fn a_slot_at_or_before_progress_is_continued() {
+        assert_eq!(check_slot("s", Some(&status()), &recorded(), Lsn(100)).unwrap(), Lsn(100));
+        assert_eq!(check_slot("s", Some(&status()), &recorded(), Lsn(200)).unwrap(), Lsn(100));
+    }
+
+    #[test]
+    fn etl_935_a_slot_beyond_progress_is_refused_naming_both() {
+        let error = check_slot("s", Some(&status()), &recorded(), Lsn(99)).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("0/64") && text.contains("0/63"), "{text}");
+        assert_eq!(error.fault(), Fault::Stop);
+    }
+
+    #[test]
+    fn missing_lost_and_foreign_slots_are_refused() {
+        let check = |status: Option<SlotStatus>| {
+            check_slot("s", status.as_ref(), &recorded(), Lsn(100)).unwrap_err()
+        };
+        assert!(matches!(check(None), Error::SlotMissing { .. }));
+        let lost = SlotStatus { wal_status: Some("lost".to_string()), ..status() };
+        assert!(matches!(check(Some(lost)), Error::SlotLost { .. }));
+        let removed = SlotStatus { restart_lsn: None, wal_status: None, ..status() };
+        assert!(matches!(check(Some(removed)), Error::SlotLost { .. }));
+        let reason = Some("idle_timeout".to_string());
+        let idle = SlotStatus { invalidation_reason: reason, ..status() };
+        assert!(check(Some(idle)).to_string().contains("idle_timeout"));
+        let foreign = SlotStatus { plugin: "wal2json".to_string(), ..status() };
+        assert!(matches!(check(Some(foreign)), Error::SlotForeign { what: "plugin", .. }));
+        let foreign = SlotStatus { database: "other".to_string(), ..status() };
+        assert!(matches!(check(Some(foreign)), Error::SlotForeign { what: "database", .. }));
+    }
+
+    #[test]
+    fn a_history_file_tells_where_timelines_parted() {
+        let history = "1\t0/3000060\tno recovery target specified\n\n2\t0/5000000\tx\n";
+        assert_eq!(fork_in(history, 1), Some(Lsn(0x3000060)));
+        assert_eq!(fork_in(history, 2), Some(Lsn(0x5000000)));
+        assert_eq!(fork_in(history, 3), None);
+    }
+}

@@ -1,0 +1,286 @@
+//! What can go wrong at the reading end of a stream.
+
+use std::fmt;
+
+use crate::decode;
+use crate::fault::{Fault, Faulty};
+use crate::id::QualifiedName;
+use crate::lsn::Lsn;
+use crate::pg;
+
+use super::slot::Blocker;
+
+/// Errors of slots, publications, snapshots and the stream.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The wire.
+    #[error(transparent)]
+    Pg(#[from] pg::Error),
+    /// The bytes.
+    #[error("stream of slot {slot}: {source}")]
+    Decode {
+        /// The slot.
+        slot: String,
+        /// What is wrong with them.
+        source: decode::Error,
+    },
+    /// Slot creation waited too long and was given up; nothing of it is left.
+    #[error(
+        "slot {slot} could not be made within {seconds} s, as PostgreSQL waits for every \
+         transaction that was open when it began{}; nothing was left behind{standby}",
+        Blockers(blockers)
+    )]
+    Blocked {
+        /// The slot.
+        slot: String,
+        /// How long was waited.
+        seconds: u64,
+        /// Who was waited for at the end.
+        blockers: Vec<Blocker>,
+        /// A hint where the server is a standby; empty otherwise.
+        standby: &'static str,
+    },
+    /// Slot creation was given up, and what is left of it could not be removed.
+    #[error(
+        "making slot {slot} was given up, but it may have been left behind: {detail}; look for it \
+         with: select * from pg_replication_slots where slot_name = {literal}, and remove it \
+         with: select pg_drop_replication_slot({literal})", literal = crate::id::quote_literal(slot)
+    )]
+    Orphan {
+        /// The slot.
+        slot: String,
+        /// What kept it.
+        detail: String,
+    },
+    /// No such slot where progress says there must be one.
+    #[error(
+        "slot {slot} does not exist, but the target has applied up to {progress_lsn}: it was \
+         dropped, or lost in a failover, and the changes since cannot be had any more; start over \
+         with walferry cancel and walferry run"
+    )]
+    SlotMissing {
+        /// The slot.
+        slot: String,
+        /// What the target durably has.
+        progress_lsn: Lsn,
+    },
+    /// The slot is further than the target: it was made again, or advanced, by someone else.
+    #[error(
+        "slot {slot} is confirmed up to {confirmed_lsn}, but the target durably has only \
+         {progress_lsn}: it was dropped and made again, or advanced, by someone else, and the \
+         changes in between cannot be had any more; start over with walferry cancel and \
+         walferry run"
+    )]
+    SlotAhead {
+        /// The slot.
+        slot: String,
+        /// Where it begins to send.
+        confirmed_lsn: Lsn,
+        /// What the target durably has.
+        progress_lsn: Lsn,
+    },
+    /// The server removed WAL that the slot needs.
+    #[error(
+        "slot {slot} was invalidated by the server ({reason}), confirmed up to {confirmed_lsn} \
+         with the target at {progress_lsn}; WAL it needs is gone: start over with walferry cancel \
+         and walferry run, with more room (alter system set max_slot_wal_keep_size = -1; \
+         select pg_reload_conf())"
+    )]
+    SlotLost {
+        /// The slot.
+        slot: String,
+        /// `wal_removed`, `rows_removed`, ... as the server says.
+        reason: String,
+        /// Where it stood; `0/0` if it never was consistent.
+        confirmed_lsn: Lsn,
+        /// What the target durably has.
+        progress_lsn: Lsn,
+    },
+    /// A slot of that name, but not ours.
+    #[error(
+        "slot {slot} is of {what} {found} where {expected} is needed: another program's; choose \
+         another job name, or drop it with: select pg_drop_replication_slot({literal})",
+        literal = crate::id::quote_literal(slot)
+    )]
+    SlotForeign {
+        /// The slot.
+        slot: String,
+        /// `plugin` or `database`.
+        what: &'static str,
+        /// What it has.
+        found: String,
+        /// What it should have.
+        expected: String,
+    },
+    /// A slot of that name exists where a new one was to be made.
+    #[error(
+        "slot {slot} exists already; if nothing uses it any more, drop it with: \
+         select pg_drop_replication_slot({literal})", literal = crate::id::quote_literal(slot)
+    )]
+    SlotExists {
+        /// The slot.
+        slot: String,
+    },
+    /// Someone reads it.
+    #[error(
+        "slot {slot} is in use by process {pid} ({user}); end it with: select pg_terminate_backend({pid})"
+    )]
+    SlotInUse {
+        /// The slot.
+        slot: String,
+        /// The backend's process id.
+        pid: i32,
+        /// Its application_name, or what else is known.
+        user: String,
+    },
+    /// The server is not the one the job began with.
+    #[error(
+        "{peer} is another system: its system identifier is {found}, the job began with \
+         {expected}; check the connection string, or start over with walferry cancel and \
+         walferry run"
+    )]
+    AnotherSystem {
+        /// The server.
+        peer: String,
+        /// What it is.
+        found: String,
+        /// What the job recorded.
+        expected: String,
+    },
+    /// The server is on another branch of the same system's history.
+    #[error(
+        "{peer} is on timeline {found_timeline}, the job began on {expected_timeline}, and \
+         history forked at {fork_lsn} while the target has {progress_lsn}: the target holds \
+         transactions that this server lost; start over with walferry cancel and walferry run"
+    )]
+    AnotherTimeline {
+        /// The server.
+        peer: String,
+        /// Where it is.
+        found_timeline: u32,
+        /// What the job recorded.
+        expected_timeline: u32,
+        /// Where they parted; `0/0` if its history does not know the recorded one.
+        fork_lsn: Lsn,
+        /// What the target durably has.
+        progress_lsn: Lsn,
+    },
+    /// The server's WAL ends before what the target holds.
+    #[error(
+        "{peer} has written WAL up to {flush_lsn} only, but the target holds it up to \
+         {progress_lsn}: it was restored from a backup or lost its end; start over with walferry \
+         cancel and walferry run"
+    )]
+    Behind {
+        /// The server.
+        peer: String,
+        /// Where its WAL ends.
+        flush_lsn: Lsn,
+        /// What the target durably has.
+        progress_lsn: Lsn,
+    },
+    /// Tables whose changes never reach the WAL.
+    #[error(
+        "unlogged or temporary tables cannot be published: {}; exclude them, or mend with: {}",
+        Names(tables),
+        SetLogged(tables)
+    )]
+    Unlogged {
+        /// All of them.
+        tables: Vec<QualifiedName>,
+    },
+    /// Tables to publish that are not there.
+    #[error("tables to publish do not exist: {}; correct --include", Names(tables))]
+    TablesMissing {
+        /// All of them.
+        tables: Vec<QualifiedName>,
+    },
+    /// A publication of that name, but not ours.
+    #[error(
+        "publication {publication} is FOR ALL TABLES, so it is another program's; choose another \
+         job name, or drop it with: drop publication {publication}"
+    )]
+    PublicationForeign {
+        /// The publication.
+        publication: String,
+    },
+    /// Making or changing the publication was refused.
+    #[error(
+        "{doing} refused: {source}; it takes CREATE on the database and ownership of every table \
+         (grant create on database ... to ...; alter table ... owner to ...)"
+    )]
+    PublicationRefused {
+        /// What was tried.
+        doing: String,
+        /// What the server said.
+        source: pg::Error,
+    },
+    /// An exported snapshot whose holder is gone.
+    #[error(
+        "snapshot {name} does not exist any more: the session that exported it ended; take a new one"
+    )]
+    SnapshotGone {
+        /// Its name.
+        name: String,
+    },
+    /// Exact visibility needs running transaction ids, which a standby does not know.
+    #[error(
+        "{peer} is a standby, where snapshots do not list running transactions; connect to its primary"
+    )]
+    Standby {
+        /// The server.
+        peer: String,
+    },
+    /// The source said nothing, not even when asked.
+    #[error("{peer} sent nothing for {seconds:.1} s, not even an answer to a request for one")]
+    Silent {
+        /// The server.
+        peer: String,
+        /// How long.
+        seconds: f64,
+    },
+}
+
+impl Faulty for Error {
+    fn fault(&self) -> Fault {
+        match self {
+            Error::Pg(error) => error.fault(),
+            Error::Decode { source, .. } => source.fault(),
+            // Open transactions end, readers go away, networks come back, snapshots are taken anew.
+            Error::Blocked { .. } | Error::SlotInUse { .. } => Fault::Retry,
+            Error::Silent { .. } | Error::SnapshotGone { .. } => Fault::Retry,
+            _ => Fault::Stop,
+        }
+    }
+}
+
+struct Blockers<'a>(&'a [Blocker]);
+
+impl fmt::Display for Blockers<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, blocker) in self.0.iter().enumerate() {
+            write!(f, "{} {blocker}", if index == 0 { ":" } else { ";" })?;
+        }
+        Ok(())
+    }
+}
+
+struct Names<'a>(&'a [QualifiedName]);
+
+impl fmt::Display for Names<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<String> = self.0.iter().map(QualifiedName::to_string).collect();
+        f.write_str(&names.join(", "))
+    }
+}
+
+struct SetLogged<'a>(&'a [QualifiedName]);
+
+impl fmt::Display for SetLogged<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for name in self.0 {
+            write!(f, "alter table {} set logged; ", name.quoted())?;
+        }
+        Ok(())
+    }
+}
