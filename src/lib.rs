@@ -18,5 +18,9 @@ pub mod pg;
 // Floor 2: pure decoding, and what a server says of itself.
 pub mod catalog;
 
+// Floor 3: the stages, which never import each other.
+pub mod copy;
+pub mod schema;
+
 // Floor 6: edges.
 pub mod demo;
