@@ -1,0 +1,323 @@
+//! Running pg_dump.
+//!
+//! <https://www.postgresql.org/docs/current/app-pgdump.html>
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use tokio::process::Command;
+
+use super::depend::Views;
+use super::{Error, Result, plan, script};
+use crate::catalog::Selection;
+use crate::id::{QualifiedName, quote_ident};
+use crate::pg::config::{ChannelBinding, SslMode, TargetSessionAttrs};
+use crate::pg::{Config, Purpose, Session};
+use crate::secret::ExposeSecret;
+
+/// What of the schema stays behind.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Leave owners behind: everything belongs to the role that runs this.
+    pub no_owner: bool,
+    /// Leave GRANTs behind.
+    pub no_privileges: bool,
+    /// Keep tablespaces; they have to exist on the target.
+    pub tablespaces: bool,
+}
+
+/// The schema as SQL in UTF-8. Whoever resumes has to use the very same texts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dump {
+    /// What comes before the rows.
+    pub pre: String,
+    /// What comes after the rows.
+    pub post: String,
+}
+
+/// A pg_dump on this machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct PgDump {
+    path: PathBuf,
+    major: u32,
+}
+
+/// Reads the schema of the tables in `selection`, and everything that is not a table.
+///
+/// Views that read from a table left out are left out too, and so are foreign keys and partition
+/// links to one. Both halves come from one snapshot. Waits up to 30 s for each table lock that
+/// pg_dump wants (ACCESS SHARE). Errors name the package to install where no pg_dump will do.
+pub async fn dump(config: &Config, selection: &Selection, options: &Options) -> Result<Dump> {
+    let mut session = Session::connect(config, Purpose::Sql).await?;
+    let major = session.major_version();
+    let program = find(major).await?;
+    session.execute("begin isolation level repeatable read read only").await?;
+    let row = session.query_one("select pg_catalog.pg_export_snapshot()", &[]).await?;
+    let snapshot = row.string(0)?;
+    let views = Views::read(&mut session).await?;
+    let left_out = views.left_out(|name| selection.has_schema(name));
+    let arguments = arguments(program.major, options, &snapshot, &left_out);
+    let peer = session.peer().to_string();
+    let (pre, post) = tokio::try_join!(
+        run(&program.path, config, &peer, &arguments, "pre-data"),
+        run(&program.path, config, &peer, &arguments, "post-data")
+    )?;
+    session.execute("rollback").await?;
+    let mut post = without(&post, &left_out)?;
+    for view in views.populated().iter().filter(|view| !left_out.contains(view)) {
+        post.push_str(&format!("\nREFRESH MATERIALIZED VIEW {};\n", view.quoted()));
+    }
+    Ok(Dump { pre: without(&pre, &left_out)?, post })
+}
+
+/// The script without foreign keys to, and partitions of, tables left out: pg_dump does not look
+/// at the other end of those.
+fn without(script: &str, left_out: &[QualifiedName]) -> Result<String> {
+    if left_out.is_empty() {
+        return Ok(script.to_string());
+    }
+    let mut out = String::with_capacity(script.len());
+    for sql in script::split(script)? {
+        if !plan::other_tables(sql).iter().any(|table| left_out.contains(table)) {
+            out.push_str(sql);
+            out.push_str(";\n");
+        }
+    }
+    Ok(out)
+}
+
+/// Arguments but for the section; nothing secret is among them.
+fn arguments(
+    dump_major: u32,
+    options: &Options,
+    snapshot: &str,
+    left_out: &[QualifiedName],
+) -> Vec<String> {
+    let mut arguments: Vec<String> =
+        ["--schema-only", "--no-password", "--encoding=UTF8", "--exclude-schema=walferry"]
+            .map(String::from)
+            .to_vec();
+    // A lock held by someone else must not hold up the job without a word.
+    arguments.push("--lock-wait-timeout=30s".to_string());
+    arguments.push("--no-subscriptions".to_string());
+    arguments.push(format!("--snapshot={snapshot}"));
+    let mut flag = |wanted: bool, name: &str| {
+        if wanted {
+            arguments.push(name.to_string());
+        }
+    };
+    flag(dump_major >= 11, "--no-publications");
+    flag(dump_major >= 18, "--no-statistics");
+    flag(options.no_owner, "--no-owner");
+    flag(options.no_privileges, "--no-privileges");
+    flag(!options.tablespaces, "--no-tablespaces");
+    for name in left_out {
+        arguments.push(format!("--exclude-table={}", pattern(name)));
+    }
+    arguments
+}
+
+/// A pattern for exactly this table: inside double quotes every character stands for itself.
+///
+/// <https://www.postgresql.org/docs/current/app-psql.html#APP-PSQL-PATTERNS>
+fn pattern(name: &QualifiedName) -> String {
+    format!("{}.{}", quote_ident(&name.schema), quote_ident(&name.name))
+}
+
+async fn run(
+    program: &Path,
+    config: &Config,
+    peer: &str,
+    arguments: &[String],
+    section: &str,
+) -> Result<String> {
+    let failed = |status: String, stderr: String| Error::PgDump {
+        program: program.display().to_string(),
+        peer: peer.to_string(),
+        status,
+        stderr,
+    };
+    let mut command = Command::new(program);
+    command.args(arguments).arg(format!("--section={section}"));
+    // Settings of whoever runs us must not lead pg_dump elsewhere.
+    for name in ["PGSERVICE", "PGSERVICEFILE", "PGHOST", "PGHOSTADDR", "PGOPTIONS", "PGPASSFILE"] {
+        command.env_remove(name);
+    }
+    command.envs(env_of(config)).stdin(Stdio::null()).kill_on_drop(true);
+    let output = command
+        .output()
+        .await
+        .map_err(|e| failed("it does not start".to_string(), e.to_string()))?;
+    if !output.status.success() {
+        let stderr = String::from_utf8_lossy(&output.stderr).trim().to_string();
+        return Err(failed(output.status.to_string(), crate::secret::redact(&stderr)));
+    }
+    String::from_utf8(output.stdout).map_err(|e| {
+        let detail = format!("its output is not UTF-8: {}", e.utf8_error());
+        failed(output.status.to_string(), detail)
+    })
+}
+
+/// libpq's environment for this server. The password goes by PGPASSWORD, as command lines can be
+/// read by everyone.
+fn env_of(config: &Config) -> Vec<(&'static str, String)> {
+    let join = |list: Vec<String>| list.join(",");
+    let options = config.options.as_deref().unwrap_or_default();
+    let mut env = vec![
+        ("PGHOST", join(config.hosts.iter().map(|h| h.host.clone()).collect())),
+        ("PGPORT", join(config.hosts.iter().map(|h| h.port.to_string()).collect())),
+        ("PGUSER", config.user.clone()),
+        ("PGDATABASE", config.dbname.clone()),
+        ("PGAPPNAME", config.application_name.clone().unwrap_or_else(|| "walferry".to_string())),
+        ("PGCONNECT_TIMEOUT", config.connect_timeout.as_secs().max(2).to_string()),
+        ("PGSSLMODE", ssl_mode(config.ssl_mode).to_string()),
+        ("PGCHANNELBINDING", channel_binding(config.channel_binding).to_string()),
+        ("PGTARGETSESSIONATTRS", session_attrs(config.target_session_attrs).to_string()),
+        // Strings in the script are read by script.rs, which knows one kind of plain quotes.
+        ("PGOPTIONS", format!("{options} -c standard_conforming_strings=on").trim().to_string()),
+    ];
+    if config.hosts.iter().any(|h| h.hostaddr.is_some()) {
+        let addresses = config.hosts.iter().map(|h| h.hostaddr.clone().unwrap_or_default());
+        env.push(("PGHOSTADDR", join(addresses.collect())));
+    }
+    let mut maybe = |name, value: &Option<String>| {
+        env.extend(value.iter().map(|value| (name, value.clone())));
+    };
+    maybe("PGSSLROOTCERT", &config.ssl_root_cert);
+    maybe("PGSSLCERT", &config.ssl_cert);
+    maybe("PGSSLKEY", &config.ssl_key);
+    if let Some(password) = &config.password {
+        env.push(("PGPASSWORD", password.expose_secret().to_string()));
+    }
+    env
+}
+
+fn ssl_mode(mode: SslMode) -> &'static str {
+    match mode {
+        SslMode::Disable => "disable",
+        SslMode::Allow => "allow",
+        SslMode::Prefer => "prefer",
+        SslMode::Require => "require",
+        SslMode::VerifyCa => "verify-ca",
+        SslMode::VerifyFull => "verify-full",
+    }
+}
+
+fn channel_binding(binding: ChannelBinding) -> &'static str {
+    match binding {
+        ChannelBinding::Disable => "disable",
+        ChannelBinding::Prefer => "prefer",
+        ChannelBinding::Require => "require",
+    }
+}
+
+fn session_attrs(attrs: TargetSessionAttrs) -> &'static str {
+    match attrs {
+        TargetSessionAttrs::Any => "any",
+        TargetSessionAttrs::ReadWrite => "read-write",
+        TargetSessionAttrs::ReadOnly => "read-only",
+        TargetSessionAttrs::Primary => "primary",
+        TargetSessionAttrs::Standby => "standby",
+        TargetSessionAttrs::PreferStandby => "prefer-standby",
+    }
+}
+
+/// The pg_dump to use for a source of this major version: the one in WALFERRY_PG_DUMP, else the
+/// lowest version that is not below the source's. Lowest, because a later pg_dump may write what
+/// an older target does not understand.
+async fn find(major: u32) -> Result<PgDump> {
+    let chosen = std::env::var_os("WALFERRY_PG_DUMP").map(PathBuf::from);
+    let paths = match chosen {
+        Some(path) => vec![path],
+        None => candidates(),
+    };
+    let mut found = Vec::new();
+    for path in paths {
+        if let Some(major) = version_of(&path).await {
+            found.push(PgDump { path, major });
+        }
+    }
+    pick(&found, major).cloned().ok_or_else(|| {
+        let list: Vec<String> =
+            found.iter().map(|d| format!("{} {}", d.path.display(), d.major)).collect();
+        let found = if list.is_empty() { "none".to_string() } else { list.join(", ") };
+        Error::NoPgDump { major, found }
+    })
+}
+
+/// Of equals the first: Debian's versioned directories come before the wrapper on the PATH, which
+/// decides by itself which version to run.
+fn pick(found: &[PgDump], major: u32) -> Option<&PgDump> {
+    found.iter().filter(|d| d.major >= major).min_by_key(|d| d.major)
+}
+
+fn candidates() -> Vec<PathBuf> {
+    let mut paths = Vec::new();
+    if let Ok(entries) = std::fs::read_dir("/usr/lib/postgresql") {
+        paths.extend(entries.flatten().map(|entry| entry.path().join("bin/pg_dump")));
+    }
+    paths.sort();
+    if let Some(path) = std::env::var_os("PATH") {
+        paths.extend(std::env::split_paths(&path).map(|dir| dir.join("pg_dump")));
+    }
+    paths.retain(|path| path.is_file());
+    paths
+}
+
+async fn version_of(path: &Path) -> Option<u32> {
+    let output = Command::new(path)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await
+        .ok()?;
+    parse_version(&String::from_utf8_lossy(&output.stdout))
+}
+
+/// `pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)`, `... 18beta1`.
+fn parse_version(text: &str) -> Option<u32> {
+    let version = text.split_once("(PostgreSQL)")?.1.trim_start();
+    let digits: String = version.chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_as_pg_dump_writes_them() {
+        let debian = "pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)\n";
+        assert_eq!(parse_version(debian), Some(15));
+        assert_eq!(parse_version("pg_dump (PostgreSQL) 18beta1\n"), Some(18));
+        assert_eq!(parse_version("something else 1"), None);
+    }
+
+    #[test]
+    fn the_lowest_version_that_can_read_the_source_is_taken() {
+        let found: Vec<PgDump> = [(17, "a"), (14, "b"), (15, "c"), (15, "d")]
+            .map(|(major, path)| PgDump { path: path.into(), major })
+            .to_vec();
+        assert_eq!(pick(&found, 15).unwrap().path, PathBuf::from("c"));
+        assert_eq!(pick(&found, 10).unwrap().path, PathBuf::from("b"));
+        assert_eq!(pick(&found, 16).unwrap().path, PathBuf::from("a"));
+        assert_eq!(pick(&found, 18), None);
+    }
+
+    #[test]
+    fn passwords_are_in_the_environment_and_not_among_the_arguments() {
+        let config = Config::parse("postgres://u:s3cret@h:1/db").unwrap();
+        let env = env_of(&config);
+        assert!(env.contains(&("PGPASSWORD", "s3cret".to_string())));
+        assert!(env.contains(&("PGHOST", "h".to_string())));
+        let arguments = arguments(15, &Options::default(), "0-1-1", &[]);
+        assert!(!arguments.iter().any(|a| a.contains("s3cret")));
+    }
+
+    #[test]
+    fn names_become_patterns_that_mean_only_them() {
+        let name = QualifiedName::new("a.b", "c\"*?");
+        assert_eq!(pattern(&name), "\"a.b\".\"c\"\"*?\"");
+    }
+}

@@ -1,0 +1,57 @@
+//! The schema: read from the source by pg_dump, made on the target in two halves.
+//!
+//! pg_dump knows every kind of object of every version and the order they depend on each other in;
+//! nothing here tries to know that again. What it writes is cut into statements, and only their
+//! order and company is decided here.
+//!
+//! 1. `dump`: the lowest pg_dump that can read the source writes pre-data (types, functions,
+//!    tables, defaults) and post-data (indexes, constraints, triggers), both under one exported
+//!    snapshot. The caller keeps the two texts, so that a later run goes on with the same ones.
+//! 2. `apply_pre`: all of pre-data in one transaction, in one round trip. It is all there or
+//!    nothing is.
+//! 3. The rows are copied, by others, into tables without indexes, keys and triggers.
+//! 4. `apply_post` with [`PostPhase::Indexes`]: indexes and their constraints, in parallel, largest
+//!    table first; then partition indexes are attached, replica identities set.
+//! 5. `apply_post` with [`PostPhase::Rest`]: foreign keys, triggers, rules, policies, materialized
+//!    views filled, event triggers last.
+//! 6. `set_sequences` at the cutover.
+//!
+//! After a crash: each statement of post-data commits together with a row of
+//! `walferry.schema_step`, and pre-data as a whole with another, so a run begun again leaves out
+//! exactly what is done. An index half built is gone with its transaction.
+//!
+//! Timeline: run 1 builds 7 of 9 indexes and is killed in two. The server rolls both back. Run 2
+//! reads 7 rows, builds 2 indexes, attaches, and answers.
+//!
+//! Left out: tablespaces unless asked for, roles (they are not of one database; missing ones are
+//! named before anything is done), publications and subscriptions, changes of the schema while the
+//! job runs, indexes built CONCURRENTLY (nobody else works on the target yet).
+//!
+//! - `lex`, `script`, `plan`: pure; tokens, statements, order. - `depend`: views of the source.
+//! - `dump`, `pre`, `post`, `sequence`: the steps above. - `error`: what can go wrong.
+
+pub mod depend;
+pub mod dump;
+pub mod error;
+pub mod lex;
+pub mod plan;
+pub mod post;
+pub mod pre;
+pub mod script;
+pub mod sequence;
+
+pub use dump::{Dump, Options, dump};
+pub use error::Error;
+pub use plan::PostPhase;
+pub use post::{PostOptions, PostProgress, apply_post};
+pub use pre::apply_pre;
+pub use sequence::set_sequences;
+
+/// Result with this room's error.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// This room's table in the home database; schema `walferry` has to exist. May be run again.
+pub const DDL: &str = "create table if not exists walferry.schema_step (\
+     job text not null, id text not null, \
+     done_at timestamptz not null default pg_catalog.clock_timestamp(), \
+     primary key (job, id))";

@@ -1,0 +1,151 @@
+//! Pre-data on the target: all of it in one transaction, sent in one round trip.
+
+use std::collections::HashSet;
+
+use super::lex::Cursor;
+use super::script::{self, Statement};
+use super::{Dump, Error, Result};
+use crate::id::quote_literal;
+use crate::pg::{Pipeline, Reply, Session};
+
+/// The row of `walferry.schema_step` that stands for pre-data.
+const STEP: &str = "pre-data";
+
+/// Makes everything that comes before the rows, and remembers that in the same transaction; does
+/// nothing if an earlier call for this job did it.
+///
+/// Schemas that exist are used as they are, settings that the target does not know are left out,
+/// and so are comments on extensions that the role does not own. A refused statement is shown
+/// whole, and nothing of the dump is left behind. Missing roles are named before anything is tried.
+pub async fn apply_pre(session: &mut Session, dump: &Dump, job: &str) -> Result<()> {
+    let done = format!(
+        "select 1 from walferry.schema_step where job = {} and id = {}",
+        quote_literal(job),
+        quote_literal(STEP)
+    );
+    if !session.query(&done).await?.is_empty() {
+        return Ok(());
+    }
+    check_roles(session, dump).await?;
+    let known = known_settings(session).await?;
+    let schemas = texts(session, "select nspname from pg_catalog.pg_namespace").await?;
+    let mut statements = Vec::new();
+    let mut comments = Vec::new();
+    for statement in script::statements(&dump.pre)? {
+        let mut cursor = Cursor::new(&statement.sql);
+        if cursor.eat("create schema") && cursor.ident().is_some_and(|s| schemas.contains(&s)) {
+            continue;
+        }
+        if cursor.eat("comment on extension") {
+            comments.push(statement.sql);
+        } else {
+            statements.push(statement);
+        }
+    }
+    let mut sqls = with_settings(statements, &known);
+    sqls.push(record(job, STEP));
+    transaction(session, &sqls).await?;
+    for comment in comments {
+        // A comment says nothing to a program; owning the extension is too much to ask for it.
+        match session.execute(&comment).await {
+            Err(error) if error.code() == Some("42501") => {}
+            Err(error) => return Err(Error::statement(&comment, error)),
+            Ok(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// `insert` that marks a step as done.
+pub(super) fn record(job: &str, id: &str) -> String {
+    format!(
+        "insert into walferry.schema_step (job, id) values ({}, {})",
+        quote_literal(job),
+        quote_literal(id)
+    )
+}
+
+/// Runs the statements between BEGIN and COMMIT in one round trip; on a failure, the session is
+/// out of the transaction again and the error shows the statement.
+pub(super) async fn transaction(session: &mut Session, sqls: &[String]) -> Result<()> {
+    let mut pipeline = Pipeline::new();
+    pipeline.once("begin");
+    for sql in sqls {
+        pipeline.once(sql);
+    }
+    pipeline.once("commit");
+    let mut tags: Vec<String> = Vec::new();
+    let outcome = session
+        .exchange(pipeline, |reply| {
+            if let Reply::Done(tag) = reply {
+                tags.push(tag);
+            }
+        })
+        .await;
+    if let Err(error) = outcome {
+        if !error.is_closed() {
+            session.execute("rollback").await?;
+        }
+        // BEGIN answered first, so the number of answers is that of the statement after the last.
+        let failed = tags.len().checked_sub(1).and_then(|index| sqls.get(index));
+        return Err(Error::statement(failed.map_or("commit", String::as_str), error));
+    }
+    // COMMIT of a failed transaction answers ROLLBACK, and no error.
+    match tags.last().map(String::as_str) {
+        Some("COMMIT") => Ok(()),
+        tag => Err(Error::Bug(format!("COMMIT of a schema statement answered {tag:?}"))),
+    }
+}
+
+/// The statements, with a SET LOCAL before the ones that need a changed setting.
+fn with_settings(statements: Vec<Statement>, known: &HashSet<String>) -> Vec<String> {
+    let mut sqls = Vec::new();
+    let mut current: Vec<(String, String)> = Vec::new();
+    for statement in statements {
+        for (name, value) in statement.settings {
+            match current.iter_mut().find(|(other, _)| *other == name) {
+                Some((_, other)) if *other == value => continue,
+                Some((_, other)) => other.clone_from(&value),
+                None => current.push((name.clone(), value.clone())),
+            }
+            sqls.extend(set_local(&name, &value, known));
+        }
+        sqls.push(statement.sql);
+    }
+    sqls
+}
+
+/// `SET LOCAL`, unless the server does not know the setting: a later pg_dump sets what an earlier
+/// server never heard of (transaction_timeout, default_table_access_method).
+pub(super) fn set_local(name: &str, value: &str, known: &HashSet<String>) -> Option<String> {
+    known.contains(name).then(|| format!("set local {name} = {value}"))
+}
+
+pub(super) async fn known_settings(session: &mut Session) -> Result<HashSet<String>> {
+    texts(session, "select pg_catalog.lower(name) from pg_catalog.pg_settings").await
+}
+
+/// The first column of a query's rows.
+pub(super) async fn texts(session: &mut Session, sql: &str) -> Result<HashSet<String>> {
+    let mut texts = HashSet::new();
+    for row in session.query(sql).await? {
+        texts.insert(row.string(0)?);
+    }
+    Ok(texts)
+}
+
+async fn check_roles(session: &mut Session, dump: &Dump) -> Result<()> {
+    let present = texts(session, "select rolname from pg_catalog.pg_roles").await?;
+    let mut missing: Vec<String> = Vec::new();
+    for script in [&dump.pre, &dump.post] {
+        for sql in script::split(script)? {
+            missing.extend(script::roles(sql).into_iter().filter(|r| !present.contains(r)));
+        }
+    }
+    missing.sort();
+    missing.dedup();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Roles { peer: session.peer().to_string(), roles: missing })
+}

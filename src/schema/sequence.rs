@@ -1,0 +1,116 @@
+//! Sequences of the other side set past every value handed out.
+
+use super::{Error, Result};
+use crate::catalog::Sequence;
+use crate::id::quote_literal;
+use crate::pg::Session;
+
+/// Sets each sequence on this session's server to where `sequences` stood, and `margin`
+/// increments further, in its own direction and within its bounds; cycling ones exactly, as
+/// nothing lies past every value there.
+///
+/// `margin` is for values that may be handed out after the position was read; 0 where that cannot
+/// happen. Not transactional, may be repeated, one round trip. If any is missing, none is set and
+/// all missing ones are named.
+///
+/// <https://www.postgresql.org/docs/current/functions-sequence.html>
+pub async fn set_sequences(
+    session: &mut Session,
+    sequences: &[Sequence],
+    margin: u32,
+) -> Result<()> {
+    if sequences.is_empty() {
+        return Ok(());
+    }
+    let values: Vec<String> = sequences
+        .iter()
+        .map(|sequence| {
+            format!(
+                "({}::pg_catalog.text, ({})::pg_catalog.int8, {})",
+                quote_literal(&sequence.name.quoted()),
+                position(sequence, margin),
+                sequence.is_called
+            )
+        })
+        .collect();
+    // The window looks at all rows before the first setval is evaluated.
+    let sql = format!(
+        "select s.name, s.missing, case when not pg_catalog.bool_or(s.missing) over () \
+         then pg_catalog.setval(pg_catalog.to_regclass(s.name), s.value, s.called) end \
+         from (select v.name, v.value, v.called, c.oid is null as missing \
+             from (values {}) v(name, value, called) \
+             left join pg_catalog.pg_class c on c.oid = pg_catalog.to_regclass(v.name) \
+                and c.relkind = 'S' offset 0) s",
+        values.join(", ")
+    );
+    let rows = session.query(&sql).await?;
+    let mut names = Vec::new();
+    for row in &rows {
+        if row.bool(1)? {
+            names.push(row.string(0)?);
+        }
+    }
+    if names.is_empty() {
+        return Ok(());
+    }
+    Err(Error::NoSequences { peer: session.peer().to_string(), names })
+}
+
+/// `last_value` moved on by up to `margin` increments, no further than the bound.
+fn position(sequence: &Sequence, margin: u32) -> i64 {
+    if sequence.cycle || sequence.increment == 0 {
+        return sequence.last_value;
+    }
+    let bound = if sequence.increment > 0 { sequence.max_value } else { sequence.min_value };
+    // i128: the distance between two bigints does not fit in one.
+    let (last, increment) = (i128::from(sequence.last_value), i128::from(sequence.increment));
+    let room = ((i128::from(bound) - last) / increment).max(0);
+    let moved = last + increment * room.min(i128::from(margin));
+    i64::try_from(moved).unwrap_or(sequence.last_value)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::id::QualifiedName;
+
+    fn sequence(last_value: i64, increment: i64, min_value: i64, max_value: i64) -> Sequence {
+        Sequence {
+            name: QualifiedName::new("s", "q"),
+            last_value,
+            is_called: true,
+            increment,
+            min_value,
+            max_value,
+            cache: 1,
+            cycle: false,
+        }
+    }
+
+    #[test]
+    fn positions_move_in_the_direction_of_the_sequence_and_stay_in_bounds() {
+        assert_eq!(position(&sequence(7, 1, 1, i64::MAX), 0), 7);
+        assert_eq!(position(&sequence(7, 5, 1, i64::MAX), 10), 57);
+        assert_eq!(position(&sequence(-7, -2, i64::MIN, -1), 3), -13);
+        assert_eq!(position(&sequence(7, 5, 1, 20), 10), 17);
+        assert_eq!(position(&sequence(-7, -5, -15, -1), 10), -12);
+        assert_eq!(position(&sequence(i64::MAX - 1, 1, 1, i64::MAX), 1000), i64::MAX);
+        let cycling = Sequence { cycle: true, ..sequence(7, 1, 1, 9) };
+        assert_eq!(position(&cycling, 10), 7);
+    }
+
+    proptest! {
+        #[test]
+        fn positions_are_ones_that_the_sequence_can_reach(
+            last in any::<i64>(), increment in any::<i64>(), margin in any::<u32>()
+        ) {
+            prop_assume!(increment != 0);
+            let moved = position(&sequence(last, increment, i64::MIN, i64::MAX), margin);
+            let distance = i128::from(moved) - i128::from(last);
+            prop_assert_eq!(distance % i128::from(increment), 0);
+            prop_assert!(distance == 0 || (distance > 0) == (increment > 0));
+        }
+    }
+}
