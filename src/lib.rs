@@ -34,10 +34,6 @@ pub mod cutover;
 // Floor 5: the job.
 pub mod job;
 
-// Floor 3: the stages, which never import each other.
-pub mod copy;
-pub mod schema;
-
 // Floor 6: edges.
 pub mod cli;
 pub mod config;

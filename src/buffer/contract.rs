@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{Make, Outlet};
+use super::Make;
+use crate::change::Feed;
 use crate::change::{Begin, Change, Chunk, Commit, Item, Sink};
 use crate::lsn::Lsn;
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-use super::Outlet;
+use crate::change::Feed;
 use crate::change::{Item, Sink, SinkClosed};
 use crate::lsn::Lsn;
 
@@ -151,7 +151,7 @@ impl Receiver {
     }
 }
 
-impl Outlet for Receiver {
+impl Feed for Receiver {
     async fn pop(&mut self) -> Option<Item> {
         Receiver::pop(self).await
     }
@@ -210,7 +210,7 @@ mod tests {
 
     impl Make for Memory {
         type Sink = Sender;
-        type Outlet = Receiver;
+        type Feed = Receiver;
 
         fn make(&self, limit_bytes: usize) -> Ends<Sender, Receiver> {
             queue(limit_bytes)

@@ -1,7 +1,7 @@
 //! Between reader and applier: holds decoded items, in order, in bounded space.
 //!
 //! The reader must not wait for the applier on every item, nor run away from it (law 9). A buffer
-//! takes items at one end through [`Sink`] and gives them at the other through [`Outlet`]. When full
+//! takes items at one end through [`Sink`] and gives them at the other through [`Feed`]. When full
 //! it makes the reader wait; the reader then stops reading, feedback goes on, and WAL stays on the
 //! source, where it is safe.
 //!
@@ -23,22 +23,10 @@
 //!
 //! [`SinkClosed`]: crate::change::SinkClosed
 
-use std::future::Future;
-
-use crate::change::{Item, Sink};
+use crate::change::{Feed, Sink};
 
 pub mod contract;
 pub mod memory;
-
-/// The reading end of a buffer.
-pub trait Outlet: Send {
-    /// The next item, waiting for one; `None` once the sender is gone and nothing is left.
-    /// Cancel-safe.
-    fn pop(&mut self) -> impl Future<Output = Option<Item>> + Send;
-
-    /// The next item if there is one now.
-    fn try_pop(&mut self) -> Option<Item>;
-}
 
 /// The two ends of one buffer.
 pub type Ends<S, O> = (S, O);
@@ -48,11 +36,11 @@ pub trait Make {
     /// The writing end.
     type Sink: Sink + 'static;
     /// The reading end.
-    type Outlet: Outlet + 'static;
+    type Feed: Feed + 'static;
 
     /// A fresh, empty buffer.
-    fn make(&self, limit_bytes: usize) -> Ends<Self::Sink, Self::Outlet>;
+    fn make(&self, limit_bytes: usize) -> Ends<Self::Sink, Self::Feed>;
 
     /// Bytes held now.
-    fn bytes(&self, outlet: &Self::Outlet) -> usize;
+    fn bytes(&self, outlet: &Self::Feed) -> usize;
 }

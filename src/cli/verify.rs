@@ -66,7 +66,6 @@ async fn compare(asker: &mut Asker, timeout: Duration) -> anyhow::Result<Report>
         target_snapshot: Some(aligned.to_snapshot.clone()),
         tables,
         jobs: config.jobs,
-        ..verify::Options::default()
     };
     Ok(verify::run(options).await?)
 }

@@ -18,7 +18,7 @@ use crate::{catalog, schema};
 
 /// Increments added to every sequence: values that a session cached before the fence and uses after
 /// the switch must not meet new ones. Gaps in sequences are normal; collisions are not.
-const SEQUENCE_MARGIN: i64 = 32;
+const SEQUENCE_MARGIN: u32 = 32;
 
 /// How long a canary may take on each leg.
 const CANARY_WAIT: Duration = Duration::from_secs(10);

@@ -11,7 +11,7 @@ use super::state::Event;
 use super::{Error, Result};
 use crate::copy::{self, CopyProgress, SnapshotSource};
 use crate::pg::{Purpose, Session};
-use crate::schema::{self, PostPhase};
+use crate::schema::{self, PostOptions, PostPhase, PostProgress};
 use crate::source::{ExportedSnapshot, HeldSlot, snapshot};
 
 impl Runner {
@@ -28,7 +28,6 @@ impl Runner {
                 job: self.config.job.to_string(),
                 jobs: self.config.jobs,
                 split_bytes: self.config.split_bytes,
-                ..copy::Options::default()
             };
             let outcome = copy::run(&options, &tables, &snapshots, &progress).await;
             drop(holder);
@@ -66,18 +65,17 @@ impl Runner {
         let (pre, post) =
             dump.ok_or_else(|| Error::State("the schema dump is gone".to_string()))?;
         let report = self.report.clone();
-        let progress = move |done: usize, total: usize, statement: &str| {
-            report(Notice::Building(done, total, statement.to_string()));
+        let mut progress = move |at: PostProgress<'_>| {
+            report(Notice::Building(at.done, at.total, at.statement.to_string()));
         };
-        schema::apply_post(
-            &self.config.target,
-            &schema::Dump { pre, post },
+        let options = PostOptions {
+            job: self.config.job.to_string(),
             phase,
-            self.config.job.as_str(),
-            self.config.jobs,
-            &progress,
-        )
-        .await?;
+            parallel: self.config.jobs,
+            maintenance_work_mem: None,
+        };
+        let dump = schema::Dump { pre, post };
+        schema::apply_post(&self.config.target, &dump, &options, &mut progress).await?;
         Ok(())
     }
 }

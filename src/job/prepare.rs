@@ -48,16 +48,12 @@ impl Runner {
             Some((pre, post)) => schema::Dump { pre, post },
             None => {
                 self.say(Notice::Said("dumping the schema".to_string()));
-                let options = schema::DumpOptions { owners: self.config.owners };
-                let target_major = self.store.session.major_version();
-                let dump = schema::dump(
-                    &self.config.source,
-                    &self.selection,
-                    source.major_version(),
-                    target_major,
-                    &options,
-                )
-                .await?;
+                let options = schema::Options {
+                    no_owner: !self.config.owners,
+                    no_privileges: !self.config.owners,
+                    ..schema::Options::default()
+                };
+                let dump = schema::dump(&self.config.source, &self.selection, &options).await?;
                 self.store.save_dump(&dump.pre, &dump.post).await?;
                 dump
             }
