@@ -25,6 +25,14 @@ pub(super) struct Counts {
 }
 
 impl Counts {
+    /// Adds those of the same table from elsewhere.
+    pub fn add(&mut self, more: Counts) {
+        self.decoded += more.decoded;
+        self.applied += more.applied;
+        self.filtered += more.filtered;
+        self.quarantined += more.quarantined;
+    }
+
     /// Refuses books that do not balance.
     pub fn check(&self, table: &QualifiedName) -> Result<()> {
         let Counts { decoded, applied, filtered, quarantined } = *self;

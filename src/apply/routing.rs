@@ -1,6 +1,6 @@
 //! Which target table a relation of the stream goes to, remembered between batches.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::count::Counts;
@@ -39,10 +39,11 @@ pub(super) struct Route {
 /// All routes of a session: one for each table the stream has mentioned.
 #[derive(Default)]
 pub(super) struct Routes {
-    routes: Vec<Route>,
-    /// Place in `routes`, by the address of the relation. The stream gives a new one whenever the
-    /// source describes the table anew, and the target is then asked again.
-    by_address: HashMap<usize, usize>,
+    /// By the address of the relation. The stream gives a new one whenever the source describes the
+    /// table anew, and the target is then asked again.
+    routes: HashMap<usize, Route>,
+    /// Routes of relations that were described anew; the batch at hand may still use them.
+    superseded: Vec<usize>,
     tables: Option<TableFilter>,
     visibility: HashMap<QualifiedName, Snapshot>,
     /// Names of prepared statements that no route uses any more.
@@ -59,57 +60,67 @@ impl Routes {
         }
     }
 
-    /// The relation's place, if it is known.
-    pub fn find(&self, relation: &Arc<Relation>) -> Option<usize> {
-        self.by_address.get(&address(relation)).copied()
-    }
-
-    /// The route at a place that [`Routes::find`] or [`Routes::ensure`] gave.
-    pub fn get(&self, place: usize) -> Option<&Route> {
-        self.routes.get(place)
+    /// The relation's route, once [`Routes::ensure`] has seen it.
+    pub fn get(&self, relation: &Arc<Relation>) -> Option<&Route> {
+        self.routes.get(&address(relation))
     }
 
     /// The same, to change.
-    pub fn get_mut(&mut self, place: usize) -> Option<&mut Route> {
-        self.routes.get_mut(place)
+    pub fn get_mut(&mut self, relation: &Arc<Relation>) -> Option<&mut Route> {
+        self.routes.get_mut(&address(relation))
     }
 
     /// All routes.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Route> {
-        self.routes.iter_mut()
+        self.routes.values_mut()
     }
 
-    /// All routes.
-    pub fn iter(&self) -> impl Iterator<Item = &Route> {
-        self.routes.iter()
+    /// What is counted so far, by table. A table described anew has two routes for a while.
+    pub fn counts(&self) -> BTreeMap<&QualifiedName, Counts> {
+        let mut counts = BTreeMap::<_, Counts>::new();
+        for route in self.routes.values().filter(|r| r.counts != Counts::default()) {
+            counts.entry(&route.relation.name).or_default().add(route.counts);
+        }
+        counts
+    }
+
+    /// Forgets relations that were described anew. To be called between batches.
+    pub fn retire(&mut self) {
+        for address in std::mem::take(&mut self.superseded) {
+            let Some(old) = self.routes.remove(&address) else { continue };
+            self.discarded.extend(old.statements.into_values().map(|p| p.name));
+            let heir = self.routes.values_mut().find(|r| r.relation.name == old.relation.name);
+            if let Some(heir) = heir {
+                heir.counts.add(old.counts);
+            }
+        }
     }
 
     /// Gets to know the relation, asking the target about its table if it is new.
     pub async fn ensure(&mut self, session: &mut Session, relation: &Arc<Relation>) -> Result<()> {
-        if self.find(relation).is_some() {
+        let address = address(relation);
+        if self.routes.contains_key(&address) {
             return Ok(());
         }
         let mapping = self.map(session, relation).await?;
-        let known = self.routes.iter().position(|r| r.relation.name == relation.name);
-        let Some((place, route)) = known.and_then(|p| self.routes.get_mut(p).map(|r| (p, r)))
-        else {
-            self.by_address.insert(address(relation), self.routes.len());
-            self.routes.push(Route {
-                relation: relation.clone(),
-                mapping,
-                snapshot: self.visibility.get(&relation.name).cloned(),
-                statements: HashMap::new(),
-                counts: Counts::default(),
-            });
-            return Ok(());
-        };
-        self.by_address.remove(&address(&route.relation));
-        self.by_address.insert(address(relation), place);
-        if route.mapping != mapping || route.relation.columns != relation.columns {
-            self.discarded.extend(route.statements.drain().map(|(_, prepared)| prepared.name));
+        let mut statements = HashMap::new();
+        for (old_address, old) in &mut self.routes {
+            if old.relation.name != relation.name || self.superseded.contains(old_address) {
+                continue;
+            }
+            self.superseded.push(*old_address);
+            if old.mapping == mapping && *old.relation == **relation {
+                statements = std::mem::take(&mut old.statements);
+            }
         }
-        route.relation = relation.clone();
-        route.mapping = mapping;
+        let route = Route {
+            relation: relation.clone(),
+            mapping,
+            snapshot: self.visibility.get(&relation.name).cloned(),
+            statements,
+            counts: Counts::default(),
+        };
+        self.routes.insert(address, route);
         Ok(())
     }
 

@@ -1,6 +1,5 @@
 //! One batch in one round trip: BEGIN, rows, counters, progress, COMMIT, where the log stands.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::batch::Batch;
@@ -115,6 +114,7 @@ impl Writer {
         previous_lsn: Lsn,
         batch: &Batch,
     ) -> Result<Written> {
+        self.routes.retire();
         for change in batch.chunks.iter().flat_map(|c| &c.changes) {
             for relation in relations(change) {
                 self.routes.ensure(session, relation).await?;
@@ -201,10 +201,9 @@ impl Writer {
             return Ok(());
         }
         plan.commits = true;
-        let mut counts: Vec<(&QualifiedName, Counts)> = Vec::new();
-        for route in self.routes.iter().filter(|r| r.counts != Counts::default()) {
-            route.counts.check(&route.relation.name)?;
-            counts.push((&route.relation.name, route.counts));
+        let counts: Vec<(&QualifiedName, Counts)> = self.routes.counts().into_iter().collect();
+        for (table, counts) in &counts {
+            counts.check(table)?;
         }
         if !counts.is_empty() {
             plan.counts = true;
@@ -233,8 +232,8 @@ impl Writer {
     /// Adds the statement of one row change; `None` if it is filtered, else whether it is a bare
     /// INSERT.
     fn row(&mut self, plan: &mut Plan, begin: &Begin, change: &Change) -> Result<Option<bool>> {
-        let place = relations(change).next().and_then(|r| self.routes.find(r));
-        let Some(route) = place.and_then(|p| self.routes.get_mut(p)) else {
+        let relation = relations(change).next();
+        let Some(route) = relation.and_then(|r| self.routes.get_mut(r)) else {
             return Err(Error::Broken("a change without a route".to_string()));
         };
         if !count(route, begin.xid) {
@@ -280,18 +279,14 @@ impl Writer {
         relations: &[Arc<Relation>],
         restart_identity: bool,
     ) -> Option<bool> {
-        let mut places = Vec::new();
-        let mut named = HashSet::new();
+        let mut written = Vec::new();
         for relation in relations {
-            let Some(place) = self.routes.find(relation) else { continue };
-            if let Some(route) = self.routes.get_mut(place)
-                && count(route, begin.xid)
-                && named.insert(place)
-            {
-                places.push(place);
+            let Some(route) = self.routes.get_mut(relation) else { continue };
+            if count(route, begin.xid) && !written.contains(&relation) {
+                written.push(relation);
             }
         }
-        let mappings = places.iter().filter_map(|p| self.routes.get(*p)?.mapping.as_ref());
+        let mappings = written.iter().filter_map(|r| self.routes.get(r)?.mapping.as_ref());
         let tables: Vec<_> = mappings.map(|m| &m.table).collect();
         if tables.is_empty() {
             return None;
@@ -379,8 +374,8 @@ impl Writer {
         let (chunk_at, change_at) = *plan.rows.get(row)?;
         let chunk = batch.chunks.get(chunk_at)?;
         let change = chunk.changes.get(change_at)?;
-        let place = self.routes.find(relations(change).next()?)?;
-        Some(culprit(self.routes.get(place)?, &chunk.begin, change))
+        let route = self.routes.get(relations(change).next()?)?;
+        Some(culprit(route, &chunk.begin, change))
     }
 }
 
