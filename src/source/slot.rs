@@ -23,6 +23,10 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(300);
 /// How long a canceled or terminated backend may take to be gone.
 const GIVE_UP_WAIT: Duration = Duration::from_secs(5);
 
+/// A walsender whose client closed its socket is gone within milliseconds, unless it is busy
+/// decoding; only then does it need ending.
+const LEAVE_WAIT: Duration = Duration::from_millis(500);
+
 /// SQLSTATEs: <https://www.postgresql.org/docs/current/errcodes-appendix.html>
 const UNDEFINED_OBJECT: &str = "42704";
 const DUPLICATE_OBJECT: &str = "42710";
@@ -400,17 +404,17 @@ pub async fn drop(session: &mut Session, name: &str) -> Result<bool> {
     }
 }
 
-/// Waits until nobody reads the slot, for at most `wait`; a walsender of walferry's own that still
-/// has it (after a crash, or a cut network it has not noticed) is terminated at once. The caller
-/// holds the job's lease, so no other runner of the job is alive.
+/// Waits until nobody reads the slot, for at most `wait`; a walsender of walferry's own that does
+/// not let it go by itself soon (after a cut network, which it has not noticed) is terminated. The
+/// caller holds the job's lease, so no other runner of the job is alive.
 ///
 /// Errors: `SlotInUse` if someone else reads it, or it is not let go in time.
 pub async fn free(session: &mut Session, name: &str, wait: Duration) -> Result<()> {
-    let deadline = Deadline::after(wait);
+    let (deadline, patience) = (Deadline::after(wait), Deadline::after(LEAVE_WAIT.min(wait)));
     loop {
         let Some((pid, user)) = active(session, name).await? else { return Ok(()) };
         let ours = user.starts_with("walferry");
-        if ours {
+        if ours && patience.passed() {
             terminate(session, pid).await?;
         }
         if deadline.passed() || !ours {

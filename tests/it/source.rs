@@ -1,1 +1,0 @@
-//! Tests of source against real servers.

@@ -1,0 +1,7 @@
+//! Tests of slots, publications, snapshots and the stream against real servers.
+
+mod flow;
+mod publication;
+mod rig;
+mod slot;
+mod snapshot;
