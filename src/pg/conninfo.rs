@@ -176,7 +176,7 @@ fn read_uri(rest: &str) -> Result<Parameters> {
         let (key, value) = pair
             .split_once('=')
             .ok_or_else(|| refused("after \"?\" there must be key=value pairs joined by \"&\""))?;
-        let (key, value) = (decode(key, "a key")?, decode(value, &format!("{key}"))?);
+        let (key, value) = (decode(key, "a key")?, decode(value, "a value")?);
         // JDBC's spelling, which libpq takes too.
         if key == "ssl" && value == "true" {
             store(&mut parameters, "sslmode", "require".to_string(), true)?;

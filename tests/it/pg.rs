@@ -1,22 +1,60 @@
-//! Tests of the wire against real servers.
+//! Tests of the wire against real servers, and against false ones where a real server is too good.
+
+mod connect;
+mod session;
+mod standby;
+mod tls;
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+
+use walferry::demo::server::Server;
+use walferry::pg::{Config, Error, Purpose, Session};
 
 use crate::support;
 
-#[tokio::test]
-async fn a_session_asks_and_is_answered() {
-    let server = support::server();
-    let mut session = support::session(&server, "postgres").await;
-    let rows = session.query("select 1, null, 'x'; select 2, 'y', null").await.unwrap();
-    assert_eq!(rows.len(), 2);
-    assert_eq!(rows[0].str(2).unwrap(), "x");
-    let row = session.query_one("select $1::int + 1, $2::text", &[Some("4"), None]).await.unwrap();
-    assert_eq!(row.parse::<i32>(0).unwrap(), 5);
-    assert_eq!(row.opt(1).unwrap(), None);
-    let error = session.query("select * from nowhere").await.unwrap_err();
-    assert_eq!(error.code(), Some("42P01"));
-    assert_eq!(session.major_version(), 15);
-    session.execute("create table public.t (a int, b text)").await.unwrap();
-    let mut copy = session.copy_in("copy public.t from stdin").await.unwrap();
-    copy.write(b"1\tx\n2\ty\n").await.unwrap();
-    assert_eq!(copy.finish().await.unwrap(), 2);
+/// A connection string read without this process's environment.
+fn config(text: &str) -> Config {
+    Config::parse_with(text, &|_| None).unwrap()
+}
+
+async fn connect(text: &str) -> Result<Session, Error> {
+    Session::connect(&config(text), Purpose::Sql).await
+}
+
+async fn refusal(text: &str) -> Error {
+    connect(text).await.map(|_| ()).unwrap_err()
+}
+
+/// Puts `lines` before the server's own pg_hba.conf and has it read.
+fn set_hba(server: &Server, lines: &str) {
+    let path = server.data_dir().join("pg_hba.conf");
+    std::fs::write(&path, format!("{lines}\nlocal all all trust\nhost all postgres all trust\n"))
+        .unwrap();
+    assert_eq!(server.psql("postgres", "select pg_reload_conf()").unwrap(), "t");
+    let sql = "select count(*) from pg_hba_file_rules where error is not null";
+    assert_eq!(server.psql("postgres", sql).unwrap(), "0", "pg_hba.conf");
+}
+
+/// A port that takes one connection after the other, reads what comes, and says `answer`.
+fn false_server(answer: Vec<u8>) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let mut stream = stream;
+            let _ = stream.read(&mut [0; 1024]);
+            let _ = stream.write_all(&answer);
+        }
+    });
+    port
+}
+
+/// An ErrorResponse of severity FATAL.
+fn fatal(code: &str, message: &str) -> Vec<u8> {
+    let body = format!("SFATAL\0VFATAL\0C{code}\0M{message}\0\0");
+    let mut bytes = vec![b'E'];
+    bytes.extend_from_slice(&(body.len() as u32 + 4).to_be_bytes());
+    bytes.extend_from_slice(body.as_bytes());
+    bytes
 }
