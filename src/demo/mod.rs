@@ -18,6 +18,8 @@ pub mod compare;
 mod dataset;
 pub mod guard;
 pub mod ledger;
+pub mod pgbouncer;
+pub mod proxy;
 pub mod server;
 mod stalls;
 mod template;
