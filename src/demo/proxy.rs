@@ -14,7 +14,8 @@ use tokio::time::Instant;
 /// Read at a time, and the grain of throttling.
 const READ_BYTES: usize = 16 << 10;
 
-/// Reads on their way in one direction: with READ_BYTES a megabyte, which bounds what a delay holds.
+/// Reads on their way in one direction: with READ_BYTES a megabyte, which bounds what a delay
+/// holds.
 const READS_IN_FLIGHT: usize = 64;
 
 /// What is done to connections now.
@@ -161,7 +162,8 @@ async fn accept(
             accepted = incoming => {
                 if let Ok((client, _)) = accepted {
                     counters.connections.fetch_add(1, Ordering::Relaxed);
-                    connections.spawn(forward(client, server_port, rules.clone(), counters.clone()));
+                    let connection = forward(client, server_port, rules.clone(), counters.clone());
+                    connections.spawn(connection);
                 }
             }
             Some(_) = connections.join_next() => {}
