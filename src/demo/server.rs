@@ -326,7 +326,7 @@ impl Drop for Server {
 /// A port that nothing uses, and a claim on it. Below the range that outgoing connections are given
 /// (32768 and up), or one of those could take it while the server is down. The claim is a listener
 /// on another loopback address: other walferries on this machine see it, the server does not.
-fn free_port() -> io::Result<(u16, TcpListener)> {
+pub(super) fn free_port() -> io::Result<(u16, TcpListener)> {
     for _ in 0..1000 {
         let port = fastrand::u16(10_000..32_000);
         let Ok(claim) = TcpListener::bind(("127.0.0.2", port)) else { continue };

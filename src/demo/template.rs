@@ -66,7 +66,8 @@ fn set_system_identifier(data: &Path) -> io::Result<()> {
     let identifier = ((now.as_secs() << 32) | u64::from(fastrand::u32(..))).to_ne_bytes();
     let path = data.join("global/pg_control");
     let mut control = std::fs::read(&path)?;
-    // Where the checksum stands differs between versions: it is the word that fits what precedes it.
+    // Where the checksum stands differs between versions: it is the word that fits what is
+    // before it.
     let crc_at = (64..512)
         .step_by(4)
         .find(|at| {

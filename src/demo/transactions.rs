@@ -171,8 +171,8 @@ fn order(rng: &mut Rng) -> String {
     let valid = any(rng, &["'empty'", "'[2024-01-01,infinity)'", "'(,)'", "null"]);
     let past = any(rng, &["'{}'", "'{new,paid}'", "array['sent']::shop.order_state[]"]);
     format!(
-        "with made as (insert into shop.orders (customer, state, past, placed, valid, tags, ship_to, \
-         note, urgent, weight, discount, paid_on, took, mac) values ({}, '{state}', {past}, \
+        "with made as (insert into shop.orders (customer, state, past, placed, valid, tags, \
+         ship_to, note, urgent, weight, discount, paid_on, took, mac) values ({}, '{state}', {past}, \
          clock_timestamp(), {valid}, array[{}, null, {}], row({}, null, {})::shop.address, {}, {}, \
          {weight}, {discount}, {paid_on}, {took}, '08:00:2b:01:02:03') returning id) \
          insert into shop.items (order_id, line, sku, qty, price) \

@@ -1,11 +1,17 @@
 //! Tests of what the other tests stand on.
 
+use std::time::{Duration, Instant};
+
+use tokio::time::timeout;
 use walferry::demo::compare::{self, compare};
+use walferry::demo::pgbouncer::PgBouncer;
+use walferry::demo::proxy::Proxy;
 use walferry::demo::server::{Server, StopMode};
 use walferry::demo::writer::{self, Writer};
 use walferry::demo::{binaries, ledger};
+use walferry::pg::{Config, Purpose, Session};
 
-use crate::support;
+use crate::support::{self, Inventory, Walferry, until};
 
 #[tokio::test]
 async fn a_server_survives_stops_and_kills_on_the_same_port() {
@@ -53,6 +59,8 @@ async fn every_installed_major_starts_and_takes_the_writer() {
         writer.committed_more(300).await;
         let report = writer.stop().await;
         assert_eq!(report.errors, Default::default(), "PostgreSQL {major}");
+        let inventory = Inventory::take(&uri).await;
+        assert_eq!(inventory.diff(&Inventory::take(&uri).await), Vec::<String>::new());
     }
 }
 
@@ -179,4 +187,149 @@ async fn the_comparison_names_what_differs() {
     assert!(!found.differences.iter().any(|d| d.contains("countdown")), "{found:?}");
     assert_eq!(found.tables.iter().filter(|(_, _, equal)| !equal).count(), 7);
     assert!(!compare::schema_differences(&one, &two).unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_proxy_cuts_stalls_delays_and_throttles() {
+    let server = support::server();
+    let proxy = Proxy::start(server.port()).await.unwrap();
+    let config = Config::parse(&proxy.uri(&server.uri("postgres"))).unwrap();
+    let connect = || async { Session::connect(&config, Purpose::Sql).await };
+    let quick = Duration::from_millis(300);
+
+    let mut session = connect().await.unwrap();
+    proxy.delay(Duration::from_millis(60));
+    let begun = Instant::now();
+    session.query("select 1").await.unwrap();
+    assert!(begun.elapsed() >= Duration::from_millis(60));
+
+    proxy.restore();
+    proxy.throttle(100_000);
+    let begun = Instant::now();
+    session.query("select repeat('x', 50000)").await.unwrap();
+    assert!(begun.elapsed() >= Duration::from_millis(300), "{:?}", begun.elapsed());
+    assert!(proxy.bytes_from_server() > 50_000 && proxy.bytes_to_server() > 20);
+
+    proxy.restore();
+    proxy.stall();
+    let mut answer = Box::pin(session.query("select 2"));
+    assert!(timeout(quick, &mut answer).await.is_err());
+    proxy.restore();
+    assert_eq!(answer.await.unwrap()[0].str(0).unwrap(), "2");
+
+    proxy.cut_silently();
+    assert!(timeout(quick, connect()).await.is_err());
+    proxy.restore();
+    assert!(timeout(quick, session.query("select 3")).await.is_err());
+
+    let mut session = connect().await.unwrap();
+    proxy.cut();
+    assert!(session.query("select 4").await.unwrap_err().is_closed());
+    let refused = connect().await.unwrap_err();
+    assert!(refused.to_string().contains("refused"), "{refused}");
+    proxy.restore();
+    until("the proxy listens again", || async { connect().await.is_ok() }).await;
+    assert!(proxy.connections() >= 4);
+}
+
+#[tokio::test]
+async fn the_writer_works_through_a_pooler_and_sees_its_pauses() {
+    let server = support::server();
+    writer::create_schema(&server.uri("postgres"), 1).await.unwrap();
+    let bouncer = PgBouncer::start(&server, &["postgres"]).unwrap();
+    let admin = Config::parse(&bouncer.admin_uri()).unwrap();
+    let mut admin = Session::connect(&admin, Purpose::PoolerAdmin).await.unwrap();
+    let options = writer::Options {
+        tx_per_second: Some(500.0),
+        connections: 8,
+        ..writer::Options::new(&bouncer.uri("postgres"))
+    };
+    let writer = Writer::start(options).await.unwrap();
+    writer.committed_more(200).await;
+    admin.execute("pause postgres").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    admin.execute("resume postgres").await.unwrap();
+    writer.committed_more(200).await;
+    let report = writer.report_now();
+    assert!(report.longest_stall >= Duration::from_millis(390), "{report:?}");
+    writer.reset_stalls();
+    writer.committed_more(100).await;
+    let report = writer.stop().await;
+    assert!(report.longest_stall < Duration::from_millis(390), "{report:?}");
+    assert_eq!((report.errors, report.unknown), (Default::default(), 0));
+}
+
+#[tokio::test]
+async fn the_writer_lives_through_crashes_and_moves_and_loses_nothing() {
+    let server = support::server();
+    let uri = server.uri("postgres");
+    writer::create_schema(&uri, 1).await.unwrap();
+    let proxy = Proxy::start(server.port()).await.unwrap();
+    let writer = Writer::start(writer::Options::new(&proxy.uri(&uri))).await.unwrap();
+    writer.committed_more(100).await;
+    proxy.cut();
+    until("connections fail", || async { writer.report_now().failed_connects > 3 }).await;
+    proxy.restore();
+    writer.committed_more(100).await;
+    server.kill9().unwrap();
+    server.resume().unwrap();
+    writer.committed_more(100).await;
+    writer.set_uri(&uri).unwrap();
+    proxy.cut();
+    writer.committed_more(100).await;
+
+    writer.pause().await;
+    let paused = writer.report_now();
+    let verdict = ledger::check(&uri, &paused.ledger).await.unwrap();
+    assert!(verdict.is_exact() && verdict.found == paused.committed, "{verdict:?}");
+    assert_eq!(writer.report_now().committed, paused.committed);
+    writer.resume();
+    writer.committed_more(10).await;
+    let report = writer.stop().await;
+    assert!(report.failed_statements > 0 && report.errors.contains_key("connection lost"));
+    let verdict = ledger::check(&uri, &report.ledger).await.unwrap();
+    assert!(verdict.is_exact() && verdict.found == report.committed, "{verdict:?}");
+    assert_eq!(writer::broken_invariants(&uri).await.unwrap(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn the_inventory_sees_what_a_job_could_leave() {
+    let server = support::server();
+    let uri = server.uri("postgres");
+    writer::create_schema(&uri, 0).await.unwrap();
+    let before = Inventory::take(&uri).await;
+    assert_eq!(before.diff(&Inventory::take(&uri).await), Vec::<String>::new());
+    let mut session = support::session(&server, "postgres").await;
+    let changes = [
+        (
+            "select pg_create_logical_replication_slot('walferry_x', 'pgoutput')",
+            "+ slot walferry_x",
+        ),
+        (
+            "create publication walferry_x for table shop.orders",
+            "+ published walferry_x shop orders",
+        ),
+        ("select pg_replication_origin_create('walferry_x')", "+ origin walferry_x"),
+        ("create schema walferry; create table walferry.t ()", "+ relation walferry.t"),
+        ("alter table shop.stock replica identity full", "+ relation shop.stock r identity f p"),
+        ("alter table shop.orders disable trigger log_order", "+ trigger shop.orders log_order D"),
+        ("create role walferry_r", "+ role walferry_r"),
+        ("alter database postgres set default_transaction_read_only = on", "+ setting postgres"),
+        ("revoke insert on shop.stock from postgres", "+ relation shop.stock"),
+        ("alter system set work_mem = '5MB'", "+ file setting work_mem"),
+        ("select pg_advisory_lock(7, 8)", "+ advisory lock 7 8"),
+    ];
+    for (sql, _) in changes {
+        session.execute(sql).await.unwrap();
+    }
+    let diff = before.diff(&Inventory::take(&uri).await);
+    for (sql, seen) in changes {
+        assert!(diff.iter().any(|d| d.starts_with(seen)), "{sql}: {diff:#?}");
+    }
+}
+
+#[tokio::test]
+async fn the_binary_runs_and_its_end_is_seen() {
+    let ended = Walferry::run(&[]).await;
+    assert!(ended.code.is_some(), "{ended:?}");
 }
