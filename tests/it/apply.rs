@@ -1135,7 +1135,8 @@ async fn the_equality_of_a_user_defined_type_is_found_without_a_search_path() {
              strict as 'textin'; \
          create function public.ci_out(public.ci) returns cstring language internal immutable \
              strict as 'textout'; \
-         create type public.ci (input = public.ci_in, output = public.ci_out, like = text); \
+         create type public.ci (input = public.ci_in, output = public.ci_out, like = text, \
+             collatable = true); \
          create cast (public.ci as text) without function as implicit; \
          create function public.ci_eq(public.ci, public.ci) returns bool language sql immutable \
              as 'select lower($1::text) = lower($2::text)'; \
@@ -1145,17 +1146,16 @@ async fn the_equality_of_a_user_defined_type_is_found_without_a_search_path() {
              function = public.ci_eq); \
          create operator class public.ci_ops default for type public.ci using hash \
              as operator 1 public.=, function 1 public.ci_hash(public.ci); \
-         create table public.t (v public.ci, w public.ci[]); \
-         insert into public.t values ('ABC', '{X}'), ('abc', '{X}'), ('abd', '{x}');",
+         create table public.t (v public.ci, n int); \
+         insert into public.t values ('ABC', 1), ('abc', 1), ('abd', 1);",
     )
     .await;
-    let t = table("t", Full, &["v", "w"]);
+    let t = table("t", Full, &["v", "n"]);
     // Of two equal rows the one that reads the same goes first, then the other.
-    let change =
-        vec![t.update_full(&["abc", "{X}"], &["first", N]), t.delete_full(&["aBc", "{x}"])];
+    let change = vec![t.update_full(&["abc", "1"], &["first", N]), t.delete_full(&["aBc", "1"])];
     apply(&server, vec![transaction(100, change)]).await.unwrap();
     assert_eq!(
         rows(&mut session, "select * from public.t order by v::text").await,
-        "abd|{x}\nfirst|-"
+        "abd|1\nfirst|-"
     );
 }
