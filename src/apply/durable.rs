@@ -37,14 +37,6 @@ impl Durable {
         self.pending.push_back((end_lsn, target_insert_lsn));
     }
 
-    /// There is nothing to write below `lsn`: it becomes durable with the last commit before it.
-    pub fn passed(&mut self, lsn: Lsn) {
-        match self.pending.back_mut() {
-            Some((end_lsn, _)) => *end_lsn = lsn.max(*end_lsn),
-            None => self.durable_lsn = lsn.max(self.durable_lsn),
-        }
-    }
-
     /// The target's log is flushed up to `target_flush_lsn`.
     pub fn flushed(&mut self, target_flush_lsn: Lsn) {
         while let Some((end_lsn, target_lsn)) = self.pending.front().copied() {
@@ -67,18 +59,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_commit_is_durable_once_the_target_flushed_it_and_idleness_rides_on_it() {
+    fn a_commit_is_durable_once_the_target_flushed_it() {
         let mut durable = Durable::new(Lsn(10));
-        durable.passed(Lsn(15));
-        assert_eq!(durable.durable_lsn(), Lsn(15));
         durable.committed(Lsn(20), Lsn(1000));
         durable.committed(Lsn(30), Lsn(2000));
-        durable.passed(Lsn(35));
         durable.flushed(Lsn(999));
-        assert_eq!(durable.durable_lsn(), Lsn(15));
+        assert_eq!(durable.durable_lsn(), Lsn(10));
         durable.flushed(Lsn(1999));
         assert_eq!((durable.durable_lsn(), durable.pending()), (Lsn(20), 1));
         durable.flushed_all();
-        assert_eq!((durable.durable_lsn(), durable.pending()), (Lsn(35), 0));
+        assert_eq!((durable.durable_lsn(), durable.pending()), (Lsn(30), 0));
     }
 }

@@ -57,7 +57,7 @@ mod writer;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
@@ -173,6 +173,8 @@ pub struct Applier {
     progress: Progress,
     /// End of the last transaction recorded on the target.
     progress_lsn: Lsn,
+    /// When progress was last recorded for idleness alone.
+    recorded_at: Instant,
     writer: Writer,
     batcher: Batcher,
     durable: Durable,
@@ -200,6 +202,7 @@ impl Applier {
             session,
             progress,
             progress_lsn,
+            recorded_at: Instant::now(),
             writer,
             batcher: Batcher::new(progress_lsn, options.limits),
             durable: Durable::new(progress_lsn),

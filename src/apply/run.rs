@@ -1,15 +1,17 @@
 //! The applier's loop.
 
 use std::future::{Future, pending};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
 use super::batch::{Batch, Work};
 use super::error::Result;
 use super::{Applied, Applier, POSITION};
-use crate::change::Feed;
+use crate::change::{Commit, Feed};
+use crate::clock::PgTimestamp;
 use crate::lsn::Lsn;
+use crate::pg::{Pipeline, Reply};
 
 /// With nothing to do, how often the target is asked how much of its log is flushed.
 const FLUSH_POLL: Duration = Duration::from_millis(50);
@@ -18,6 +20,10 @@ const FLUSH_POLL: Duration = Duration::from_millis(50);
 /// may stop just short of the position noted if somebody else's open transaction wrote the last of
 /// it.
 const FLUSH_POLLS_MAX: u32 = 6;
+
+/// How often progress is recorded for idleness alone. The slot advances no sooner, so an idle table
+/// beside a busy one pins a second of WAL more, for one small commit a second.
+const RECORD_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Commits not known to be durable; beyond that the flush is asked for even when busy.
 const PENDING_MAX: usize = 1024;
@@ -56,6 +62,7 @@ impl Applier {
                 }
                 continue;
             }
+            self.record_passed(false).await?;
             self.note_hold(hold_lsn).await?;
             self.publish(positions);
             if ended && !self.batcher.is_held(hold_lsn) {
@@ -72,6 +79,7 @@ impl Applier {
                     polls += 1;
                     self.poll_flush(polls).await?;
                 }
+                () = tokio::time::sleep(RECORD_INTERVAL), if self.has_passed() => {}
             }
         }
         self.finish(positions).await
@@ -112,6 +120,7 @@ impl Applier {
                 if self.durable.pending() > 0 {
                     self.force_flush().await?;
                 }
+                self.record_passed(false).await?;
             }
         }
         Ok(false)
@@ -148,13 +157,55 @@ impl Applier {
     /// Nothing is to be written below `lsn`.
     fn passed(&mut self, lsn: Lsn) {
         self.applied.applied_lsn = lsn.max(self.applied.applied_lsn);
-        self.durable.passed(lsn);
+    }
+
+    /// True if idleness is ahead of recorded progress.
+    fn has_passed(&self) -> bool {
+        self.applied.applied_lsn > self.progress_lsn && !self.batcher.is_open()
+    }
+
+    /// Brings recorded progress up to what idleness has passed, by a transaction without rows, so
+    /// that the slot may be told. The slot must never be beyond recorded progress: that is how a slot
+    /// that was replaced behind our back is told from ours (law 4). Not more often than
+    /// [`RECORD_INTERVAL`], unless it is `due` now.
+    async fn record_passed(&mut self, due: bool) -> Result<()> {
+        let end_lsn = self.applied.applied_lsn;
+        let early = !due && self.recorded_at.elapsed() < RECORD_INTERVAL;
+        if end_lsn <= self.progress_lsn || early || self.batcher.is_open() {
+            return Ok(());
+        }
+        self.recorded_at = Instant::now();
+        let commit_time = self.applied.commit_time.unwrap_or_else(PgTimestamp::now);
+        let commit = Commit { commit_lsn: end_lsn, end_lsn, commit_time };
+        let mut pipeline = Pipeline::new();
+        pipeline.once("begin");
+        // A transaction without an id writes no commit record, and so no progress.
+        pipeline.once("select pg_catalog.txid_current()");
+        self.progress.record(&mut pipeline, self.progress_lsn, &commit);
+        pipeline.once("commit");
+        pipeline.once(POSITION);
+        let mut position = None;
+        self.session
+            .exchange(pipeline, |reply| {
+                if let Reply::Row(row) = reply {
+                    position = row.lsn(0).ok().zip(row.lsn(1).ok()).or(position);
+                }
+            })
+            .await?;
+        self.progress_lsn = end_lsn;
+        let (insert_lsn, flush_lsn) = position.unwrap_or((Lsn(u64::MAX), Lsn::ZERO));
+        self.durable.committed(end_lsn, insert_lsn);
+        self.durable.flushed(flush_lsn);
+        Ok(())
     }
 
     /// Answers a hold once everything below it is applied, and makes that durable.
     async fn note_hold(&mut self, hold_lsn: Option<Lsn>) -> Result<()> {
         let reached = hold_lsn
             .is_some_and(|lsn| self.applied.applied_lsn >= lsn || self.batcher.is_held(hold_lsn));
+        if reached {
+            self.record_passed(true).await?;
+        }
         if reached && self.durable.pending() > 0 {
             self.force_flush().await?;
         }
@@ -188,6 +239,7 @@ impl Applier {
             self.session.execute("rollback").await?;
             self.writer.abandon();
         }
+        self.record_passed(true).await?;
         self.progress.flush(&mut self.session).await?;
         self.durable.flushed_all();
         self.publish(positions);

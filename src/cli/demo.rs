@@ -16,7 +16,7 @@ use tokio::process::{Child, Command};
 use super::print;
 use crate::demo::compare::compare;
 use crate::demo::ledger;
-use crate::demo::pgbouncer::Pgbouncer;
+use crate::demo::pgbouncer::PgBouncer;
 use crate::demo::server::Server;
 use crate::demo::writer::{Options, Report, Writer, broken_invariants, create_schema};
 use crate::pg::{Config, Purpose, Session};
@@ -36,7 +36,7 @@ pub struct Args {
 struct Stage {
     source: Server,
     target: Server,
-    pooler: Pgbouncer,
+    pooler: PgBouncer,
     program: PathBuf,
     started: Instant,
 }
@@ -81,7 +81,7 @@ impl Stage {
         for server in [&source, &target] {
             server.psql("postgres", "create database app")?;
         }
-        let pooler = Pgbouncer::start(&source, "app").context("starting pgbouncer")?;
+        let pooler = PgBouncer::start(&source, &["app"]).context("starting pgbouncer")?;
         let program = std::env::current_exe()?;
         let stage = Stage { source, target, pooler, program, started };
         stage.say("filling the source");

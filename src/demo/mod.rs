@@ -25,4 +25,3 @@ mod stalls;
 mod template;
 pub mod transactions;
 pub mod writer;
-pub mod pgbouncer;

@@ -183,8 +183,13 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
         (_, Event::FlipAsked(Stream::Reverse)) => {
             return refuse("rollback", "it starts from switched; before that, cancel gives up");
         }
-        (Phase::CuttingOver, Event::Flipped(Stream::Forward)) => (Phase::Switched, vec![]),
-        (Phase::CuttingOver, Event::Flipped(Stream::Reverse)) => (Phase::RolledBack, vec![]),
+        // The choreography stores the new phase itself, at its point of no return.
+        (Phase::CuttingOver | Phase::Switched, Event::Flipped(Stream::Forward)) => {
+            (Phase::Switched, vec![])
+        }
+        (Phase::CuttingOver | Phase::RolledBack, Event::Flipped(Stream::Reverse)) => {
+            (Phase::RolledBack, vec![])
+        }
         (Phase::CuttingOver, Event::FlipUndone(Stream::Forward)) => (Phase::Following, vec![]),
         (Phase::CuttingOver, Event::FlipUndone(Stream::Reverse)) => (Phase::Switched, vec![]),
 

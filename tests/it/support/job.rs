@@ -1,35 +1,36 @@
-//! The walferry binary as a user runs it, between two servers.
+//! A job between two servers, driven by the commands a user would type.
 
-use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::process::{Child, Command};
 use walferry::demo::server::Server;
 
+use super::binary::{Ended, Walferry};
 use super::inventory::Inventory;
 
 /// A source and a target, each with an empty database `app`.
 pub struct Ends {
     pub source: Server,
     pub target: Server,
-}
-
-/// What walferry could leave behind, on both sides.
-pub struct Inventories {
-    pub source: Inventory,
-    pub target: Inventory,
+    /// Where walferry connects to; not the servers themselves where a proxy stands between.
+    pub source_via: String,
+    pub target_via: String,
 }
 
 impl Ends {
-    /// Starts both.
+    /// Starts both, of these major versions.
     pub fn start(source_major: u32, target_major: u32) -> Ends {
         let start = |major| Server::start(&Server::bin_of(major).unwrap(), &[]).unwrap();
-        let ends = Ends { source: start(source_major), target: start(target_major) };
-        for server in [&ends.source, &ends.target] {
+        Ends::of(start(source_major), start(target_major))
+    }
+
+    /// Of servers that run already.
+    pub fn of(source: Server, target: Server) -> Ends {
+        for server in [&source, &target] {
             server.psql("postgres", "create database app").unwrap();
         }
-        ends
+        let (source_via, target_via) = (source.uri("app"), target.uri("app"));
+        Ends { source, target, source_via, target_via }
     }
 
     pub fn source_uri(&self) -> String {
@@ -40,106 +41,54 @@ impl Ends {
         self.target.uri("app")
     }
 
+    /// Starts a command.
+    pub fn spawn(&self, arguments: &[&str]) -> Walferry {
+        let environment =
+            [("WALFERRY_SOURCE", &*self.source_via), ("WALFERRY_TARGET", &*self.target_via)];
+        Walferry::spawn_with(arguments, &environment)
+    }
+
     /// Runs a command to its end.
-    pub fn walferry(&self, args: &[&str]) -> Output {
-        walferry(&[args, &["--source", &self.source_uri(), "--target", &self.target_uri()]].concat())
+    pub async fn walferry(&self, arguments: &[&str]) -> Ended {
+        self.spawn(arguments).ended().await
     }
 
-    pub async fn inventory(&self) -> Inventories {
-        Inventories {
-            source: Inventory::take(&self.source_uri()).await.unwrap(),
-            target: Inventory::take(&self.target_uri()).await.unwrap(),
-        }
-    }
-}
-
-/// What a command said.
-#[derive(Debug)]
-pub struct Output {
-    pub code: i32,
-    pub stdout: String,
-    pub stderr: String,
-}
-
-impl Output {
-    /// Panics with what it said unless it succeeded.
-    #[track_caller]
-    pub fn success(self) -> Output {
-        assert_eq!(self.code, 0, "stdout: {}\nstderr: {}", self.stdout, self.stderr);
-        self
+    /// The same, and wants success.
+    pub async fn done(&self, arguments: &[&str]) -> Ended {
+        self.walferry(arguments).await.expect_success()
     }
 
-    pub fn json(&self) -> Value {
-        serde_json::from_str(&self.stdout).unwrap()
-    }
-}
-
-/// Runs walferry to its end, at most two minutes.
-pub fn walferry(args: &[&str]) -> Output {
-    let output = std::process::Command::new("timeout")
-        .args(["-k", "5", "120", env!("CARGO_BIN_EXE_walferry")])
-        .args(args)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    Output {
-        code: output.status.code().unwrap_or(-1),
-        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
-        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-    }
-}
-
-/// A `walferry run` in the background.
-pub struct Run<'a> {
-    ends: &'a Ends,
-    child: Child,
-}
-
-impl<'a> Run<'a> {
-    /// Starts it; its messages go to the test's standard error.
-    pub fn start(ends: &'a Ends, args: &[&str]) -> Run<'a> {
-        let child = Command::new(env!("CARGO_BIN_EXE_walferry"))
-            .arg("run")
-            .args(["--source", &ends.source_uri(), "--target", &ends.target_uri()])
-            .args(args)
-            .stdin(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap();
-        Run { ends, child }
+    /// `status --json`; null while there is no job.
+    pub async fn status(&self) -> Value {
+        let ended = self.walferry(&["status", "--json"]).await;
+        if ended.code == Some(0) { ended.json() } else { Value::Null }
     }
 
-    /// Waits until status shows the phase; panics after a minute, or when the run has ended in error.
-    pub async fn until_phase(&self, phase: &str) {
-        let mut last = String::new();
-        for _ in 0..300 {
-            let output = self.ends.walferry(&["status", "--json"]);
-            if output.code == 0 {
-                last = output.json()["phase"].as_str().unwrap().to_string();
-                if last == phase {
-                    return;
-                }
+    /// Waits until status shows the phase; panics after two minutes, or when no runner is left.
+    pub async fn until_phase(&self, run: &Walferry, phase: &str) {
+        let mut last = Value::Null;
+        for _ in 0..600 {
+            last = self.status().await;
+            if last["phase"] == phase {
+                return;
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
-        panic!("still in phase {last:?} and not {phase} after a minute");
+        panic!("not {phase} after two minutes: {last}\n{}", run.so_far());
     }
 
-    /// As sudden as it gets.
-    pub async fn kill9(mut self) {
-        self.child.kill().await.unwrap();
+    /// What is on both sides.
+    pub async fn inventories(&self) -> (Inventory, Inventory) {
+        (Inventory::take(&self.source_uri()).await, Inventory::take(&self.target_uri()).await)
     }
+}
 
-    /// Waits until it ends by itself, and wants success.
-    pub async fn ended(mut self) {
-        let ended = tokio::time::timeout(Duration::from_secs(60), self.child.wait()).await;
-        assert!(ended.expect("the run did not end").unwrap().success());
-    }
-
-    /// Ctrl-C, and wants success.
-    pub async fn stop(self) {
-        let pid = self.child.id().unwrap();
-        std::process::Command::new("kill").args(["-INT", &pid.to_string()]).status().unwrap();
-        self.ended().await;
+/// Law 10, as status shows it.
+pub fn conserved(tables: &Value) {
+    let tables = tables.as_array().unwrap();
+    assert!(!tables.is_empty());
+    for table in tables {
+        let n = |key: &str| table[key].as_i64().unwrap();
+        assert_eq!(n("decoded"), n("applied") + n("filtered") + n("quarantined"), "{table}");
     }
 }

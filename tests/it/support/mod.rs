@@ -3,6 +3,7 @@
 
 mod binary;
 mod inventory;
+pub mod job;
 
 use std::time::{Duration, Instant};
 
