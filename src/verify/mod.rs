@@ -180,8 +180,8 @@ pub enum Error {
     },
     /// A server gave two answers for one snapshot.
     #[error(
-        "table {table}: the fingerprints differ and the rows do not, under one snapshot; a value of \
-         it must print differently from one query to the next. Please report its column types"
+        "table {table}: the fingerprints differ and the rows do not, under one snapshot; a value \
+         of it must print differently from one query to the next. Please report its column types"
     )]
     Inconsistent {
         /// The table.

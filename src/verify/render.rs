@@ -154,7 +154,8 @@ impl Types {
         }
         match oid {
             // bool, int2, int4, int8, oid, xid, cid, date, time, timetz, timestamp, timestamptz,
-            // interval, numeric, uuid, inet, cidr, macaddr, macaddr8, pg_lsn: never empty, no comma.
+            // interval, numeric, uuid, inet, cidr, macaddr, macaddr8, pg_lsn:
+            // never empty, no comma.
             16 | 20 | 21 | 23 | 26 | 28 | 29 | 650 | 774 | 829 | 869 | 1082 | 1083 | 1114
             | 1184 | 1186 | 1266 | 1700 | 2950 | 3220 => e.to_string(),
             700 => float(e, "float4"),

@@ -334,9 +334,11 @@ async fn open(side: &Side, end: End) -> Result<Session> {
             quote_literal(snapshot)
         );
         session.execute(&begin).await.map_err(|source| match source {
-            source @ pg::Error::Server { .. } => {
-                Error::Snapshot { side: end.as_str(), snapshot: snapshot.clone(), source }
-            }
+            source @ pg::Error::Server { .. } => Error::Snapshot {
+                side: end.as_str(),
+                snapshot: snapshot.clone(),
+                source: Box::new(source),
+            },
             other => Error::Pg(other),
         })?;
     }

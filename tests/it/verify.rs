@@ -450,31 +450,40 @@ create type \"My S\".frange as range (subtype = float8);
 create function public.shout(\"My S\".color) returns text language sql immutable as 'select ''same''::text';
 create cast (\"My S\".color as text) with function public.shout(\"My S\".color);
 create table \"My S\".\"All types\" (
-  id int primary key, a bool, b int2, c int4, d int8, e float4, f float8, g numeric, h numeric(10,2),
+  id int primary key, a bool, b int2, c int4, d int8, e float4, f float8, g numeric,
+  h numeric(10,2),
   i money, j text, k varchar(10), l char(8), m bpchar, n name, o \"char\", p bytea,
   q date, r time, s timetz, t timestamp, u timestamptz, v interval,
   w uuid, x inet, y cidr, z macaddr, aa macaddr8, ab bit(3), ac varbit, ad json, ae jsonb, af xml,
   ag tsvector, ah tsquery, ai point, aj line, ak lseg, al box, am path, an polygon, ao circle,
   ap int4range, aq numrange, ar tstzrange, au oid, av regclass, aw regtype, ax regproc, ay pg_lsn,
   az xid, ba tid, bb int[], bc text[][], bd float8[], be numeric[], bf \"My S\".color,
-  bg \"My S\".color[], bh \"My S\".amount, bi \"My S\".amounts, bj \"My S\".pair, bk \"My S\".nested,
+  bg \"My S\".color[], bh \"My S\".amount, bi \"My S\".amounts, bj \"My S\".pair,
+  bk \"My S\".nested,
   bl \"My S\".frange, bm timestamptz[], bn point[], bo txid_snapshot, bp regrole, bq int2vector,
   br oidvector, bs \"My S\".pair[]
 );
 insert into \"My S\".\"All types\" (id) values (0);
 insert into \"My S\".\"All types\" values (1, true, -1, 2, 3, 0.1, 1e-7, 'NaN', 1.50,
   '-1234.5', E'a,\"b''\\\\', 'é', 'pad', 'pad  ', 'a name', 'x', '\\x00ff',
-  'infinity', '23:59:59.999999', '12:00+05:30', '4000-01-01 BC', '-infinity', '1 year 2 mons -3 days 04:05:06.7',
+  'infinity', '23:59:59.999999', '12:00+05:30', '4000-01-01 BC', '-infinity',
+  '1 year 2 mons -3 days 04:05:06.7',
   'a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11', '10.0.0.1', '10.0.0.0/8', '08:00:2b:01:02:03',
-  '08:00:2b:01:02:03:04:05', '101', '', '{\"b\": 1, \"a\":  2.0}', '{\"b\": 1, \"a\": 2.0, \"c\": 1e3}', '<a>ä</a>',
-  'fat:2 cat:1A', 'fat & (rat | cat)', '(0.1,1e20)', '{1,-1,0.3}', '[(0,0.1),(1,1)]', '(1,1),(0,0.1)',
+  '08:00:2b:01:02:03:04:05', '101', '', '{\"b\": 1, \"a\":  2.0}', '{\"b\": 1, \"a\": 2.0,
+  \"c\": 1e3}', '<a>ä</a>',
+  'fat:2 cat:1A', 'fat & (rat | cat)', '(0.1,1e20)', '{1,-1,0.3}', '[(0,0.1),(1,1)]',
+  '(1,1),(0,0.1)',
   '[(0.1,0),(1,1)]', '((0.1,0),(1,1))', '<(0.1,0),2.3>',
-  '[1,5)', 'empty', '[2020-01-01,)', 4294967295, 'pg_catalog.pg_class', '\"My S\".color', 'pg_catalog.now', '16/B374D848',
-  '42', '(0,1)', '[0:1]={1,null}', '{{a,\"b c\"},{null,\"NULL\"}}', '{0.1,null,NaN,-0,1e-7}', '{1.0,NaN}', 'b l u e',
+  '[1,5)', 'empty', '[2020-01-01,)', 4294967295, 'pg_catalog.pg_class', '\"My S\".color',
+  'pg_catalog.now', '16/B374D848',
+  '42', '(0,1)', '[0:1]={1,null}', '{{a,\"b c\"},{null,\"NULL\"}}', '{0.1,null,NaN,-0,1e-7}',
+  '{1.0,NaN}', 'b l u e',
   '{red,\"b l u e\",null}', 0.1, '{0.1,2}', '(1,0.1,Green,\"a \"\"b\")',
-  '(\"(1,0.1,red,)\",\"{\"\"(1,0.3,red,x)\"\",\"\"(,,,)\"\",NULL}\")', '[0.1,0.3)', '{2020-01-01 00:00+00}',
+  '(\"(1,0.1,red,)\",\"{\"\"(1,0.3,red,x)\"\",\"\"(,,,)\"\",NULL}\")', '[0.1,0.3)',
+  '{2020-01-01 00:00+00}',
   '{\"(0.1,0.2)\",null}', '10:20:10,14,15', 'postgres', '1 2', '3 4', '{\"(1,0.1,red,y)\",null}');
-insert into \"My S\".\"All types\" (id, f, bd) values (2, 'inf'::float8 - 'inf', array['inf'::float8 - 'inf']);
+insert into \"My S\".\"All types\" (id, f, bd) values (2, 'inf'::float8 - 'inf',
+  array['inf'::float8 - 'inf']);
 ";
 
 /// Changes that must each be seen, in types that are hard to print alike.
