@@ -6,13 +6,13 @@ use std::time::Duration;
 use super::ask::Asker;
 use super::options::JobArgs;
 use super::print;
-use crate::catalog::{Selection, tables};
+use crate::catalog::Selection;
 use crate::config::parse_duration;
 use crate::id::Stream;
 use crate::job::store::Store;
 use crate::job::{self, JobConfig, Phase, align};
-use crate::pg::{Purpose, Session};
-use crate::verify::{self, Report};
+use crate::pg::{Config, Purpose, Session};
+use crate::verify::{self, DifferenceKind, Report, Side};
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]
@@ -55,19 +55,19 @@ async fn compare(asker: &mut Asker, timeout: Duration) -> anyhow::Result<Report>
     let aligned = align::align(&mut asker.client, stream, from, to, timeout).await?;
     let options = &config.options;
     let selection = Selection::parse(&options.include, &options.exclude, &options.schema_only)?;
-    let mut session = Session::connect(from, Purpose::Sql).await?;
-    let tables = tables(&mut session, &selection).await?;
-    let tables =
-        tables.into_iter().filter(|t| selection.has_rows(&t.name) && !t.unlogged).collect();
-    let options = verify::Options {
-        source: from.clone(),
-        source_snapshot: Some(aligned.from_snapshot.clone()),
-        target: to.clone(),
-        target_snapshot: Some(aligned.to_snapshot.clone()),
-        tables,
-        jobs: config.jobs,
+    let side = |config: &Config, snapshot: &str| Side {
+        config: config.clone(),
+        snapshot: Some(snapshot.to_string()),
     };
-    Ok(verify::run(options).await?)
+    // Source and target keep their names whichever way the rows flow.
+    let (from, to) = (side(from, &aligned.from_snapshot), side(to, &aligned.to_snapshot));
+    let mut wanted = match stream {
+        Stream::Forward => verify::Options::new(from, to),
+        Stream::Reverse => verify::Options::new(to, from),
+    };
+    wanted.selection = selection;
+    wanted.parallelism = config.jobs;
+    Ok(verify::run(wanted).await?)
 }
 
 /// The stream that keeps the other side current in this phase.
@@ -89,12 +89,21 @@ async fn flowing(config: &JobConfig) -> anyhow::Result<Stream> {
 
 fn show(report: &Report) {
     for table in &report.tables {
-        let verdict = if table.equal { "equal".to_string() } else {
-            format!("{} differing", table.differing)
+        let verdict = match table.equal {
+            true => "equal".to_string(),
+            false => format!("{} differing", print::count(table.differing)),
         };
-        println!("{:<50} {:>12} rows  {verdict}", table.name, print::count(table.rows));
+        println!("{:<50} {:>14} rows  {verdict}", table.name, print::count(table.rows));
+        for line in table.problems.iter().chain(&table.notes) {
+            println!("    {line}");
+        }
         for difference in &table.keys {
-            println!("    {difference}");
+            let kind = match difference.kind {
+                DifferenceKind::MissingOnTarget => "missing on the target",
+                DifferenceKind::ExtraOnTarget => "only on the target",
+                DifferenceKind::Different => "different values",
+            };
+            println!("    {}: {kind}", difference.key);
         }
     }
     println!("{}", if report.equal { "equal" } else { "different" });

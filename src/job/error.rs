@@ -136,6 +136,7 @@ impl Faulty for Error {
             Error::Copy(error) => error.fault(),
             Error::Schema(error) => error.fault(),
             Error::Cutover(error) => error.fault(),
+            Error::Verify(error) => error.fault(),
             Error::LeaseLost => Fault::Retry,
             _ => Fault::Stop,
         }
