@@ -1,0 +1,179 @@
+//! Which tables are copied, and in which pieces. Pure.
+
+use crate::catalog::{Table, TableKind};
+use crate::id::{QualifiedName, quote_ident};
+
+/// Bytes of a block. The server could have been built with another size; then parts are merely
+/// larger or smaller than asked for.
+const BLOCK_BYTES: u64 = 8192;
+
+/// A piece of a table that one worker copies in one transaction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Which table.
+    pub table: QualifiedName,
+    /// Which piece of it, from 1.
+    pub part: u32,
+    /// How many pieces there are.
+    pub parts: u32,
+    /// First block, inclusive.
+    pub lo_block: u64,
+    /// End, exclusive; `None` is the end of the table, wherever it is by then.
+    pub hi_block: Option<u64>,
+}
+
+/// The parts of a table of these sizes. `part_bytes` is what a part should hold at most, TOAST
+/// included. `source_major` decides whether ranges of ctid can be scanned without reading the
+/// whole table, which PostgreSQL 14 was the first to do.
+///
+/// <https://www.postgresql.org/docs/14/release-14.html> (TID range scans)
+pub fn parts(table: &Table, part_bytes: u64, source_major: u32) -> Vec<Part> {
+    let count = if source_major >= 14 { table.bytes.div_ceil(part_bytes.max(1)) } else { 1 };
+    // No part without a block, and never so many that bookkeeping is what takes the time.
+    let count = count.clamp(1, table.blocks.clamp(1, 10_000));
+    let edge = |n: u64| u128::from(table.blocks) * u128::from(n) / u128::from(count);
+    let edge = |n: u64| u64::try_from(edge(n)).unwrap_or(u64::MAX);
+    (0..count)
+        .map(|n| Part {
+            table: table.name.clone(),
+            part: n as u32 + 1,
+            parts: count as u32,
+            lo_block: edge(n),
+            hi_block: (n + 1 < count).then(|| edge(n + 1)),
+        })
+        .collect()
+}
+
+/// Bytes to be read for a table: what decides who comes first.
+pub fn weight(table: &Table) -> u64 {
+    table.bytes.max(table.blocks * BLOCK_BYTES)
+}
+
+/// Tables that hold rows, largest first: a partitioned parent has none of its own.
+pub fn order(tables: &[Table]) -> Vec<&Table> {
+    let mut order: Vec<&Table> = tables.iter().filter(|t| t.kind == TableKind::Plain).collect();
+    order.sort_by(|a, b| weight(b).cmp(&weight(a)).then_with(|| a.name.cmp(&b.name)));
+    order
+}
+
+/// `("a", "b")`, or nothing for a table without columns to copy: COPY then takes all there are,
+/// which are none, as it never counts generated ones.
+fn column_list(table: &Table) -> String {
+    let columns: Vec<String> = table.stored_columns().map(|c| quote_ident(&c.name)).collect();
+    if columns.is_empty() { String::new() } else { format!(" ({})", columns.join(", ")) }
+}
+
+/// COPY TO for the source. `with` is the list of COPY options.
+pub fn read_sql(table: &Table, part: &Part, with: &str) -> String {
+    let name = table.name.quoted();
+    if part.parts == 1 {
+        // COPY of a table by its name leaves out the rows of inheritance children, as ONLY does.
+        return format!("copy {name}{} to stdout with ({with})", column_list(table));
+    }
+    let columns: Vec<String> = table.stored_columns().map(|c| quote_ident(&c.name)).collect();
+    let lo = format!("ctid >= '({},0)'::pg_catalog.tid", part.lo_block);
+    let hi = part.hi_block.map(|hi| format!(" and ctid < '({hi},0)'::pg_catalog.tid"));
+    format!(
+        "copy (select {} from only {name} where {lo}{}) to stdout with ({with})",
+        columns.join(", "),
+        hi.unwrap_or_default()
+    )
+}
+
+/// COPY FROM for the target.
+pub fn write_sql(table: &Table, with: &str) -> String {
+    format!("copy {}{} from stdin with ({with})", table.name.quoted(), column_list(table))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::catalog::Column;
+    use crate::change::ReplicaIdentity;
+
+    fn table(name: &str, blocks: u64, bytes: u64) -> Table {
+        let column = |name: &str, generated| Column {
+            name: name.to_string(),
+            type_name: "integer".to_string(),
+            type_oid: 23,
+            not_null: false,
+            generated,
+            identity_always: false,
+        };
+        Table {
+            oid: 1,
+            name: QualifiedName::new("s", name),
+            kind: TableKind::Plain,
+            partition_of: None,
+            unlogged: false,
+            identity: ReplicaIdentity::Default,
+            identity_columns: Vec::new(),
+            key: Vec::new(),
+            columns: vec![column("a\"b", false), column("g", true), column("c", false)],
+            blocks,
+            bytes,
+            rows_estimate: -1.0,
+        }
+    }
+
+    #[test]
+    fn small_tables_are_one_part_and_old_sources_never_split() {
+        assert_eq!(parts(&table("t", 0, 0), 100, 15).len(), 1);
+        assert_eq!(parts(&table("t", 10, 81_920), 81_920, 15).len(), 1);
+        assert_eq!(parts(&table("t", 1000, 8_192_000), 8192, 13).len(), 1);
+        assert_eq!(parts(&table("t", 2, 1 << 40), 1, 15).len(), 2, "TOAST does not make blocks");
+    }
+
+    #[test]
+    fn tables_come_largest_first_and_parents_not_at_all() {
+        let mut parent = table("p", 0, 0);
+        parent.kind = TableKind::Partitioned;
+        let tables = [table("a", 1, 1), table("b", 9, 9), parent, table("c", 9, 9)];
+        let names: Vec<&str> = order(&tables).iter().map(|t| t.name.name.as_str()).collect();
+        assert_eq!(names, ["b", "c", "a"]);
+    }
+
+    #[test]
+    fn statements_name_columns_and_leave_generated_ones_out() {
+        let table = table("T", 4, 4 * 8192);
+        let parts = parts(&table, 2 * 8192, 15);
+        assert_eq!(
+            read_sql(&table, &parts[0], "format text"),
+            "copy (select \"a\"\"b\", \"c\" from only \"s\".\"T\" where ctid >= \
+             '(0,0)'::pg_catalog.tid and ctid < '(2,0)'::pg_catalog.tid) to stdout with (format text)"
+        );
+        assert!(
+            read_sql(&table, &parts[1], "x")
+                .ends_with("'(2,0)'::pg_catalog.tid) to stdout with (x)")
+        );
+        assert_eq!(
+            write_sql(&table, "x"),
+            "copy \"s\".\"T\" (\"a\"\"b\", \"c\") from stdin with (x)"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn parts_cover_every_block_once_and_are_about_equal(
+            blocks in 0..1_000_000_u64, toast in 0..1_u64 << 34, part_bytes in 1..1_u64 << 30
+        ) {
+            let parts = parts(&table("t", blocks, blocks * 8192 + toast), part_bytes, 17);
+            let mut next = 0;
+            for (index, part) in parts.iter().enumerate() {
+                prop_assert_eq!(part.lo_block, next);
+                prop_assert_eq!(part.part as usize, index + 1);
+                prop_assert_eq!(part.parts as usize, parts.len());
+                if let Some(hi) = part.hi_block {
+                    prop_assert!(hi > part.lo_block);
+                    let even = blocks / parts.len() as u64;
+                    prop_assert!(hi - part.lo_block <= even + 1);
+                    next = hi;
+                } else {
+                    prop_assert_eq!(index + 1, parts.len());
+                }
+            }
+        }
+    }
+}

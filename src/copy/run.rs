@@ -1,0 +1,414 @@
+//! The workers.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+
+use super::parts::{order, parts};
+use super::snapshot::import;
+use super::store::{self, Stored};
+use super::transfer::{Origin, Work, transfer};
+use super::{CopyProgress, Error, Format, Result, SnapshotSource, format};
+use crate::catalog::{Selection, Table, TableKind, tables};
+use crate::fault::{Fault, Faulty};
+use crate::id::QualifiedName;
+use crate::pg::{Config, Purpose, Session};
+
+/// A worker that lost a connection tries so often, then leaves the part to others and ends.
+const ATTEMPTS: u32 = 4;
+
+/// How a copy is done.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where rows are read.
+    pub source: Config,
+    /// Where they are written, and where the parts are stored.
+    pub target: Config,
+    /// The job, in whose name parts are stored.
+    pub job: String,
+    /// Workers, each with a session on both sides; 0 counts as 1.
+    pub jobs: usize,
+    /// Tables larger than this (TOAST included) are cut into parts of at most about this size, in
+    /// bytes. Only what is not stored yet is cut.
+    pub part_bytes: u64,
+    /// How rows travel.
+    pub format: Format,
+}
+
+impl Options {
+    /// Four workers, parts of 256 MiB: large enough that starting one costs nothing, small enough
+    /// that one lost is soon read again.
+    pub fn new(source: Config, target: Config, job: &str) -> Self {
+        Options {
+            source,
+            target,
+            job: job.to_string(),
+            jobs: 4,
+            part_bytes: 256 << 20,
+            format: Format::Auto,
+        }
+    }
+}
+
+/// Copies the rows of `tables` (those whose rows are to move; partitioned parents in it are passed
+/// over) that are not copied yet, each part in a transaction with its own mark. The tables exist
+/// on the target, and are empty before the first call for this job.
+///
+/// The session that exported `snapshot` is the caller's, and has to stay as it is until this
+/// returns. Errors: [`Error::SnapshotLost`] if it did not (call again with a fresh one); others of
+/// [`Fault::Retry`] after some attempts of each worker (call again); of [`Fault::Stop`] at once,
+/// with the other workers' parts left undone. What is done stays done in every case.
+pub async fn run(
+    options: &Options,
+    tables: &[Table],
+    snapshot: &SnapshotSource,
+    progress: &CopyProgress,
+) -> Result<()> {
+    let mut target = open_target(&options.target).await?;
+    let source = Session::connect(&options.source, Purpose::Sql).await?;
+    store_parts(&mut target, &source, options, tables).await?;
+    drop(source);
+    let stored = store::load(&mut target.session, &options.job).await?;
+    let is_left = |table: &&Table| stored.get(&table.name).is_some_and(|parts| !is_whole(parts));
+    if !order(tables).iter().any(is_left) {
+        report(progress, &stored);
+        return Ok(());
+    }
+    let (mut source, snapshot_id) = import(&options.source, snapshot).await?;
+    reset_mixed(&mut target, &mut source, options, &stored, &snapshot_id).await?;
+    let stored = store::load(&mut target.session, &options.job).await?;
+    report(progress, &stored);
+    let queue = queue(&target, &source, options, tables, &stored);
+    let shared = Arc::new(Shared {
+        options: options.clone(),
+        source: snapshot.clone(),
+        origin: Origin {
+            job: options.job.clone(),
+            snapshot: snapshot.stored(),
+            snapshot_lsn: snapshot.lsn(),
+            snapshot_id,
+        },
+        queue: Mutex::new(queue),
+        progress: progress.clone(),
+    });
+    let first = Pair { source, target: target.session };
+    let mut target = work_off(&shared, first).await?;
+    match store::uneven(&mut target, &options.job).await? {
+        Some(table) => Err(Error::Rewritten { table }),
+        None => Ok(()),
+    }
+}
+
+/// A session on the target, and what it found there.
+struct Target {
+    session: Session,
+    tables: HashMap<QualifiedName, Table>,
+    /// Triggers stay quiet.
+    replica: bool,
+}
+
+impl Target {
+    fn only(&self, table: &QualifiedName) -> &'static str {
+        let parted = |t: &Table| t.kind == TableKind::Partitioned;
+        if self.tables.get(table).is_some_and(parted) { "" } else { "only " }
+    }
+}
+
+async fn open_target(config: &Config) -> Result<Target> {
+    let (mut session, replica) = connect_target(config).await?;
+    let everything = Selection::default();
+    let tables = tables(&mut session, &everything).await?;
+    let tables = tables.into_iter().map(|table| (table.name.clone(), table)).collect();
+    Ok(Target { session, tables, replica })
+}
+
+/// A session that writes. Commits do not wait for the disk: the mark of a part is in the same
+/// transaction as its rows, so a crash of the server loses both or neither. Keepalives, so that a
+/// host that went away does not hold row locks for two hours.
+async fn connect_target(config: &Config) -> Result<(Session, bool)> {
+    let mut session = Session::connect(config, Purpose::Sql).await?;
+    session
+        .execute(
+            "set synchronous_commit = off; set tcp_keepalives_idle = 10; \
+             set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3",
+        )
+        .await?;
+    match session.execute("set session_replication_role = replica").await {
+        Ok(_) => Ok((session, true)),
+        Err(error) if error.code() == Some("42501") => Ok((session, false)),
+        Err(error) => Err(Error::Pg(error)),
+    }
+}
+
+fn is_whole(parts: &[Stored]) -> bool {
+    parts.iter().all(|part| part.done) && !is_uneven(parts)
+}
+
+fn is_uneven(parts: &[Stored]) -> bool {
+    let mut done = parts.iter().filter(|part| part.done);
+    let first = done.next();
+    done.any(|part| {
+        first.is_some_and(|f| (&f.snapshot_id, f.filenode) != (&part.snapshot_id, part.filenode))
+    })
+}
+
+/// Cuts and stores the tables that are not stored yet, after a look that they are empty there.
+async fn store_parts(
+    target: &mut Target,
+    source: &Session,
+    options: &Options,
+    tables: &[Table],
+) -> Result<()> {
+    let stored = store::load(&mut target.session, &options.job).await?;
+    let fresh: Vec<&Table> =
+        order(tables).into_iter().filter(|table| !stored.contains_key(&table.name)).collect();
+    if fresh.is_empty() {
+        return Ok(());
+    }
+    for table in &fresh {
+        check_target(target, table)?;
+    }
+    if !target.replica {
+        check_triggers(target, &fresh, &options.target.user).await?;
+    }
+    let empty: Vec<String> = fresh
+        .iter()
+        .map(|t| format!("select exists (select from {}{})", target.only(&t.name), t.name.quoted()))
+        .collect();
+    let answers = target.session.query(&empty.join("; ")).await?;
+    for (table, row) in fresh.iter().zip(&answers) {
+        if row.bool(0)? {
+            return Err(Error::NotEmpty { table: table.name.clone() });
+        }
+    }
+    let major = source.major_version();
+    let parts: Vec<_> =
+        fresh.iter().flat_map(|table| parts(table, options.part_bytes, major)).collect();
+    target.session.execute(&store::insert_sql(&options.job, &parts)).await?;
+    Ok(())
+}
+
+fn check_target(target: &Target, table: &Table) -> Result<()> {
+    let missing = |what: String| Err(Error::Missing { table: table.name.clone(), what });
+    let Some(there) = target.tables.get(&table.name) else {
+        return missing("does not exist".to_string());
+    };
+    for column in table.stored_columns() {
+        match there.columns.iter().find(|c| c.name == column.name) {
+            None => return missing(format!("has no column \"{}\"", column.name)),
+            Some(c) if c.generated => {
+                return missing(format!("generates column \"{}\" itself", column.name));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Without session_replication_role, triggers and foreign keys would fire for copied rows.
+async fn check_triggers(target: &mut Target, tables: &[&Table], role: &str) -> Result<()> {
+    // tgtype & 4: fires on INSERT.
+    let sql = "select n.nspname, c.relname from pg_catalog.pg_trigger t \
+               join pg_catalog.pg_class c on c.oid = t.tgrelid \
+               join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+               where t.tgenabled in ('O', 'A') and t.tgtype & 4 <> 0 \
+               and (not t.tgisinternal or exists (select from pg_catalog.pg_constraint k \
+                   where k.oid = t.tgconstraint and k.contype = 'f')) order by 1, 2";
+    for row in target.session.query(sql).await? {
+        let table = QualifiedName::new(row.str(0)?, row.str(1)?);
+        if tables.iter().any(|t| t.name == table) {
+            return Err(Error::Triggers { table, role: role.to_string() });
+        }
+    }
+    Ok(())
+}
+
+/// Empties tables whose finished parts do not fit what will be read now.
+async fn reset_mixed(
+    target: &mut Target,
+    source: &mut Session,
+    options: &Options,
+    stored: &HashMap<QualifiedName, Vec<Stored>>,
+    snapshot_id: &str,
+) -> Result<()> {
+    for (table, parts) in stored {
+        let mut done = parts.iter().filter(|part| part.done).peekable();
+        if is_whole(parts) || done.peek().is_none() {
+            continue;
+        }
+        let filenode = filenode(source, table).await?;
+        let fits = |part: &Stored| {
+            part.snapshot_id.as_deref() == Some(snapshot_id) && part.filenode == filenode
+        };
+        if is_uneven(parts) || !done.all(fits) {
+            let only = target.only(table);
+            store::reset(&mut target.session, &options.job, table, only).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn filenode(source: &mut Session, table: &QualifiedName) -> Result<Option<u32>> {
+    let sql = "select pg_catalog.pg_relation_filenode(pg_catalog.to_regclass($1))";
+    let row = source.query_one(sql, &[Some(&table.quoted())]).await?;
+    Ok(row.parse_opt(0)?)
+}
+
+fn report(progress: &CopyProgress, stored: &HashMap<QualifiedName, Vec<Stored>>) {
+    for (table, parts) in stored {
+        let done = || parts.iter().filter(|part| part.done);
+        progress.resume(
+            table,
+            parts.len() as u64,
+            done().count() as u64,
+            done().map(|part| part.rows).sum(),
+            done().map(|part| part.bytes).sum(),
+        );
+    }
+}
+
+fn queue(
+    target: &Target,
+    source: &Session,
+    options: &Options,
+    tables: &[Table],
+    stored: &HashMap<QualifiedName, Vec<Stored>>,
+) -> VecDeque<Work> {
+    let mut queue = VecDeque::new();
+    for table in order(tables) {
+        let Some(there) = target.tables.get(&table.name) else { continue };
+        let with = format::options(options.format, source, table, there);
+        let shared = Arc::new(table.clone());
+        let todo = stored.get(&table.name).into_iter().flatten().filter(|part| !part.done);
+        queue.extend(todo.map(|stored| Work {
+            table: shared.clone(),
+            part: stored.part.clone(),
+            with: with.clone(),
+            only: target.only(&table.name),
+            begun: stored.begun,
+        }));
+    }
+    queue
+}
+
+/// The two sessions of a worker.
+struct Pair {
+    source: Session,
+    target: Session,
+}
+
+/// What the workers share.
+struct Shared {
+    options: Options,
+    source: SnapshotSource,
+    origin: Origin,
+    queue: Mutex<VecDeque<Work>>,
+    progress: CopyProgress,
+}
+
+impl Shared {
+    fn take(&self) -> Option<Work> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+
+    fn give_back(&self, work: Work) {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).push_front(work);
+    }
+
+    fn left(&self) -> usize {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    async fn connect(&self) -> Result<Pair> {
+        let (source, snapshot_id) = import(&self.options.source, &self.source).await?;
+        if snapshot_id != self.origin.snapshot_id {
+            let name = self.source.name();
+            let text = format!("snapshot {name} is {snapshot_id}, not {}", self.origin.snapshot_id);
+            return Err(Error::Bug(text));
+        }
+        let (target, _) = connect_target(&self.options.target).await?;
+        Ok(Pair { source, target })
+    }
+}
+
+/// Lets the workers go until nothing is left or none can go on; gives a session on the target.
+async fn work_off(shared: &Arc<Shared>, first: Pair) -> Result<Session> {
+    let count = shared.options.jobs.clamp(1, shared.left().max(1));
+    let mut workers = JoinSet::new();
+    let mut first = Some(first);
+    for _ in 0..count {
+        workers.spawn(worker(shared.clone(), first.take()));
+    }
+    let mut target = None;
+    let mut failure: Option<Error> = None;
+    while let Some(ended) = workers.join_next().await {
+        match ended.map_err(|e| Error::Bug(format!("a copy worker: {e}")))? {
+            Ok(session) => target = session.or(target),
+            // Dropping the workers closes their sessions, and what they were at is undone.
+            Err(error) if error.fault() != Fault::Retry => return Err(error),
+            Err(lost @ Error::SnapshotLost { .. }) => failure = Some(lost),
+            Err(error) => failure = failure.or(Some(error)),
+        }
+    }
+    if shared.left() > 0 {
+        let nobody = || Error::Bug("copy workers ended with work left".to_string());
+        return Err(failure.unwrap_or_else(nobody));
+    }
+    match target {
+        Some(session) => Ok(session),
+        None => Ok(Session::connect(&shared.options.target, Purpose::Sql).await?),
+    }
+}
+
+/// Takes parts until there are none. After a lost connection it opens others and tries the same
+/// part again; when it has to give up, the part goes back for the others.
+async fn worker(shared: Arc<Shared>, mut pair: Option<Pair>) -> Result<Option<Session>> {
+    let mut attempts = 0;
+    let mut last_process = None;
+    while let Some(mut work) = shared.take() {
+        match attempt(&shared, &mut pair, &work, &mut last_process).await {
+            Ok(()) => attempts = 0,
+            Err(error) => {
+                pair = None;
+                attempts += 1;
+                work.begun = true;
+                shared.give_back(work);
+                let lost = matches!(error, Error::SnapshotLost { .. });
+                if error.fault() != Fault::Retry || lost || attempts >= ATTEMPTS {
+                    return Err(error);
+                }
+                tracing::warn!(%error, attempts, "copy worker connects again");
+                tokio::time::sleep(Duration::from_millis(100 << (2 * attempts))).await;
+            }
+        }
+    }
+    Ok(pair.map(|pair| pair.target))
+}
+
+async fn attempt(
+    shared: &Shared,
+    pair: &mut Option<Pair>,
+    work: &Work,
+    last_process: &mut Option<i32>,
+) -> Result<()> {
+    if pair.is_none() {
+        let mut fresh = shared.connect().await?;
+        if let Some(process) = last_process.take() {
+            // The backend of the attempt before may not know yet that we are gone, and would hold
+            // the part's lock until it does.
+            let sql = format!(
+                "select pg_catalog.pg_terminate_backend(pid) from pg_catalog.pg_stat_activity \
+                 where pid = {process} and application_name like 'walferry%' \
+                 and usename = current_user and datname = pg_catalog.current_database() \
+                 and pid <> pg_catalog.pg_backend_pid()"
+            );
+            fresh.target.query(&sql).await?;
+        }
+        *pair = Some(fresh);
+    }
+    let Some(pair) = pair else { return Ok(()) };
+    *last_process = Some(pair.target.process_id());
+    transfer(&mut pair.source, &mut pair.target, &shared.origin, work, &shared.progress).await
+}

@@ -1,0 +1,232 @@
+//! `walferry.table_copy` on the target: what is copied in which parts, and what of it is done.
+
+use std::collections::HashMap;
+
+use super::parts::Part;
+use super::{Error, Result};
+use crate::change::Snapshot;
+use crate::id::{QualifiedName, quote_literal};
+use crate::lsn::Lsn;
+use crate::pg::{self, Session};
+
+/// This room's table; schema `walferry` has to exist. May be run again.
+pub const DDL: &str = "create table if not exists walferry.table_copy (\
+     job text not null, schema text not null, name text not null, \
+     part int not null, parts int not null, \
+     lo_block int8 not null, hi_block int8, \
+     state text not null default 'todo' check (state in ('todo', 'done')), \
+     snapshot text, snapshot_lsn pg_lsn, snapshot_id text, filenode oid, \
+     rows int8, bytes int8, begun_at timestamptz, done_at timestamptz, \
+     primary key (job, schema, name, part)); \
+     comment on column walferry.table_copy.snapshot is \
+     '''slot'' if read under the slot''s own snapshot, else the snapshot'; \
+     comment on column walferry.table_copy.snapshot_id is \
+     'pg_current_snapshot() under which the part was read, the slot''s own included'; \
+     comment on column walferry.table_copy.filenode is \
+     'pg_relation_filenode() on the source, for tables of several parts: ctids mean nothing in another'";
+
+/// A stored part.
+#[derive(Clone, Debug)]
+pub(super) struct Stored {
+    pub part: Part,
+    pub done: bool,
+    /// An attempt was made: there may be dead rows.
+    pub begun: bool,
+    pub snapshot_id: Option<String>,
+    pub filenode: Option<u32>,
+    pub rows: u64,
+    pub bytes: u64,
+}
+
+/// What a finished part leaves behind.
+pub(super) struct Done<'a> {
+    pub snapshot: &'a str,
+    pub snapshot_lsn: Lsn,
+    pub snapshot_id: &'a str,
+    pub filenode: Option<u32>,
+    pub rows: u64,
+    pub bytes: u64,
+}
+
+/// All parts of the job, by table, in order.
+pub(super) async fn load(
+    session: &mut Session,
+    job: &str,
+) -> Result<HashMap<QualifiedName, Vec<Stored>>> {
+    let sql = "select schema, name, part, parts, lo_block, hi_block, state = 'done', \
+               begun_at is not null, snapshot_id, filenode, coalesce(rows, 0), coalesce(bytes, 0) \
+               from walferry.table_copy where job = $1 order by schema, name, part";
+    let mut tables: HashMap<QualifiedName, Vec<Stored>> = HashMap::new();
+    for row in session.query_params(sql, &[Some(job)]).await? {
+        let table = QualifiedName::new(row.str(0)?, row.str(1)?);
+        let part = Part {
+            table: table.clone(),
+            part: row.parse(2)?,
+            parts: row.parse(3)?,
+            lo_block: row.parse(4)?,
+            hi_block: row.parse_opt(5)?,
+        };
+        tables.entry(table).or_default().push(Stored {
+            part,
+            done: row.bool(6)?,
+            begun: row.bool(7)?,
+            snapshot_id: row.opt(8)?.map(str::to_string),
+            filenode: row.parse_opt(9)?,
+            rows: row.parse(10)?,
+            bytes: row.parse(11)?,
+        });
+    }
+    Ok(tables)
+}
+
+/// SQL that stores parts as `todo`.
+pub(super) fn insert_sql(job: &str, parts: &[Part]) -> String {
+    let values: Vec<String> = parts
+        .iter()
+        .map(|part| {
+            format!(
+                "({}, {}, {}, {}, {}, {}, {})",
+                quote_literal(job),
+                quote_literal(&part.table.schema),
+                quote_literal(&part.table.name),
+                part.part,
+                part.parts,
+                part.lo_block,
+                part.hi_block.map_or("null".to_string(), |hi| hi.to_string())
+            )
+        })
+        .collect();
+    format!(
+        "insert into walferry.table_copy (job, schema, name, part, parts, lo_block, hi_block) \
+         values {}",
+        values.join(", ")
+    )
+}
+
+fn is_table(job: &str, table: &QualifiedName) -> String {
+    format!(
+        "job = {} and schema = {} and name = {}",
+        quote_literal(job),
+        quote_literal(&table.schema),
+        quote_literal(&table.name)
+    )
+}
+
+fn is_part(job: &str, part: &Part) -> String {
+    format!("{} and part = {}", is_table(job, &part.table), part.part)
+}
+
+/// Remembers, outside of the part's own transaction, that it is begun.
+pub(super) fn begun_sql(job: &str, part: &Part) -> String {
+    format!(
+        "update walferry.table_copy set begun_at = pg_catalog.clock_timestamp() where {}",
+        is_part(job, part)
+    )
+}
+
+/// Takes the part's row lock and tells whether it is done. An attempt whose connection was lost at
+/// COMMIT may have succeeded, or may still be under way on the server.
+pub(super) fn lock_sql(job: &str, part: &Part) -> String {
+    format!(
+        "select state = 'done' from walferry.table_copy where {} for update",
+        is_part(job, part)
+    )
+}
+
+/// Turns the part `done`, in the transaction of its rows.
+pub(super) fn done_sql(job: &str, part: &Part, done: &Done<'_>) -> String {
+    format!(
+        "update walferry.table_copy set state = 'done', snapshot = {}, snapshot_lsn = '{}', \
+         snapshot_id = {}, filenode = {}, rows = {}, bytes = {}, \
+         done_at = pg_catalog.clock_timestamp() where {}",
+        quote_literal(done.snapshot),
+        done.snapshot_lsn,
+        quote_literal(done.snapshot_id),
+        done.filenode.map_or("null".to_string(), |filenode| filenode.to_string()),
+        done.rows,
+        done.bytes,
+        is_part(job, part)
+    )
+}
+
+/// Empties the table and makes all its parts `todo` again, in one transaction.
+pub(super) async fn reset(
+    session: &mut Session,
+    job: &str,
+    table: &QualifiedName,
+    only: &str,
+) -> Result<()> {
+    session.execute("begin").await?;
+    let outcome = async {
+        empty(session, table, only).await?;
+        let sql = format!(
+            "update walferry.table_copy set state = 'todo', snapshot = null, snapshot_lsn = null, \
+             snapshot_id = null, filenode = null, rows = null, bytes = null, begun_at = null, \
+             done_at = null where {}",
+            is_table(job, table)
+        );
+        session.execute(&sql).await?;
+        session.execute("commit").await
+    };
+    match outcome.await {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            if !error.is_closed() {
+                session.execute("rollback").await?;
+            }
+            Err(Error::Refused { table: table.clone(), error: Box::new(error) })
+        }
+    }
+}
+
+/// Empties a table inside of the open transaction: by TRUNCATE, or row by row where a foreign key
+/// of the target's own forbids that. `only` is `only ` but for a partitioned target.
+pub(super) async fn empty(
+    session: &mut Session,
+    table: &QualifiedName,
+    only: &str,
+) -> pg::Result<()> {
+    session.execute("savepoint walferry_empty").await?;
+    match session.execute(&format!("truncate {only}{}", table.quoted())).await {
+        Ok(_) => {}
+        Err(error) if matches!(error.code(), Some("0A000" | "42501")) => {
+            session.execute("rollback to savepoint walferry_empty").await?;
+            session.execute(&format!("delete from {only}{}", table.quoted())).await?;
+        }
+        Err(error) => return Err(error),
+    }
+    session.execute("release savepoint walferry_empty").await?;
+    Ok(())
+}
+
+/// A table whose parts were not read under one snapshot from one file, though all are done.
+pub(super) async fn uneven(session: &mut Session, job: &str) -> Result<Option<QualifiedName>> {
+    let sql = "select schema, name from walferry.table_copy where job = $1 and state = 'done' \
+               group by schema, name \
+               having count(distinct snapshot_id) > 1 or count(distinct filenode) > 1 limit 1";
+    let row = session.query_opt(sql, &[Some(job)]).await?;
+    match row {
+        Some(row) => Ok(Some(QualifiedName::new(row.str(0)?, row.str(1)?))),
+        None => Ok(None),
+    }
+}
+
+/// Tables of the job that were read under another snapshot than the slot's, with that snapshot and
+/// a position past every transaction it sees. A change to such a table is skipped if the snapshot
+/// sees its transaction, and applied if not; from that position on, none is seen.
+///
+/// `session` is on the target. Tables that are not copied yet are not among them.
+pub async fn visibility(
+    session: &mut Session,
+    job: &str,
+) -> Result<HashMap<QualifiedName, (Snapshot, Lsn)>> {
+    let sql = "select distinct schema, name, snapshot, snapshot_lsn from walferry.table_copy \
+               where job = $1 and state = 'done' and snapshot <> 'slot'";
+    let mut tables = HashMap::new();
+    for row in session.query_params(sql, &[Some(job)]).await? {
+        let snapshot = row.str(2)?.parse().map_err(|e| Error::Bug(format!("{e}")))?;
+        let table = QualifiedName::new(row.str(0)?, row.str(1)?);
+        tables.insert(table, (snapshot, row.lsn(3)?));
+    }
+    Ok(tables)
+}
