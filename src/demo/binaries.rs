@@ -50,7 +50,8 @@ pub fn client(program: &str) -> io::Result<PathBuf> {
 }
 
 /// Where fetched and prepared things are kept between runs: `WALFERRY_CACHE`, or
-/// `~/.cache/walferry`, or under root (whose home PostgreSQL's user cannot enter) `/var/cache/walferry`.
+/// `~/.cache/walferry`, or `/var/cache/walferry` under root, whose home PostgreSQL's user cannot
+/// enter.
 pub fn cache_dir() -> io::Result<PathBuf> {
     let named = std::env::var_os("WALFERRY_CACHE").map(PathBuf::from);
     let dir = match (named, super::server::postgres_ids()?) {

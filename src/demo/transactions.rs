@@ -172,9 +172,10 @@ fn order(rng: &mut Rng) -> String {
     let past = any(rng, &["'{}'", "'{new,paid}'", "array['sent']::shop.order_state[]"]);
     format!(
         "with made as (insert into shop.orders (customer, state, past, placed, valid, tags, \
-         ship_to, note, urgent, weight, discount, paid_on, took, mac) values ({}, '{state}', {past}, \
-         clock_timestamp(), {valid}, array[{}, null, {}], row({}, null, {})::shop.address, {}, {}, \
-         {weight}, {discount}, {paid_on}, {took}, '08:00:2b:01:02:03') returning id) \
+         ship_to, note, urgent, weight, discount, paid_on, took, mac) values ({}, '{state}', \
+         {past}, clock_timestamp(), {valid}, array[{}, null, {}], \
+         row({}, null, {})::shop.address, {}, {}, {weight}, {discount}, {paid_on}, {took}, \
+         '08:00:2b:01:02:03') returning id) \
          insert into shop.items (order_id, line, sku, qty, price) \
          select id, l, 'sku-' || l * {}, l, l * 1.25 from made, generate_series(1, {}) l",
         rng.u32(1..997),

@@ -1,0 +1,33 @@
+# `make demo` shows it, `make test` proves it. Both install what they need, and say so first.
+
+.PHONY: help demo test setup check-style build clean
+
+help:
+	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
+	@echo "make test             everything a change must pass: style, lints, all tests"
+	@echo "make check-style      only formatting and lints"
+	@echo "make build            the release binary, target/release/walferry"
+
+# SCALE: about 5 MB of database for each unit; walferry's own default is about 300 MB.
+demo:
+	@sh tests/setup.sh demo
+	cargo build --release --quiet --locked
+	target/release/walferry demo $(if $(SCALE),--scale $(SCALE))
+
+test: setup check-style
+	cargo test --locked --all-targets
+
+setup:
+	@sh tests/setup.sh test
+
+check-style:
+	@cargo fmt --version >/dev/null && cargo clippy --version >/dev/null \
+		|| { echo "install them: rustup component add rustfmt clippy"; exit 1; }
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+
+build:
+	cargo build --release --locked
+
+clean:
+	cargo clean
