@@ -83,7 +83,6 @@ impl JobArgs {
                 schema_only: given(&self.schema_only, file.schema_only),
             },
             jobs: self.jobs.or(file.jobs).unwrap_or(4).max(1),
-            split_bytes: 256 << 20,
             owners: !self.no_owner,
             slot_timeout: Duration::from_secs(3600),
         })

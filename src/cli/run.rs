@@ -154,13 +154,12 @@ impl Screen {
         tokio::spawn(async move {
             while !bar.is_finished() {
                 let now = progress.snapshot();
-                bar.set_length(now.bytes_total.max(now.bytes_done).max(1));
-                bar.set_position(now.bytes_done);
-                let left = now.seconds_left.map_or(String::new(), |s| format!(", {s:.0} s left"));
+                bar.set_length(1000);
+                bar.set_position((now.fraction * 1000.0) as u64);
+                let left = now.left.map_or(String::new(), |s| format!(", {} s left", s.as_secs()));
                 bar.set_message(format!(
-                    "{}/{} tables, {} rows/s, {}/s{left}",
-                    now.tables_done,
-                    now.tables_total,
+                    "{} rows, {} rows/s, {}/s{left}",
+                    print::count(now.rows),
                     print::count(now.rows_per_second as u64),
                     print::bytes(now.bytes_per_second as u64)
                 ));

@@ -234,15 +234,18 @@ async fn reset_mixed(
     snapshot_id: &str,
 ) -> Result<()> {
     for (table, parts) in stored {
-        let mut done = parts.iter().filter(|part| part.done).peekable();
-        if is_whole(parts) || done.peek().is_none() {
+        // A plain list: an iterator with a closure, alive across an await, would make the future
+        // one that cannot be sent to another thread.
+        let mut done: Vec<&Stored> = Vec::with_capacity(parts.len());
+        done.extend(parts.iter().filter(|part| part.done));
+        if is_whole(parts) || done.is_empty() {
             continue;
         }
         let filenode = filenode(source, table).await?;
         let fits = |part: &Stored| {
             part.snapshot_id.as_deref() == Some(snapshot_id) && part.filenode == filenode
         };
-        if is_uneven(parts) || !done.all(fits) {
+        if is_uneven(parts) || !done.into_iter().all(fits) {
             let only = target.only(table);
             store::reset(&mut target.session, &options.job, table, only).await?;
         }

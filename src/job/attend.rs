@@ -44,6 +44,7 @@ impl Runner {
             self.check_streams()?;
             self.store_positions(&mut probes).await?;
             if phase == Phase::CatchingUp && self.is_level() {
+                self.build_rest().await?;
                 return Ok(Some(Event::CaughtUp));
             }
             let due = match until {

@@ -18,17 +18,15 @@ impl Runner {
     /// Copies what is not yet copied and builds what is not yet built.
     pub(super) async fn copy(&mut self) -> Result<Event> {
         let tables = self.tables(&self.config.source).await?;
-        let progress = Arc::new(CopyProgress::default());
+        let progress = Arc::new(CopyProgress::new(&tables));
         self.say(Notice::Copying(progress.clone()));
+        let (config, job) = (&self.config, self.config.job.as_str());
+        let options = copy::Options {
+            jobs: config.jobs,
+            ..copy::Options::new(config.source.clone(), config.target.clone(), job)
+        };
         loop {
             let (holder, snapshots) = self.snapshot().await?;
-            let options = copy::Options {
-                source: self.config.source.clone(),
-                target: self.config.target.clone(),
-                job: self.config.job.to_string(),
-                jobs: self.config.jobs,
-                split_bytes: self.config.split_bytes,
-            };
             let outcome = copy::run(&options, &tables, &snapshots, &progress).await;
             drop(holder);
             match outcome {
@@ -40,8 +38,18 @@ impl Runner {
             }
         }
         self.build(PostPhase::Indexes).await?;
-        self.build(PostPhase::Rest).await?;
+        // Tables read under different snapshots do not fit each other until the stream has passed
+        // them; foreign keys have to wait for that.
+        let job = self.config.job.as_str();
+        if copy::visibility(&mut self.store.session, job).await?.is_empty() {
+            self.build_rest().await?;
+        }
         Ok(Event::CopyDone)
+    }
+
+    /// Foreign keys, triggers and the rest; nothing if they are there.
+    pub(super) async fn build_rest(&mut self) -> Result<()> {
+        self.build(PostPhase::Rest).await
     }
 
     /// The slot's snapshot while its holder lives, else a fresh one. The holder must be kept.

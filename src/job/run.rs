@@ -39,8 +39,6 @@ pub struct JobConfig {
     pub options: JobOptions,
     /// Tables read at the same time, and indexes built at the same time.
     pub jobs: usize,
-    /// Tables larger than this are read in parts, in bytes of the main fork.
-    pub split_bytes: u64,
     /// Copy owners and grants too.
     pub owners: bool,
     /// Limit of the wait for the slot's consistent point.

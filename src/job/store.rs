@@ -405,8 +405,11 @@ pub async fn ensure(session: &mut Session, ddl: &[&str]) -> Result<()> {
         "begin; set local client_min_messages = error; \
          select pg_catalog.pg_advisory_xact_lock(7823, 0);",
     );
-    ddl.iter().for_each(|text| sql.push_str(text));
-    sql.push_str("; commit");
+    for text in ddl {
+        sql.push_str(text.trim_end().trim_end_matches(';'));
+        sql.push_str(";\n");
+    }
+    sql.push_str("commit");
     let outcome = session.execute(&sql).await;
     if outcome.is_err() && session.in_transaction() {
         session.execute("rollback").await?;

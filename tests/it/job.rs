@@ -42,8 +42,8 @@ async fn there_and_back(majors: (u32, u32)) {
     let (ends, first) = moving(majors, 200.0).await;
     let before = ends.inventories().await;
     ends.done(&["check"]).await;
-    let run = ends.spawn(&["run"]);
-    ends.until_phase(&run, "following").await;
+    let mut run = ends.spawn(&["run"]);
+    ends.until_phase(&mut run, "following").await;
     ends.done(&["verify"]).await;
 
     let outcome = ends.done(&["cutover", "--json"]).await.json();
@@ -99,8 +99,8 @@ async fn a_run_killed_at_random_moments_ends_exact() {
         killed += u32::from(ends.spawn(&["run"]).kill9_after(wait).await);
     }
     assert_eq!(killed, kills, "a run ended by itself");
-    let run = ends.spawn(&["run"]);
-    ends.until_phase(&run, "following").await;
+    let mut run = ends.spawn(&["run"]);
+    ends.until_phase(&mut run, "following").await;
     let report = writer.stop().await;
     ends.done(&["verify"]).await;
     assert_exact(&ends, &[&report]).await;
@@ -112,7 +112,7 @@ async fn a_run_killed_at_random_moments_ends_exact() {
 #[tokio::test(flavor = "multi_thread")]
 async fn both_servers_restart_in_every_phase() {
     let (ends, writer) = moving((15, 15), 100.0).await;
-    let run = ends.spawn(&["run"]);
+    let mut run = ends.spawn(&["run"]);
     for (server, mode) in [
         (&ends.target, StopMode::Fast),
         (&ends.source, StopMode::Fast),
@@ -122,7 +122,7 @@ async fn both_servers_restart_in_every_phase() {
         tokio::time::sleep(Duration::from_millis(300)).await;
         server.restart(mode).unwrap();
     }
-    ends.until_phase(&run, "following").await;
+    ends.until_phase(&mut run, "following").await;
     for (server, mode) in [
         (&ends.target, StopMode::Immediate),
         (&ends.source, StopMode::Immediate),

@@ -78,6 +78,11 @@ impl Walferry {
         Ended { code, out, err }
     }
 
+    /// True once it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
     /// The process id, while it runs.
     pub fn pid(&self) -> Option<u32> {
         self.child.id()

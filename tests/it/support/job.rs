@@ -65,13 +65,14 @@ impl Ends {
     }
 
     /// Waits until status shows the phase; panics after two minutes, or when no runner is left.
-    pub async fn until_phase(&self, run: &Walferry, phase: &str) {
+    pub async fn until_phase(&self, run: &mut Walferry, phase: &str) {
         let mut last = Value::Null;
-        for _ in 0..600 {
+        for _ in 0..300 {
             last = self.status().await;
             if last["phase"] == phase {
                 return;
             }
+            assert!(!run.has_ended(), "the run ended: {last}\n{}", run.so_far());
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
         panic!("not {phase} after two minutes: {last}\n{}", run.so_far());
