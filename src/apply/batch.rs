@@ -94,7 +94,12 @@ impl Batcher {
 
     /// False once there is enough for a batch, or what is there must be given out first.
     pub fn wants_more(&self) -> bool {
-        self.bytes < self.limits.bytes && !self.abandoned
+        !self.is_full() && !self.abandoned
+    }
+
+    /// Chunks are counted too, as empty transactions have no bytes.
+    fn is_full(&self) -> bool {
+        self.bytes >= self.limits.bytes || self.queue.len() >= self.limits.transactions.max(1)
     }
 
     /// True if what is at the front may not be applied yet.
@@ -175,7 +180,7 @@ impl Batcher {
         if count > 0 {
             return Some(Work::Write(self.give(count)));
         }
-        let oversized = !self.open && self.complete == 0 && self.bytes >= self.limits.bytes;
+        let oversized = !self.open && self.complete == 0 && self.is_full();
         if oversized && self.queue.front().is_some_and(|c| c.begin.commit_lsn < hold_lsn) {
             return Some(Work::Write(self.give(self.queue.len())));
         }
@@ -295,6 +300,17 @@ mod tests {
         b.push(chunk(300, 0, true, 1)).unwrap();
         assert_eq!(take(&mut b, None), "~200");
         assert_eq!(take(&mut b, None), "300");
+    }
+
+    #[test]
+    fn empty_transactions_and_chunks_are_bounded_by_their_number() {
+        let mut b = batcher((1..=3).map(|n| chunk(n * 100, 0, true, 0)));
+        assert!(!b.wants_more());
+        assert_eq!(take(&mut b, None), "100,200,300");
+        let mut b = batcher((0..3).map(|n| chunk(100, n, false, 0)));
+        assert!(!b.wants_more());
+        assert_eq!(take(&mut b, None), "100,100,100+");
+        assert!(b.wants_more());
     }
 
     #[test]

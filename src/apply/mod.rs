@@ -160,7 +160,7 @@ pub struct Applied {
     pub commit_time: Option<PgTimestamp>,
     /// Source transactions written since [`Applier::connect`].
     pub transactions: u64,
-    /// Row changes written since [`Applier::connect`].
+    /// Row changes written since [`Applier::connect`], those of an open transaction included.
     pub rows: u64,
     /// The hold position that is in force: everything below it is durable, and nothing at or above
     /// it is applied before the hold is taken back, unless `last_end_lsn` says that it was already.

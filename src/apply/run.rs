@@ -37,11 +37,14 @@ impl Applier {
     /// an error or shutdown the applier is to be dropped; [`Applier::connect`] resumes from what the
     /// target has. Ends at a batch boundary: a transaction written in part is rolled back.
     ///
+    /// The feed is consumed, as what was taken from it and not applied is lost with this call: the
+    /// stream must be read again from its slot, never gone on with behind the same feed.
+    ///
     /// `positions` is told after every batch. While `hold` has a position, transactions whose commit
     /// record starts at or after it are not applied; [`Applied::held`] answers.
     pub async fn run<F: Feed>(
         &mut self,
-        feed: &mut F,
+        mut feed: F,
         positions: &watch::Sender<Applied>,
         mut hold: watch::Receiver<Option<Lsn>>,
         mut shutdown: watch::Receiver<bool>,
@@ -51,9 +54,11 @@ impl Applier {
         let mut polls = 0;
         while !*shutdown.borrow_and_update() {
             let hold_lsn = *hold.borrow_and_update();
-            self.fill(feed)?;
-            if let Some(work) = self.batcher.take(hold_lsn) {
+            if self.applied.held != hold_lsn {
                 self.applied.held = None;
+            }
+            self.fill(&mut feed)?;
+            if let Some(work) = self.batcher.take(hold_lsn) {
                 let stopped = self.work(work, &mut shutdown).await?;
                 self.publish(positions);
                 polls = 0;

@@ -150,7 +150,7 @@ impl Running {
         let (hold, hold_seen) = watch::channel(None);
         let (shutdown, shutdown_seen) = watch::channel(false);
         let task = tokio::spawn(async move {
-            applier.run(&mut Channel(feed), &applied, hold_seen, shutdown_seen).await
+            applier.run(Channel(feed), &applied, hold_seen, shutdown_seen).await
         });
         Running { items, positions, hold, shutdown, task }
     }
@@ -184,7 +184,7 @@ async fn apply_with(server: &Server, options: Options, items: Vec<Item>) -> Resu
     let (applied, positions) = watch::channel(Applied::default());
     let (_hold, hold) = watch::channel(None);
     let (_shutdown, shutdown) = watch::channel(false);
-    applier.run(&mut Items(items.into()), &applied, hold, shutdown).await?;
+    applier.run(Items(items.into()), &applied, hold, shutdown).await?;
     let last = *positions.borrow();
     assert_eq!(last.applied_lsn, last.durable_lsn, "what ended is durable");
     Ok(last)
@@ -971,6 +971,9 @@ async fn a_hold_stops_exactly_at_its_position_and_is_released() {
     running.hold.send(Some(Lsn(1000))).unwrap();
     running.send(Item::Idle { lsn: Lsn(1000) });
     running.wait(|a| a.held == Some(Lsn(1000))).await;
+    running.send(Item::Idle { lsn: Lsn(1100) });
+    let seen = running.wait(|a| a.applied_lsn == Lsn(1100)).await;
+    assert_eq!(seen.held, Some(Lsn(1000)), "idleness does not shake a hold");
     running.end().await.unwrap();
 }
 
@@ -1098,8 +1101,8 @@ async fn missing_rights_and_tables_are_named_with_what_mends_them() {
     let (positions, _) = watch::channel(Applied::default());
     let (_hold, hold) = watch::channel(None);
     let (_shutdown, shutdown) = watch::channel(false);
-    let mut items = Items(VecDeque::from([transaction(100, change)]));
-    let error = applier.run(&mut items, &positions, hold, shutdown).await.unwrap_err();
+    let items = Items(VecDeque::from([transaction(100, change)]));
+    let error = applier.run(items, &positions, hold, shutdown).await.unwrap_err();
     assert!(error.to_string().contains("grant the role"), "{error}");
 }
 
@@ -1158,4 +1161,24 @@ async fn the_equality_of_a_user_defined_type_is_found_without_a_search_path() {
         rows(&mut session, "select * from public.t order by v::text").await,
         "abd|1\nfirst|-"
     );
+}
+
+#[tokio::test]
+async fn without_the_replica_role_triggers_act_and_may_not_swallow_rows() {
+    let (server, mut session) = target(
+        "create table public.t (id int primary key); create table public.log (id int); \
+         create function public.f() returns trigger language plpgsql as $$ begin \
+             insert into public.log values (new.id); \
+             if new.id = 3 then return null; end if; return new; end $$; \
+         create trigger g before insert on public.t for each row execute function public.f();",
+    )
+    .await;
+    let t = table("t", ByKey, &["id*"]);
+    let options = || Options { replica_role: false, ..Options::new(STREAM) };
+    let first = transaction(100, vec![t.insert(&["1"])]);
+    apply_with(&server, options(), vec![first]).await.unwrap();
+    let swallowed = transaction(200, vec![t.insert(&["2"]), t.insert(&["3"])]);
+    let error = apply_with(&server, options(), vec![swallowed]).await.unwrap_err();
+    assert!(error.to_string().contains("(id)=(3)"), "{error}");
+    assert_eq!(rows(&mut session, "select * from public.t, public.log").await, "1|1");
 }
