@@ -79,6 +79,7 @@ impl Assembler {
         match event {
             Event::Begin(begin) => self.begin(begin),
             Event::Origin { name, .. } => self.origin(name),
+            Event::UnknownOrigin => self.origin(String::new()),
             Event::Relation(_) | Event::Type { .. } => Ok(None),
             Event::Change { xid: None, change } => self.change(change),
             Event::Commit(commit) => self.commit(commit),

@@ -36,6 +36,9 @@ pub enum Event {
         /// Name of the origin on the source.
         name: String,
     },
+    /// The open transaction was replicated from elsewhere, by an origin whose name the server does
+    /// not know (any more): an empty message in place of `Origin`.
+    UnknownOrigin,
     /// A table's description; already remembered by the decoder.
     Relation(Arc<Relation>),
     /// A type's name; nothing needs it, as values travel as text.

@@ -36,11 +36,11 @@ impl Decoder {
     /// Decodes one message. Rows are slices of `data`, not copies. `start_lsn` is where the stream
     /// said the message stands; errors name it.
     ///
+    /// An empty message is what a server sends in place of an origin whose name it cannot look up.
     /// Errors for bytes that are not exactly one message, and for changes of relations not
     /// described or not fitting their description. Never panics.
     pub fn decode(&mut self, mut data: Bytes, start_lsn: Lsn) -> Result<Event> {
-        let kind =
-            data.try_get_u8().map_err(|_| Error::Truncated { message: ' ', lsn: start_lsn })?;
+        let Ok(kind) = data.try_get_u8() else { return Ok(Event::UnknownOrigin) };
         let mut message = Message { data, kind, lsn: start_lsn };
         let event = self.event(&mut message)?;
         match message.data.len() {

@@ -249,7 +249,7 @@ fn errors_name_what_is_wrong() {
 #[test]
 fn every_message_cut_at_every_byte_is_an_error() {
     for message in every_kind() {
-        for len in 0..message.len() {
+        for len in 1..message.len() {
             let cut = message.slice(..len);
             let outcome = knowing().decode(cut, Lsn(1));
             // A Stream Abort may lawfully lack its last two fields.
@@ -317,6 +317,15 @@ fn a_small_transaction_is_one_chunk_with_its_origin() {
     assert_eq!(chunk.bytes, chunk.changes.iter().map(Change::bytes).sum::<usize>());
     assert_eq!(items[0].end_lsn(), Some(Lsn(120)));
     assert_eq!(assembler.decoded_lsn(), Lsn(120));
+}
+
+#[test]
+fn an_origin_whose_name_is_lost_is_still_an_origin() {
+    let (mut assembler, mut decoder) = (Assembler::new(Lsn(0)), knowing());
+    let messages = [begin(100, 7), Bytes::new(), insert("1"), commit(100, 120)];
+    let items = run(&mut assembler, &mut decoder, &messages);
+    assert_eq!(chunk(&items[0]).begin.origin.as_deref(), Some(""));
+    assert_eq!(decoder.decode(Bytes::new(), Lsn(1)).unwrap(), Event::UnknownOrigin);
 }
 
 #[test]

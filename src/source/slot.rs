@@ -118,7 +118,8 @@ pub struct CreateOptions {
 ///
 /// Waits for open transactions up to `options.wait`; meanwhile, several times a second, `on_wait` is
 /// told whom it waits for, as seen by `watcher`, an ordinary session on the same server. When given
-/// up, or when this future is dropped, the backend is canceled. Errors: `Blocked` with nothing
+/// up, or when this future is dropped, the backend is canceled. A future dropped in the instant in
+/// which the slot comes into being leaves it: cleaning up means [`drop`] as well. Errors: `Blocked` with nothing
 /// left behind, `SlotExists`, `Orphan`, and what the wire gives.
 ///
 /// <https://www.postgresql.org/docs/current/protocol-replication.html#PROTOCOL-REPLICATION-CREATE-REPLICATION-SLOT>
@@ -234,8 +235,9 @@ impl Maker {
             }
         }
         self.cancel = None;
-        if let Some(Ok(_)) = outcome {
-            // It came into being while we gave up. A permanent slot must not stay.
+        if !matches!(outcome, Some(Err(_))) {
+            // It came into being while we gave up, or may have: had the name been taken before,
+            // creation would have failed at once. A permanent slot must not stay.
             terminate(watcher, self.pid).await?;
             backend_gone(watcher, self.pid).await?;
             drop(watcher, slot).await?;

@@ -160,7 +160,10 @@ impl Stream {
         };
         if end != End::Source {
             // So that the slot holds on to no more than it must while nobody reads it.
-            reader.pace.send(&mut reader.session, false).await?;
+            if let Err(error) = reader.pace.send(&mut reader.session, false).await {
+                // Whoever stops us has what it wants; the slot learns it from the next reader.
+                tracing::debug!(%error, "last feedback not sent");
+            }
         }
         reader.publish();
         Ok(end)

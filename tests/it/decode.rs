@@ -52,6 +52,9 @@ async fn every_message_of_a_real_server_is_decoded_in_every_protocol() {
     let settings = ["logical_decoding_work_mem = 64kB", "max_prepared_transactions = 5"];
     let server = Server::start(&Server::default_bin().unwrap(), &settings).unwrap();
     let mut session = support::session(&server, "postgres").await;
+    if session.major_version() < 15 {
+        return; // Two-phase decoding by SQL function with every protocol up to 3 begins here.
+    }
     session
         .execute(
             "create type public.mood as enum ('happy'); \

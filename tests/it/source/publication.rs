@@ -28,12 +28,19 @@ async fn a_publication_covers_exactly_its_tables_and_can_be_ensured_again() {
     let first =
         publication::ensure(&mut session, P, &names(&["a", "p", "p1", "p11"])).await.unwrap();
     assert!(first.created);
-    // The top of the tree stands for the rest, also for what is attached later.
-    assert_eq!(publication::list(&mut session, P).await.unwrap().unwrap(), names(&["a", "p"]));
+    // The top of the tree stands for the rest, also for what is attached later; before 13, leaves.
+    let tree = names(if session.major_version() >= 13 { &["p"] } else { &["p11"] });
+    let listed = publication::list(&mut session, P).await.unwrap().unwrap();
+    assert_eq!(listed, [names(&["a"]), tree.clone()].concat());
     let wanted = names(&["a", "b", "T.x", "p11"]);
     let second = publication::ensure(&mut session, P, &wanted).await.unwrap();
     assert!(!second.created);
-    assert_eq!((second.added, second.removed), (names(&["T.x", "b", "p11"]), names(&["p"])));
+    let (added, removed) = if tree == names(&["p"]) {
+        (names(&["T.x", "b", "p11"]), tree)
+    } else {
+        (names(&["T.x", "b"]), vec![])
+    };
+    assert_eq!((second.added, second.removed), (added, removed));
     let third = publication::ensure(&mut session, P, &wanted).await.unwrap();
     assert_eq!(third, Default::default());
     // An inheritance child is not part of its parent.
@@ -50,6 +57,9 @@ async fn a_publication_covers_exactly_its_tables_and_can_be_ensured_again() {
 async fn a_publication_changed_behind_our_back_is_mended() {
     let server = support::server();
     let mut session = support::session(&server, "postgres").await;
+    if session.major_version() < 15 {
+        return; // No row filters and column lists.
+    }
     session
         .execute(&format!(
             "create table public.a (id int primary key, v int); \

@@ -49,7 +49,9 @@ impl Rig {
         let config = Config::parse(&server.uri("postgres")).unwrap().labelled("source");
         let mut sql = Session::connect(&config, Purpose::Sql).await.unwrap();
         sql.execute(ddl).await.unwrap();
-        publication::ensure(&mut sql, SLOT, &names(tables)).await.unwrap();
+        sql.execute("create table public.mark (x int)").await.unwrap();
+        let tables = [tables, &["mark"]].concat();
+        publication::ensure(&mut sql, SLOT, &names(&tables)).await.unwrap();
         let mut held = make_slot(&config, &mut sql, SLOT).await.release();
         let system = source::identify(&mut held).await.unwrap();
         let status = slot::status(&mut sql, SLOT).await.unwrap().unwrap();
@@ -75,9 +77,9 @@ impl Rig {
         Reader::start(&self.config, self.options(), buffer_bytes).await
     }
 
-    /// Writes a transactional message that [`Reader::until_mark`] waits for.
+    /// Writes a row that [`Reader::until_mark`] waits for.
     pub async fn mark(&mut self) {
-        self.sql.query("select pg_logical_emit_message(true, 'mark', '')").await.unwrap();
+        self.sql.execute("insert into public.mark values (1)").await.unwrap();
     }
 
     /// One value as text, asked again until it is what is wanted.
@@ -143,14 +145,15 @@ impl Reader {
         }
     }
 
-    /// All chunks up to the next mark, which is left out with its transaction.
+    /// All chunks up to the next mark; its transaction and empty ones (up to 14) are left out.
     pub async fn until_mark(&mut self) -> Vec<Chunk> {
         let mut chunks = Vec::new();
         loop {
             let Item::Chunk(chunk) = self.pop().await else { continue };
             match chunk.changes.first() {
-                Some(Change::Message { prefix, .. }) if prefix == "mark" => return chunks,
-                _ => chunks.push(chunk),
+                Some(change) if is_mark(change) => return chunks,
+                Some(_) => chunks.push(chunk),
+                None => {}
             }
         }
     }
@@ -159,6 +162,10 @@ impl Reader {
         let _ = self.stop.send(true);
         soon("the reader's end", self.task).await.unwrap()
     }
+}
+
+pub fn is_mark(change: &Change) -> bool {
+    matches!(change, Change::Insert { relation, .. } if relation.name.name == "mark")
 }
 
 /// A change on one line: `I t (1,a)`; NULL is `-`, unchanged TOAST is `~`.
