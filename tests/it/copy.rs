@@ -84,7 +84,7 @@ create table public.kinds (
   j json, jb jsonb, ip inet, ci cidr, ma macaddr, bi bit(3), bv bit varying, p point, pg polygon,
   x xml, tv tsvector, tq tsquery, ar int[], ta text[], mo public.mood, ma2 public.mood[], pa public.pair,
   paa public.pair[], sm public.small, ra int4range, mr int4multirange, ls pg_lsn, o oid,
-  g int generated always as (i4 * 2) stored);
+  g int generated always as (i4 / 2) stored);
 create table public.plain (a int, b bigint, c text, d double precision, e timestamptz, f bytea, g uuid, h numeric);
 create table "Odd S"."T.""x""
 " ("C d
@@ -117,13 +117,13 @@ values (-32768, 2147483647, 1.1754944e-38, 0.1 + 0.2, 'NaN', '-1.23', true, 'ab'
   (null, null)::public.pair, '{}', -5, 'empty', '{}', '0/0', 0);
 insert into public.plain select i, i::bigint << 32, repeat(chr(9 + i % 300), i % 50), i / 3.0, now(),
   decode(md5(i::text), 'hex'), md5(i::text)::uuid, i / 7.0 from generate_series(1, 1000) i;
-insert into public.plain values (null), (null), (1, null, '');
+insert into public.plain (a, b, c) values (null, null, null), (null, 1, null), (1, null, '');
 insert into "Odd S"."T.""x""
 " values (1, E'a\tb'), (null, null);
 insert into public.nothing default values; insert into public.nothing default values;
 insert into public.made_only default values; insert into public.made_only default values;
 insert into public.part values (1, 'a'), (11, 'b'), (12, null);
-insert into public.old values (1); insert into public.old_child values (2, 3);
+insert into public.old values (1); insert into public.old_child values (2, 3), (4, null);
 insert into public.log values (1);
 "#;
 
@@ -141,31 +141,28 @@ async fn every_kind_of_row_arrives_as_it_was() {
         "public.old",
         "public.old_child",
     ];
-    for format in [Format::Text, Format::Binary] {
-        for part_bytes in [1 << 30, 8192] {
-            let pair = Pair::new(TYPES);
-            pair.source(ROWS);
-            let (_holder, snapshot) = pair.holder().await;
-            pair.source("insert into public.plain values (-1)"); // after the snapshot
-            let options = Options { format, ..pair.options(part_bytes) };
-            let selection = Selection::parse(&[], &[], &["public.log".to_string()]).unwrap();
-            let mut tables = pair.tables().await;
-            tables.retain(|table| selection.has_rows(&table.name));
-            let progress = CopyProgress::new(&tables);
-            copy::run(&options, &tables, &snapshot, &progress).await.unwrap();
-            pair.source("delete from public.plain where a = -1");
-            for name in names {
-                pair.same(name);
-            }
-            assert_eq!(pair.target("select count(*) from public.log"), "0");
-            let seen = progress.snapshot();
-            assert_eq!(seen.rows, 3 + 1003 + 2 + 2 + 2 + 3 + 2, "{seen:?}");
-            assert_eq!(seen.fraction, 1.0);
-            assert!(seen.tables.iter().all(|table| table.is_done()), "{seen:?}");
-            let rows =
-                pair.target("select sum(rows) from walferry.table_copy where state = 'done'");
-            assert_eq!(rows, seen.rows.to_string());
+    for (format, part_bytes) in [(Format::Text, 8192), (Format::Binary, 1 << 30)] {
+        let pair = Pair::new(TYPES);
+        pair.source(ROWS);
+        let (_holder, snapshot) = pair.holder().await;
+        pair.source("insert into public.plain values (-1)"); // after the snapshot
+        let options = Options { format, ..pair.options(part_bytes) };
+        let selection = Selection::parse(&[], &[], &["public.log".to_string()]).unwrap();
+        let mut tables = pair.tables().await;
+        tables.retain(|table| selection.has_rows(&table.name));
+        let progress = CopyProgress::new(&tables);
+        copy::run(&options, &tables, &snapshot, &progress).await.unwrap();
+        pair.source("delete from public.plain where a = -1");
+        for name in names {
+            pair.same(name);
         }
+        assert_eq!(pair.target("select count(*) from public.log"), "0");
+        let seen = progress.snapshot();
+        assert_eq!(seen.rows, 3 + 1003 + 2 + 2 + 2 + 3 + 3, "{seen:?}");
+        assert_eq!(seen.fraction, 1.0);
+        assert!(seen.tables.iter().all(|table| table.is_done()), "{seen:?}");
+        let rows = pair.target("select sum(rows) from walferry.table_copy where state = 'done'");
+        assert_eq!(rows, seen.rows.to_string());
     }
 }
 
@@ -302,10 +299,7 @@ async fn peerdb_1750_a_lost_snapshot_costs_no_finished_table_and_mixes_nothing()
             "select pg_terminate_backend(pid) from pg_stat_activity \
              where pid <> pg_backend_pid() and datname = 'source'",
         );
-        blocker
-            .execute("drop trigger if exists none on walferry.table_copy; select pg_catalog.pg_advisory_unlock(1)")
-            .await
-            .unwrap();
+        blocker.execute("select pg_catalog.pg_advisory_unlock(1)").await.unwrap();
     };
     let (outcome, ()) = tokio::join!(run, killing);
     let error = outcome.unwrap_err();
@@ -432,6 +426,28 @@ async fn triggers_stay_quiet_or_the_copy_does_not_begin() {
     assert!(matches!(error, Error::Triggers { .. }), "{error}");
     pair.run(&pair.options(1 << 30), &snapshot).await.unwrap();
     assert_eq!(pair.target("select count(*) from public.t"), "1");
+}
+
+/// A plain table into a partitioned one, emptied and read again under a second snapshot.
+#[tokio::test]
+async fn pgcopydb_949_a_partitioned_target_is_emptied_with_its_partitions() {
+    let pair = Pair::new("");
+    pair.source(WIDE);
+    pair.target(
+        "create table public.wide (id int primary key, n int, pad text) partition by hash (id); \
+         create table public.w0 partition of public.wide for values with (modulus 2, remainder 0); \
+         create table public.w1 partition of public.wide for values with (modulus 2, remainder 1)",
+    );
+    fill(&pair, 4_000);
+    let tables = pair.tables().await;
+    let options = pair.options(1 << 20);
+    let (_holder, snapshot) = pair.holder().await;
+    copy::run(&options, &tables, &snapshot, &CopyProgress::new(&tables)).await.unwrap();
+    pair.target("update walferry.table_copy set state = 'todo' where part = 1");
+    pair.source("insert into public.wide values (0, 0, '')");
+    let (_holder, snapshot) = pair.holder().await;
+    copy::run(&options, &tables, &snapshot, &CopyProgress::new(&tables)).await.unwrap();
+    assert_eq!(pair.target("select count(*), count(distinct id) from public.wide"), "4001|4001");
 }
 
 /// Rows of a SQL_ASCII database are bytes; they go through unchanged or are refused, never bent.
