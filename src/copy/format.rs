@@ -3,9 +3,13 @@
 //! COPY's binary format is what each type's send and receive functions agree on. It may be used
 //! only where both ends have the same type and its format has not changed since PostgreSQL 10;
 //! arrays, composites and ranges carry OIDs or nest other types and are left to text.
+//!
+//! Binary is preferred where it may be used: a table of bigint, two ints, timestamptz, float8 and
+//! two texts (184 MB, 15 to 15, loopback, 2 cores) took 1.9-2.1 s in binary and 2.5-2.9 s in text,
+//! with one worker or two; `psql | psql` took 2.6 s.
 
 use crate::catalog::Table;
-use crate::pg::Session;
+use crate::id::quote_literal;
 
 /// How rows travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -27,17 +31,35 @@ const SAFE: [u32; 23] = [
     1266, 1700, 2950, 3802,
 ];
 
-/// COPY options for a table, for either side: the format, and for text the source's encoding.
+/// COPY options of both sides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wires {
+    /// For COPY TO on the source.
+    pub read: String,
+    /// For COPY FROM on the target.
+    pub write: String,
+}
+
+/// COPY options for a table: the format, and for text the encoding of the data, which is the
+/// source's: the source then converts nothing, and the target converts and checks every byte.
 ///
-/// The source then converts nothing, and the target checks every byte. It is also the only way for
-/// rows of a SQL_ASCII database, which no client encoding would let out (pgcopydb#874).
-pub fn options(format: Format, source: &Session, table: &Table, other: &Table) -> String {
-    let encoding = source.parameter("server_encoding").unwrap_or("UTF8");
+/// It is also the only way for rows of a SQL_ASCII database, which no client encoding would let
+/// out (pgcopydb#874). Those are read by the target as of its own encoding: told SQL_ASCII, it
+/// would take any bytes unchecked into a UTF8 database.
+pub fn options(
+    format: Format,
+    (source_encoding, target_encoding): (&str, &str),
+    table: &Table,
+    other: &Table,
+) -> Wires {
     // Binary text values are in the client's encoding, whatever the COPY says.
-    if format != Format::Text && encoding == "UTF8" && is_binary_safe(table, other) {
-        return "format binary".to_string();
+    if format != Format::Text && source_encoding == "UTF8" && is_binary_safe(table, other) {
+        let binary = "format binary".to_string();
+        return Wires { read: binary.clone(), write: binary };
     }
-    format!("format text, encoding '{}'", encoding.replace('\'', "''"))
+    let text = |encoding: &str| format!("format text, encoding {}", quote_literal(encoding));
+    let data = if source_encoding == "SQL_ASCII" { target_encoding } else { source_encoding };
+    Wires { read: text(source_encoding), write: text(data) }
 }
 
 fn is_binary_safe(table: &Table, other: &Table) -> bool {

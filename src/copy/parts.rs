@@ -142,7 +142,8 @@ mod tests {
         assert_eq!(
             read_sql(&table, &parts[0], "format text"),
             "copy (select \"a\"\"b\", \"c\" from only \"s\".\"T\" where ctid >= \
-             '(0,0)'::pg_catalog.tid and ctid < '(2,0)'::pg_catalog.tid) to stdout with (format text)"
+             '(0,0)'::pg_catalog.tid and ctid < '(2,0)'::pg_catalog.tid) \
+             to stdout with (format text)"
         );
         assert!(
             read_sql(&table, &parts[1], "x")

@@ -279,10 +279,15 @@ fn queue(
     tables: &[Table],
     stored: &HashMap<QualifiedName, Vec<Stored>>,
 ) -> VecDeque<Work> {
+    let encoding = |session: &Session| -> String {
+        session.parameter("server_encoding").unwrap_or("UTF8").to_string()
+    };
+    let (from, into) = (encoding(source), encoding(&target.session));
+    let encodings = (from.as_str(), into.as_str());
     let mut queue = VecDeque::new();
     for table in order(tables) {
         let Some(there) = target.tables.get(&table.name) else { continue };
-        let with = format::options(options.format, source, table, there);
+        let with = format::options(options.format, encodings, table, there);
         let shared = Arc::new(table.clone());
         let todo = stored.get(&table.name).into_iter().flatten().filter(|part| !part.done);
         queue.extend(todo.map(|stored| Work {

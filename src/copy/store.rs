@@ -23,7 +23,8 @@ pub const DDL: &str = "create table if not exists walferry.table_copy (\
      comment on column walferry.table_copy.snapshot_id is \
      'pg_current_snapshot() under which the part was read, the slot''s own included'; \
      comment on column walferry.table_copy.filenode is \
-     'pg_relation_filenode() on the source, for tables of several parts: ctids mean nothing in another'";
+     'pg_relation_filenode() on the source, for tables of several parts: ctids mean nothing \
+     in another'";
 
 /// A stored part.
 #[derive(Clone, Debug)]

@@ -5,6 +5,7 @@ use tokio::sync::mpsc;
 
 use super::Result;
 use super::error::Error;
+use super::format::Wires;
 use super::parts::{Part, read_sql, write_sql};
 use super::progress::CopyProgress;
 use super::store::{self, Done};
@@ -25,8 +26,8 @@ const CHUNKS: usize = 16;
 pub(super) struct Work {
     pub table: std::sync::Arc<Table>,
     pub part: Part,
-    /// COPY options, the same for both sides.
-    pub with: String,
+    /// COPY options.
+    pub with: Wires,
     /// `only `, or nothing where the target's table is partitioned.
     pub only: &'static str,
     /// An earlier attempt may have left dead rows.
@@ -73,6 +74,7 @@ pub(super) async fn transfer(
     let (sender, receiver) = mpsc::channel(CHUNKS);
     let (filenode, rows) =
         tokio::try_join!(read(source, work, sender, &mut count), write(target, work, receiver))?;
+    count.correct(rows);
     let done = Done {
         snapshot: &origin.snapshot,
         snapshot_lsn: origin.snapshot_lsn,
@@ -105,6 +107,12 @@ impl Count<'_> {
         self.bytes += bytes as u64;
         self.progress.add(self.table, rows, bytes as u64);
     }
+
+    /// Binary data ends with a message that is no row; the target's count is the true one.
+    fn correct(&mut self, rows: u64) {
+        self.progress.take_back(self.table, self.rows.saturating_sub(rows), 0);
+        self.rows = rows;
+    }
 }
 
 impl Drop for Count<'_> {
@@ -123,7 +131,7 @@ async fn read(
     count: &mut Count<'_>,
 ) -> Result<Option<u32>> {
     let table = &work.part.table;
-    let sql = read_sql(&work.table, &work.part, &work.with);
+    let sql = read_sql(&work.table, &work.part, &work.with.read);
     let unreadable = |error| unreadable(table, error);
     let mut copy = source.copy_out(&sql).await.map_err(unreadable)?;
     let mut chunk = BytesMut::with_capacity(CHUNK_BYTES);
@@ -166,7 +174,7 @@ async fn write(
     mut receiver: mpsc::Receiver<Bytes>,
 ) -> Result<u64> {
     let table = &work.part.table;
-    let sql = write_sql(&work.table, &work.with);
+    let sql = write_sql(&work.table, &work.with.write);
     let mut copy = target.copy_in(&sql).await.map_err(|e| refused(table, e))?;
     while let Some(chunk) = receiver.recv().await {
         if !chunk.is_empty() {

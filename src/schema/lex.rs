@@ -276,7 +276,8 @@ impl<'a> Cursor<'a> {
         Some(QualifiedName::new(schema, self.ident()?))
     }
 
-    /// Goes to just after the next occurrence of a keyword; false (and at the end) if there is none.
+    /// Goes to just after the next occurrence of a keyword; false (and at the end)
+    /// if there is none.
     pub fn find(&mut self, keyword: &str) -> bool {
         while let Some(token) = self.tokens.get(self.at) {
             self.at += 1;

@@ -140,10 +140,10 @@ fn classify(sql: &str) -> (Wave, Vec<Lock>) {
         let attach = cursor.eat("attach partition");
         return (if attach { Wave::Attach } else { Wave::Mark }, Vec::new());
     }
-    if cursor.eat("alter table only") || cursor.eat("alter table") {
-        if let Some(found) = alter_table(&mut cursor) {
-            return found;
-        }
+    if (cursor.eat("alter table only") || cursor.eat("alter table"))
+        && let Some(found) = alter_table(&mut cursor)
+    {
+        return found;
     }
     (Wave::Rest, Vec::new())
 }

@@ -82,10 +82,12 @@ create table public.kinds (
   i2 int2, i4 int4, r real, d double precision, n numeric, m money, b bool, c char(5), v varchar(9),
   t text, by bytea, da date, ti time, tt timetz, ts timestamp, tz timestamptz, iv interval, u uuid,
   j json, jb jsonb, ip inet, ci cidr, ma macaddr, bi bit(3), bv bit varying, p point, pg polygon,
-  x xml, tv tsvector, tq tsquery, ar int[], ta text[], mo public.mood, ma2 public.mood[], pa public.pair,
+  x xml, tv tsvector, tq tsquery, ar int[], ta text[], mo public.mood, ma2 public.mood[], pa
+  public.pair,
   paa public.pair[], sm public.small, ra int4range, mr int4multirange, ls pg_lsn, o oid,
-  g int generated always as (i4 * 2) stored);
-create table public.plain (a int, b bigint, c text, d double precision, e timestamptz, f bytea, g uuid, h numeric);
+  g int generated always as (i4 / 2) stored);
+create table public.plain (a int, b bigint, c text, d double precision, e timestamptz, f bytea, g
+  uuid, h numeric);
 create table "Odd S"."T.""x""
 " ("C d
 " int, "select" text);
@@ -103,27 +105,37 @@ create table public.log (a int);
 
 const ROWS: &str = r#"
 insert into public.kinds (i2) values (null);
-insert into public.kinds (i2, i4, r, d, n, m, b, c, v, t, by, da, ti, tt, ts, tz, iv, u, j, jb, ip, ci, ma,
+insert into public.kinds (i2, i4, r, d, n, m, b, c, v, t, by, da, ti, tt, ts, tz, iv, u, j, jb, ip,
+  ci, ma,
   bi, bv, p, pg, x, tv, tq, ar, ta, mo, ma2, pa, paa, sm, ra, mr, ls, o)
-values (-32768, 2147483647, 1.1754944e-38, 0.1 + 0.2, 'NaN', '-1.23', true, 'ab', 'é"', E'\\N\t\n\r\b\\.',
+values (-32768, 2147483647, 1.1754944e-38, 0.1 + 0.2, 'NaN', '-1.23', true, 'ab',
+  'é"', E'\\N\t\n\r\b\\.',
   '\x00ff5c', 'infinity', '24:00', '01:02+03', '-infinity', '2024-01-01 00:00:00.000001+14',
-  '-1 year 2 mons -3 days 04:05:06.7', '00000000-0000-0000-0000-000000000001', '{"a" :  1}', '{"a": [null]}',
-  '::1/64', '10/8', '08:00:2b:01:02:03', '101', '', '(1e300,-0)', '((0,0),(1,1),(2,0))', '<a>&amp;</a>',
-  'a:1A b', 'a & !b', '{{1,NULL},{3,4}}', array['NULL', null, 'a"b,{', ''], 'a\b', '{sad,"it''s",NULL}',
-  (1, 'x,"(y')::public.pair, array[(1, null)::public.pair], 99, '[1,5)', '{[1,2),[5,)}', 'FF/1', 4294967295),
-  (0, 0, 'Infinity', '-Infinity', 1e-200, 0, false, '', '', '', '', '4713-01-01 BC', '00:00', '00:00-15',
-  '294276-12-31 23:59:59.999999', '4713-01-01 BC', '0', 'ffffffff-ffff-ffff-ffff-ffffffffffff', 'null', '"\u00e9"',
-  '1.2.3.4', '::/0', 'ff:ff:ff:ff:ff:ff', '000', '1', '(NaN,0)', '((0,0))', '', '', '', '{}', '{}', 'sad', '{}',
+  '-1 year 2 mons -3 days 04:05:06.7', '00000000-0000-0000-0000-000000000001', '{"a" :  1}',
+  '{"a": [null]}',
+  '::1/64', '10/8', '08:00:2b:01:02:03', '101', '', '(1e300,-0)', '((0,0),(1,1),(2,0))',
+  '<a>&amp;</a>',
+  'a:1A b', 'a & !b', '{{1,NULL},{3,4}}', array['NULL', null,
+  'a"b,{', ''], 'a\b', '{sad,"it''s",NULL}',
+  (1, 'x,"(y')::public.pair, array[(1, null)::public.pair], 99,
+  '[1,5)', '{[1,2),[5,)}', 'FF/1', 4294967295),
+  (0, 0, 'Infinity', '-Infinity', 1e-200, 0, false, '', '', '', '', '4713-01-01 BC', '00:00',
+  '00:00-15',
+  '294276-12-31 23:59:59.999999', '4713-01-01 BC', '0', 'ffffffff-ffff-ffff-ffff-ffffffffffff',
+  'null', '"\u00e9"',
+  '1.2.3.4', '::/0', 'ff:ff:ff:ff:ff:ff', '000', '1', '(NaN,0)', '((0,0))', '', '', '', '{}', '{}',
+  'sad', '{}',
   (null, null)::public.pair, '{}', -5, 'empty', '{}', '0/0', 0);
-insert into public.plain select i, i::bigint << 32, repeat(chr(9 + i % 300), i % 50), i / 3.0, now(),
+insert into public.plain select i, i::bigint << 32, repeat(chr(9 + i % 300), i % 50), i / 3.0,
+  now(),
   decode(md5(i::text), 'hex'), md5(i::text)::uuid, i / 7.0 from generate_series(1, 1000) i;
-insert into public.plain values (null), (null), (1, null, '');
+insert into public.plain (a, b, c) values (null, null, null), (null, 1, null), (1, null, '');
 insert into "Odd S"."T.""x""
 " values (1, E'a\tb'), (null, null);
 insert into public.nothing default values; insert into public.nothing default values;
 insert into public.made_only default values; insert into public.made_only default values;
 insert into public.part values (1, 'a'), (11, 'b'), (12, null);
-insert into public.old values (1); insert into public.old_child values (2, 3);
+insert into public.old values (1); insert into public.old_child values (2, 3), (4, null);
 insert into public.log values (1);
 "#;
 
@@ -141,31 +153,28 @@ async fn every_kind_of_row_arrives_as_it_was() {
         "public.old",
         "public.old_child",
     ];
-    for format in [Format::Text, Format::Binary] {
-        for part_bytes in [1 << 30, 8192] {
-            let pair = Pair::new(TYPES);
-            pair.source(ROWS);
-            let (_holder, snapshot) = pair.holder().await;
-            pair.source("insert into public.plain values (-1)"); // after the snapshot
-            let options = Options { format, ..pair.options(part_bytes) };
-            let selection = Selection::parse(&[], &[], &["public.log".to_string()]).unwrap();
-            let mut tables = pair.tables().await;
-            tables.retain(|table| selection.has_rows(&table.name));
-            let progress = CopyProgress::new(&tables);
-            copy::run(&options, &tables, &snapshot, &progress).await.unwrap();
-            pair.source("delete from public.plain where a = -1");
-            for name in names {
-                pair.same(name);
-            }
-            assert_eq!(pair.target("select count(*) from public.log"), "0");
-            let seen = progress.snapshot();
-            assert_eq!(seen.rows, 3 + 1003 + 2 + 2 + 2 + 3 + 2, "{seen:?}");
-            assert_eq!(seen.fraction, 1.0);
-            assert!(seen.tables.iter().all(|table| table.is_done()), "{seen:?}");
-            let rows =
-                pair.target("select sum(rows) from walferry.table_copy where state = 'done'");
-            assert_eq!(rows, seen.rows.to_string());
+    for (format, part_bytes) in [(Format::Text, 8192), (Format::Binary, 1 << 30)] {
+        let pair = Pair::new(TYPES);
+        pair.source(ROWS);
+        let (_holder, snapshot) = pair.holder().await;
+        pair.source("insert into public.plain values (-1)"); // after the snapshot
+        let options = Options { format, ..pair.options(part_bytes) };
+        let selection = Selection::parse(&[], &[], &["public.log".to_string()]).unwrap();
+        let mut tables = pair.tables().await;
+        tables.retain(|table| selection.has_rows(&table.name));
+        let progress = CopyProgress::new(&tables);
+        copy::run(&options, &tables, &snapshot, &progress).await.unwrap();
+        pair.source("delete from public.plain where a = -1");
+        for name in names {
+            pair.same(name);
         }
+        assert_eq!(pair.target("select count(*) from public.log"), "0");
+        let seen = progress.snapshot();
+        assert_eq!(seen.rows, 3 + 1003 + 2 + 2 + 2 + 3 + 3, "{seen:?}");
+        assert_eq!(seen.fraction, 1.0);
+        assert!(seen.tables.iter().all(|table| table.is_done()), "{seen:?}");
+        let rows = pair.target("select sum(rows) from walferry.table_copy where state = 'done'");
+        assert_eq!(rows, seen.rows.to_string());
     }
 }
 
@@ -286,7 +295,8 @@ async fn peerdb_1750_a_lost_snapshot_costs_no_finished_table_and_mixes_nothing()
     blocker
         .execute(
             "create function public.wait() returns trigger language plpgsql as $$ begin \
-             if new.part = 4 then perform pg_catalog.pg_advisory_xact_lock(1); end if; return new; end $$; \
+             if new.part = 4 then perform pg_catalog.pg_advisory_xact_lock(1); end if; return new; \
+              end $$; \
              create trigger wait before update on walferry.table_copy for each row \
              execute function public.wait(); \
              alter table walferry.table_copy enable always trigger wait; \
@@ -302,10 +312,7 @@ async fn peerdb_1750_a_lost_snapshot_costs_no_finished_table_and_mixes_nothing()
             "select pg_terminate_backend(pid) from pg_stat_activity \
              where pid <> pg_backend_pid() and datname = 'source'",
         );
-        blocker
-            .execute("drop trigger if exists none on walferry.table_copy; select pg_catalog.pg_advisory_unlock(1)")
-            .await
-            .unwrap();
+        blocker.execute("select pg_catalog.pg_advisory_unlock(1)").await.unwrap();
     };
     let (outcome, ()) = tokio::join!(run, killing);
     let error = outcome.unwrap_err();
@@ -367,7 +374,8 @@ async fn a_table_rewritten_between_two_parts_is_read_again_whole() {
     pair.run(&options, &snapshot).await.unwrap();
     // As if the worker of part 2 had died, and VACUUM FULL had moved the rows before the next one.
     pair.target(
-        "update walferry.table_copy set state = 'todo' where part = 2; delete from public.wide where id % 3 = 0",
+        "update walferry.table_copy set state = 'todo' where part = 2; delete from public.wide \
+         where id % 3 = 0",
     );
     pair.source("delete from public.wide where id < 2000");
     pair.source("vacuum full public.wide");
@@ -434,15 +442,45 @@ async fn triggers_stay_quiet_or_the_copy_does_not_begin() {
     assert_eq!(pair.target("select count(*) from public.t"), "1");
 }
 
+/// A plain table into a partitioned one, emptied and read again under a second snapshot.
+#[tokio::test]
+async fn pgcopydb_949_a_partitioned_target_is_emptied_with_its_partitions() {
+    let pair = Pair::new("");
+    pair.source(WIDE);
+    pair.target(
+        "create table public.wide (id int primary key, n int, pad text) partition by hash (id); \
+         create table public.w0 partition of public.wide for values with (modulus 2, remainder 0); \
+         create table public.w1 partition of public.wide for values with (modulus 2, remainder 1)",
+    );
+    fill(&pair, 4_000);
+    let tables = pair.tables().await;
+    let options = pair.options(1 << 20);
+    let (_holder, snapshot) = pair.holder().await;
+    copy::run(&options, &tables, &snapshot, &CopyProgress::new(&tables)).await.unwrap();
+    pair.target("update walferry.table_copy set state = 'todo' where part = 1");
+    pair.source("insert into public.wide values (0, 0, '')");
+    let (_holder, snapshot) = pair.holder().await;
+    copy::run(&options, &tables, &snapshot, &CopyProgress::new(&tables)).await.unwrap();
+    assert_eq!(pair.target("select count(*), count(distinct id) from public.wide"), "4001|4001");
+}
+
 /// Rows of a SQL_ASCII database are bytes; they go through unchanged or are refused, never bent.
 #[tokio::test]
 async fn pgcopydb_874_bytes_of_sql_ascii_are_passed_on_or_refused() {
     let pair = Pair::new("");
     pair.server
-        .psql("postgres", "create database ascii encoding 'SQL_ASCII' lc_collate 'C' lc_ctype 'C' template template0")
+        .psql(
+            "postgres",
+            "create database ascii encoding 'SQL_ASCII' lc_collate 'C' lc_ctype 'C' \
+         template template0",
+        )
         .unwrap();
     pair.server
-        .psql("postgres", "create database ascii2 encoding 'SQL_ASCII' lc_collate 'C' lc_ctype 'C' template template0")
+        .psql(
+            "postgres",
+            "create database ascii2 encoding 'SQL_ASCII' lc_collate 'C' lc_ctype 'C' \
+         template template0",
+        )
         .unwrap();
     for dbname in ["ascii", "ascii2", "target"] {
         pair.server.psql(dbname, "create table public.t (a text)").unwrap();
@@ -468,7 +506,8 @@ async fn pgcopydb_874_bytes_of_sql_ascii_are_passed_on_or_refused() {
 #[tokio::test]
 #[ignore = "prints speeds, proves nothing"]
 async fn throughput_beside_psql() {
-    let table = "create table public.rows (id bigint, a int, b int, t timestamptz, f float8, name text, pad text)";
+    let table = "create table public.rows (id bigint, a int, b int, t timestamptz, f float8, name \
+     text, pad text)";
     let pair = Pair::new(table);
     pair.source(
         "insert into public.rows select i, i % 1000, i % 7, now() + i * interval '1 s', i / 3.0, \
