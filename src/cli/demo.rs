@@ -147,15 +147,16 @@ impl Stage {
             self.pooler.admin_uri(),
             self.pooler.ini_path().display()
         );
+        let (there, back) = ((&self.source, &self.target), (&self.target, &self.source));
         writer.reset_stalls();
         let cutover = self.flip("cutover", &route).await?;
         writer.committed_more(300).await;
         self.verify().await?;
-        let there_exact = self.compare_at_rest(writer, "after the cutover").await?;
+        let there_exact = self.compare_at_rest(writer, there, "after the cutover").await?;
         let rollback = self.flip("rollback", &route).await?;
         writer.committed_more(300).await;
         self.verify().await?;
-        let back_exact = self.compare_at_rest(writer, "after the rollback").await?;
+        let back_exact = self.compare_at_rest(writer, back, "after the rollback").await?;
         let (rows_copied, applied) = self.counted().await?;
         self.walferry(&["finish"]).await?;
         Ok(Story { rows_copied, applied, cutover, rollback, there_exact, back_exact })
@@ -183,10 +184,15 @@ impl Stage {
 
     /// The writer rests while both databases are read whole; verify's aligned point makes sure that
     /// the stream has brought everything over.
-    async fn compare_at_rest(&self, writer: &Writer, when: &str) -> anyhow::Result<bool> {
+    async fn compare_at_rest(
+        &self,
+        writer: &Writer,
+        (old, live): (&Server, &Server),
+        when: &str,
+    ) -> anyhow::Result<bool> {
         writer.pause().await;
         self.verify().await?;
-        let comparison = compare(&self.source.uri("app"), &self.target.uri("app")).await?;
+        let comparison = compare(&old.uri("app"), &live.uri("app")).await?;
         writer.resume();
         for difference in comparison.differences.iter().take(10) {
             self.say(difference);

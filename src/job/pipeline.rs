@@ -150,14 +150,14 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
     };
     let reader = source::Stream::open(&options.from, wanted).await?;
     let _ = ends.trouble.send(None);
-    let (mut queue, mut feed) = memory::queue(limit::BUFFER_BYTES);
+    let (mut queue, feed) = memory::queue(limit::BUFFER_BYTES);
     let (durable_tx, durable) = watch::channel(progress_lsn);
     let (positions, stop) = (ends.positions.clone(), ends.stop.clone());
     let mut reading =
         tokio::spawn(async move { reader.run(&mut queue, durable, &positions, stop).await });
     let (applied, hold, stop) = (ends.applied.clone(), ends.hold.clone(), ends.stop.clone());
     let mut applying =
-        tokio::spawn(async move { applier.run(&mut feed, &applied, hold, stop).await });
+        tokio::spawn(async move { applier.run(feed, &applied, hold, stop).await });
     let mut watching = ends.applied.subscribe();
     loop {
         tokio::select! {

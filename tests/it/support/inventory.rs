@@ -50,7 +50,7 @@ const QUERIES: &[&str] = &[
     "'prepared transaction', gid from pg_prepared_xacts",
     "'advisory lock', classid, objid from pg_locks where locktype = 'advisory'",
     "'session', application_name from pg_stat_activity \
-     where application_name like 'walferry%' and pid <> pg_backend_pid()",
+     where application_name like 'walferry%' and application_name <> 'walferry writer' and pid <> pg_backend_pid()",
 ];
 
 impl Inventory {
