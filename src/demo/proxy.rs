@@ -260,10 +260,11 @@ async fn pump(
         while let Some((due, bytes)) = receiver.recv().await {
             tokio::time::sleep_until(due).await;
             let rate = permission(&mut rules, holes).await;
+            // Counted first: who has received a byte finds it counted.
+            count.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             if bytes.is_empty() || to.write_all(&bytes).await.is_err() {
                 break;
             }
-            count.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             if let Some(rate) = rate {
                 tokio::time::sleep(Duration::from_secs_f64(bytes.len() as f64 / rate as f64)).await;
             }
