@@ -1,15 +1,21 @@
 //! A network that can be cut, stalled, delayed and throttled: a TCP proxy on loopback.
+//!
+//! It has a thread and a runtime of its own, so that a caller who blocks (on a server that stops,
+//! and for that waits for its walsenders to be read) does not hold up the bytes as well.
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
+
+use crate::clock::Deadline;
 
 /// Read at a time, and the grain of throttling.
 const READ_BYTES: usize = 16 << 10;
@@ -18,9 +24,14 @@ const READ_BYTES: usize = 16 << 10;
 /// holds.
 const READS_IN_FLIGHT: usize = 64;
 
+/// A change of rules takes effect within this, or its caller goes on without.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// What is done to connections now.
 #[derive(Clone, Debug, Default)]
 struct Rules {
+    /// Counts changes, so that one who made a change can see it done.
+    version: u64,
     /// Counts [`Proxy::cut_silently`]: connections made before the newest one, or while it lasts,
     /// never carry a byte again.
     holes: u64,
@@ -39,6 +50,8 @@ struct Counters {
     to_server: AtomicU64,
     from_server: AtomicU64,
     connections: AtomicU64,
+    /// Version of the rules that the listener and all connections follow.
+    version: AtomicU64,
 }
 
 /// A running proxy. Dropped, it closes everything.
@@ -47,21 +60,31 @@ pub struct Proxy {
     port: u16,
     _port_claim: std::net::TcpListener,
     server_port: u16,
-    rules: watch::Sender<Rules>,
+    /// Without it the thread ends.
+    rules: Option<watch::Sender<Rules>>,
     counters: Arc<Counters>,
-    acceptor: JoinHandle<()>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Proxy {
-    /// A proxy on a free port of 127.0.0.1 in front of another port there. Runs on the present
-    /// runtime.
-    pub async fn start(server_port: u16) -> io::Result<Proxy> {
+    /// A proxy on a free port of 127.0.0.1 in front of another port there.
+    pub fn start(server_port: u16) -> io::Result<Proxy> {
         let (port, claim) = super::server::free_port()?;
-        let listener = TcpListener::bind(("127.0.0.1", port)).await?;
+        let listener = std::net::TcpListener::bind(("127.0.0.1", port))?;
+        listener.set_nonblocking(true)?;
         let (rules, receiver) = watch::channel(Rules::default());
         let counters = Arc::new(Counters::default());
-        let acceptor = tokio::spawn(accept(listener, server_port, receiver, counters.clone()));
-        Ok(Proxy { port, _port_claim: claim, server_port, rules, counters, acceptor })
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let shared = counters.clone();
+        let thread = std::thread::Builder::new().name("proxy".to_string()).spawn(move || {
+            runtime.block_on(async {
+                if let Ok(listener) = TcpListener::from_std(listener) {
+                    accept(listener, server_port, receiver, shared).await;
+                }
+            });
+        })?;
+        let (_port_claim, thread) = (claim, Some(thread));
+        Ok(Proxy { port, _port_claim, server_port, rules: Some(rules), counters, thread })
     }
 
     /// The port to connect to.
@@ -77,13 +100,13 @@ impl Proxy {
 
     /// Closes all connections and refuses new ones, as a server that is down.
     pub fn cut(&self) {
-        self.rules.send_modify(|rules| rules.refusing = true);
+        self.change(|rules| rules.refusing = true);
     }
 
     /// Swallows every byte and says nothing, as a firewall that forgot us. New connections are
     /// taken and get no answer. Those that saw it stay dead after [`Proxy::restore`].
     pub fn cut_silently(&self) {
-        self.rules.send_modify(|rules| {
+        self.change(|rules| {
             rules.holes += 1;
             rules.in_hole = true;
         });
@@ -91,24 +114,39 @@ impl Proxy {
 
     /// Holds every byte back until [`Proxy::restore`], which delivers them.
     pub fn stall(&self) {
-        self.rules.send_modify(|rules| rules.stalled = true);
+        self.change(|rules| rules.stalled = true);
     }
 
     /// Adds this to every round trip.
     pub fn delay(&self, round_trip: Duration) {
-        self.rules.send_modify(|rules| rules.delay = round_trip / 2);
+        self.change(|rules| rules.delay = round_trip / 2);
     }
 
     /// Lets this many bytes a second through, on each connection in each direction.
     pub fn throttle(&self, bytes_per_second: u64) {
-        self.rules.send_modify(|rules| rules.rate = Some(bytes_per_second.max(1)));
+        self.change(|rules| rules.rate = Some(bytes_per_second.max(1)));
     }
 
     /// A good network again.
     pub fn restore(&self) {
-        self.rules.send_modify(|rules| {
+        self.change(|rules| {
             *rules = Rules { holes: rules.holes, ..Rules::default() };
         });
+    }
+
+    /// Blocks until it is done, for a moment: what a caller sends next meets the new rules.
+    fn change(&self, how: impl FnOnce(&mut Rules)) {
+        let Some(rules) = &self.rules else { return };
+        let mut version = 0;
+        rules.send_modify(|rules| {
+            version = rules.version + 1;
+            how(rules);
+            rules.version = version;
+        });
+        let deadline = Deadline::after(PATIENCE);
+        while self.counters.version.load(Ordering::Acquire) < version && !deadline.passed() {
+            std::thread::sleep(Duration::from_micros(200));
+        }
     }
 
     /// Bytes forwarded to the server so far.
@@ -129,7 +167,10 @@ impl Proxy {
 
 impl Drop for Proxy {
     fn drop(&mut self) {
-        self.acceptor.abort();
+        self.rules = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
@@ -144,13 +185,14 @@ async fn accept(
     let mut listener = Some(listener);
     let mut connections = JoinSet::new();
     loop {
-        let refusing = rules.borrow_and_update().refusing;
+        let Rules { refusing, version, .. } = rules.borrow_and_update().clone();
         if refusing {
             listener = None;
-            connections.abort_all();
+            connections.shutdown().await;
         } else if listener.is_none() {
             listener = TcpListener::bind(("127.0.0.1", port)).await.ok();
         }
+        counters.version.store(version, Ordering::Release);
         let incoming = async {
             match &listener {
                 Some(listener) => listener.accept().await,
@@ -218,10 +260,11 @@ async fn pump(
         while let Some((due, bytes)) = receiver.recv().await {
             tokio::time::sleep_until(due).await;
             let rate = permission(&mut rules, holes).await;
+            // Counted first: who has received a byte finds it counted.
+            count.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             if bytes.is_empty() || to.write_all(&bytes).await.is_err() {
                 break;
             }
-            count.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             if let Some(rate) = rate {
                 tokio::time::sleep(Duration::from_secs_f64(bytes.len() as f64 / rate as f64)).await;
             }

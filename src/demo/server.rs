@@ -63,8 +63,8 @@ pub struct Server {
 impl Server {
     /// Makes a cluster with the binaries in `bin` (a directory holding initdb and postgres) and
     /// starts it with wal_level=logical, fsync=off and `settings` (`name = value` lines; the last
-    /// one of a name wins). Blocks until it takes connections, some 0.2 s. Superuser `postgres`,
-    /// trust authentication on loopback.
+    /// one of a name wins). Blocks until it takes connections, for a fraction of a
+    /// second. Superuser `postgres`, trust authentication on loopback.
     pub fn start(bin: &Path, settings: &[&str]) -> io::Result<Server> {
         let server = Self::claim(bin)?;
         template::create(bin, &server.data_dir())?;

@@ -99,7 +99,8 @@ struct Orders {
     stopped: bool,
 }
 
-/// A running writer. Dropped, it stops at once, transactions half done.
+/// A running writer, on the present runtime: a caller that blocks its only thread (on a server's
+/// restart) holds the writer up too. Dropped, it stops at once, transactions half done.
 #[derive(Debug)]
 pub struct Writer {
     orders: watch::Sender<Orders>,
@@ -165,12 +166,19 @@ impl Writer {
         }
     }
 
-    /// Returns once `count` more transactions were committed than when it was called.
-    pub async fn committed_more(&self, count: u64) {
+    /// Returns true once `count` more transactions were committed than when it was called, false if
+    /// that has not happened within a minute.
+    #[must_use = "false means that the writer is stuck"]
+    pub async fn committed_more(&self, count: u64) -> bool {
         let due = lock(&self.stats).report.committed + count;
+        let deadline = Instant::now() + Duration::from_secs(60);
         while lock(&self.stats).report.committed < due {
+            if Instant::now() > deadline {
+                return false;
+            }
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
+        true
     }
 
     /// Forgets the stalls seen so far. One that is under way counts when it ends.

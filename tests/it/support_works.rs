@@ -56,7 +56,7 @@ async fn every_installed_major_starts_and_takes_the_writer() {
         let uri = server.uri("postgres");
         writer::create_schema(&uri, 1).await.unwrap();
         let writer = Writer::start(writer::Options::new(&uri)).await.unwrap();
-        writer.committed_more(300).await;
+        assert!(writer.committed_more(300).await);
         let report = writer.stop().await;
         assert_eq!(report.errors, Default::default(), "PostgreSQL {major}");
         let inventory = Inventory::take(&uri).await;
@@ -119,7 +119,7 @@ async fn the_writer_fails_nothing_and_knows_what_it_did() {
     let uri = server.uri("postgres");
     writer::create_schema(&uri, 1).await.unwrap();
     let writer = Writer::start(writer::Options::new(&uri)).await.unwrap();
-    writer.committed_more(3000).await;
+    assert!(writer.committed_more(3000).await);
     let report = writer.stop().await;
     println!("{report:?}");
     assert_eq!(report.errors, Default::default());
@@ -192,7 +192,7 @@ async fn the_comparison_names_what_differs() {
 #[tokio::test]
 async fn a_proxy_cuts_stalls_delays_and_throttles() {
     let server = support::server();
-    let proxy = Proxy::start(server.port()).await.unwrap();
+    let proxy = Proxy::start(server.port()).unwrap();
     let config = Config::parse(&proxy.uri(&server.uri("postgres"))).unwrap();
     let connect = || async { Session::connect(&config, Purpose::Sql).await };
     let quick = Duration::from_millis(300);
@@ -245,15 +245,15 @@ async fn the_writer_works_through_a_pooler_and_sees_its_pauses() {
         ..writer::Options::new(&bouncer.uri("postgres"))
     };
     let writer = Writer::start(options).await.unwrap();
-    writer.committed_more(200).await;
+    assert!(writer.committed_more(200).await);
     admin.execute("pause postgres").await.unwrap();
     tokio::time::sleep(Duration::from_millis(400)).await;
     admin.execute("resume postgres").await.unwrap();
-    writer.committed_more(200).await;
+    assert!(writer.committed_more(200).await);
     let report = writer.report_now();
     assert!(report.longest_stall >= Duration::from_millis(390), "{report:?}");
     writer.reset_stalls();
-    writer.committed_more(100).await;
+    assert!(writer.committed_more(100).await);
     let report = writer.stop().await;
     assert!(report.longest_stall < Duration::from_millis(390), "{report:?}");
     assert_eq!((report.errors, report.unknown), (Default::default(), 0));
@@ -264,19 +264,19 @@ async fn the_writer_lives_through_crashes_and_moves_and_loses_nothing() {
     let server = support::server();
     let uri = server.uri("postgres");
     writer::create_schema(&uri, 1).await.unwrap();
-    let proxy = Proxy::start(server.port()).await.unwrap();
+    let proxy = Proxy::start(server.port()).unwrap();
     let writer = Writer::start(writer::Options::new(&proxy.uri(&uri))).await.unwrap();
-    writer.committed_more(100).await;
+    assert!(writer.committed_more(100).await);
     proxy.cut();
     until("connections fail", || async { writer.report_now().failed_connects > 3 }).await;
     proxy.restore();
-    writer.committed_more(100).await;
+    assert!(writer.committed_more(100).await);
     server.kill9().unwrap();
     server.resume().unwrap();
-    writer.committed_more(100).await;
+    assert!(writer.committed_more(100).await);
     writer.set_uri(&uri).unwrap();
     proxy.cut();
-    writer.committed_more(100).await;
+    assert!(writer.committed_more(100).await);
 
     writer.pause().await;
     let paused = writer.report_now();
@@ -284,7 +284,7 @@ async fn the_writer_lives_through_crashes_and_moves_and_loses_nothing() {
     assert!(verdict.is_exact() && verdict.found == paused.committed, "{verdict:?}");
     assert_eq!(writer.report_now().committed, paused.committed);
     writer.resume();
-    writer.committed_more(10).await;
+    assert!(writer.committed_more(10).await);
     let report = writer.stop().await;
     assert!(report.failed_statements > 0 && report.errors.contains_key("connection lost"));
     let verdict = ledger::check(&uri, &report.ledger).await.unwrap();
