@@ -150,11 +150,15 @@ impl Stage {
         let (there, back) = ((&self.source, &self.target), (&self.target, &self.source));
         writer.reset_stalls();
         let cutover = self.flip("cutover", &route).await?;
-        writer.committed_more(300).await;
+        if !writer.committed_more(300).await {
+            bail!("the writer is stuck");
+        }
         self.verify().await?;
         let there_exact = self.compare_at_rest(writer, there, "after the cutover").await?;
         let rollback = self.flip("rollback", &route).await?;
-        writer.committed_more(300).await;
+        if !writer.committed_more(300).await {
+            bail!("the writer is stuck");
+        }
         self.verify().await?;
         let back_exact = self.compare_at_rest(writer, back, "after the rollback").await?;
         let (rows_copied, applied) = self.counted().await?;

@@ -66,7 +66,7 @@ async fn there_and_back(majors: (u32, u32)) {
     assert!(refused.contains("this database has moved"), "{refused}");
 
     let second = writer(&ends.target_uri(), 200.0, 100).await;
-    second.committed_more(100).await;
+    assert!(second.committed_more(100).await, "the writer is stuck");
     ends.done(&["verify"]).await;
     ends.done(&["rollback"]).await;
     let second = second.stop().await;
@@ -140,7 +140,7 @@ async fn both_servers_restart_in_every_phase() {
         (&ends.target, StopMode::Fast),
         (&ends.source, StopMode::Fast),
     ] {
-        writer.committed_more(20).await;
+        assert!(writer.committed_more(20).await, "the writer is stuck");
         server.restart(mode).unwrap();
     }
     let report = writer.stop().await;
