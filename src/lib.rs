@@ -18,5 +18,8 @@ pub mod pg;
 // Floor 2: pure decoding, and what a server says of itself.
 pub mod catalog;
 
+// Floor 3: stages. They never import each other.
+pub mod route;
+
 // Floor 6: edges.
 pub mod demo;

@@ -7,6 +7,7 @@ mod check;
 mod copy;
 mod decode;
 mod pg;
+mod route;
 mod schema;
 mod source;
 mod support;
