@@ -121,12 +121,19 @@ impl Session {
     /// Runs one or more statements by the simple protocol; several without BEGIN are one
     /// transaction. Gives the row count of the last command tag, 0 where it has none.
     pub async fn execute(&mut self, sql: &str) -> Result<u64> {
-        Ok(self.simple(sql).await?.1)
+        Ok(self.simple(sql).await?.count)
     }
 
     /// Runs statements by the simple protocol and gives the rows of all of them, as text.
     pub async fn query(&mut self, sql: &str) -> Result<Vec<Row>> {
-        Ok(self.simple(sql).await?.0)
+        Ok(self.simple(sql).await?.rows)
+    }
+
+    /// Like [`Session::query`], with the column names of the last result before the rows: for
+    /// answers whose columns differ by version and cannot be chosen, as a pooler's SHOW.
+    pub async fn query_with_columns(&mut self, sql: &str) -> Result<(Vec<String>, Vec<Row>)> {
+        let answer = self.simple(sql).await?;
+        Ok((answer.columns, answer.rows))
     }
 
     /// Runs one statement with parameters in text form, types inferred by the server.
@@ -157,7 +164,7 @@ impl Session {
         built.map_err(|e| self.protocol(format!("cannot encode query: {e}")))?;
         self.begin_exchange()?;
         self.send(&out).await?;
-        Ok(self.collect().await?.0)
+        Ok(self.collect().await?.rows)
     }
 
     /// The one row of a query; no row or several is an error.
@@ -204,7 +211,7 @@ impl Session {
         }
     }
 
-    async fn simple(&mut self, sql: &str) -> Result<(Vec<Row>, u64)> {
+    async fn simple(&mut self, sql: &str) -> Result<Answer> {
         let mut out = BytesMut::new();
         frontend::query(sql, &mut out)
             .map_err(|e| self.protocol(format!("cannot encode query: {e}")))?;
@@ -214,20 +221,23 @@ impl Session {
     }
 
     /// Reads up to ReadyForQuery; the first error is given after it.
-    async fn collect(&mut self) -> Result<(Vec<Row>, u64)> {
-        let mut rows = Vec::new();
-        let mut count = 0;
+    async fn collect(&mut self) -> Result<Answer> {
+        let mut answer = Answer::default();
         let mut failure = None;
         loop {
             match self.receive().await {
-                Ok(Message::DataRow(body)) => rows.push(self.row(&body)?),
+                Ok(Message::DataRow(body)) => answer.rows.push(self.row(&body)?),
+                Ok(Message::RowDescription(body)) => {
+                    let names = body.fields().map(|f| Ok(f.name().to_string())).collect();
+                    answer.columns = names.unwrap_or_default();
+                }
                 Ok(Message::CommandComplete(body)) => {
                     let tag = body.tag().unwrap_or_default();
-                    count = tag.rsplit(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
+                    answer.count = tag.rsplit(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
                 }
                 Ok(Message::ReadyForQuery(body)) => {
                     self.end_exchange(body.status());
-                    return failure.map_or(Ok((rows, count)), Err);
+                    return failure.map_or(Ok(answer), Err);
                 }
                 Ok(Message::CopyInResponse(_) | Message::CopyOutResponse(_)) => {
                     return Err(self.protocol("COPY in an ordinary query".to_string()));
@@ -349,6 +359,14 @@ impl Session {
     pub(super) fn protocol(&self, detail: String) -> Error {
         Error::Protocol { peer: self.peer.clone(), detail }
     }
+}
+
+/// All that came before ReadyForQuery.
+#[derive(Default)]
+struct Answer {
+    columns: Vec<String>,
+    rows: Vec<Row>,
+    count: u64,
 }
 
 /// Cancels what a session is doing.

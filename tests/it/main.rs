@@ -8,6 +8,7 @@ mod copy;
 mod decode;
 mod job;
 mod pg;
+mod route;
 mod schema;
 mod source;
 mod support;

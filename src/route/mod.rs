@@ -1,0 +1,253 @@
+//! Routes: where clients find the data, and how they are led to the other side.
+//!
+//! A cutover holds clients where it can, stops writers, waits for the target, and then flips every
+//! route. Each route has the same five steps, and each step may be repeated, because walferry may
+//! die between any two of them:
+//!
+//! ```text
+//! check ──▶ hold ──▶ switch ──▶ release        check changes nothing
+//!             │         │          │
+//!             └────▶ undo ◀────────┘           back to before hold, from wherever we are
+//! ```
+//!
+//! - **hook** runs a command of the user's with the phase in its environment: DNS, a load balancer,
+//!   a secret store, an orchestrator. It cannot hold clients.
+//! - **pgbouncer** holds clients with PAUSE, rewrites host, port and dbname of one line of
+//!   pgbouncer.ini, has it read with RELOAD, and lets clients go with RESUME. They see a delay and
+//!   no error. PAUSE waits for every open transaction while all other clients queue behind it, so
+//!   one forgotten transaction would stop the application: [`Route::hold`] gives up after its wait
+//!   and resumes.
+//!
+//! What survives a crash: the line in pgbouncer.ini as it was, in a file beside it
+//! (`pgbouncer.ini.walferry_<job>_<dbname>`, written before the first change, same owner, mode
+//! 0600), so that undo and rollback restore it byte for byte, host aliases included. A paused
+//! pgbouncer stays paused until [`Route::release`] or [`Route::undo`]; a pgbouncer that restarts
+//! forgets that it was paused.
+//!
+//! Left out: several pgbouncers behind one address (give one route each), and rewriting what a
+//! `%include` brings in (give the included file's path).
+
+mod hook;
+mod ini;
+mod pgbouncer;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub use hook::Hook;
+pub use pgbouncer::Pgbouncer;
+
+use crate::fault::{Fault, Faulty};
+use crate::id::Stream;
+use crate::pg::{self, Config};
+
+/// Result with this room's error.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What a step of a route is about.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// The job's name.
+    pub job: String,
+    /// `Forward` is the cutover to the target, `Reverse` the rollback to the source.
+    pub flip: Stream,
+    /// Where rows come from in the forward direction.
+    pub source: Config,
+    /// Where they go.
+    pub target: Config,
+}
+
+/// One way by which clients find the data.
+#[derive(Clone, Debug)]
+pub enum Route {
+    /// A command of the user's.
+    Hook(Hook),
+    /// A database of a pgbouncer.
+    Pgbouncer(Box<Pgbouncer>),
+}
+
+/// Why a step was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The text is not a route.
+    #[error("{0}; a route is hook:COMMAND or pgbouncer:ADMIN_URI,INI_PATH,DBNAME")]
+    Usage(String),
+    /// Clients could not be held in time. They have been let go again.
+    #[error(
+        "database \"{dbname}\" of {peer} was still in use after {wait_ms} ms of PAUSE, so clients \
+         were let go on: {reason}; end the longest transaction there, or try again with more time"
+    )]
+    Busy {
+        /// The pooler.
+        peer: String,
+        /// Its database.
+        dbname: String,
+        /// How long was waited.
+        wait_ms: u128,
+        /// What PAUSE waits for in this pool mode.
+        reason: &'static str,
+    },
+    /// The command failed, or took too long and was killed with all its children.
+    #[error("hook \"{command}\" in phase {phase}: {outcome}{said}")]
+    Hook {
+        /// The command, cleaned of secrets.
+        command: String,
+        /// `check`, `hold`, `switch`, `release` or `undo`.
+        phase: &'static str,
+        /// Exit status or time-out.
+        outcome: String,
+        /// The end of its stderr, cleaned of secrets; empty or beginning with `: `.
+        said: String,
+    },
+    /// pgbouncer.ini, or the copy beside it, cannot be used.
+    #[error("{}: {detail}", path.display())]
+    File {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        detail: String,
+    },
+    /// pgbouncer is not set up so that this route can work.
+    #[error("{peer}: {detail}")]
+    Setup {
+        /// The pooler.
+        peer: String,
+        /// What is wrong, and what to do.
+        detail: String,
+    },
+    /// The admin console failed.
+    #[error("pgbouncer, {doing}: {source}")]
+    Console {
+        /// The command.
+        doing: String,
+        /// How.
+        source: pg::Error,
+    },
+    /// The server that clients should be led to cannot be found.
+    #[error("choosing the host that clients shall use: {0}")]
+    Destination(pg::Error),
+}
+
+impl Faulty for Error {
+    fn fault(&self) -> Fault {
+        match self {
+            Error::Busy { .. } => Fault::Retry,
+            Error::Console { source, .. } | Error::Destination(source) => source.fault(),
+            _ => Fault::Stop,
+        }
+    }
+}
+
+impl Route {
+    /// Reads `hook:COMMAND` or `pgbouncer:ADMIN_URI,INI_PATH,DBNAME`.
+    pub fn parse(text: &str) -> Result<Route> {
+        match text.split_once(':') {
+            Some(("hook", command)) => Hook::parse(command).map(Route::Hook),
+            Some(("pgbouncer", rest)) => {
+                Pgbouncer::parse(rest).map(|p| Route::Pgbouncer(Box::new(p)))
+            }
+            _ => Err(Error::Usage("there is no such kind of route".to_string())),
+        }
+    }
+
+    /// True if clients can be held here. Such routes switch before others: whoever asks them
+    /// waits, and finds everything else switched when let go.
+    pub fn holds(&self) -> bool {
+        matches!(self, Route::Pgbouncer(_))
+    }
+
+    /// Reachable, allowed, and what is to be changed found. Changes nothing.
+    pub async fn check(&self, context: &Context) -> Result<()> {
+        match self {
+            Route::Hook(hook) => hook.run("check", context, None).await,
+            Route::Pgbouncer(pooler) => pooler.check(context).await,
+        }
+    }
+
+    /// Makes clients wait before their next transaction. Where that is not complete within
+    /// `wait` they are let go, and the error is [`Error::Busy`]: nobody waits longer than about
+    /// `wait`. Not cancel-safe: after dropping the future, call [`Route::undo`].
+    pub async fn hold(&self, context: &Context, wait: Duration) -> Result<()> {
+        match self {
+            Route::Hook(hook) => hook.run("hold", context, Some(wait)).await,
+            Route::Pgbouncer(pooler) => pooler.hold(wait).await,
+        }
+    }
+
+    /// Leads clients to where the flip goes. Repeating it does no harm.
+    pub async fn switch(&self, context: &Context) -> Result<()> {
+        match self {
+            Route::Hook(hook) => hook.run("switch", context, None).await,
+            Route::Pgbouncer(pooler) => pooler.switch(context).await,
+        }
+    }
+
+    /// Lets clients go. Repeating it does no harm.
+    pub async fn release(&self, context: &Context) -> Result<()> {
+        match self {
+            Route::Hook(hook) => hook.run("release", context, None).await,
+            Route::Pgbouncer(pooler) => pooler.release(context).await,
+        }
+    }
+
+    /// Back to before [`Route::hold`], whatever was reached, also after a crash of ours: clients
+    /// are led where they were, then let go. Repeating it does no harm.
+    pub async fn undo(&self, context: &Context) -> Result<()> {
+        match self {
+            Route::Hook(hook) => hook.run("undo", context, None).await,
+            Route::Pgbouncer(pooler) => pooler.undo(context).await,
+        }
+    }
+
+    /// Removes what was kept for a way back. For `finish`, when there is none any more.
+    pub async fn forget(&self, context: &Context) -> Result<()> {
+        match self {
+            Route::Hook(_) => Ok(()),
+            Route::Pgbouncer(pooler) => pooler.forget(context),
+        }
+    }
+}
+
+/// The route for people, without secrets.
+impl std::fmt::Display for Route {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Route::Hook(hook) => write!(f, "{hook}"),
+            Route::Pgbouncer(pooler) => write!(f, "{pooler}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_route_that_cannot_be_read_shows_the_form_and_no_secret() {
+        for text in [
+            "",
+            "hook",
+            "hook: ",
+            "dns:x",
+            "pgbouncer:postgres://u:hush@h/",
+            "pgbouncer:postgres://u:hush@h/,pgbouncer.ini",
+            "pgbouncer:postgres://u:hush@h/,,db",
+            "pgbouncer:postgres://u:hush@h:x/,/p.ini,db",
+            "pgbouncer:postgres://u:hu,sh@h/?bad=1,/p.ini,db",
+        ] {
+            let said = Route::parse(text).map(|_| ()).unwrap_err().to_string();
+            assert!(said.contains("pgbouncer:ADMIN_URI,INI_PATH,DBNAME"), "{text}: {said}");
+            assert!(!said.contains("hush"), "{text}: {said}");
+        }
+    }
+
+    #[test]
+    fn a_route_shown_to_people_has_no_password() {
+        let route = Route::parse("pgbouncer:postgres://u:hush@h:6432/,/etc/p.ini,shop").unwrap();
+        assert!(route.holds());
+        assert_eq!(route.to_string(), "pgbouncer h:6432, /etc/p.ini, shop");
+        let route = Route::parse("hook:./flip.sh --password=hush postgres://u:hush@h/d").unwrap();
+        assert!(!route.holds());
+        assert!(!route.to_string().contains("hush"), "{route}");
+    }
+}

@@ -1,0 +1,15 @@
+//! Routes against a real pgbouncer between two servers, and against real commands.
+
+mod hook;
+mod pgbouncer;
+
+use walferry::id::Stream;
+use walferry::pg::Config;
+use walferry::route::Context;
+
+use crate::support;
+
+fn context(flip: Stream, source: &str, target: &str) -> Context {
+    let config = |text| Config::parse_with(text, &|_| None).unwrap();
+    Context { job: "shop".to_string(), flip, source: config(source), target: config(target) }
+}
