@@ -21,5 +21,8 @@ pub mod catalog;
 // Floor 3: stages.
 pub mod verify;
 
+// Floor 5: the job.
+pub mod job;
+
 // Floor 6: edges.
 pub mod demo;
