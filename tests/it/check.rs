@@ -131,13 +131,24 @@ async fn settings_that_refuse_a_stream_are_found_and_mended_by_a_restart() {
         "max_connections = 15",
     ];
     let world = World::new(&small, &small);
+    world.sql(Source, "select pg_replication_origin_create('another')").await;
+    world.sql(Target, "select pg_replication_origin_create('another')").await;
     let report = world.check().await;
     assert!(!report.ready());
     for side in [Source, Target] {
         let of_side = |f: &&Finding| f.side == side && f.level == Error;
         let found: Vec<&Finding> = report.findings.iter().filter(of_side).collect();
         let codes: Vec<&str> = found.iter().map(|f| f.code).collect();
-        assert_eq!(codes, ["few-connections", "no-free-slot", "no-free-wal-sender", "wal-level"]);
+        assert_eq!(
+            codes,
+            [
+                "few-connections",
+                "no-free-origin",
+                "no-free-slot",
+                "no-free-wal-sender",
+                "wal-level"
+            ]
+        );
         for finding in found {
             world.mend(finding).await;
         }
@@ -198,8 +209,9 @@ async fn every_missing_right_is_found_with_its_grant() {
             Source,
             "create role owner; create role mover login; create schema app authorization owner; \
              set role owner; create table app.t (id serial primary key); \
+             insert into app.t default values; \
              alter table app.t enable row level security; \
-             alter table app.t force row level security; insert into app.t default values",
+             alter table app.t force row level security",
         )
         .await;
     world.sql(Target, "create role mover login; create role owner").await;
@@ -249,6 +261,14 @@ async fn a_refused_replication_connection_is_told_from_a_missing_right() {
     let report = world.check().await;
     find(&report, "no-free-wal-sender", "max_wal_senders");
     assert!(find(&report, "replication-connection", "role postgres").message.contains("pg_hba"));
+    // Where a managed service has a role for it, that is what is granted (PeerDB#1118).
+    world.sql(Source, "create role mover login; create role rds_replication").await;
+    let mut config = config;
+    config.user = "mover".to_string();
+    let target = world.config(Target, "postgres");
+    let report = run(&config, &target, world.options.clone()).await.unwrap();
+    let fix = find(&report, "replication-right", "role mover").fix.clone();
+    assert_eq!(fix.as_deref(), Some("GRANT rds_replication TO \"mover\";"));
 }
 
 #[tokio::test]
@@ -272,7 +292,8 @@ async fn tables_whose_updates_would_fail_once_published_are_found() {
              alter table public.nothing replica identity nothing; \
              insert into public.nothing values (1); \
              create table public.fine (a int primary key); \
-             create table public.full_row (a int); alter table public.full_row replica identity full; \
+             create table public.full_row (a int); \
+             alter table public.full_row replica identity full; \
              create table public.parent (a int) partition by range (a); \
              create table public.part partition of public.parent for values from (0) to (10); \
              create table public.left_out (a int); insert into public.left_out values (1)",
@@ -317,7 +338,8 @@ async fn tables_that_move_in_a_special_way_are_told() {
         .sql(
             Source,
             "create unlogged table public.u (a int primary key); \
-             create function public.f() returns trigger language plpgsql as 'begin return new; end'; \
+             create function public.f() returns trigger language plpgsql \
+                as 'begin return new; end'; \
              create table public.t (a int primary key); \
              create trigger \"on A\" before insert on public.t execute function public.f(); \
              create trigger on_b before insert on public.t execute function public.f(); \
@@ -649,6 +671,7 @@ async fn versions_are_compared() {
     );
     let report = run(&old, &new, options.clone()).await.unwrap();
     assert!(report.findings.iter().all(|f| f.code != "target-older"));
+    find(&report, "profile", "role postgres");
     let report = run(&new, &old, options).await.unwrap();
     assert_eq!(find(&report, "target-older", "PostgreSQL 10").level, Warning);
 }
@@ -663,4 +686,24 @@ async fn a_standby_is_refused() {
     let report = world.check().await;
     assert_eq!(find(&report, "standby", "postgres").level, Error);
     assert_eq!(find(&report, "standby", "postgres").side, Target);
+}
+
+#[tokio::test]
+async fn what_a_role_may_not_ask_is_a_warning_and_not_the_end() {
+    let mut world = World::new(&[], &[]);
+    world
+        .sql(
+            Source,
+            "create role mover login replication; grant create on database postgres to mover; \
+             revoke select on pg_catalog.pg_prepared_xacts from public; \
+             revoke select on pg_catalog.pg_subscription from public",
+        )
+        .await;
+    world.sql(Target, "create role mover login superuser").await;
+    world.role = "mover".to_string();
+    let report = world.check().await;
+    for what in ["prepared transactions", "publications"] {
+        assert_eq!(find(&report, "unreadable", what).level, Warning);
+    }
+    find(&report, "wal-forecast", "max_slot_wal_keep_size");
 }

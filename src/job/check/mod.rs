@@ -9,8 +9,8 @@
 //! says of itself; compare; measure the WAL rate over a second. Rights are tried where trying is
 //! harmless (`SET LOCAL session_replication_role`), since clouds grant what the catalogs deny.
 //!
-//! Nothing is written anywhere, so nothing survives a crash. A question that the role may not ask
-//! becomes a warning, never the end of the check.
+//! Nothing is written anywhere, so nothing survives a crash. A question that a server refuses to
+//! answer becomes a warning, never the end of the check.
 //!
 //! Left out: free disk space, which SQL does not show (sizes are told instead); what a route needs,
 //! which the route asks itself; the rows (that is what verify is for).
@@ -114,12 +114,13 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
 }
 
 impl Check<'_> {
-    /// Adds what a part of the check found; a refusal for lack of rights becomes a warning.
+    /// Adds what a part of the check found; a refusal by the server becomes a warning.
     fn take(&mut self, side: Side, what: &str, found: pg::Result<Vec<Finding>>) -> pg::Result<()> {
         match found {
             Ok(found) => self.findings.extend(found),
-            Err(error) if error.code() == Some("42501") => {
-                let message = format!("cannot be looked at with the rights of this role: {error}");
+            // Seen besides missing rights: an extension's control file that the server cannot read.
+            Err(error) if error.code().is_some() && !error.is_closed() => {
+                let message = format!("cannot be looked at, look yourself: {error}");
                 self.findings.push(Finding::warning(side, "unreadable", what, message));
             }
             Err(error) => return Err(error),

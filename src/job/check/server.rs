@@ -105,40 +105,45 @@ fn capacity(end: &End, options: &CheckOptions) -> Vec<Finding> {
         let fix = "ALTER SYSTEM SET wal_level = 'logical';\n-- then restart the server";
         findings.push(Finding::error(end.side, "wal-level", "wal_level", message).fix(fix));
     }
-    let mut room = |code, setting: &'static str, used: i64, needed: i64, what: &str| {
+    // Until 17 the number of origins was bound by the number of slots.
+    let origins_setting = if end.setting("max_active_replication_origins").is_some() {
+        "max_active_replication_origins"
+    } else {
+        "max_replication_slots"
+    };
+    let (slots, origins) = (end.facts.slots_used, end.facts.origins_used);
+    let slots_wanted = match origins_setting {
+        "max_replication_slots" => (slots + SLOTS_NEEDED).max(origins + 1),
+        _ => slots + SLOTS_NEEDED,
+    };
+    let mut room = |code, setting: &str, used: i64, needed: i64, wanted: i64, what: &str| {
         let limit = end.number(setting);
         if limit - used < needed {
             let message = format!(
                 "is {limit}, {used} in use: {needed} more needed for {what}{way_back}; needs a \
                  restart"
             );
-            let fix = format!(
-                "ALTER SYSTEM SET {setting} = {};\n-- then restart the server",
-                used + needed
-            );
+            let fix = format!("ALTER SYSTEM SET {setting} = {wanted};\n-- then restart the server");
             findings.push(Finding::error(end.side, code, setting, message).fix(fix));
         }
     };
+    let streams = "the stream and a verify";
     if decodes {
-        let slots = "the stream and a verify";
-        let used = end.facts.slots_used;
-        room("no-free-slot", "max_replication_slots", used, SLOTS_NEEDED, slots);
-        let senders = "the stream and a verify";
+        let (code, setting) = ("no-free-slot", "max_replication_slots");
+        room(code, setting, slots, SLOTS_NEEDED, slots_wanted, streams);
+        let (code, setting) = ("no-free-wal-sender", "max_wal_senders");
         let used = end.facts.wal_senders_used;
-        room("no-free-wal-sender", "max_wal_senders", used, WAL_SENDERS_NEEDED, senders);
+        room(code, setting, used, WAL_SENDERS_NEEDED, used + WAL_SENDERS_NEEDED, streams);
     }
     if end.side == Side::Target || options.reverse {
-        // Until 17 the number of origins was bound by the number of slots.
-        let setting = if end.setting("max_active_replication_origins").is_some() {
-            "max_active_replication_origins"
-        } else {
-            "max_replication_slots"
-        };
-        room("no-free-origin", setting, end.facts.origins_used, 1, "the replication origin");
+        let shared = origins_setting == "max_replication_slots";
+        let wanted = if shared { slots_wanted } else { origins + 1 };
+        room("no-free-origin", origins_setting, origins, 1, wanted, "the replication origin");
     }
     let used = end.facts.connections_used + end.number("superuser_reserved_connections");
     let needed = CONNECTIONS_NEEDED + options.copy_jobs as i64;
-    room("few-connections", "max_connections", used, needed, "the copy and the streams");
+    let what = "the copy and the streams";
+    room("few-connections", "max_connections", used, needed, used + needed, what);
     findings
 }
 

@@ -98,8 +98,8 @@ impl Check<'_> {
             self.findings.push(if has_rows(&mut self.target.session, &name).await? {
                 // No statement is printed that would take rows away.
                 let message = "exists already, with rows: walferry copies only into tables it \
-                     makes itself. Use another database, exclude the table, or drop it if its rows are \
-                     of no use";
+                     makes itself. Use another database, exclude the table, or drop it if its rows \
+                     are of no use";
                 Finding::error(Side::Target, "target-table-has-rows", object, message)
             } else {
                 let message = "exists already: walferry copies only into tables it makes itself";
