@@ -14,6 +14,7 @@ impl Check<'_> {
             versions.extend(version_of(&path).await);
         }
         versions.sort_unstable();
+        versions.dedup();
         self.findings.extend(judge(&versions, source));
     }
 }
