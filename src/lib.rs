@@ -34,9 +34,6 @@ pub mod cutover;
 // Floor 5: the job.
 pub mod job;
 
-// Floor 3: stages. They never import each other.
-pub mod route;
-
 // Floor 6: edges.
 pub mod cli;
 pub mod config;

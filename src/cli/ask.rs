@@ -73,12 +73,7 @@ impl Asker {
     }
 
     /// Asks and waits for the answer, up to `wait`; a runner that dies meanwhile is replaced.
-    pub async fn ask(
-        &mut self,
-        verb: &str,
-        args: &Value,
-        wait: Duration,
-    ) -> anyhow::Result<Value> {
+    pub async fn ask(&mut self, verb: &str, args: &Value, wait: Duration) -> anyhow::Result<Value> {
         let id = self.client.post(verb, args).await?;
         let deadline = crate::clock::Deadline::after(wait);
         let mut turns = 0_u32;
@@ -90,7 +85,7 @@ impl Asker {
                 return Err(job::Error::NoAnswer { verb: verb.to_string(), wait }.into());
             }
             turns += 1;
-            if turns % 40 == 0 {
+            if turns.is_multiple_of(40) {
                 self.ensure_runner().await?;
             }
             tokio::time::sleep(Duration::from_millis(25)).await;

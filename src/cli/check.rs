@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use super::options::JobArgs;
 use super::print;
 use crate::catalog::Selection;
-use crate::job::check::{self, CheckOptions, Level};
 use crate::job;
+use crate::job::check::{self, CheckOptions, Level};
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]
@@ -24,20 +24,12 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let options = &config.options;
     let selection = Selection::parse(&options.include, &options.exclude, &options.schema_only)
         .map_err(job::Error::from)?;
-    let report = check::run(
-        &config.source,
-        &config.target,
-        &CheckOptions {
-            job: config.job.clone(),
-            selection,
-            copy_jobs: config.jobs,
-            owners: config.owners,
-        },
-    )
-    .await
-    .map_err(job::Error::from)?;
+    let mut wanted = CheckOptions::new(config.job.clone());
+    wanted.selection = selection;
+    wanted.copy_jobs = config.jobs;
+    let report = check::run(&config.source, &config.target, wanted).await?;
     if args.json {
-        print::json(&serde_json::json!({ "ready": report.ready(), "findings": report.findings }))?;
+        print::json(&report)?;
     } else {
         for finding in &report.findings {
             let level = match finding.level {

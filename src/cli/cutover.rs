@@ -31,8 +31,8 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<ExitCode> {
     let request = request(stream, job, args)?;
     let mut asker = Asker::connect(&job.job()?).await?;
-    let wait = Duration::from_millis(request.timeout_ms + request.max_hold_ms)
-        + Duration::from_secs(120);
+    let wait =
+        Duration::from_millis(request.timeout_ms + request.max_hold_ms) + Duration::from_secs(120);
     let answer = asker.ask("flip", &serde_json::to_value(&request)?, wait).await;
     let own = asker.is_own();
     let closed = asker.close().await;
@@ -70,9 +70,7 @@ fn request(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<Fli
         Route::parse(route).map_err(|e| value("--route", e.to_string()))?;
     }
     let fence = args.fence.clone().or(file.fence).unwrap_or_else(|| "lock".to_string());
-    fence
-        .parse::<crate::cutover::FenceKind>()
-        .map_err(|e| value("--fence", e.to_string()))?;
+    fence.parse::<crate::cutover::FenceKind>().map_err(|e| value("--fence", e.to_string()))?;
     Ok(FlipRequest {
         flip: stream.to_string(),
         attempt: format!("{:016x}", fastrand::u64(..)),
@@ -87,9 +85,8 @@ fn request(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<Fli
 }
 
 fn show(stream: Stream, dry_run: bool, outcome: &Value) {
-    for step in outcome["steps"].as_array().into_iter().flatten() {
-        let name = step["name"].as_str().unwrap_or_default();
-        println!("{:>10.1} ms  {name}", step["ms"].as_f64().unwrap_or_default());
+    for step in print::list(outcome, "/steps") {
+        println!("{:>10.1} ms  {}", print::number(step, "/ms"), print::text(step, "/name"));
     }
     let side = if stream == Stream::Forward { "target" } else { "source" };
     if dry_run {
@@ -98,7 +95,7 @@ fn show(stream: Stream, dry_run: bool, outcome: &Value) {
     }
     println!(
         "switched to the {side} at {}; writers were held for {:.1} ms",
-        outcome["switched_lsn"].as_str().unwrap_or_default(),
-        outcome["fenced_ms"].as_f64().unwrap_or_default()
+        print::text(outcome, "/switched_lsn"),
+        print::number(outcome, "/fenced_ms")
     );
 }

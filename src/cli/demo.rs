@@ -128,10 +128,11 @@ impl Stage {
     async fn until_phase(&self, phase: &str) -> anyhow::Result<()> {
         loop {
             let status = self.status().await?;
-            if status["phase"] == phase {
+            if print::text(&status, "/phase") == phase {
                 return Ok(());
             }
-            if let Some(error) = status["error"].as_str().filter(|_| status["runner"].is_null()) {
+            let error = print::text(&status, "/error");
+            if !error.is_empty() && print::text(&status, "/runner").is_empty() {
                 bail!("the run stopped: {error}");
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
@@ -168,10 +169,7 @@ impl Stage {
 
     async fn verify(&self) -> anyhow::Result<()> {
         let report: Value = serde_json::from_str(&self.walferry(&["verify", "--json"]).await?)?;
-        let rows: u64 = report["tables"]
-            .as_array()
-            .map(|tables| tables.iter().filter_map(|t| t["rows"].as_u64()).sum())
-            .unwrap_or_default();
+        let rows = sum(&report, "/tables", "/rows");
         self.say(&format!("equal, {} rows, both sides live", print::count(rows)));
         Ok(())
     }
@@ -181,7 +179,7 @@ impl Stage {
         let outcome: Value = serde_json::from_str(&text)?;
         self.say(&format!(
             "switched; writers were held for {:.1} ms",
-            outcome["fenced_ms"].as_f64().unwrap_or_default()
+            print::number(&outcome, "/fenced_ms")
         ));
         Ok(outcome)
     }
@@ -209,19 +207,15 @@ impl Stage {
 
     async fn counted(&self) -> anyhow::Result<(u64, u64)> {
         let status = self.status().await?;
-        let sum = |tables: &Value, key: &str| -> u64 {
-            let tables = tables.as_array().map(Vec::as_slice).unwrap_or_default();
-            tables.iter().filter_map(|t| t[key].as_u64()).sum()
-        };
-        let applied = sum(&status["tables"], "applied") + sum(&status["reverse"]["tables"], "applied");
-        Ok((sum(&status["tables"], "rows_copied"), applied))
+        let there = sum(&status, "/tables", "/applied");
+        let back = sum(&status, "/reverse/tables", "/applied");
+        Ok((sum(&status, "/tables", "/rows_copied"), there + back))
     }
 
     async fn end(&self, story: &Story, report: &Report) -> anyhow::Result<bool> {
         let check = ledger::check(&self.source.uri("app"), &report.ledger).await?;
         let broken = broken_invariants(&self.source.uri("app")).await?;
         let left = self.leftovers().await?;
-        let held = |value: &Value| value["fenced_ms"].as_f64().unwrap_or_default();
         let good = |yes: bool| if yes { "exact" } else { "DIFFERENT" };
         println!();
         println!("rows moved             {}", print::count(story.rows_copied));
@@ -231,8 +225,8 @@ impl Stage {
         println!("longest write stall    {:.1} ms", report.longest_stall.as_secs_f64() * 1e3);
         println!(
             "writers held           {:.1} ms at cutover, {:.1} ms at rollback",
-            held(&story.cutover),
-            held(&story.rollback)
+            print::number(&story.cutover, "/fenced_ms"),
+            print::number(&story.rollback, "/fenced_ms")
         );
         println!("compare after cutover  {}", good(story.there_exact));
         println!("compare after rollback {}", good(story.back_exact));
@@ -277,4 +271,9 @@ impl Stage {
         }
         Ok(left)
     }
+}
+
+/// The sum of one figure over a list of tables.
+fn sum(value: &Value, list: &str, figure: &str) -> u64 {
+    print::list(value, list).iter().map(|table| print::number(table, figure) as u64).sum()
 }

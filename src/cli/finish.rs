@@ -58,8 +58,7 @@ pub async fn end(
 
 async fn take_lease(config: &JobConfig) -> anyhow::Result<Lease> {
     let mut named = config.clone();
-    named.target =
-        named.target.with_application_name(&lease::application_name(&config.job));
+    named.target = named.target.with_application_name(&lease::application_name(&config.job));
     let deadline = Deadline::after(Duration::from_secs(60));
     let mut client = Client::connect(&config.target, &config.job).await?;
     let mut asked = false;

@@ -56,16 +56,16 @@ impl JobArgs {
     pub fn job(&self) -> anyhow::Result<JobConfig> {
         let file = self.file()?;
         let missing = |what, option, variable| config::Error::Missing { what, option, variable };
-        let source = self
-            .source
-            .clone()
-            .or(file.source)
-            .ok_or(missing("the source", "source", "WALFERRY_SOURCE"))?;
-        let target = self
-            .target
-            .clone()
-            .or(file.target)
-            .ok_or(missing("the target", "target", "WALFERRY_TARGET"))?;
+        let source = self.source.clone().or(file.source).ok_or(missing(
+            "the source",
+            "source",
+            "WALFERRY_SOURCE",
+        ))?;
+        let target = self.target.clone().or(file.target).ok_or(missing(
+            "the target",
+            "target",
+            "WALFERRY_TARGET",
+        ))?;
         let name = self.name.clone().or(file.name).unwrap_or_else(|| DEFAULT_NAME.to_string());
         let job: JobName = name
             .parse()

@@ -164,8 +164,7 @@ impl<J: Journal> Flight<'_, J> {
 
     async fn fly(&mut self) -> Result<Outcome> {
         // All sessions are opened before anybody is held.
-        let mut fence =
-            Fence::prepare(self.plan.fence, &self.plan.live, &self.plan.tables).await?;
+        let mut fence = Fence::prepare(self.plan.fence, &self.plan.live, &self.plan.tables).await?;
         let mut live = Session::connect(&self.plan.live, Purpose::Sql).await?;
         let mut dest = Session::connect(&self.plan.dest, Purpose::Sql).await?;
         let (held, retries) = step!(self, "fence", self.stop_writers(&mut fence).await);
@@ -220,10 +219,8 @@ impl<J: Journal> Flight<'_, J> {
         let mut retries = 0;
         loop {
             let held = Instant::now();
-            if self.hold_routes().await? {
-                if fence.raise(plan.lock_timeout).await? {
-                    return Ok((held, retries));
-                }
+            if self.hold_routes().await? && fence.raise(plan.lock_timeout).await? {
+                return Ok((held, retries));
             }
             undo::release(&plan.routes, &plan.context).await?;
             retries += 1;
@@ -239,7 +236,7 @@ impl<J: Journal> Flight<'_, J> {
         for route in &self.plan.routes {
             match route.hold(&self.plan.context, self.plan.lock_timeout).await {
                 Ok(()) => {}
-                Err(error) if error.is_busy() => return Ok(false),
+                Err(route::Error::Busy { .. }) => return Ok(false),
                 Err(error) => return Err(error.into()),
             }
         }

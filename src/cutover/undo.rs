@@ -1,8 +1,8 @@
 //! Back to before the flip, and forward past its point of no return. Both can be repeated, and both
 //! work from stored facts alone, so that another process can do it after a crash.
 
-use super::fence::{self, FenceKind};
 use super::Result;
+use super::fence::{self, FenceKind};
 use crate::pg::{Config, Purpose, Session};
 use crate::route::{Context, Route};
 

@@ -72,9 +72,7 @@ impl Runner {
     }
 
     fn check_streams(&self) -> Result<()> {
-        for (stream, pipe) in
-            [(Stream::Forward, &self.forward), (Stream::Reverse, &self.reverse)]
-        {
+        for (stream, pipe) in [(Stream::Forward, &self.forward), (Stream::Reverse, &self.reverse)] {
             if let Some(message) = pipe.as_ref().and_then(Pipe::fatal) {
                 return Err(Error::Stream { stream: stream.to_string(), message });
             }
@@ -126,11 +124,13 @@ impl Runner {
     /// `hold`: stop applying at a position, so that verify can line up snapshots. Answered once
     /// everything before it is applied.
     async fn hold(&mut self, id: &str, args: &Value) -> Result<std::result::Result<Value, String>> {
-        let stream = if args["stream"] == "reverse" { &self.reverse } else { &self.forward };
+        let reverse = args.get("stream").and_then(Value::as_str) == Some("reverse");
+        let stream = if reverse { &self.reverse } else { &self.forward };
         let Some(pipe) = stream else {
             return Ok(Err("the stream to hold is not running".to_string()));
         };
-        let Some(lsn) = args["lsn"].as_str().and_then(|l| l.parse::<Lsn>().ok()) else {
+        let Some(lsn) = args.get("lsn").and_then(Value::as_str).and_then(|l| l.parse::<Lsn>().ok())
+        else {
             return Ok(Err("hold needs a position".to_string()));
         };
         let _ = pipe.hold.send(Some(lsn));

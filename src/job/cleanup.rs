@@ -9,11 +9,11 @@ use super::run::{JobConfig, place};
 use super::state::{Event, Phase, step};
 use super::store::Store;
 use super::{Error, Result, lease};
+use crate::apply;
 use crate::cutover::fence;
 use crate::id::Stream;
 use crate::pg::{Purpose, Session};
 use crate::source::{publication, slot};
-use crate::apply;
 
 /// What a clean-up did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,10 +34,8 @@ pub async fn clean_up(
     let home = Session::connect(&config.target, Purpose::Sql).await?;
     let mut store = Store::new(home, config.job.clone());
     let row = store.load().await?;
-    let row = row.ok_or_else(|| Error::NoJob {
-        job: config.job.to_string(),
-        peer: place(&config.target),
-    })?;
+    let row = row
+        .ok_or_else(|| Error::NoJob { job: config.job.to_string(), peer: place(&config.target) })?;
     let phase = match (row.phase, event) {
         // A clean-up that was cut short is taken up again.
         (Phase::Finished, Event::FinishAsked) => Phase::Finished,
@@ -47,8 +45,7 @@ pub async fn clean_up(
     lease::end_predecessors(&mut source, &config.job, &[]).await?;
     store.set_phase(phase).await?;
     let mut dropped = Vec::new();
-    for (stream, session) in
-        [(Stream::Forward, &mut source), (Stream::Reverse, &mut store.session)]
+    for (stream, session) in [(Stream::Forward, &mut source), (Stream::Reverse, &mut store.session)]
     {
         let name = config.job.object(stream);
         if slot::status(session, &name).await?.is_some() {

@@ -11,12 +11,12 @@ use super::run::{Notice, Runner, published};
 use super::state::{Event, Phase};
 use super::store::{FlipRecord, Store};
 use super::{Error, Result};
+use crate::apply;
 use crate::cutover::{self, FenceKind, Journal, Plan, barrier};
 use crate::id::Stream;
 use crate::pg::{Purpose, Session};
 use crate::route::{self, Route};
 use crate::source::{publication, slot};
-use crate::apply;
 
 /// A cutover or rollback as asked for.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -156,8 +156,7 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
     let mut reading =
         tokio::spawn(async move { reader.run(&mut queue, durable, &positions, stop).await });
     let (applied, hold, stop) = (ends.applied.clone(), ends.hold.clone(), ends.stop.clone());
-    let mut applying =
-        tokio::spawn(async move { applier.run(feed, &applied, hold, stop).await });
+    let mut applying = tokio::spawn(async move { applier.run(feed, &applied, hold, stop).await });
     let mut watching = ends.applied.subscribe();
     loop {
         tokio::select! {
@@ -190,8 +189,9 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
 }
 
 /// A task's result; a panic in it is ours to pass on.
-fn flatten<T, E>(done: std::result::Result<std::result::Result<T, E>, tokio::task::JoinError>)
--> std::result::Result<T, E> {
+fn flatten<T, E>(
+    done: std::result::Result<std::result::Result<T, E>, tokio::task::JoinError>,
+) -> std::result::Result<T, E> {
     match done {
         Ok(result) => result,
         Err(error) => std::panic::resume_unwind(error.into_panic()),

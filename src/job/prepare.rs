@@ -15,17 +15,10 @@ use crate::{apply, schema};
 impl Runner {
     /// Looks for what stands in the way; errors stop the job before anything is made.
     pub(super) async fn check(&mut self) -> Result<Event> {
-        let report = check::run(
-            &self.config.source,
-            &self.config.target,
-            &check::CheckOptions {
-                job: self.config.job.clone(),
-                selection: self.selection.clone(),
-                copy_jobs: self.config.jobs,
-                owners: self.config.owners,
-            },
-        )
-        .await?;
+        let mut options = check::CheckOptions::new(self.config.job.clone());
+        options.selection = self.selection.clone();
+        options.copy_jobs = self.config.jobs;
+        let report = check::run(&self.config.source, &self.config.target, options).await?;
         let mut errors = Vec::new();
         for finding in &report.findings {
             match finding.level {
@@ -34,7 +27,11 @@ impl Runner {
                 check::Level::Info => {}
             }
         }
-        if errors.is_empty() { Ok(Event::CheckPassed) } else { Err(Error::NotReady(errors.join("; "))) }
+        if errors.is_empty() {
+            Ok(Event::CheckPassed)
+        } else {
+            Err(Error::NotReady(errors.join("; ")))
+        }
     }
 
     /// Publication, slot, dump, pre-data. Every part finds out whether it was done before.
@@ -68,10 +65,9 @@ impl Runner {
     /// died here) may go on being used, and progress of an earlier life under the same name is
     /// forgotten together with making a new one (law 4).
     async fn make_slot(&mut self, source: &mut Session, name: &str) -> Result<()> {
-        if self.row().await?.slot_lsn.is_some() {
-            if slot::status(source, name).await?.is_some() {
-                return Ok(());
-            }
+        let made = self.row().await?.slot_lsn.is_some();
+        if made && slot::status(source, name).await?.is_some() {
+            return Ok(());
         }
         slot::drop(source, name).await?;
         self.say(Notice::Said("creating the replication slot".to_string()));

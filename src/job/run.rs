@@ -141,10 +141,11 @@ impl Runner {
             // Long statements (an index build) are abandoned: their server rolls them back.
             _ = wait_and_linger(&mut stopping) => Err(Error::Interrupted),
         };
-        if let Err(error) = &outcome {
-            if error.fault() != Fault::Retry && !matches!(error, Error::Interrupted) {
-                let _ = runner.store.set_error(Some(&error.to_string())).await;
-            }
+        if let Err(error) = &outcome
+            && error.fault() != Fault::Retry
+            && !matches!(error, Error::Interrupted)
+        {
+            let _ = runner.store.set_error(Some(&error.to_string())).await;
         }
         runner.stop_streams().await;
         outcome
@@ -179,8 +180,7 @@ impl Runner {
             .execute(&format!("listen {}", crate::id::quote_ident(&config.job.channel())))
             .await?;
         let options = &config.options;
-        let selection =
-            Selection::parse(&options.include, &options.exclude, &options.schema_only)?;
+        let selection = Selection::parse(&options.include, &options.exclude, &options.schema_only)?;
         Ok(Runner {
             config,
             report: report.clone(),

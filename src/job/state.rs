@@ -159,9 +159,7 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
         (Phase::Copying, Event::Start) => (Phase::Copying, vec![Copy]),
         (Phase::CatchingUp, Event::Start) => (phase, vec![FollowForward, CatchUp]),
         (Phase::Following, Event::Start) => (phase, streams()),
-        (Phase::CuttingOver, Event::Start) => {
-            (phase, vec![FollowForward, FollowReverse, UndoFlip])
-        }
+        (Phase::CuttingOver, Event::Start) => (phase, vec![FollowForward, FollowReverse, UndoFlip]),
         (Phase::Switched | Phase::RolledBack, Event::Start) => {
             (phase, vec![FollowForward, FollowReverse, ReleaseClients])
         }
@@ -178,7 +176,10 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
             (Phase::CuttingOver, vec![Command::Flip(Stream::Reverse)])
         }
         (_, Event::FlipAsked(Stream::Forward)) => {
-            return refuse("cutover", "it starts from following; walferry status tells how far it is");
+            return refuse(
+                "cutover",
+                "it starts from following; walferry status tells how far it is",
+            );
         }
         (_, Event::FlipAsked(Stream::Reverse)) => {
             return refuse("rollback", "it starts from switched; before that, cancel gives up");

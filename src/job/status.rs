@@ -72,10 +72,8 @@ pub async fn read(config: &JobConfig) -> Result<Status> {
     let home = Session::connect(&config.target, Purpose::Sql).await?;
     let mut store = Store::new(home, config.job.clone());
     let row = store.load().await?;
-    let row = row.ok_or_else(|| Error::NoJob {
-        job: config.job.to_string(),
-        peer: place(&config.target),
-    })?;
+    let row = row
+        .ok_or_else(|| Error::NoJob { job: config.job.to_string(), peer: place(&config.target) })?;
     let runner = lease::holder(&mut store.session, &config.job).await?;
     let mut positions = store.load_stream(Stream::Forward).await?.unwrap_or_default();
     let mut source = Session::connect(&config.source, Purpose::Sql).await.ok();

@@ -217,9 +217,8 @@ impl Store {
 
     /// Sets one column of the job's row to a text value.
     async fn set(&mut self, column: &str, value: Option<&str>) -> Result<()> {
-        let sql = format!(
-            "update walferry.job set {column} = $2, updated_at = now() where name = $1"
-        );
+        let sql =
+            format!("update walferry.job set {column} = $2, updated_at = now() where name = $1");
         self.session.query_params(&sql, &[Some(self.job.as_str()), value]).await?;
         Ok(())
     }

@@ -156,21 +156,32 @@ impl CopyIn<'_> {
         }
     }
 
+    /// Sends what is left and reads to the end, both at once: the server's last words may come
+    /// before our last byte is known to be sent, and must not be read past.
     async fn end(mut self) -> Result<u64> {
-        self.flush().await?;
+        let mut out = self.out.split().freeze();
+        let mut flushed = false;
         let mut count = 0;
         loop {
-            match self.session.receive().await {
-                Ok(Message::CommandComplete(body)) => {
+            let Some(frame) = self.session.frame_or_write(&mut out, &mut flushed).await? else {
+                continue;
+            };
+            match self.session.absorb(frame) {
+                Ok(Some(Message::CommandComplete(body))) => {
                     let tag = body.tag().unwrap_or_default();
                     count = tag.rsplit(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
                 }
-                Ok(Message::ReadyForQuery(body)) => {
+                Ok(Some(Message::ReadyForQuery(body))) => {
                     self.session.end_exchange(body.status());
                     return Ok(count);
                 }
                 Ok(_) => {}
-                Err(error) => return Err(self.session.drain(error).await),
+                Err(error) => {
+                    if !error.is_closed() {
+                        self.session.send(&out).await?;
+                    }
+                    return Err(self.session.drain(error).await);
+                }
             }
         }
     }

@@ -18,8 +18,7 @@ async fn moving(majors: (u32, u32), rate: f64) -> (Ends, Writer) {
 }
 
 async fn writer(uri: &str, rate: f64, first_writer: i32) -> Writer {
-    let options =
-        Options { tx_per_second: Some(rate), first_writer, ..Options::new(uri) };
+    let options = Options { tx_per_second: Some(rate), first_writer, ..Options::new(uri) };
     Writer::start(options).await.unwrap()
 }
 

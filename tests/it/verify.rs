@@ -447,7 +447,8 @@ create domain \"My S\".amounts as float8[];
 create type \"My S\".pair as (n int, \"F x\" float8, c \"My S\".color, t text);
 create type \"My S\".nested as (p \"My S\".pair, ps \"My S\".pair[]);
 create type \"My S\".frange as range (subtype = float8);
-create function public.shout(\"My S\".color) returns text language sql immutable as 'select ''same''::text';
+create function public.shout(\"My S\".color) returns text language sql immutable
+  as 'select ''same''::text';
 create cast (\"My S\".color as text) with function public.shout(\"My S\".color);
 create table \"My S\".\"All types\" (
   id int primary key, a bool, b int2, c int4, d int8, e float4, f float8, g numeric,

@@ -1,0 +1,76 @@
+//! Whether updates and deletes of every table can be streamed.
+//!
+//! A published table without a replica identity refuses UPDATE and DELETE: not to us, but to the
+//! application, from the moment the publication exists. So this is found before there is one.
+//!
+//! <https://www.postgresql.org/docs/current/logical-replication-publication.html>
+
+use crate::id::{QualifiedName, quote_ident};
+use crate::pg;
+
+use super::finding::Level;
+use super::{Check, Finding, Side};
+
+/// Tables whose identity is not usable, with the index that could serve. The identity of a table
+/// left at its default is its primary key, unless that is deferrable.
+const WITHOUT: &str = "select n.nspname, c.relname, c.relreplident, \
+     exists (select 1 from pg_catalog.pg_index i where i.indrelid = c.oid and i.indisprimary \
+         and i.indimmediate and i.indisvalid), \
+     exists (select 1 from pg_catalog.pg_index i where i.indrelid = c.oid and i.indisprimary \
+         and not i.indimmediate), \
+     (select x.relname from pg_catalog.pg_index i \
+         join pg_catalog.pg_class x on x.oid = i.indexrelid \
+         where i.indrelid = c.oid and i.indisunique and i.indimmediate and i.indisvalid \
+         and i.indpred is null and i.indexprs is null \
+         and not exists (select 1 from pg_catalog.unnest(i.indkey::int2[]) u(n) \
+             join pg_catalog.pg_attribute b on b.attrelid = c.oid and b.attnum = u.n \
+             where not b.attnotnull) \
+         order by i.indnatts, x.relname limit 1), \
+     pg_catalog.pg_stat_get_tuples_updated(c.oid) + pg_catalog.pg_stat_get_tuples_deleted(c.oid) \
+     from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+     where c.relkind = 'r' and c.relpersistence = 'p' \
+     and case c.relreplident when 'f' then false when 'n' then true \
+         else not exists (select 1 from pg_catalog.pg_index i where i.indrelid = c.oid \
+             and i.indisvalid and i.indimmediate \
+             and case c.relreplident when 'd' then i.indisprimary else i.indisreplident end) end \
+     order by n.nspname, c.relname";
+
+impl Check<'_> {
+    /// Partitions count each for themselves: the leaf's identity decides.
+    pub(super) async fn identities(&mut self) -> pg::Result<()> {
+        let rows = self.source.session.query(WITHOUT).await?;
+        for row in rows {
+            let name = QualifiedName::new(row.str(0)?, row.str(1)?);
+            let selected = self.tables.iter().any(|t| t.name == name);
+            if !selected || !self.options.selection.has_rows(&name) {
+                continue;
+            }
+            let nothing = row.str(2)? == "n";
+            let (primary, deferrable) = (row.bool(3)?, row.bool(4)?);
+            let (index, changes) = (row.opt(5)?, row.parse::<i64>(6)?);
+            let clause = match (primary, index) {
+                (true, _) => "DEFAULT".to_string(),
+                (false, Some(index)) => format!("USING INDEX {}", quote_ident(index)),
+                (false, None) => "FULL".to_string(),
+            };
+            let fix = format!("ALTER TABLE {} REPLICA IDENTITY {clause};", name.quoted());
+            let (code, why) = match (deferrable, nothing) {
+                (true, false) => ("deferrable-primary-key", "its primary key is deferrable"),
+                (_, true) => ("no-replica-identity", "its replica identity is NOTHING"),
+                _ => ("no-replica-identity", "it has no primary key"),
+            };
+            let (level, seen) = if changes > 0 {
+                (Level::Error, format!("statistics count {changes} of them"))
+            } else {
+                (Level::Warning, "statistics count none so far".to_string())
+            };
+            let message = format!(
+                "{why}: once it is published the application's own UPDATE and DELETE of it fail; \
+                 {seen}"
+            );
+            let finding = Finding::error(Side::Source, code, format!("table {name}"), message);
+            self.findings.push(finding.at(level).fix(fix));
+        }
+        Ok(())
+    }
+}

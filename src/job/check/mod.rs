@@ -1,0 +1,130 @@
+//! What stands in the way of a move, found before anything is made.
+//!
+//! Why it exists: every refusal that PostgreSQL or the network would give hours into a job can be
+//! had in a second beforehand, with the statement that mends it. Users of other tools found their
+//! slot hanging on an old transaction after 5 hours (pgcopydb#819), the slot's WAL at 2855 GB
+//! (pgdog#914), and the rights for the way back missing when they needed it (vitess#16794).
+//!
+//! Steps: connect to both sides as a job would, plainly and for replication; read what each server
+//! says of itself; compare; measure the WAL rate over a second. Rights are tried where trying is
+//! harmless (`SET LOCAL session_replication_role`), since clouds grant what the catalogs deny.
+//!
+//! Nothing is written anywhere, so nothing survives a crash. A question that a server refuses to
+//! answer becomes a warning, never the end of the check.
+//!
+//! Left out: free disk space, which SQL does not show (sizes are told instead); what a route needs,
+//! which the route asks itself; the rows (that is what verify is for).
+
+mod end;
+mod finding;
+mod identity;
+mod objects;
+mod rights;
+mod server;
+mod tables;
+mod target;
+mod tools;
+mod traffic;
+
+use std::time::Duration;
+
+use crate::catalog::{self, Selection, Table};
+use crate::id::JobName;
+use crate::pg::{self, Config};
+
+use end::End;
+pub use finding::{Finding, Level, Report, Side};
+
+/// What the job is going to be.
+#[derive(Clone, Debug)]
+pub struct CheckOptions {
+    /// Its name: objects of an earlier job of that name are in the way.
+    pub job: JobName,
+    /// Its tables.
+    pub selection: Selection,
+    /// Parallel copies: each needs a connection on both sides.
+    pub copy_jobs: usize,
+    /// Whether a way back will be armed, for which both sides need the rights of the other.
+    pub reverse: bool,
+    /// Assumed speed of the copy in bytes per second, all jobs together.
+    pub copy_bytes_per_second: u64,
+    /// How long the WAL rate is measured.
+    pub wal_sample: Duration,
+    /// Transactions that hold an xid for longer are reported.
+    pub transaction_age: Duration,
+    /// Prepared transactions older than this are errors: nobody is coming back for them.
+    pub prepared_age: Duration,
+}
+
+impl CheckOptions {
+    /// A whole database with a way back: 4 copy jobs, 50 MB/s, WAL measured for a second,
+    /// transactions older than 30 s, prepared ones of an hour.
+    pub fn new(job: JobName) -> CheckOptions {
+        CheckOptions {
+            job,
+            selection: Selection::default(),
+            copy_jobs: 4,
+            reverse: true,
+            copy_bytes_per_second: 50_000_000,
+            wal_sample: Duration::from_secs(1),
+            transaction_age: Duration::from_secs(30),
+            prepared_age: Duration::from_secs(3600),
+        }
+    }
+}
+
+/// Both ends and what is found at them.
+struct Check<'a> {
+    options: &'a CheckOptions,
+    source: End,
+    target: End,
+    /// Tables of the source that the selection names.
+    tables: Vec<Table>,
+    findings: Vec<Finding>,
+}
+
+/// Looks at both sides. Takes a second or two; writes nothing.
+///
+/// A side that cannot be reached is a finding, and then the only ones are of that kind.
+///
+/// # Errors
+/// Where a connection breaks in the middle, or a server answers what no version of PostgreSQL does.
+pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg::Result<Report> {
+    let ends = tokio::join!(End::open(Side::Source, source), End::open(Side::Target, target));
+    let (mut source, target) = match ends {
+        (Ok(source), Ok(target)) => (source, target),
+        (source, target) => {
+            let failures = [(Side::Source, source.err()), (Side::Target, target.err())];
+            let findings = failures.into_iter().filter_map(|(side, e)| Some((side, e?)));
+            return Ok(Report::new(findings.map(|(s, e)| server::unreachable(s, &e)).collect()));
+        }
+    };
+    let start = traffic::Sample::take(&mut source).await?;
+    let tables = catalog::tables(&mut source.session, &options.selection).await?;
+    let mut check = Check { options: &options, source, target, tables, findings: Vec::new() };
+    check.servers().await?;
+    check.rights().await?;
+    check.tables().await?;
+    check.identities().await?;
+    check.objects().await?;
+    check.target().await?;
+    check.tools().await;
+    check.traffic(start).await?;
+    Ok(Report::new(check.findings))
+}
+
+impl Check<'_> {
+    /// Adds what a part of the check found; a refusal by the server becomes a warning.
+    fn take(&mut self, side: Side, what: &str, found: pg::Result<Vec<Finding>>) -> pg::Result<()> {
+        match found {
+            Ok(found) => self.findings.extend(found),
+            // Seen besides missing rights: an extension's control file that the server cannot read.
+            Err(error) if error.code().is_some() && !error.is_closed() => {
+                let message = format!("cannot be looked at, look yourself: {error}");
+                self.findings.push(Finding::warning(side, "unreadable", what, message));
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+}
