@@ -1,4 +1,4 @@
-//! Where and how to connect: libpq's parameters, from the text, PG* variables, and libpq's defaults.
+//! Where and how to connect: libpq's parameters, from the text, PG* variables, and its defaults.
 //!
 //! <https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS>
 //! <https://www.postgresql.org/docs/current/libpq-envars.html>

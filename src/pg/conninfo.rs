@@ -365,9 +365,8 @@ mod tests {
     fn uris_are_cut_as_libpq_cuts_them() {
         assert_eq!(get("postgres://"), []);
         assert_eq!(
-            get(
-                "postgresql://a%20b:p%40%2F:x@h1:5433,h2,[::1]:77/my%2Fdb?sslmode=require&options=-c%20a%3Db"
-            ),
+            get("postgresql://a%20b:p%40%2F:x@h1:5433,h2,[::1]:77/my%2Fdb\
+                 ?sslmode=require&options=-c%20a%3Db"),
             [
                 ("dbname", "my/db".to_string()),
                 ("host", "h1,h2,::1".to_string()),

@@ -12,7 +12,8 @@ use crate::limit::MESSAGE_BYTES;
 /// Bytes asked of the kernel at a time. Big enough that a busy stream needs few system calls.
 const READ_BYTES: usize = 128 << 10;
 
-/// A message from a server: the two that postgres-protocol lacks or that must cost nothing, and the rest.
+/// A message from a server: the two that postgres-protocol lacks or that must cost nothing, and
+/// the rest.
 pub enum Frame {
     /// CopyData's payload, not copied.
     CopyData(Bytes),

@@ -22,7 +22,7 @@ pub enum Socket {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-/// No delay (round trips are what cutovers are made of), and a bounded wait for a peer that is gone.
+/// No delay (round trips are what cutovers are made of), and a bounded wait for a lost peer.
 pub fn tune(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);

@@ -79,7 +79,8 @@ fn explain(error: std::io::Error, config: &Config, host: &Host, peer: &str) -> E
         }
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
             format!(
-                "it is not made out to \"{}\"; connect by a name it holds, or use sslmode=verify-ca",
+                "it is not made out to \"{}\"; connect by a name it holds, or use \
+                 sslmode=verify-ca",
                 host.host
             )
         }

@@ -41,6 +41,24 @@ pub(super) fn find(text: &[u8], name: &str) -> Option<std::ops::Range<usize>> {
     found
 }
 
+/// A setting of `[pgbouncer]`, the last one if it is there more than once.
+pub(super) fn setting(text: &[u8], key: &str) -> Option<String> {
+    let mut section = &b""[..];
+    let mut found = None;
+    for line in text.split(|b| *b == b'\n').map(|line| line.trim_ascii()) {
+        if line.starts_with(b"[") {
+            section = line;
+        }
+        let pair = std::str::from_utf8(line).ok().and_then(|line| line.split_once('='));
+        if let (b"[pgbouncer]", Some((name, value))) = (section, pair)
+            && name.trim() == key
+        {
+            found = Some(value.trim().to_string());
+        }
+    }
+    found
+}
+
 /// True if the file brings in others.
 pub(super) fn has_include(text: &[u8]) -> bool {
     text.split(|b| *b == b'\n').any(|line| line.trim_ascii().starts_with(b"%include"))
@@ -190,6 +208,13 @@ mod tests {
         assert_eq!(line_of(text, "we=ird \" db"), Some("\"we=ird \"\" db\" = host=c"));
         assert_eq!(line_of(text, "none"), None);
         assert_eq!(line_of("[databases]\na = host=x\na = host=y", "a"), Some("a = host=y"));
+    }
+
+    #[test]
+    fn settings_are_read_in_their_section_only() {
+        let text = b"[databases]\nx = 1\n[pgbouncer]\n;x = 2\n x=3 \r\n[users]\nx = 4";
+        assert_eq!(setting(text, "x").as_deref(), Some("3"));
+        assert_eq!(setting(text, "y"), None);
     }
 
     #[test]

@@ -20,13 +20,15 @@
 //!
 //! What survives a crash: the line in pgbouncer.ini as it was, in a file beside it
 //! (`pgbouncer.ini.walferry_<job>_<dbname>`, written before the first change, same owner, mode
-//! 0600), so that undo and rollback restore it byte for byte, host aliases included. A paused
+//! 0600; undo and [`Route::forget`] remove it), so that undo and rollback restore it byte for byte,
+//! host aliases included. A paused
 //! pgbouncer stays paused until [`Route::release`] or [`Route::undo`]; a pgbouncer that restarts
 //! forgets that it was paused.
 //!
 //! Left out: several pgbouncers behind one address (give one route each), and rewriting what a
 //! `%include` brings in (give the included file's path).
 
+mod file;
 mod hook;
 mod ini;
 mod pgbouncer;
@@ -166,7 +168,8 @@ impl Route {
 
     /// Makes clients wait before their next transaction. Where that is not complete within
     /// `wait` they are let go, and the error is [`Error::Busy`]: nobody waits longer than about
-    /// `wait`. Not cancel-safe: after dropping the future, call [`Route::undo`].
+    /// `wait`. Not cancel-safe: after dropping the future, and after any other error, call
+    /// [`Route::undo`].
     pub async fn hold(&self, context: &Context, wait: Duration) -> Result<()> {
         match self {
             Route::Hook(hook) => hook.run("hold", context, Some(wait)).await,
@@ -186,7 +189,7 @@ impl Route {
     pub async fn release(&self, context: &Context) -> Result<()> {
         match self {
             Route::Hook(hook) => hook.run("release", context, None).await,
-            Route::Pgbouncer(pooler) => pooler.release(context).await,
+            Route::Pgbouncer(pooler) => pooler.release().await,
         }
     }
 
@@ -199,7 +202,8 @@ impl Route {
         }
     }
 
-    /// Removes what was kept for a way back. For `finish`, when there is none any more.
+    /// Removes what was kept for a way back. For when there is none any more: finished, or rolled
+    /// back for good.
     pub async fn forget(&self, context: &Context) -> Result<()> {
         match self {
             Route::Hook(_) => Ok(()),

@@ -3,13 +3,13 @@
 //! <https://www.pgbouncer.org/usage.html#process-controlling-commands>
 
 use std::fmt;
-use std::io::Write;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
+use super::file::{File, Replaced};
 use super::ini::{self, Words};
 use super::{Context, Error, Result};
+use crate::clock::Deadline;
 use crate::id::{Stream, quote_ident};
 use crate::pg::{Config, Purpose, Session};
 
@@ -20,6 +20,15 @@ pub struct Pgbouncer {
     ini: PathBuf,
     dbname: String,
 }
+
+/// How many server connections a database may have; 0 is no limit.
+const LIMIT: &str = "max_db_connections";
+
+/// Between two looks at the console; it answers in a tenth of that.
+const POLL: Duration = Duration::from_millis(1);
+
+/// A login that takes longer than this is not waited for: its server is in trouble anyway.
+const LOGIN_WAIT: Duration = Duration::from_secs(1);
 
 /// One of the two ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,39 +164,95 @@ impl Pgbouncer {
 
     /// PAUSE; not complete within `wait`, RESUME and Busy.
     pub(super) async fn hold(&self, wait: Duration) -> Result<()> {
+        let deadline = Deadline::after(wait);
         let mut console = self.console().await?;
         // The console that said PAUSE hears nothing else until it is complete. The one that will
         // RESUME is open before, so that it cannot be refused when it matters.
         let mut rescue = self.console().await?;
-        let pause = self.on_database("PAUSE");
-        let outcome = match tokio::time::timeout(wait, self.command(&mut console, &pause)).await {
-            Ok(Ok(())) => return Ok(()),
-            Ok(Err(error)) => error,
-            Err(_) => self.busy(wait, &mut rescue).await,
-        };
-        self.resume(&mut rescue).await?;
-        Err(outcome)
+        let limit = self.limit(&mut rescue).await?;
+        let outcome = self.pause(&mut console, deadline).await;
+        if let Ok(true) = outcome {
+            return self.set(&mut rescue, LIMIT, &limit).await;
+        }
+        // Clients first, everything else after.
+        let resumed = self.resume(&mut rescue).await;
+        self.set(&mut rescue, LIMIT, &limit).await?;
+        resumed?;
+        outcome?;
+        Err(self.busy(wait, &mut rescue).await)
     }
 
-    async fn busy(&self, wait: Duration, rescue: &mut Session) -> Error {
-        // Let go first: asking for the pool mode can wait, clients cannot.
-        if let Err(error) = self.resume(rescue).await {
-            return error;
+    /// PAUSE; false if it was not complete by the deadline.
+    async fn pause(&self, console: &mut Session, deadline: Deadline) -> Result<bool> {
+        if !self.no_logins(console, deadline).await? {
+            return Ok(false);
         }
-        let mode = match self.running(rescue).await.ok().and_then(|r| r.pool_mode) {
+        let pause = self.on_database("PAUSE");
+        let pausing = self.command(console, &pause);
+        match tokio::time::timeout(deadline.left(), pausing).await {
+            Ok(done) => done.map(|()| true),
+            Err(_) => Ok(false),
+        }
+    }
+
+    /// Lets no new server connection begin (until [`LIMIT`] is set again) and waits for those that
+    /// are logging in; false if some still are at the deadline.
+    ///
+    /// PAUSE and RELOAD hang up on connections that are just logging in, and pgbouncer takes that
+    /// for a server that refuses logins: for server_login_retry (15 s) it then makes no connection
+    /// and turns clients away with "server login has been failing" (seen with 1.18).
+    async fn no_logins(&self, console: &mut Session, deadline: Deadline) -> Result<bool> {
+        self.set(console, LIMIT, "1").await?;
+        while self.count(console, "sv_login").await? > 0 {
+            if deadline.passed() {
+                return Ok(false);
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        Ok(true)
+    }
+
+    /// What [`LIMIT`] is set to; if that is what we set it to, and may have left after a crash,
+    /// what the file says.
+    async fn limit(&self, console: &mut Session) -> Result<String> {
+        let now = self.setting(console, LIMIT).await?;
+        if now != "1" {
+            return Ok(now);
+        }
+        let text = std::fs::read(&self.ini);
+        let in_file = text.ok().and_then(|text| ini::setting(&text, LIMIT));
+        Ok(in_file.unwrap_or_else(|| "0".to_string()))
+    }
+
+    async fn busy(&self, wait: Duration, console: &mut Session) -> Error {
+        let mode = match self.running(console).await.ok().and_then(|r| r.pool_mode) {
             Some(mode) => mode,
-            None => self.setting(rescue, "pool_mode").await.unwrap_or_default(),
+            None => self.setting(console, "pool_mode").await.unwrap_or_default(),
         };
         let reason = match mode.as_str() {
             "session" => "in pool_mode=session PAUSE waits until clients disconnect",
             _ => "PAUSE waits for open transactions",
         };
         Error::Busy {
-            peer: rescue.peer().to_string(),
+            peer: console.peer().to_string(),
             dbname: self.dbname.clone(),
             wait_ms: wait.as_millis(),
             reason,
         }
+    }
+
+    async fn set(&self, console: &mut Session, key: &str, value: &str) -> Result<()> {
+        self.command(console, &format!("SET {key} = '{value}'")).await
+    }
+
+    /// A column of SHOW POOLS, summed over the database's pools.
+    async fn count(&self, console: &mut Session, column: &str) -> Result<u64> {
+        let rows = self.show(console, "SHOW POOLS").await?;
+        let get = |row: &Vec<(String, String)>, key: &str| {
+            row.iter().find(|(name, _)| name == key).map(|(_, value)| value.clone())
+        };
+        let ours = rows.iter().filter(|row| get(row, "database").as_deref() == Some(&self.dbname));
+        Ok(ours.filter_map(|row| get(row, column)?.parse::<u64>().ok()).sum())
     }
 
     /// RESUME; that nothing was paused is fine.
@@ -220,15 +285,19 @@ impl Pgbouncer {
         self.reload(&mut console, &line).await
     }
 
-    /// Has the file read, has connections to the old place closed, and believes it only when seen.
+    /// Has the file read, and believes it only when seen. RELOAD closes every connection to the
+    /// old place, one in use at the end of its transaction. No RECONNECT after it: that would
+    /// only hit the connections that are already being made to the new place.
     async fn reload(&self, console: &mut Session, line: &str) -> Result<()> {
-        self.command(console, "RELOAD").await?;
-        let reconnect = self.command(console, &self.on_database("RECONNECT")).await;
-        if let Err(error @ Error::Console { .. }) = reconnect {
-            // Before 1.10 there is no RECONNECT; a changed host closes connections there as well.
-            tracing::debug!(%error, "no RECONNECT");
-        }
         let wanted = ini::words(line).map(|words| words.resolved(&self.dbname));
+        if wanted.as_ref() == Some(&self.running(console).await?.leads_to) {
+            return Ok(());
+        }
+        let limit = self.limit(console).await?;
+        self.no_logins(console, Deadline::after(LOGIN_WAIT)).await?;
+        let reloaded = self.command(console, "RELOAD").await;
+        self.set(console, LIMIT, &limit).await?;
+        reloaded?;
         let running = self.running(console).await?;
         if wanted.as_ref() == Some(&running.leads_to) {
             return Ok(());
@@ -241,15 +310,9 @@ impl Pgbouncer {
         )))
     }
 
-    pub(super) async fn release(&self, context: &Context) -> Result<()> {
+    pub(super) async fn release(&self) -> Result<()> {
         let mut console = self.console().await?;
-        self.resume(&mut console).await?;
-        // Rolled back, the line is as it was: there is nothing left to restore.
-        let line = File::read(&self.ini, &self.dbname)?.line()?.to_string();
-        if context.flip == Stream::Reverse && self.kept(context)?.as_deref() == Some(&line) {
-            self.forget(context)?;
-        }
-        Ok(())
+        self.resume(&mut console).await
     }
 
     pub(super) async fn undo(&self, context: &Context) -> Result<()> {
@@ -266,11 +329,11 @@ impl Pgbouncer {
         // Clients are let go only after pgbouncer leads them back: better waiting than writing to
         // the side that this flip abandons.
         let mut console = self.console().await?;
-        let leads_to = self.running(&mut console).await?.leads_to;
-        if ini::words(&line).map(|words| words.resolved(&self.dbname)) != Some(leads_to) {
-            self.reload(&mut console, &line).await?;
-        }
+        self.reload(&mut console, &line).await?;
         self.resume(&mut console).await?;
+        // A crash within hold left the limit that hold sets.
+        let limit = self.limit(&mut console).await?;
+        self.set(&mut console, LIMIT, &limit).await?;
         if context.flip == Stream::Forward {
             self.forget(context)?;
         }
@@ -357,116 +420,5 @@ impl fmt::Display for Pgbouncer {
         let hosts: Vec<String> =
             self.admin.hosts.iter().map(|h| format!("{}:{}", h.host, h.port)).collect();
         write!(f, "pgbouncer {}, {}, {}", hosts.join(","), self.ini.display(), self.dbname)
-    }
-}
-
-/// pgbouncer.ini as read, with the place of the one line.
-struct File {
-    place: Replaced,
-    text: Vec<u8>,
-    range: std::ops::Range<usize>,
-    name: String,
-}
-
-impl File {
-    fn read(path: &Path, name: &str) -> Result<File> {
-        let wrong = |detail: String| Error::File { path: path.to_path_buf(), detail };
-        let path = path.canonicalize().map_err(|e| wrong(format!("{e}; is it the right path?")))?;
-        let text = std::fs::read(&path).map_err(|e| wrong(e.to_string()))?;
-        let Some(range) = ini::find(&text, name) else {
-            let more = match ini::has_include(&text) {
-                true => "; if it is in a file that %include brings in, give that file's path",
-                false => "; add one (a \"*\" line cannot be switched)",
-            };
-            return Err(wrong(format!("[databases] has no line for \"{name}\"{more}")));
-        };
-        let place = Replaced { path: path.clone(), owner_of: path };
-        Ok(File { place, text, range, name: name.to_string() })
-    }
-
-    fn wrong(&self, detail: &str) -> Error {
-        let detail = format!("the line of \"{}\" {detail}", self.name);
-        Error::File { path: self.place.path.clone(), detail }
-    }
-
-    fn line(&self) -> Result<&str> {
-        let line = self.text.get(self.range.clone()).and_then(|l| std::str::from_utf8(l).ok());
-        line.ok_or_else(|| self.wrong("is not UTF-8"))
-    }
-
-    fn words(&self) -> Result<Words> {
-        let words = ini::words(self.line()?);
-        words.ok_or_else(|| self.wrong("is not key=value pairs; put it right"))
-    }
-
-    fn lead_to(&self, to: &Words) -> Result<String> {
-        let line = ini::lead_to(self.line()?, &self.name, to);
-        line.ok_or_else(|| self.wrong("is not key=value pairs; put it right"))
-    }
-
-    fn with_line(&self, line: &str) -> Result<()> {
-        let mut text = self.text.clone();
-        text.splice(self.range.clone(), line.bytes());
-        let mode = std::fs::metadata(&self.place.path).map_or(0o600, |m| m.mode() & 0o7777);
-        self.place.write(&text, mode)
-    }
-
-    /// Makes the temporary file that a change would need, and takes it away again.
-    fn replaceable(&self) -> Result<()> {
-        let temporary = self.place.temporary();
-        let made = self.place.prepare(&temporary, b"", 0o600);
-        let _ = std::fs::remove_file(&temporary);
-        made.map_err(|error| self.place.failed(error))
-    }
-}
-
-/// A file written whole or not at all, with the owner of another.
-struct Replaced {
-    path: PathBuf,
-    owner_of: PathBuf,
-}
-
-impl Replaced {
-    fn write(&self, text: &[u8], mode: u32) -> Result<()> {
-        let temporary = self.temporary();
-        let replace = || {
-            self.prepare(&temporary, text, mode)?;
-            std::fs::rename(&temporary, &self.path)?;
-            let dir = self.path.parent().unwrap_or(Path::new("/"));
-            std::fs::File::open(dir)?.sync_all()
-        };
-        replace().map_err(|error| {
-            let _ = std::fs::remove_file(&temporary);
-            self.failed(error)
-        })
-    }
-
-    fn temporary(&self) -> PathBuf {
-        let mut name = std::ffi::OsString::from(".");
-        name.push(self.path.file_name().unwrap_or_default());
-        name.push(format!(".{:016x}", fastrand::u64(..)));
-        self.path.with_file_name(name)
-    }
-
-    /// Never more open than `mode`, also while it is being written: it may hold passwords.
-    fn prepare(&self, temporary: &Path, text: &[u8], mode: u32) -> std::io::Result<()> {
-        let owner = std::fs::metadata(&self.owner_of)?;
-        let mut options = std::fs::OpenOptions::new();
-        let mut file = options.write(true).create_new(true).mode(0o600).open(temporary)?;
-        let made = file.metadata()?;
-        if (made.uid(), made.gid()) != (owner.uid(), owner.gid()) {
-            chown(temporary, Some(owner.uid()), Some(owner.gid()))?;
-        }
-        file.set_permissions(PermissionsExt::from_mode(mode))?;
-        file.write_all(text)?;
-        file.sync_all()
-    }
-
-    fn failed(&self, error: std::io::Error) -> Error {
-        let detail = format!(
-            "cannot be replaced: {error}; run walferry as the file's owner or as root, with its \
-             directory writable (in a container mount the directory, not the file)"
-        );
-        Error::File { path: self.path.clone(), detail }
     }
 }

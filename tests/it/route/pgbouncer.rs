@@ -43,7 +43,7 @@ impl Stage {
         let text = format!(
             "; Ours; \u{00e4}nderungen nur mit R\u{00fc}cksprache.\n[databases]\n;shop = host=old\n\
              other = host=127.0.0.1 port=1\n\
-             shop  =  user=postgres host=localhost port={}   dbname=postgres pool_size=10  \r\n\n\
+             shop  =  user=postgres host=127.0.0.1 port={}   dbname=postgres pool_size=10  \r\n\n\
              [users]\n\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n\
              unix_socket_dir =\nauth_type = trust\nauth_file = {dir}/users.txt\n\
              admin_users = admin, root\nstats_users = stats\npool_mode = transaction\n\
@@ -90,7 +90,9 @@ impl Stage {
     }
 
     fn context(&self, flip: Stream) -> Context {
-        context(flip, &self.source.uri("postgres"), &self.target.uri("postgres"))
+        // The file names the source by another name than we do, and must do so again at the end.
+        let source = self.source.uri("postgres").replace("127.0.0.1", "localhost");
+        context(flip, &source, &self.target.uri("postgres"))
     }
 
     fn ini(&self) -> String {
@@ -230,7 +232,9 @@ async fn clients_under_load_go_there_and_back_without_one_failed_statement() {
     let seen = load.finish().await;
     assert_eq!(seen.failures, Vec::<String>::new());
     assert!(seen.statements > 100);
+    println!("{} statements, the longest took {:?}", seen.statements, seen.longest);
     assert_eq!(stage.ini(), stage.text, "rolled back, the file is as it was");
+    route.forget(&stage.context(Stream::Reverse)).await.unwrap();
     assert_eq!(stage.leftovers(), Vec::<String>::new());
 }
 
@@ -263,6 +267,8 @@ async fn undo_after_each_step_brings_clients_and_the_file_back() {
     let stage = Stage::new().await;
     let context = stage.context(Stream::Forward);
     let owner = std::fs::metadata(&stage.ini).unwrap();
+    let load = Load::start(stage.port, 4);
+    until_grown(&stage, &stage.source).await;
     for steps in 0..4 {
         let route = stage.route();
         if steps > 0 {
@@ -298,6 +304,7 @@ async fn undo_after_each_step_brings_clients_and_the_file_back() {
             assert_eq!(stage.leftovers(), Vec::<String>::new());
         }
     }
+    assert_eq!(load.finish().await.failures, Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -348,10 +355,10 @@ async fn check_finds_what_stands_in_the_way_and_changes_nothing() {
     let copy = stage.ini.with_file_name("users.txt");
     let text = said(with(port, &copy.display().to_string(), "shop")).await;
     assert!(text.contains("[databases] has no line for \"shop\""), "{text}");
-    let other = stage.text.replace("host=localhost", "host=elsewhere");
+    let other = stage.text.replace("postgres host=127.0.0.1", "postgres host=elsewhere");
     std::fs::write(&copy, other).unwrap();
     let text = said(with(port, &copy.display().to_string(), "shop")).await;
-    assert!(text.contains("leading to localhost:") && text.contains("elsewhere:"), "{text}");
+    assert!(text.contains("leading to 127.0.0.1:") && text.contains("elsewhere:"), "{text}");
     // The wrong file again, but nobody checked: pgbouncer is asked whether it has understood.
     let blind = with(port, &copy.display().to_string(), "shop");
     let error = blind.switch(&context).await.unwrap_err().to_string();
