@@ -62,7 +62,8 @@ pub enum Error {
     /// Another session applies under this origin.
     #[error(
         "replication origin \"{origin}\" is in use by the session with pid {pid} after {seconds} s \
-         of waiting: stop the other walferry, or run select pg_terminate_backend({pid}) on the target"
+         of waiting: stop the other walferry, or run select pg_terminate_backend({pid}) on the \
+         target"
     )]
     OriginBusy {
         /// The origin.
@@ -74,8 +75,8 @@ pub enum Error {
     },
     /// Progress is kept in both ways that exist, so that neither can be believed alone.
     #[error(
-        "progress of stream \"{stream}\" would be kept {wanted}, but is already kept {found}: go on \
-         in that way, or (only if the copy starts afresh) run {sql}"
+        "progress of stream \"{stream}\" would be kept {wanted}, but is already kept {found}: go \
+         on in that way, or (only if the copy starts afresh) run {sql}"
     )]
     ProgressElsewhere {
         /// The stream.

@@ -14,13 +14,14 @@
 //!    COMMIT. Positions go out by a watch channel.
 //!
 //! `routing` and `target` know the tables, `shape` and `statement` (pure) the SQL, `progress` where
-//! the position is kept, `durable` what a crash of the target can take back, `count` law 10's books.
+//! the position is kept, `durable` what a crash of the target can take back, `count` law 10's
+//! books.
 //!
 //! # A row that is not there
 //! An UPDATE that meets no row means that source and target differ, and must roll the batch back;
 //! but COMMIT is already on its way in the same request. So each UPDATE and DELETE is wrapped in a
-//! WITH whose count is cast to an error on the server when it is not 1. The rejected alternative, to
-//! look at the counts before sending COMMIT, costs a second round trip a batch.
+//! WITH whose count is cast to an error on the server when it is not 1. The rejected alternative,
+//! to look at the counts before sending COMMIT, costs a second round trip a batch.
 //!
 //! # What survives a crash
 //! Progress commits with the rows, so after any crash of either side [`Applier::progress`] is

@@ -33,15 +33,15 @@ const PENDING_MAX: usize = 1024;
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 
 impl Applier {
-    /// Applies what `feed` gives until it ends, `shutdown` turns true (both `Ok`), or an error. After
-    /// an error or shutdown the applier is to be dropped; [`Applier::connect`] resumes from what the
-    /// target has. Ends at a batch boundary: a transaction written in part is rolled back.
+    /// Applies what `feed` gives until it ends, `shutdown` turns true (both `Ok`), or an error.
+    /// After an error or shutdown the applier is to be dropped; [`Applier::connect`] resumes from
+    /// what the target has. Ends at a batch boundary: a transaction written in part is rolled back.
     ///
     /// The feed is consumed, as what was taken from it and not applied is lost with this call: the
     /// stream must be read again from its slot, never gone on with behind the same feed.
     ///
-    /// `positions` is told after every batch. While `hold` has a position, transactions whose commit
-    /// record starts at or after it are not applied; [`Applied::held`] answers.
+    /// `positions` is told after every batch. While `hold` has a position, transactions whose
+    /// commit record starts at or after it are not applied; [`Applied::held`] answers.
     pub async fn run<F: Feed>(
         &mut self,
         mut feed: F,
@@ -170,8 +170,8 @@ impl Applier {
     }
 
     /// Brings recorded progress up to what idleness has passed, by a transaction without rows, so
-    /// that the slot may be told. The slot must never be beyond recorded progress: that is how a slot
-    /// that was replaced behind our back is told from ours (law 4). Not more often than
+    /// that the slot may be told. The slot must never be beyond recorded progress: that is how a
+    /// slot that was replaced behind our back is told from ours (law 4). Not more often than
     /// [`RECORD_INTERVAL`], unless it is `due` now.
     async fn record_passed(&mut self, due: bool) -> Result<()> {
         let end_lsn = self.applied.applied_lsn;

@@ -197,7 +197,8 @@ impl Mapping {
         let (only, table) = (self.table.only(), self.table.name.quoted());
         let union = if same.is_empty() { "" } else { "select 1 from k union all " };
         writer.finish(format!(
-            "with {same}d as (delete from {only}{table} as t where {filter}{changed} returning t.*), \
+            "with {same}d as (delete from {only}{table} as t where {filter}{changed} \
+             returning t.*), \
              i as (insert into {table} ({}) overriding system value select {} from d returning 1), \
              u as ({union}select 1 from i) {GUARD}",
             names.join(", "),

@@ -111,7 +111,8 @@ const TABLE: &str = "select c.oid, c.relkind, \
 /// it is binary-coercible to (varchar to text). The session's search_path is empty and the type may
 /// be an extension's, so the operator is named with its schema: a bare `=` on citext would silently
 /// be that of text. Enums, ranges and arrays have pg_catalog's polymorphic operators; an array is
-/// comparable if its elements are. Composite types are not said to be comparable: one may hold json.
+/// comparable if its elements are. Composite types are not said to be comparable: one may hold
+/// json.
 const COLUMNS: &str = "with recursive base(attnum, oid, typbasetype) as ( \
        select a.attnum, t.oid, t.typbasetype from pg_catalog.pg_attribute a \
          join pg_catalog.pg_type t on t.oid = a.atttypid \

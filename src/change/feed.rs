@@ -8,8 +8,8 @@ use super::Item;
 ///
 /// An implementation promises that
 /// - items come out in the order in which the stream had them, each at most once per reading of the
-///   stream; after the reader connected again, transactions may come a second time, from their first
-///   chunk, and a transaction that was cut is not continued;
+///   stream; after the reader connected again, transactions may come a second time, from their
+///   first chunk, and a transaction that was cut is not continued;
 /// - `pop` is cancel-safe: a future dropped before it is ready has taken nothing;
 /// - `pop` answers `None` only once the writing end is gone and everything has been taken.
 pub trait Feed: Send {

@@ -40,7 +40,8 @@ pub enum Change {
     Update {
         /// The table's description in force.
         relation: Arc<Relation>,
-        /// Present when the key changed, or under REPLICA IDENTITY FULL; otherwise `new` holds the key.
+        /// Present when the key changed, or under REPLICA IDENTITY FULL; otherwise `new` holds the
+        /// key.
         old: Option<OldRow>,
         /// The row afterwards; may hold unchanged TOAST values.
         new: Row,

@@ -1,9 +1,10 @@
 //! `walferry demo`: the whole move on two throw-away servers, with the commands a user would type.
 //!
-//! Every step runs this same binary as a child, prints the command, and shows what it says. A writer
-//! works through pgbouncer all the while; it knows which of its transactions were acknowledged, so the
-//! end is not "looks fine" but a count. The two final compares read both databases whole and do not
-//! use walferry's own verify. Everything lives in temporary directories and is gone afterwards.
+//! Every step runs this same binary as a child, prints the command, and shows what it says. A
+//! writer works through pgbouncer all the while; it knows which of its transactions were
+//! acknowledged, so the end is not "looks fine" but a count. The two final compares read both
+//! databases whole and do not use walferry's own verify. Everything lives in temporary directories
+//! and is gone afterwards.
 
 use std::path::PathBuf;
 use std::process::{ExitCode, Stdio};
@@ -20,6 +21,9 @@ use crate::demo::pgbouncer::PgBouncer;
 use crate::demo::server::Server;
 use crate::demo::writer::{Options, Report, Writer, broken_invariants, create_schema};
 use crate::pg::{Config, Purpose, Session};
+
+/// Transactions written on each side after each switch; ten seconds at the default rate.
+const WORK_TRANSACTIONS: u64 = 3000;
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]
@@ -149,22 +153,26 @@ impl Stage {
             self.pooler.ini_path().display()
         );
         let (there, back) = ((&self.source, &self.target), (&self.target, &self.source));
-        writer.reset_stalls();
         let cutover = self.flip("cutover", &route).await?;
-        if !writer.committed_more(300).await {
-            bail!("the writer is stuck");
-        }
+        self.work_on(writer).await?;
         self.verify().await?;
         let there_exact = self.compare_at_rest(writer, there, "after the cutover").await?;
         let rollback = self.flip("rollback", &route).await?;
-        if !writer.committed_more(300).await {
-            bail!("the writer is stuck");
-        }
+        self.work_on(writer).await?;
         self.verify().await?;
         let back_exact = self.compare_at_rest(writer, back, "after the rollback").await?;
         let (rows_copied, applied) = self.counted().await?;
         self.walferry(&["finish"]).await?;
         Ok(Story { rows_copied, applied, cutover, rollback, there_exact, back_exact })
+    }
+
+    /// The application works for a while on the side it is on.
+    async fn work_on(&self, writer: &Writer) -> anyhow::Result<()> {
+        self.say("the writer goes on there");
+        if !writer.committed_more(WORK_TRANSACTIONS).await {
+            bail!("the writer is stuck");
+        }
+        Ok(())
     }
 
     async fn verify(&self) -> anyhow::Result<()> {

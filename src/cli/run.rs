@@ -32,7 +32,8 @@ pub struct Args {
     until: Option<UntilArg>,
 }
 
-/// Runs the job. 0 when `--until` was reached, it was stopped by hand, or the job ended; 1 on an error.
+/// Runs the job. 0 when `--until` was reached, it was stopped by hand, or the job ended; 1 on an
+/// error.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let config = args.job.job()?;
     let (stop, stopping) = watch::channel(false);

@@ -22,8 +22,8 @@ pub struct Args {
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
-    /// Give up if both sides cannot be lined up within this time (a long transaction on the live side
-    /// delays it)
+    /// Give up if both sides cannot be lined up within this time (a long transaction on the live
+    /// side delays it)
     #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "10m")]
     timeout: Duration,
 }

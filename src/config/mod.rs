@@ -2,8 +2,8 @@
 //!
 //! This room only maps; every option's meaning, default and type belong to the room that uses it.
 //! The file is read from `-c FILE`, or `walferry.toml` in the working directory if there is one. An
-//! unknown key is an error, so that a typo does not become a silent default. Nothing is written, and
-//! connection strings are never printed as they were given: they may hold passwords.
+//! unknown key is an error, so that a typo does not become a silent default. Nothing is written,
+//! and connection strings are never printed as they were given: they may hold passwords.
 
 pub mod duration;
 pub mod file;

@@ -1,4 +1,5 @@
-//! The proof of both streams: a row written on one side arrives on the other, and another comes back.
+//! The proof of both streams: a row written on one side arrives on the other, and another comes
+//! back.
 //!
 //! The canary table is in both publications. A canary that arrives has passed slot, decoding,
 //! rights, triggers and origin of its direction, so a way back that lacks a right is found before

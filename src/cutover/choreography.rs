@@ -82,8 +82,8 @@ pub struct Step {
 pub struct Outcome {
     /// The barrier: the live side's end of WAL once writers had stopped. `0/0` for a dry run.
     pub switched_lsn: String,
-    /// How long writers were held, in milliseconds: from the first hold of the try that succeeded to
-    /// the release of the last.
+    /// How long writers were held, in milliseconds: from the first hold of the try that succeeded
+    /// to the release of the last.
     pub fenced_ms: f64,
     /// Tries that met an open transaction and let go again.
     pub retries: u32,
@@ -260,8 +260,8 @@ impl<J: Journal> Flight<'_, J> {
     }
 }
 
-/// Sets every sequence of `dest` past what `live` handed out. The commit is synchronous and so makes
-/// everything that was applied before it durable too.
+/// Sets every sequence of `dest` past what `live` handed out. The commit is synchronous and so
+/// makes everything that was applied before it durable too.
 async fn carry_sequences(live: &mut Session, dest: &mut Session) -> Result<()> {
     let sequences = catalog::sequences(live).await?;
     schema::set_sequences(dest, &sequences, SEQUENCE_MARGIN).await?;

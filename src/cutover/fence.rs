@@ -1,13 +1,15 @@
 //! What stops writers: locks, a read-only database, or nothing.
 //!
-//! *lock*: one transaction takes SHARE ROW EXCLUSIVE on every table (readers go on, writers wait) and
-//! adds to each a statement trigger that refuses writes. Until it commits, the end of our session
-//! for whatever reason undoes it all. Its commit is the seal: those who waited get the trigger's
-//! error, a transaction with an old snapshot too, as triggers are read from the catalog as it is now.
-//! Sessions with session_replication_role = replica, the reverse stream's, do not fire it.
+//! *lock*: one transaction takes SHARE ROW EXCLUSIVE on every table (readers go on, writers wait)
+//! and adds to each a statement trigger that refuses writes. Until it commits, the end of our
+//! session for whatever reason undoes it all. Its commit is the seal: those who waited get the
+//! trigger's error, a transaction with an old snapshot too, as triggers are read from the catalog
+//! as it is now. Sessions with session_replication_role = replica, the reverse stream's, do not
+//! fire it.
 //!
-//! *read-only*: default_transaction_read_only on the database, and every other client session ended.
-//! For roles that own the database but not its tables. Not airtight: a session may set it off.
+//! *read-only*: default_transaction_read_only on the database, and every other client session
+//! ended. For roles that own the database but not its tables. Not airtight: a session may set it
+//! off.
 //!
 //! <https://www.postgresql.org/docs/current/explicit-locking.html#LOCKING-TABLES>
 
@@ -94,8 +96,8 @@ impl Fence {
         Ok(Fence { kind, session, lock_sql, trigger_sql })
     }
 
-    /// One try to stop writers, for at most `wait`. `Ok(false)`: somebody holds a lock; nobody waits
-    /// for us any more.
+    /// One try to stop writers, for at most `wait`. `Ok(false)`: somebody holds a lock; nobody
+    /// waits for us any more.
     pub async fn raise(&mut self, wait: Duration) -> Result<bool> {
         match self.kind {
             FenceKind::None => Ok(true),
@@ -184,7 +186,8 @@ impl Fence {
             .session
             .query(
                 "select distinct l.pid, coalesce(a.usename, 'autovacuum'), a.state, \
-                 coalesce(extract(epoch from pg_catalog.clock_timestamp() - a.xact_start), 0)::int8, \
+                 coalesce(extract(epoch from pg_catalog.clock_timestamp() - a.xact_start), 0)\
+                 ::int8, \
                  pg_catalog.left(pg_catalog.regexp_replace(a.query, '\\s+', ' ', 'g'), 80) \
                  from pg_catalog.pg_locks l join pg_catalog.pg_stat_activity a on a.pid = l.pid \
                  where l.locktype = 'relation' and l.granted \

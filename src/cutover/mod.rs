@@ -5,26 +5,27 @@
 //! every step is journalled before it is done, and each has an undo until the one point of no
 //! return.
 //!
-//! 1. *gates*: routes can be reached; a probe committed on the live side arrives within max-lag; the
-//!    way back is proven by a canary row there and back (`canary`).
-//! 2. *hold*: routes that can (pgbouncer) hold their clients; *fence*: writers are stopped on the live
-//!    side (`fence`). Both within lock-timeout, else let go, pause, and try again: an open transaction
-//!    delays the cutover, never the application.
+//! 1. *gates*: routes can be reached; a probe committed on the live side arrives within max-lag;
+//!    the way back is proven by a canary row there and back (`canary`).
+//! 2. *hold*: routes that can (pgbouncer) hold their clients; *fence*: writers are stopped on the
+//!    live side (`fence`). Both within lock-timeout, else let go, pause, and try again: an open
+//!    transaction delays the cutover, never the application.
 //! 3. *barrier*: the end of WAL, read after the fence holds (vitess#16563). *drain*: the other side
 //!    has applied up to it.
 //! 4. *sequences*: set past every value handed out.
-//! 5. *seal*: the fence is made to outlive our session, so that stragglers that were connected before
-//!    cannot write to the old side afterwards (vitess#9453). The new side's own seal, if it had one
-//!    from an earlier flip, is opened.
+//! 5. *seal*: the fence is made to outlive our session, so that stragglers that were connected
+//!    before cannot write to the old side afterwards (vitess#9453). The new side's own seal, if it
+//!    had one from an earlier flip, is opened.
 //! 6. *switch*: routes flip; those that hold clients first, hooks last.
 //! 7. **The point of no return**: the new phase is committed in the home database.
 //! 8. *release*: routes let clients through.
 //!
 //! What survives a crash: before 5, the fence is a transaction of our session and vanishes with it;
-//! held clients are released by `undo`. From 5 to 7, `undo` opens the seal and flips routes back. After
-//! 7, `release` is repeated. The journal says which; the job room asks for one or the other.
+//! held clients are released by `undo`. From 5 to 7, `undo` opens the seal and flips routes back.
+//! After 7, `release` is repeated. The journal says which; the job room asks for one or the other.
 //!
-//! Left out: killing transactions that hold the fence up. The application's work is not ours to end.
+//! Left out: killing transactions that hold the fence up. The application's work is not ours to
+//! end.
 
 pub mod barrier;
 pub mod canary;

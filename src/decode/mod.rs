@@ -20,8 +20,9 @@
 //! ```
 //!
 //! Laws kept here: any bytes give a value or an error, never a panic (law 12); a transaction of any
-//! size passes in chunks (law 9); a position is given only for what came before it (law 1). An empty
-//! transaction gives a chunk too, or the slot would stand still under a load that publishes nothing.
+//! size passes in chunks (law 9); a position is given only for what came before it (law 1). An
+//! empty transaction gives a chunk too, or the slot would stand still under a load that publishes
+//! nothing.
 //!
 //! Nothing survives a crash here and nothing has to: a new connection starts with a new decoder,
 //! and the server describes each relation again before its first change.

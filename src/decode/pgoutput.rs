@@ -14,7 +14,8 @@ use crate::id::QualifiedName;
 use crate::lsn::Lsn;
 
 /// Turns messages of one connection into events. Relations are remembered by oid; a description
-/// that comes again unchanged keeps its `Arc`, so that pointer equality means "same table, same shape".
+/// that comes again unchanged keeps its `Arc`, so that pointer equality means "same table, same
+/// shape".
 #[derive(Debug, Default)]
 pub struct Decoder {
     relations: HashMap<u32, Arc<Relation>>,

@@ -1,13 +1,13 @@
 //! Both sides at one point, while both live: DESIGN's aligned snapshots.
 //!
 //! 1. The applier is held at the reading side's end of WAL, read now.
-//! 2. A temporary slot on the reading side exports a snapshot of exactly what had committed before its
-//!    consistent point, which is not before the hold.
+//! 2. A temporary slot on the reading side exports a snapshot of exactly what had committed before
+//!    its consistent point, which is not before the hold.
 //! 3. The hold moves to that point; when everything before it is applied, a snapshot is exported on
 //!    the written side. The stream goes on; the two snapshots show the same rows.
 //!
-//! The stream is held for as long as the temporary slot takes to find its point: milliseconds, or as
-//! long as the longest transaction on the reading side.
+//! The stream is held for as long as the temporary slot takes to find its point: milliseconds, or
+//! as long as the longest transaction on the reading side.
 
 use std::time::Duration;
 

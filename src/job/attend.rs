@@ -86,6 +86,7 @@ impl Runner {
         while let Some(asked) = client::take(&mut self.store.session, &self.config.job).await? {
             let outcome = match asked.verb.as_str() {
                 "stop" => {
+                    self.say(Notice::Said("another command asks this run to stop".to_string()));
                     client::answer(&mut self.store.session, &asked.id, Ok(Value::Null)).await?;
                     return Ok(Some(None));
                 }

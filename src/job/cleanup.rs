@@ -1,16 +1,17 @@
 //! Finish and cancel: nothing of walferry is left on either side.
 //!
-//! They run without streams: the runner, if one is alive, is asked to stop, and the lease taken. Every
-//! drop is idempotent, so a clean-up that was cut short is done again by the same command. The home
-//! schema goes last, as it holds the memory of what is still to be done.
+//! They run without streams: the runner, if one is alive, is asked to stop, and the lease taken.
+//! Every drop is idempotent, so a clean-up that was cut short is done again by the same command.
+//! The home schema goes last, as it holds the memory of what is still to be done.
 
+use super::flip::{context, parse_routes, stream_of};
 use super::lease::Lease;
 use super::run::{JobConfig, place};
 use super::state::{Event, Phase, step};
-use super::store::Store;
+use super::store::{JobRow, Store};
 use super::{Error, Result, lease};
 use crate::apply;
-use crate::cutover::fence;
+use crate::cutover::{self, fence};
 use crate::id::Stream;
 use crate::pg::{Purpose, Session};
 use crate::source::{publication, slot};
@@ -56,9 +57,20 @@ pub async fn clean_up(
         apply::forget(session, &config.job.object(stream.opposite())).await?;
         fence::remove(session).await?;
     }
+    forget_routes(config, &row).await?;
     drop_schema(&mut source, config, &mut dropped, false).await?;
     drop_schema(&mut store.session, config, &mut dropped, keep_history).await?;
     Ok(CleanedUp { phase, dropped })
+}
+
+/// What a route kept to find its way back (a copy of a pgbouncer line) is not needed any more.
+async fn forget_routes(config: &JobConfig, row: &JobRow) -> Result<()> {
+    let Some(record) = &row.flip else { return Ok(()) };
+    let context = context(config, stream_of(&record.flip));
+    for route in parse_routes(&record.routes)? {
+        route.forget(&context).await.map_err(cutover::Error::from)?;
+    }
+    Ok(())
 }
 
 /// Drops schema walferry, or only this job's rows where other jobs use it too.

@@ -1,7 +1,7 @@
 //! Commands to a runner that may be alive on any host: a row in the home database, and NOTIFY.
 //!
-//! The asker keeps its row fresh; a runner ignores rows whose asker is gone, so that a cutover asked
-//! for by a process that was killed does not happen an hour later.
+//! The asker keeps its row fresh; a runner ignores rows whose asker is gone, so that a cutover
+//! asked for by a process that was killed does not happen an hour later.
 
 use std::time::Duration;
 

@@ -1,8 +1,8 @@
 //! Rows, then indexes and constraints.
 //!
 //! All tables are read under one snapshot while the slot's lives, otherwise what is not finished is
-//! read under a fresh one, whose visibility the applier then respects. Foreign keys and the rest come
-//! once the target is consistent, which it is at once where all tables share one snapshot.
+//! read under a fresh one, whose visibility the applier then respects. Foreign keys and the rest
+//! come once the target is consistent, which it is at once where all tables share one snapshot.
 
 use std::sync::Arc;
 

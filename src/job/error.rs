@@ -69,8 +69,8 @@ pub enum Error {
     State(String),
     /// No such job.
     #[error(
-        "there is no job \"{job}\" on {peer}; walferry run starts one (or give the right --name and \
-         --target)"
+        "there is no job \"{job}\" on {peer}; walferry run starts one (or give the right \
+         --name and --target)"
     )]
     NoJob {
         /// The name asked for.
@@ -81,8 +81,8 @@ pub enum Error {
     /// A different server than the one the job was made with.
     #[error(
         "{side} is another system than the one this job was made with (system identifier {found}, \
-         was {expected}): it was restored, upgraded or replaced, so its WAL positions mean something \
-         else. Point {side} at the original, or cancel this job and start a new one"
+         was {expected}): it was restored, upgraded or replaced, so its WAL positions mean \
+         something else. Point {side} at the original, or cancel this job and start a new one"
     )]
     OtherSystem {
         /// `--source` or `--target`.

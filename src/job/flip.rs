@@ -1,5 +1,5 @@
-//! Cutover and rollback as a runner does them: arming the way back, the choreography with its journal
-//! in the home database, and picking up what a crash left.
+//! Cutover and rollback as a runner does them: arming the way back, the choreography with its
+//! journal in the home database, and picking up what a crash left.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::run::{Notice, Runner, published};
+use super::run::{JobConfig, Notice, Runner, published};
 use super::state::{Event, Phase};
 use super::store::{FlipRecord, Store};
 use super::{Error, Result};
@@ -58,7 +58,7 @@ impl FlipRequest {
     }
 }
 
-fn stream_of(flip: &str) -> Stream {
+pub(super) fn stream_of(flip: &str) -> Stream {
     if flip == "reverse" { Stream::Reverse } else { Stream::Forward }
 }
 
@@ -164,7 +164,7 @@ impl Runner {
             tables,
             fence: request.fence.parse()?,
             routes: parse_routes(&request.routes)?,
-            context: self.context(flip),
+            context: context(&self.config, flip),
             max_lag: millis(request.max_lag_ms),
             lock_timeout: millis(request.lock_timeout_ms),
             timeout: millis(request.timeout_ms),
@@ -172,15 +172,6 @@ impl Runner {
             carry,
             dry_run: request.dry_run,
         })
-    }
-
-    fn context(&self, flip: Stream) -> route::Context {
-        route::Context {
-            job: self.config.job.to_string(),
-            flip,
-            source: self.config.source.clone(),
-            target: self.config.target.clone(),
-        }
     }
 
     /// Before the switch the reverse stream applies canaries only and counts the rest as filtered:
@@ -215,7 +206,7 @@ impl Runner {
         };
         let routes = parse_routes(&record.routes)?;
         let fence = record.fence.parse()?;
-        cutover::undo(live, fence, &routes, &self.context(flip)).await?;
+        cutover::undo(live, fence, &routes, &context(&self.config, flip)).await?;
         if flip == Stream::Forward && self.switch_had_begun(&record).await? {
             self.drain_reverse().await?;
         }
@@ -249,10 +240,20 @@ impl Runner {
             return Ok(None);
         };
         let routes = parse_routes(&record.routes)?;
-        cutover::release(&routes, &self.context(stream_of(&record.flip))).await?;
+        cutover::release(&routes, &context(&self.config, stream_of(&record.flip))).await?;
         record.released = true;
         self.store.set_flip(&record).await?;
         Ok(None)
+    }
+}
+
+/// What routes are told.
+pub(super) fn context(config: &JobConfig, flip: Stream) -> route::Context {
+    route::Context {
+        job: config.job.to_string(),
+        flip,
+        source: config.source.clone(),
+        target: config.target.clone(),
     }
 }
 

@@ -93,7 +93,8 @@ pub async fn holder(session: &mut Session, job: &JobName) -> Result<Option<Strin
         .query_opt(
             "select pid from pg_catalog.pg_locks where locktype = 'advisory' and granted \
              and classid::int8 = $1 and objsubid = 2 \
-             and objid = (select oid from (select (pg_catalog.hashtext($2)::int8 & 4294967295)) h(oid)) \
+             and objid = (select oid from \
+                (select (pg_catalog.hashtext($2)::int8 & 4294967295)) h(oid)) \
              and database = (select oid from pg_catalog.pg_database \
                 where datname = pg_catalog.current_database())",
             &[Some(&LOCK_CLASS.to_string()), Some(job.as_str())],

@@ -1,19 +1,20 @@
 //! The job: what walferry does from `run` to `finish`, across crashes and hosts.
 //!
-//! Why it exists: rooms below do one thing each and know nothing of each other. This room wires them,
-//! keeps the job's state in the home database (the target), and sees to it that exactly one process
-//! runs it.
+//! Why it exists: rooms below do one thing each and know nothing of each other. This room wires
+//! them, keeps the job's state in the home database (the target), and sees to it that exactly one
+//! process runs it.
 //!
 //! - `state`: the pure step function. `store`: its tables. `lease`: one runner at a time.
 //! - `run`: the runner, a loop of step and execute. `prepare`: check, publication, slot, tables.
 //!   `copying`: rows, then indexes and constraints. `pipeline`: one stream, kept going.
-//!   `attend`: what a runner does while it follows: commands, positions, lease. `flip`: arming the way
-//!   back, and the choreography with its journal. `cleanup`: finish and cancel.
+//!   `attend`: what a runner does while it follows: commands, positions, lease. `flip`: arming the
+//!   way back, and the choreography with its journal. `cleanup`: finish and cancel.
 //! - `client`: commands from other processes. `align`: both sides held at one point, for verify.
 //!   `status`: what people and scripts see.
 //!
-//! What survives a crash: everything that is in a table, and nothing else; there are no local files.
-//! A runner that dies is replaced by any other; each phase begins by looking at what is there.
+//! What survives a crash: everything that is in a table, and nothing else; there are no local
+//! files. A runner that dies is replaced by any other; each phase begins by looking at what is
+//! there.
 //!
 //! Left out here: more than one task in a job (shard groups); they are built on the same runner.
 

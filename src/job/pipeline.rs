@@ -1,7 +1,7 @@
 //! One stream from slot to tables: source -> decode -> buffer -> apply, kept going.
 //!
-//! Reader and applier are two tasks with a bounded queue between them. Either may fail: then both are
-//! stopped, and both begin again from the progress that the target holds. Faults that may mend
+//! Reader and applier are two tasks with a bounded queue between them. Either may fail: then both
+//! are stopped, and both begin again from the progress that the target holds. Faults that may mend
 //! themselves (a restart, a cut network) are tried again for ever with growing pauses, and shown in
 //! status meanwhile; any other ends the pipe and the job stops with its message.
 

@@ -1,8 +1,8 @@
 //! Check; then publication, slot, and the target's tables.
 //!
 //! The slot is made before the dump is taken, so that nothing can fall between them: a column added
-//! after the dump is in the stream, where it is noticed. The slot's snapshot stays open for the copy;
-//! a run that comes later reads under a fresh one.
+//! after the dump is in the stream, where it is noticed. The slot's snapshot stays open for the
+//! copy; a run that comes later reads under a fresh one.
 
 use super::run::{Notice, Runner, published};
 use super::state::Event;

@@ -87,7 +87,8 @@ pub struct Runner {
     pub(super) selection: Selection,
     pub(super) forward: Option<Pipe>,
     pub(super) reverse: Option<Pipe>,
-    /// Whether the reverse stream applies more than canaries: true once applications are on the target.
+    /// Whether the reverse stream applies more than canaries: true once applications are on the
+    /// target.
     pub(super) reverse_open: Arc<AtomicBool>,
     /// The command whose flip is under way.
     pub(super) asked: Option<(String, FlipRequest)>,

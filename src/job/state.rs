@@ -24,9 +24,9 @@ pub enum Phase {
     Planned,
     /// Set when check found no error. A crash here repeats nothing that matters.
     Checked,
-    /// Set before the publication and the slot are made. In it: publication, slot, pre-data. A crash
-    /// finds what exists by name and goes on; the slot's snapshot is lost, the rows are then read
-    /// under a fresh one with the exact visibility rule.
+    /// Set before the publication and the slot are made. In it: publication, slot, pre-data. A
+    /// crash finds what exists by name and goes on; the slot's snapshot is lost, the rows are then
+    /// read under a fresh one with the exact visibility rule.
     Schema,
     /// Set when the target has its tables. Finished tables survive a crash, half-read ones are read
     /// again. In it too: indexes and constraints, each recorded in its own transaction.

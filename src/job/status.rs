@@ -66,8 +66,8 @@ pub struct Status {
     pub error: Option<String>,
 }
 
-/// Reads a job's status. The source is asked too, where it answers: a runner that is not alive leaves
-/// stale positions, and the slot knows better.
+/// Reads a job's status. The source is asked too, where it answers: a runner that is not alive
+/// leaves stale positions, and the slot knows better.
 pub async fn read(config: &JobConfig) -> Result<Status> {
     let home = Session::connect(&config.target, Purpose::Sql).await?;
     let mut store = Store::new(home, config.job.clone());

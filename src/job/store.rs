@@ -15,8 +15,9 @@ use crate::pg::{Row, Session};
 
 /// Tables of both sides: the canary that proves a stream, and the seal of a fence.
 ///
-/// The seal's trigger function raises always; whether it stands is decided by the trigger's presence
-/// and state, because catalogs are read as they are now even by a transaction whose snapshot is old.
+/// The seal's trigger function raises always; whether it stands is decided by the trigger's
+/// presence and state, because catalogs are read as they are now even by a transaction whose
+/// snapshot is old.
 pub const DDL_BOTH: &str = "
 create schema if not exists walferry;
 create table if not exists walferry.canary (

@@ -24,9 +24,9 @@ const SAID_BYTES: usize = 2048;
 /// A command run with `sh -c`.
 ///
 /// In its environment: `WALFERRY_PHASE` (check, hold, switch, release, undo), `WALFERRY_JOB`,
-/// `WALFERRY_FLIP` (cutover, rollback), `WALFERRY_WAIT_MS` in phase hold, and `WALFERRY_SOURCE_` and
-/// `WALFERRY_TARGET_` `HOST`, `PORT`, `DBNAME`, `USER` (of several hosts a list, as libpq has it).
-/// No passwords. Any phase may come twice; exit 0 for a phase that means nothing to it.
+/// `WALFERRY_FLIP` (cutover, rollback), `WALFERRY_WAIT_MS` in phase hold, and `WALFERRY_SOURCE_`
+/// and `WALFERRY_TARGET_` `HOST`, `PORT`, `DBNAME`, `USER` (of several hosts a list, as libpq has
+/// it). No passwords. Any phase may come twice; exit 0 for a phase that means nothing to it.
 #[derive(Clone, Debug)]
 pub struct Hook {
     command: String,

@@ -11,9 +11,7 @@ use super::depend::Views;
 use super::{Error, Result, plan, script};
 use crate::catalog::Selection;
 use crate::id::{QualifiedName, quote_ident};
-use crate::pg::config::{ChannelBinding, SslMode, TargetSessionAttrs};
 use crate::pg::{Config, Purpose, Session};
-use crate::secret::ExposeSecret;
 
 /// What of the schema stays behind.
 #[derive(Clone, Debug, Default)]
@@ -140,10 +138,20 @@ async fn run(
     let mut command = Command::new(program);
     command.args(arguments).arg(format!("--section={section}"));
     // Settings of whoever runs us must not lead pg_dump elsewhere.
-    for name in ["PGSERVICE", "PGSERVICEFILE", "PGHOST", "PGHOSTADDR", "PGOPTIONS", "PGPASSFILE"] {
+    for name in ["PGSERVICE", "PGSERVICEFILE"] {
         command.env_remove(name);
     }
-    command.envs(env_of(config)).stdin(Stdio::null()).kill_on_drop(true);
+    for (name, value) in config.to_env() {
+        if value.is_empty() {
+            command.env_remove(name)
+        } else {
+            command.env(name, value)
+        };
+    }
+    // Strings in the script are read by script.rs, which knows one kind of plain quotes.
+    let options = config.options.as_deref().unwrap_or_default();
+    let options = format!("{options} -c standard_conforming_strings=on");
+    command.env("PGOPTIONS", options.trim()).stdin(Stdio::null()).kill_on_drop(true);
     let output = command
         .output()
         .await
@@ -156,70 +164,6 @@ async fn run(
         let detail = format!("its output is not UTF-8: {}", e.utf8_error());
         failed(output.status.to_string(), detail)
     })
-}
-
-/// libpq's environment for this server. The password goes by PGPASSWORD, as command lines can be
-/// read by everyone.
-fn env_of(config: &Config) -> Vec<(&'static str, String)> {
-    let join = |list: Vec<String>| list.join(",");
-    let options = config.options.as_deref().unwrap_or_default();
-    let mut env = vec![
-        ("PGHOST", join(config.hosts.iter().map(|h| h.host.clone()).collect())),
-        ("PGPORT", join(config.hosts.iter().map(|h| h.port.to_string()).collect())),
-        ("PGUSER", config.user.clone()),
-        ("PGDATABASE", config.dbname.clone()),
-        ("PGAPPNAME", config.application_name.clone().unwrap_or_else(|| "walferry".to_string())),
-        ("PGCONNECT_TIMEOUT", config.connect_timeout.as_secs().max(2).to_string()),
-        ("PGSSLMODE", ssl_mode(config.ssl_mode).to_string()),
-        ("PGCHANNELBINDING", channel_binding(config.channel_binding).to_string()),
-        ("PGTARGETSESSIONATTRS", session_attrs(config.target_session_attrs).to_string()),
-        // Strings in the script are read by script.rs, which knows one kind of plain quotes.
-        ("PGOPTIONS", format!("{options} -c standard_conforming_strings=on").trim().to_string()),
-    ];
-    if config.hosts.iter().any(|h| h.hostaddr.is_some()) {
-        let addresses = config.hosts.iter().map(|h| h.hostaddr.clone().unwrap_or_default());
-        env.push(("PGHOSTADDR", join(addresses.collect())));
-    }
-    let mut maybe = |name, value: &Option<String>| {
-        env.extend(value.iter().map(|value| (name, value.clone())));
-    };
-    maybe("PGSSLROOTCERT", &config.ssl_root_cert);
-    maybe("PGSSLCERT", &config.ssl_cert);
-    maybe("PGSSLKEY", &config.ssl_key);
-    if let Some(password) = &config.password {
-        env.push(("PGPASSWORD", password.expose_secret().to_string()));
-    }
-    env
-}
-
-fn ssl_mode(mode: SslMode) -> &'static str {
-    match mode {
-        SslMode::Disable => "disable",
-        SslMode::Allow => "allow",
-        SslMode::Prefer => "prefer",
-        SslMode::Require => "require",
-        SslMode::VerifyCa => "verify-ca",
-        SslMode::VerifyFull => "verify-full",
-    }
-}
-
-fn channel_binding(binding: ChannelBinding) -> &'static str {
-    match binding {
-        ChannelBinding::Disable => "disable",
-        ChannelBinding::Prefer => "prefer",
-        ChannelBinding::Require => "require",
-    }
-}
-
-fn session_attrs(attrs: TargetSessionAttrs) -> &'static str {
-    match attrs {
-        TargetSessionAttrs::Any => "any",
-        TargetSessionAttrs::ReadWrite => "read-write",
-        TargetSessionAttrs::ReadOnly => "read-only",
-        TargetSessionAttrs::Primary => "primary",
-        TargetSessionAttrs::Standby => "standby",
-        TargetSessionAttrs::PreferStandby => "prefer-standby",
-    }
 }
 
 /// The pg_dump to use for a source of this major version: the one in WALFERRY_PG_DUMP, else the
@@ -306,11 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn passwords_are_in_the_environment_and_not_among_the_arguments() {
-        let config = Config::parse("postgres://u:s3cret@h:1/db").unwrap();
-        let env = env_of(&config);
-        assert!(env.contains(&("PGPASSWORD", "s3cret".to_string())));
-        assert!(env.contains(&("PGHOST", "h".to_string())));
+    fn passwords_are_not_among_the_arguments() {
         let arguments = arguments(15, &Options::default(), "0-1-1", &[]);
         assert!(!arguments.iter().any(|a| a.contains("s3cret")));
     }

@@ -133,7 +133,8 @@ pub fn check_slot(
     Ok(confirmed_lsn)
 }
 
-/// [`check_system`] and [`check_slot`] together, over one replication session of the slot's database.
+/// [`check_system`] and [`check_slot`] together, over one replication session of the slot's
+/// database.
 pub async fn check_continuity(
     session: &mut Session,
     slot: &str,

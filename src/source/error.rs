@@ -123,7 +123,8 @@ pub enum Error {
     },
     /// Someone reads it.
     #[error(
-        "slot {slot} is in use by process {pid} ({user}); end it with: select pg_terminate_backend({pid})"
+        "slot {slot} is in use by process {pid} ({user}); end it with: \
+         select pg_terminate_backend({pid})"
     )]
     SlotInUse {
         /// The slot.
@@ -217,7 +218,8 @@ pub enum Error {
     },
     /// An exported snapshot whose holder is gone.
     #[error(
-        "snapshot {name} does not exist any more: the session that exported it ended; take a new one"
+        "snapshot {name} does not exist any more: the session that exported it ended; \
+         take a new one"
     )]
     SnapshotGone {
         /// Its name.
@@ -225,7 +227,8 @@ pub enum Error {
     },
     /// Exact visibility needs running transaction ids, which a standby does not know.
     #[error(
-        "{peer} is a standby, where snapshots do not list running transactions; connect to its primary"
+        "{peer} is a standby, where snapshots do not list running transactions; \
+         connect to its primary"
     )]
     Standby {
         /// The server.

@@ -14,11 +14,12 @@
 //!    the target has ([`continuity`], law 4), then starts the stream at the target's progress.
 //! 5. [`Stream::run`] decodes, filters, and pushes items until told to stop.
 //!
-//! The reader has one rule above all (law 1): the slot is told the durable position that the applier
-//! published, and nothing else. A keepalive becomes an idle item, travels through the buffer behind
-//! everything received before it, and comes back as a durable position once the applier has passed
-//! it. So the slot moves on while only unpublished tables change (etl#429), and never past a
-//! transaction that is still somewhere between here and the target's disk (pgcopydb#1033):
+//! The reader has one rule above all (law 1): the slot is told the durable position that the
+//! applier published, and nothing else. A keepalive becomes an idle item, travels through the
+//! buffer behind everything received before it, and comes back as a durable position once the
+//! applier has passed it. So the slot moves on while only unpublished tables change (etl#429), and
+//! never past a transaction that is still somewhere between here and the target's disk
+//! (pgcopydb#1033):
 //!
 //! ```text
 //! server     commit 0/100     keepalive 0/180
@@ -32,8 +33,8 @@
 //! up (go-pq-cdc#20).
 //!
 //! What survives a crash: the slot with its confirmed position, and the publication, both on the
-//! server. What was read and not yet durable comes again. A walsender that a dead runner left behind
-//! is taken from the slot by [`slot::free`].
+//! server. What was read and not yet durable comes again. A walsender that a dead runner left
+//! behind is taken from the slot by [`slot::free`].
 //!
 //! Left out for now: reading by SQL functions (pull), streaming of transactions in progress, and
 //! two-phase decoding.

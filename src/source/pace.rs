@@ -72,7 +72,10 @@ impl Pace {
             // An error means that whoever could stop us is gone: stop as well.
             _ = self.stop.wait_for(|stop| *stop) => Wake::Stop,
             () = tokio::time::sleep_until(self.due) => Wake::Due,
-            moved = self.durable.changed() => if moved.is_ok() { Wake::Durable } else { Wake::Gone },
+            moved = self.durable.changed() => match moved {
+                Ok(()) => Wake::Durable,
+                Err(_) => Wake::Gone,
+            },
         }
     }
 

@@ -116,11 +116,11 @@ pub struct CreateOptions {
 
 /// Makes a slot with an exported snapshot over `replication`, a replication session.
 ///
-/// Waits for open transactions up to `options.wait`; meanwhile, several times a second, `on_wait` is
-/// told whom it waits for, as seen by `watcher`, an ordinary session on the same server. When given
-/// up, or when this future is dropped, the backend is canceled. A future dropped in the instant in
-/// which the slot comes into being leaves it: cleaning up means [`drop`] as well. Errors: `Blocked` with nothing
-/// left behind, `SlotExists`, `Orphan`, and what the wire gives.
+/// Waits for open transactions up to `options.wait`; meanwhile, several times a second, `on_wait`
+/// is told whom it waits for, as seen by `watcher`, an ordinary session on the same server. When
+/// given up, or when this future is dropped, the backend is canceled. A future dropped in the
+/// instant in which the slot comes into being leaves it: cleaning up means [`drop`] as well.
+/// Errors: `Blocked` with nothing left behind, `SlotExists`, `Orphan`, and what the wire gives.
 ///
 /// <https://www.postgresql.org/docs/current/protocol-replication.html#PROTOCOL-REPLICATION-CREATE-REPLICATION-SLOT>
 pub async fn create(
@@ -353,8 +353,8 @@ impl SlotStatus {
     }
 }
 
-/// The slot of that name, or `None`. Works on SQL and replication sessions of 10 to 18, on primaries
-/// and standbys.
+/// The slot of that name, or `None`. Works on SQL and replication sessions of 10 to 18, on
+/// primaries and standbys.
 ///
 /// <https://www.postgresql.org/docs/current/view-pg-replication-slots.html>
 pub async fn status(session: &mut Session, name: &str) -> Result<Option<SlotStatus>> {

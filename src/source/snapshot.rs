@@ -1,8 +1,9 @@
 //! Snapshots shared between sessions, and what they see.
 //!
-//! A copy reads many tables over many sessions under one snapshot. The slot's own snapshot dies with
-//! its session; tables not finished by then are read again under one taken here. It need not fit the
-//! slot: [`Snapshot::sees`] tells for each streamed transaction whether the copy already has it.
+//! A copy reads many tables over many sessions under one snapshot. The slot's own snapshot dies
+//! with its session; tables not finished by then are read again under one taken here. It need not
+//! fit the slot: [`Snapshot::sees`] tells for each streamed transaction whether the copy already
+//! has it.
 //!
 //! <https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-SNAPSHOT-SYNCHRONIZATION>
 

@@ -101,8 +101,8 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Connects, checks that server and slot are the recorded ones and not beyond `start_lsn`, takes
-    /// the slot from a walsender that an earlier runner of ours left, and starts the stream.
+    /// Connects, checks that server and slot are the recorded ones and not beyond `start_lsn`,
+    /// takes the slot from a walsender that an earlier runner of ours left, and starts the stream.
     ///
     /// Errors of law 4 are `Stop`; a slot in use and a lost connection are `Retry`.
     pub async fn open(config: &Config, options: StreamOptions) -> Result<Stream> {
