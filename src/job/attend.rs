@@ -194,7 +194,12 @@ impl Runner {
                 rows.push((stream, positions(pipe, end_of_wal(config, probe).await)));
             }
         }
-        for (stream, row) in rows {
+        for (stream, mut row) in rows {
+            if row.applied_lsn.is_none() {
+                // Not connected yet: what is known of it is what was stored last.
+                let known = self.store.load_stream(stream).await?.unwrap_or_default();
+                row = StreamRow { error: row.error, ..known };
+            }
             if stream == Stream::Forward {
                 if let Some(bytes) = row.lag_bytes {
                     self.say(Notice::Lag(bytes.unsigned_abs()));
@@ -233,6 +238,9 @@ async fn end_of_wal(config: &Config, probe: &mut Option<Session>) -> Option<Lsn>
 fn positions(pipe: &Pipe, end_lsn: Option<Lsn>) -> StreamRow {
     let applied = *pipe.applied.borrow();
     let read = *pipe.positions.borrow();
+    if !applied.applied_lsn.is_valid() {
+        return StreamRow { error: pipe.trouble.borrow().clone(), ..StreamRow::default() };
+    }
     let text = |lsn: Lsn| Some(lsn.to_string());
     let lag_bytes = end_lsn.map(|end| end.bytes_since(applied.applied_lsn) as i64);
     // Level to within one transaction: what age the last one has says nothing about lag.

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use super::run::{Notice, Runner};
 use super::state::Event;
 use super::{Error, Result};
+use crate::catalog::Table;
 use crate::copy::{self, CopyProgress, SnapshotSource};
 use crate::pg::{Purpose, Session};
 use crate::schema::{self, PostOptions, PostPhase, PostProgress};
@@ -38,6 +39,7 @@ impl Runner {
             }
         }
         self.build(PostPhase::Indexes).await?;
+        self.analyze(&tables).await?;
         // Tables read under different snapshots do not fit each other until the stream has passed
         // them; foreign keys have to wait for that.
         let job = self.config.job.as_str();
@@ -45,6 +47,17 @@ impl Runner {
             self.build_rest().await?;
         }
         Ok(Event::CopyDone)
+    }
+
+    /// The planner would know nothing of the new tables until autovacuum comes by, and applications
+    /// may be switched to them before that.
+    async fn analyze(&self, tables: &[Table]) -> Result<()> {
+        self.say(Notice::Said("analyzing the target's tables".to_string()));
+        let mut session = Session::connect(&self.config.target, Purpose::Sql).await?;
+        for table in tables {
+            session.execute(&format!("analyze {}", table.name.quoted())).await?;
+        }
+        Ok(())
     }
 
     /// Foreign keys, triggers and the rest; nothing if they are there.
