@@ -73,21 +73,6 @@ pub enum Error {
         /// How long was waited.
         seconds: u64,
     },
-    /// Progress is kept in both ways that exist, so that neither can be believed alone.
-    #[error(
-        "progress of stream \"{stream}\" would be kept {wanted}, but is already kept {found}: go \
-         on in that way, or (only if the copy starts afresh) run {sql}"
-    )]
-    ProgressElsewhere {
-        /// The stream.
-        stream: String,
-        /// What was asked for.
-        wanted: &'static str,
-        /// What is there.
-        found: &'static str,
-        /// What removes it.
-        sql: String,
-    },
     /// The progress row was moved by somebody else.
     #[error(
         "progress of stream \"{stream}\" was moved by another session: another walferry applies \

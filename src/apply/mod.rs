@@ -58,6 +58,7 @@ mod writer;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -122,7 +123,12 @@ pub struct Options {
     /// Tables whose changes are written; those of others are counted as filtered. `None`: all.
     pub tables: Option<TableFilter>,
     /// What the copy read: changes of transactions that a table's snapshot sees are filtered.
-    pub visibility: HashMap<QualifiedName, Snapshot>,
+    /// The position is one that every transaction the snapshot sees had committed before: beyond it
+    /// the snapshot is not asked, as ids come round again.
+    pub visibility: HashMap<QualifiedName, (Snapshot, Lsn)>,
+    /// While false, only changes of walferry's own tables are written, all others are filtered.
+    /// Asked for every change.
+    pub gate: Option<Arc<AtomicBool>>,
     /// Takes messages with [`MESSAGE_PREFIX`]. At least once each: a crash may repeat one.
     pub on_message: Option<MessageHook>,
     /// How long to wait for an origin that a predecessor's backend still holds. The server notices
@@ -141,6 +147,7 @@ impl Options {
             replica_role: true,
             tables: None,
             visibility: HashMap::new(),
+            gate: None,
             on_message: None,
             busy_wait: Duration::from_secs(40),
             limits: Limits::default(),

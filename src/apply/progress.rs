@@ -1,9 +1,13 @@
 //! How far a stream is applied, kept in the same target transaction as the rows (law 2).
 //!
-//! Where the role may use replication origins, the origin's position is moved by COMMIT itself and
-//! every row is tagged with the origin, so that nothing comes back on the reverse stream. Otherwise
-//! a row of `walferry.progress` is updated in the transaction, from the very value that was read
-//! before: of two appliers at work by mistake, one then fails.
+//! The truth is a row of `walferry.progress`, updated in the transaction from the very value that was
+//! read before: of two appliers at work by mistake, one then fails.
+//!
+//! Where the role may use replication origins, the session is set up with one as well, but as a tag
+//! only: every row carries it, so that nothing comes back on the reverse stream, and only one session
+//! can hold it. Its position is not used. From PostgreSQL 16 on a transaction that aborts after
+//! `pg_replication_origin_xact_setup` (a COMMIT refused by a deferred constraint, a backend ended
+//! between the two) moves the origin all the same, and the batch would be taken for applied.
 //!
 //! <https://www.postgresql.org/docs/current/replication-origins.html>
 
@@ -18,19 +22,18 @@ use crate::id::quote_literal;
 use crate::lsn::Lsn;
 use crate::pg::{self, Pipeline, Session};
 
-/// Where progress is kept.
+/// Whether what is written is tagged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProgressKind {
-    /// In a replication origin of the stream's name.
+    /// By a replication origin of the stream's name.
     Origin,
-    /// In the stream's row of `walferry.progress`.
+    /// Not at all: the role may not use origins.
     Table,
 }
 
 /// An open claim on a stream's progress, for as long as the session lives.
 #[derive(Clone, Debug)]
 pub(super) struct Progress {
-    kind: ProgressKind,
     stream: String,
 }
 
@@ -52,12 +55,11 @@ impl Progress {
         kind: ProgressKind,
         busy_wait: Duration,
     ) -> Result<(Progress, Lsn)> {
-        refuse_other_kind(session, stream, kind).await?;
-        let progress = Progress { kind, stream: stream.to_string() };
-        match kind {
-            ProgressKind::Origin => progress.claim_origin(session, busy_wait).await?,
-            ProgressKind::Table => progress.make_row(session).await?,
+        let progress = Progress { stream: stream.to_string() };
+        if kind == ProgressKind::Origin {
+            progress.claim_origin(session, busy_wait).await?;
         }
+        progress.make_row(session).await?;
         progress.prepare(session).await?;
         let lsn = progress.flush(session).await?;
         Ok((progress, lsn))
@@ -106,18 +108,12 @@ impl Progress {
 
     async fn prepare(&self, session: &mut Session) -> Result<()> {
         let mut pipeline = Pipeline::new();
-        let sql = match self.kind {
-            ProgressKind::Origin => {
-                "select pg_catalog.pg_replication_origin_xact_setup($1::pg_lsn, $2::timestamptz)"
-                    .to_string()
-            }
-            ProgressKind::Table => format!(
-                "with u as (update walferry.progress set end_lsn = $2::pg_lsn \
-                 where stream = $1::text and end_lsn = $3::pg_lsn returning 1) \
-                 select case when pg_catalog.count(*) = 1 then 1 \
-                 else pg_catalog.concat('{GUARD_PREFIX}', pg_catalog.count(*))::int end from u"
-            ),
-        };
+        let sql = format!(
+            "with u as (update walferry.progress set end_lsn = $2::pg_lsn \
+             where stream = $1::text and end_lsn = $3::pg_lsn returning 1) \
+             select case when pg_catalog.count(*) = 1 then 1 \
+             else pg_catalog.concat('{GUARD_PREFIX}', pg_catalog.count(*))::int end from u"
+        );
         pipeline.parse(RECORD, &sql, &[]);
         session.exchange(pipeline, |_| {}).await.map_err(no_state)
     }
@@ -127,43 +123,28 @@ impl Progress {
     /// is certain to commit next: it would stay with the session.
     pub fn record(&self, pipeline: &mut Pipeline, previous_lsn: Lsn, commit: &Commit) {
         let end_lsn = commit.end_lsn.to_string();
-        let params = match self.kind {
-            ProgressKind::Origin => vec![end_lsn, commit.commit_time.to_sql()],
-            ProgressKind::Table => vec![self.stream.clone(), end_lsn, previous_lsn.to_string()],
-        };
+        let params = [self.stream.clone(), end_lsn, previous_lsn.to_string()];
         pipeline.run(RECORD, params.iter().map(|p| Some(p.as_bytes())));
     }
 
     /// Reads progress and has the target flush its log up to it, so that every commit of this
     /// session, and of its predecessors under the same stream, is durable on return.
     pub async fn flush(&self, session: &mut Session) -> Result<Lsn> {
-        match self.kind {
-            ProgressKind::Origin => {
-                let sql = "select pg_catalog.pg_replication_origin_session_progress(true)";
-                let row = match session.query_one(sql, &[]).await {
-                    Ok(row) => row,
-                    Err(error) => return Err(denied(session, error).await),
-                };
-                Ok(row.parse_opt(0)?.unwrap_or(Lsn::ZERO))
-            }
-            ProgressKind::Table => {
-                // A commit that waits for its flush, and with it for all before it.
-                let sql = format!(
-                    "begin; set local synchronous_commit = local; \
-                     update walferry.progress set end_lsn = end_lsn where stream = {} \
-                     returning end_lsn; commit",
-                    quote_literal(&self.stream)
-                );
-                let rows = session.query(&sql).await?;
-                let row = rows.first().ok_or_else(|| {
-                    Error::Broken(format!(
-                        "the row of stream \"{}\" is gone from walferry.progress",
-                        self.stream
-                    ))
-                })?;
-                Ok(row.lsn(0)?)
-            }
-        }
+        // A commit that waits for its flush, and with it for all before it.
+        let sql = format!(
+            "begin; set local synchronous_commit = local; \
+             update walferry.progress set end_lsn = end_lsn where stream = {} \
+             returning end_lsn; commit",
+            quote_literal(&self.stream)
+        );
+        let rows = session.query(&sql).await?;
+        let row = rows.first().ok_or_else(|| {
+            Error::Broken(format!(
+                "the row of stream \"{}\" is gone from walferry.progress",
+                self.stream
+            ))
+        })?;
+        Ok(row.lsn(0)?)
     }
 
     /// The error that a failed [`Progress::record`] stands for.
@@ -174,42 +155,6 @@ impl Progress {
         }
         denied(session, error).await
     }
-}
-
-/// Progress begun in one way and gone on in the other would be two truths: the new way starts at
-/// 0/0, and everything would be applied again.
-async fn refuse_other_kind(session: &mut Session, stream: &str, kind: ProgressKind) -> Result<()> {
-    let name = Some(stream);
-    let elsewhere = |wanted, found, sql: String| Error::ProgressElsewhere {
-        stream: stream.to_string(),
-        wanted,
-        found,
-        sql,
-    };
-    let (in_table, in_origin) = ("in walferry.progress", "in a replication origin");
-    match kind {
-        ProgressKind::Origin => {
-            let there = "select 1 where pg_catalog.to_regclass('walferry.progress') is not null";
-            if session.query(there).await?.is_empty() {
-                return Ok(());
-            }
-            let row = "select 1 from walferry.progress where stream = $1 and end_lsn <> '0/0'";
-            if session.query_opt(row, &[name]).await?.is_some() {
-                let literal = quote_literal(stream);
-                let sql = format!("delete from walferry.progress where stream = {literal}");
-                return Err(elsewhere(in_origin, in_table, sql));
-            }
-        }
-        ProgressKind::Table => {
-            let row = "select 1 from pg_catalog.pg_replication_origin where roname = $1";
-            if session.query_opt(row, &[name]).await?.is_some() {
-                let literal = quote_literal(stream);
-                let sql = format!("select pg_replication_origin_drop({literal})");
-                return Err(elsewhere(in_table, in_origin, sql));
-            }
-        }
-    }
-    Ok(())
 }
 
 async fn denied(session: &mut Session, error: pg::Error) -> Error {
@@ -248,9 +193,8 @@ pub async fn begin_at(session: &mut Session, stream: &str, end_lsn: Lsn) -> Resu
     if let Err(error) = session.query_params(create, &[Some(stream)]).await {
         return Err(denied(session, error).await);
     }
-    let advance = "select pg_catalog.pg_replication_origin_advance($1, $2::pg_lsn)";
-    let params = [Some(stream), Some(&*end_lsn.to_string())];
-    session.query_params(advance, &params).await?;
+    let row = "insert into walferry.progress (stream, end_lsn) values ($1, $2::pg_lsn)";
+    session.query_params(row, &[Some(stream), Some(&*end_lsn.to_string())]).await?;
     Ok(())
 }
 

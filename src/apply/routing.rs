@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::count::Counts;
 use super::error::{Error, Result};
@@ -10,6 +11,7 @@ use super::target::Table;
 use super::{Options, TableFilter};
 use crate::change::{Relation, Snapshot};
 use crate::id::{QualifiedName, quote_ident};
+use crate::lsn::Lsn;
 use crate::pg::Session;
 
 /// A statement prepared on the server.
@@ -28,8 +30,8 @@ pub(super) struct Route {
     pub relation: Arc<Relation>,
     /// `None`: every change of the table is filtered.
     pub mapping: Option<Mapping>,
-    /// What the copy read already.
-    pub snapshot: Option<Snapshot>,
+    /// What the copy read already, and the position from which on it need not be asked.
+    pub copied: Option<(Snapshot, Lsn)>,
     /// Names of prepared statements, by what makes them differ.
     pub statements: HashMap<Vec<u8>, Prepared>,
     /// Of the target transaction under way.
@@ -45,7 +47,8 @@ pub(super) struct Routes {
     /// Routes of relations that were described anew; the batch at hand may still use them.
     superseded: Vec<usize>,
     tables: Option<TableFilter>,
-    visibility: HashMap<QualifiedName, Snapshot>,
+    visibility: HashMap<QualifiedName, (Snapshot, Lsn)>,
+    gate: Option<Arc<AtomicBool>>,
     /// Names of prepared statements that no route uses any more.
     pub discarded: Vec<String>,
 }
@@ -56,6 +59,7 @@ impl Routes {
         Routes {
             tables: options.tables.clone(),
             visibility: options.visibility.clone(),
+            gate: options.gate.clone(),
             ..Routes::default()
         }
     }
@@ -68,6 +72,12 @@ impl Routes {
     /// The same, to change.
     pub fn get_mut(&mut self, relation: &Arc<Relation>) -> Option<&mut Route> {
         self.routes.get_mut(&address(relation))
+    }
+
+    /// True while changes of this table are to be filtered, whatever its mapping.
+    pub fn is_shut(&self, relation: &Relation) -> bool {
+        let shut = |gate: &Arc<AtomicBool>| !gate.load(Ordering::SeqCst);
+        relation.name.schema != "walferry" && self.gate.as_ref().is_some_and(shut)
     }
 
     /// All routes.
@@ -116,7 +126,7 @@ impl Routes {
         let route = Route {
             relation: relation.clone(),
             mapping,
-            snapshot: self.visibility.get(&relation.name).cloned(),
+            copied: self.visibility.get(&relation.name).cloned(),
             statements,
             counts: Counts::default(),
         };

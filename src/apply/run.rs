@@ -184,8 +184,6 @@ impl Applier {
         let commit = Commit { commit_lsn: end_lsn, end_lsn, commit_time };
         let mut pipeline = Pipeline::new();
         pipeline.once("begin");
-        // A transaction without an id writes no commit record, and so no progress.
-        pipeline.once("select pg_catalog.txid_current()");
         self.progress.record(&mut pipeline, self.progress_lsn, &commit);
         pipeline.once("commit");
         pipeline.once(POSITION);

@@ -10,7 +10,7 @@ use super::routing::{Prepared, Route, Routes};
 use super::shape::{Shape, Unfit, describe_key};
 use super::statement::{self, GUARD_PREFIX};
 use super::{MESSAGE_PREFIX, Message, Options};
-use crate::change::{Begin, Change, Relation};
+use crate::change::{Begin, Change, Relation, Snapshot};
 use crate::fault::{Fault, Faulty};
 use crate::id::QualifiedName;
 use crate::lsn::Lsn;
@@ -233,10 +233,11 @@ impl Writer {
     /// INSERT.
     fn row(&mut self, plan: &mut Plan, begin: &Begin, change: &Change) -> Result<Option<bool>> {
         let relation = relations(change).next();
+        let shut = relation.is_some_and(|r| self.routes.is_shut(r));
         let Some(route) = relation.and_then(|r| self.routes.get_mut(r)) else {
             return Err(Error::Broken("a change without a route".to_string()));
         };
-        if !count(route, begin.xid) {
+        if !count(route, begin, shut) {
             return Ok(None);
         }
         let Some(mapping) = &route.mapping else { return Ok(None) };
@@ -281,8 +282,9 @@ impl Writer {
     ) -> Option<bool> {
         let mut written = Vec::new();
         for relation in relations {
+            let shut = self.routes.is_shut(relation);
             let Some(route) = self.routes.get_mut(relation) else { continue };
-            if count(route, begin.xid) && !written.contains(&relation) {
+            if count(route, begin, shut) && !written.contains(&relation) {
                 written.push(relation);
             }
         }
@@ -404,10 +406,12 @@ impl Replies {
 }
 
 /// Counts a change of the route's table; true if it is to be written.
-fn count(route: &mut Route, xid: u32) -> bool {
+fn count(route: &mut Route, begin: &Begin, shut: bool) -> bool {
     route.counts.decoded += 1;
-    let copied = route.snapshot.as_ref().is_some_and(|s| s.sees(xid));
-    if route.mapping.is_none() || copied {
+    let seen =
+        |(snapshot, lsn): &(Snapshot, Lsn)| begin.commit_lsn < *lsn && snapshot.sees(begin.xid);
+    let copied = route.copied.as_ref().is_some_and(seen);
+    if shut || route.mapping.is_none() || copied {
         route.counts.filtered += 1;
         return false;
     }

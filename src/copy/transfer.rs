@@ -154,12 +154,20 @@ async fn read(
     }
     count.add(rows, chunk.len());
     pass(&sender, chunk.freeze()).await?;
-    if work.part.parts == 1 {
-        return Ok(None);
+    // COPY has locked the table until our transaction ends: nobody can rewrite it any more. Who did
+    // so (ALTER TYPE, TRUNCATE, CLUSTER) after our snapshot was taken left a file in which the
+    // snapshot sees nothing; pg_class as the snapshot sees it still names the file before.
+    let sql = format!(
+        "select c.relfilenode, pg_catalog.pg_relation_filenode(c.oid) \
+         from pg_catalog.pg_class c where c.oid = {}",
+        work.table.oid
+    );
+    let row = source.query_one(&sql, &[]).await?;
+    let (seen, now): (Option<u32>, Option<u32>) = (row.parse_opt(0)?, row.parse_opt(1)?);
+    if seen != now {
+        return Err(Error::Rewritten { table: table.clone() });
     }
-    // COPY has locked the table until our transaction ends: nobody can rewrite it any more.
-    let sql = format!("select pg_catalog.pg_relation_filenode({})", work.table.oid);
-    Ok(source.query_one(&sql, &[]).await?.parse_opt(0)?)
+    Ok(if work.part.parts == 1 { None } else { now })
 }
 
 async fn pass(sender: &mpsc::Sender<Bytes>, chunk: Bytes) -> Result<()> {

@@ -144,12 +144,12 @@ impl Assembler {
 
     /// A message written outside any transaction becomes one of its own, with xid 0.
     ///
-    /// It stands at the start of its record, and the server skips it when asked to start beyond
-    /// that, so one byte further is an end position that makes it come exactly once.
+    /// The position it comes with is the end of its record, and may be the very start of the next
+    /// transaction's commit record, which must not look as if it had been passed.
     fn lone_message(&mut self, lsn: Lsn, change: Change) -> Option<Item> {
         let commit = Commit {
-            commit_lsn: lsn,
-            end_lsn: Lsn(lsn.0.saturating_add(1)),
+            commit_lsn: Lsn(lsn.0.saturating_sub(1)),
+            end_lsn: lsn,
             commit_time: Default::default(),
         };
         if commit.end_lsn <= self.decoded_lsn {
@@ -157,7 +157,7 @@ impl Assembler {
         }
         let mut open = Open::new(Begin {
             xid: 0,
-            commit_lsn: lsn,
+            commit_lsn: commit.commit_lsn,
             commit_time: commit.commit_time,
             origin: None,
         });

@@ -96,6 +96,8 @@ impl Runner {
                         .map_err(|e| Error::State(e.to_string()))?;
                     match self.arm(&request).await {
                         Ok(event) => {
+                            // A verify that lines up would keep the canary from arriving.
+                            self.let_go();
                             self.asked = Some((asked.id, request));
                             return Ok(Some(Some(event)));
                         }

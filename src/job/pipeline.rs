@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -25,7 +26,7 @@ use crate::lsn::Lsn;
 use crate::pg::Config;
 use crate::source::{self, Positions, Recorded, StreamOptions};
 
-/// Decides whether a table's changes are applied. Asked for every change, so it must be cheap.
+/// Decides whether a table is part of the stream. Asked once for each description of it.
 pub type TableFilter = Arc<dyn Fn(&QualifiedName) -> bool + Send + Sync>;
 
 /// What a pipe needs to know.
@@ -44,7 +45,9 @@ pub struct PipeOptions {
     /// Which tables are applied.
     pub tables: TableFilter,
     /// Tables that were copied under a snapshot later than the slot's.
-    pub visibility: HashMap<QualifiedName, Snapshot>,
+    pub visibility: HashMap<QualifiedName, (Snapshot, Lsn)>,
+    /// While false, only walferry's own tables are applied.
+    pub gate: Option<Arc<AtomicBool>>,
 }
 
 /// A running stream. Dropping it stops it at once; [`Pipe::stop`] at a batch boundary.
@@ -139,12 +142,14 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
     let wanted = apply::Options {
         tables: Some(options.tables.clone()),
         visibility: options.visibility.clone(),
+        gate: options.gate.clone(),
         ..apply::Options::new(name.as_str())
     };
     let mut applier = Applier::connect(&options.to, wanted).await?;
     let progress_lsn = applier.progress();
     let wanted = StreamOptions {
-        origin_none: true,
+        // Not origin 'none' at the server: an application's own transactions may carry an origin
+        // (it may itself be fed by a subscription), and would be left out without a trace.
         skip_origins: vec![options.job.object(options.stream.opposite())],
         ..StreamOptions::new(&name, &name, progress_lsn, options.recorded.clone())
     };

@@ -22,6 +22,7 @@ use crate::clock::Backoff;
 use crate::copy::CopyProgress;
 use crate::fault::{Fault, Faulty};
 use crate::id::{JobName, QualifiedName, Stream};
+use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
 use crate::source::{HeldSlot, Recorded};
 use crate::{apply, copy, schema};
@@ -95,7 +96,7 @@ pub struct Runner {
     /// The slot made by this run, while its snapshot is needed.
     pub(super) slot: Option<HeldSlot>,
     pub(super) hold: Option<String>,
-    pub(super) level_at: Option<crate::lsn::Lsn>,
+    pub(super) level_at: Option<Lsn>,
 }
 
 impl Runner {
@@ -262,11 +263,8 @@ impl Runner {
 
     async fn follow_forward(&mut self) -> Result<Option<Event>> {
         if self.forward.is_none() {
-            let visibility = copy::visibility(&mut self.store.session, self.config.job.as_str())
-                .await?
-                .into_iter()
-                .map(|(table, (snapshot, _))| (table, snapshot))
-                .collect();
+            let visibility =
+                copy::visibility(&mut self.store.session, self.config.job.as_str()).await?;
             self.forward = Some(self.pipe(Stream::Forward, visibility).await?);
         }
         Ok(None)
@@ -292,7 +290,7 @@ impl Runner {
     pub(super) async fn pipe(
         &mut self,
         stream: Stream,
-        visibility: HashMap<QualifiedName, Snapshot>,
+        visibility: HashMap<QualifiedName, (Snapshot, Lsn)>,
     ) -> Result<Pipe> {
         let row = self.row().await?;
         let (from, to, system) = match stream {
@@ -300,13 +298,11 @@ impl Runner {
             Stream::Reverse => (&self.config.target, &self.config.source, row.target_system),
         };
         let selection = self.selection.clone();
-        let open = self.reverse_open.clone();
-        let tables: TableFilter = Arc::new(move |table: &QualifiedName| {
-            if table.schema == "walferry" {
-                return table.name == "canary";
-            }
-            (stream == Stream::Forward || open.load(Ordering::SeqCst)) && selection.has_rows(table)
+        let tables: TableFilter = Arc::new(move |table: &QualifiedName| match &*table.schema {
+            "walferry" => table.name == "canary",
+            _ => selection.has_rows(table),
         });
+        let gate = (stream == Stream::Reverse).then(|| self.reverse_open.clone());
         Ok(Pipe::start(PipeOptions {
             job: self.config.job.clone(),
             stream,
@@ -315,6 +311,7 @@ impl Runner {
             recorded: recorded(from, system.as_deref()),
             tables,
             visibility,
+            gate,
         }))
     }
 

@@ -20,7 +20,8 @@ const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
 /// Settings that make values come out and go in the same on every server, whatever is set for the
 /// role or the database. The same that PostgreSQL's own subscriber sends, and those of pg_dump.
 const SETTINGS: &str = "-c DateStyle=ISO -c IntervalStyle=postgres -c extra_float_digits=3 \
-     -c bytea_output=hex -c TimeZone=UTC -c lc_monetary=C -c statement_timeout=0 -c lock_timeout=0 \
+     -c bytea_output=hex -c array_nulls=on -c xmloption=content -c TimeZone=UTC \
+     -c lc_monetary=C -c statement_timeout=0 -c lock_timeout=0 \
      -c idle_in_transaction_session_timeout=0 -c default_transaction_read_only=off \
      -c default_transaction_isolation=read\\ committed -c row_security=off -c search_path=";
 

@@ -417,7 +417,7 @@ async fn what_the_target_lacks_is_found() {
         .sql(
             Source,
             &format!(
-                "copy (select 1) to program 'mkdir {0}'; create role \"App Owner\" login; \
+                "copy (select 1) to program 'cat >/dev/null && mkdir {0}'; create role \"App Owner\" login; \
                  create role reader; create table public.t (a int primary key); \
                  alter table public.t owner to \"App Owner\"; \
                  grant select on public.t to reader",
