@@ -117,6 +117,8 @@ impl Runner {
                 let event = if request.dry_run { Event::FlipUndone } else { Event::Flipped };
                 Ok(event(flip))
             }
+            // Answered once it is known.
+            Err(error @ Error::Cutover(cutover::Error::Unrecorded(_))) => Err(error),
             Err(error @ Error::Cutover(cutover::Error::NotUndone { .. })) => {
                 self.answer_flip(Err(error.to_string())).await?;
                 Err(error)
