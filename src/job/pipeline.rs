@@ -120,7 +120,7 @@ impl Pipe {
 }
 
 async fn supervise(options: &PipeOptions, mut ends: Ends) -> Result<()> {
-    let fresh = || Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+    let fresh = || Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
     let mut backoff = fresh();
     loop {
         let before = ends.applied.borrow().applied_lsn;

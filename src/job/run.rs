@@ -108,7 +108,7 @@ impl Runner {
         report: Report,
         mut stop: watch::Receiver<bool>,
     ) -> Result<Phase> {
-        let fresh = || Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+        let fresh = || Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
         let mut backoff = fresh();
         let mut last = None;
         loop {
@@ -125,7 +125,7 @@ impl Runner {
                 Err(error) if error.fault() == Fault::Retry => return Err(Error::Interrupted),
                 other => return other,
             }
-            if started.elapsed() > Duration::from_secs(30) {
+            if started.elapsed() > Duration::from_secs(5) {
                 backoff = fresh();
             }
             tokio::select! {
