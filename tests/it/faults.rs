@@ -434,25 +434,21 @@ async fn sessions_terminated_at_random_while_copying_and_following() {
     let one = "select count(pg_terminate_backend(pid)) from (select pid from pg_stat_activity \
                where application_name like 'walferry run%' order by random() limit 1) a";
     let (mut copying, mut following) = (0, 0);
-    while copying < 8 || following < 25 {
-        tokio::time::sleep(Duration::from_millis(random.u64(20..250))).await;
+    while following < 25 {
+        tokio::time::sleep(Duration::from_millis(random.u64(20..300))).await;
+        assert!(!run.has_ended(), "the run ended:\n{}", run.so_far());
         let server = if random.bool() { &job.ends.source } else { &job.ends.target };
-        let phase = job.phase();
-        let ended: u32 = server.psql("app", one).unwrap().parse().unwrap();
-        match &*phase {
-            "copying" => copying += ended,
-            "following" => following += ended,
-            _ => {}
-        }
+        let count = match &*job.phase() {
+            "copying" if copying < 8 => &mut copying,
+            "following" => &mut following,
+            _ => continue,
+        };
+        *count += server.psql("app", one).unwrap().parse::<u32>().unwrap();
         if copying >= 8 {
             job.source_net.restore();
         }
-        if phase == "following" {
-            assert!(copying > 0, "nothing was hit while copying");
-            copying = copying.max(8);
-        }
-        assert!(!run.has_ended(), "the run ended:\n{}", run.so_far());
     }
+    assert!(copying > 0, "nothing was hit while copying");
     job.still_table_was_copied_once();
     job.until(&mut run, "following").await;
     job.assert_exact(&run).await;
