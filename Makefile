@@ -1,10 +1,12 @@
 # `make demo` shows it, `make test` proves it. Both install what they need, and say so first.
 
-.PHONY: help demo test setup check-style build clean
+.PHONY: help demo test kill faults setup check-style build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
 	@echo "make test             everything a change must pass: style, lints, all tests"
+	@echo "make kill [KILLS=200]  kill -9 at random moments; the end is exact each time"
+	@echo "make faults           restarts and network faults in every phase"
 	@echo "make check-style      only formatting and lints"
 	@echo "make build            the release binary, target/release/walferry"
 
@@ -31,3 +33,11 @@ build:
 
 clean:
 	cargo clean
+
+# KILLS: how often `walferry run` is killed with kill -9; WALFERRY_SEED repeats a run.
+kill: setup
+	WALFERRY_KILLS=$(or $(KILLS),200) cargo test --locked --test it -- --nocapture faults::kill_9
+
+# Servers restarted, and networks cut, silently cut and stalled, in every phase.
+faults: setup
+	WALFERRY_FAULTS=long cargo test --locked --test it -- --nocapture --test-threads 2 faults::

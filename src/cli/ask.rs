@@ -57,7 +57,9 @@ impl Asker {
         if let Some(own) = self.own.take_if(|own| own.task.is_finished()) {
             own.task.await??;
         }
-        let alive = lease::holder(self.client.session(), &self.config.job).await?.is_some();
+        // A home database that cannot say has no use for another runner; the next turn asks again.
+        let holder = lease::holder(self.client.session(), &self.config.job).await;
+        let alive = !matches!(holder, Ok(None));
         if self.own.is_none() && !alive {
             let (stop, stopping) = watch::channel(false);
             let report = Arc::new(|notice: Notice| {

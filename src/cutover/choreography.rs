@@ -98,7 +98,7 @@ struct Flight<'a, J> {
 }
 
 /// Runs the choreography. On an error everything has been undone, unless it is
-/// [`Error::NotUndone`].
+/// [`Error::NotUndone`] or [`Error::Unrecorded`].
 pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome> {
     // Routes that hold clients flip while nobody can pass; a hook may let clients through at once,
     // so nothing that can fail may come after it.
@@ -112,6 +112,8 @@ pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome
     }
     match flight.fly().await {
         Ok(outcome) => Ok(outcome),
+        // Undoing what may be committed would leave both sides open to writers.
+        Err(cause @ Error::Unrecorded(_)) => Err(cause),
         Err(cause) => {
             let plan = &*flight.plan;
             let undone = undo::undo(&plan.live, plan.fence, &plan.routes, &plan.context).await;
@@ -164,7 +166,9 @@ impl<J: Journal> Flight<'_, J> {
 
     async fn fly(&mut self) -> Result<Outcome> {
         // All sessions are opened before anybody is held.
-        let mut fence = Fence::prepare(self.plan.fence, &self.plan.live, &self.plan.tables).await?;
+        let mut fence =
+            Fence::prepare(self.plan.fence, &self.plan.live, &self.plan.tables, self.plan.max_hold)
+                .await?;
         let mut live = Session::connect(&self.plan.live, Purpose::Sql).await?;
         let mut dest = Session::connect(&self.plan.dest, Purpose::Sql).await?;
         let (held, retries) = step!(self, "fence", self.stop_writers(&mut fence).await);
@@ -179,7 +183,8 @@ impl<J: Journal> Flight<'_, J> {
         });
         step!(self, "switch", self.switch_routes().await);
         let started = Instant::now();
-        self.journal.point_of_no_return().await?;
+        let recorded = self.journal.point_of_no_return().await;
+        recorded.map_err(|error| Error::Unrecorded(error.to_string()))?;
         let ms = started.elapsed().as_secs_f64() * 1e3;
         self.steps.push(Step { name: "point of no return".to_string(), ms });
         self.release(held).await;

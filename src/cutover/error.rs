@@ -85,6 +85,12 @@ pub enum Error {
     /// The journal could not be written.
     #[error("the job's journal: {0}")]
     Journal(String),
+    /// Nobody knows yet whether the point of no return was passed.
+    #[error(
+        "the home database was lost while the switch was being committed ({0}); writers stay \
+         stopped until it can say whether that happened, then the runner goes on or undoes"
+    )]
+    Unrecorded(String),
     /// The fence kind is not one.
     #[error("\"{0}\" is not a fence: use lock, read-only or none")]
     UnknownFence(String),
@@ -105,6 +111,10 @@ impl Faulty for Error {
     fn fault(&self) -> Fault {
         match self {
             Error::Pg(error) => error.fault(),
+            // The stored phase says what is to be done, and is looked at again. A drain that reaches
+            // the runner belongs to an undoing, which nobody else will do.
+            Error::Unrecorded(_) | Error::NotUndone { .. } | Error::Journal(_) => Fault::Retry,
+            Error::Drain { .. } | Error::StreamStopped => Fault::Retry,
             _ => Fault::Stop,
         }
     }

@@ -23,6 +23,9 @@ use crate::pg::{Config, Purpose, Session};
 /// Name of the trigger that seals a table.
 pub const SEAL: &str = "walferry_seal";
 
+/// For the steps between drain and seal.
+const HOLD_MARGIN: Duration = Duration::from_secs(10);
+
 /// `--fence`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FenceKind {
@@ -67,15 +70,21 @@ pub struct Fence {
 
 impl Fence {
     /// Opens the session and prepares the statements. Stops nobody.
+    ///
+    /// `hold` is how long the fence will be up at most. Well after that the server itself takes it
+    /// down: were the network to swallow our end, nobody else would.
     pub async fn prepare(
         kind: FenceKind,
         live: &Config,
         tables: &[QualifiedName],
+        hold: Duration,
     ) -> Result<Fence> {
         let mut session = Session::connect(live, Purpose::Sql).await?;
         // A lock wait cancels an autovacuum in the way only after deadlock_timeout (1 s), which is
         // longer than we ever wait. Only superusers may shorten it; others retry.
         let _ = session.execute("set deadlock_timeout = '20ms'").await;
+        let millis = (hold + HOLD_MARGIN).as_millis();
+        session.execute(&format!("set idle_in_transaction_session_timeout = {millis}")).await?;
         let mut trigger_sql = String::new();
         if kind == FenceKind::Lock {
             let sealed = sealed_tables(&mut session).await?;

@@ -1,6 +1,7 @@
-//! What a runner does while its streams flow: hears commands, stores positions, keeps the lease,
-//! notices that the target is level.
+//! What a runner does while its streams flow: hears commands, stores positions, notices that the
+//! target is level.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -31,7 +32,9 @@ struct Probes {
 impl Runner {
     /// Works until an event, or `None` when it is time to return.
     pub(super) async fn attend(&mut self, until: &Until) -> Result<Option<Event>> {
-        let phase = self.row().await?.phase;
+        let row = self.row().await?;
+        client::settle(&mut self.store, &row, self.hold.as_deref()).await?;
+        let phase = row.phase;
         if matches!(phase, Phase::Finished | Phase::Canceled) {
             return Ok(None);
         }
@@ -40,9 +43,10 @@ impl Runner {
             if *self.stop.borrow() {
                 return Ok(None);
             }
-            self.lease.check().await?;
             self.check_streams()?;
+            self.busy.store(false, Ordering::SeqCst);
             self.store_positions(&mut probes).await?;
+            self.busy.store(true, Ordering::SeqCst);
             if phase == Phase::CatchingUp && self.is_level() {
                 self.build_rest().await?;
                 return Ok(Some(Event::CaughtUp));
@@ -59,10 +63,12 @@ impl Runner {
                 return Ok(event);
             }
             let mut stop = self.stop.clone();
+            self.busy.store(false, Ordering::SeqCst);
             tokio::select! {
                 heard = self.listener.notification(self.turn(phase)) => { heard?; }
                 _ = stop.wait_for(|stop| *stop) => return Ok(None),
             }
+            self.busy.store(true, Ordering::SeqCst);
         }
     }
 
@@ -224,17 +230,18 @@ fn keeps_running(error: &Error) -> bool {
 
 /// The side's end of WAL; `None` while it cannot be asked.
 async fn end_of_wal(config: &Config, probe: &mut Option<Session>) -> Option<Lsn> {
-    if probe.is_none() {
-        *probe = Session::connect(config, Purpose::Sql).await.ok();
-    }
-    let asked = probe.as_mut()?.query_one("select pg_catalog.pg_current_wal_insert_lsn()", &[]);
-    match tokio::time::timeout(Duration::from_secs(5), asked).await {
-        Ok(Ok(row)) => row.lsn(0).ok(),
-        _ => {
-            *probe = None;
-            None
-        }
-    }
+    let asking = async {
+        let mut session = match probe.take() {
+            Some(session) => session,
+            None => Session::connect(config, Purpose::Sql).await.ok()?,
+        };
+        let sql = "select pg_catalog.pg_current_wal_insert_lsn()";
+        let row = session.query_one(sql, &[]).await.ok()?;
+        *probe = Some(session);
+        row.lsn(0).ok()
+    };
+    // Commands wait meanwhile, so a silent server gets little time.
+    tokio::time::timeout(Duration::from_secs(2), asking).await.ok().flatten()
 }
 
 fn positions(pipe: &Pipe, end_lsn: Option<Lsn>) -> StreamRow {

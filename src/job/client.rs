@@ -5,16 +5,22 @@
 
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::Result;
 use super::error::Error;
+use super::state::Phase;
+use super::store::{JobRow, Store};
 use crate::clock::Deadline;
+use crate::fault::{Fault, Faulty};
 use crate::id::JobName;
 use crate::pg::{Config, Purpose, Session};
 
 /// A row whose asker was silent for so many seconds is not acted on.
 pub const STALE_SECONDS: u32 = 5;
+
+/// A home database that does not answer so simple a question by then is asked on a new connection.
+const HOME_SILENCE: Duration = Duration::from_secs(5);
 
 /// A command taken from the table.
 #[derive(Clone, Debug)]
@@ -31,6 +37,7 @@ pub struct Asked {
 #[derive(Debug)]
 pub struct Client {
     session: Session,
+    home: Config,
     job: JobName,
 }
 
@@ -38,7 +45,7 @@ impl Client {
     /// Connects to the home database.
     pub async fn connect(home: &Config, job: &JobName) -> Result<Client> {
         let session = Session::connect(home, Purpose::Sql).await?;
-        Ok(Client { session, job: job.clone() })
+        Ok(Client { session, home: home.clone(), job: job.clone() })
     }
 
     /// Writes the command down and wakes the runner. Gives its id.
@@ -57,8 +64,22 @@ impl Client {
         Ok(row.string(0)?)
     }
 
-    /// The command's outcome, if it has one; keeps the row fresh otherwise.
+    /// The command's outcome, if it has one; keeps the row fresh otherwise. A home database that
+    /// is away for a while only delays the answer: what was asked may be done meanwhile.
     pub async fn poll(&mut self, id: &str) -> Result<Option<Value>> {
+        let polled = tokio::time::timeout(HOME_SILENCE, self.poll_once(id)).await;
+        match polled {
+            Ok(Err(error)) if error.fault() == Fault::Retry => {}
+            Ok(polled) => return polled,
+            Err(_) => {}
+        }
+        if let Ok(session) = Session::connect(&self.home, Purpose::Sql).await {
+            self.session = session;
+        }
+        Ok(None)
+    }
+
+    async fn poll_once(&mut self, id: &str) -> Result<Option<Value>> {
         let row = self
             .session
             .query_opt(
@@ -133,6 +154,45 @@ pub async fn answer(
             &[Some(id), Some(state), result.as_deref(), error.as_deref()],
         )
         .await?;
+    Ok(())
+}
+
+/// Answers what a runner that is gone had taken and not answered; `own` is a command of ours that
+/// is still under way. Called when whatever was begun has been undone or finished.
+pub(super) async fn settle(store: &mut Store, row: &JobRow, own: Option<&str>) -> Result<()> {
+    let job = store.job().clone();
+    let left = store
+        .session
+        .query_params(
+            "select id, verb, args ->> 'attempt' from walferry.command \
+             where job = $1 and state = 'running' and id is distinct from $2::bigint",
+            &[Some(job.as_str()), own],
+        )
+        .await?;
+    for command in &left {
+        let flip = row.flip.as_ref().filter(|f| command.opt(2).ok().flatten() == Some(&f.attempt));
+        let reached = flip.filter(|flip| match row.phase {
+            Phase::Switched => flip.flip == "forward",
+            Phase::RolledBack => flip.flip == "reverse",
+            _ => false,
+        });
+        let outcome = match reached {
+            Some(flip) => {
+                let mut steps = Vec::new();
+                for line in store.journal(&flip.attempt).await? {
+                    steps.push(json!({ "name": line.step, "ms": line.ms }));
+                }
+                Ok(json!({ "switched_lsn": null, "fenced_ms": null, "steps": steps }))
+            }
+            None => Err(format!(
+                "the runner ended while it was at `{}`, and what it had begun has been undone; the \
+                 job is in {}: ask again",
+                command.str(1)?,
+                row.phase
+            )),
+        };
+        answer(&mut store.session, command.str(0)?, outcome).await?;
+    }
     Ok(())
 }
 

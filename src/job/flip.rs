@@ -117,6 +117,8 @@ impl Runner {
                 let event = if request.dry_run { Event::FlipUndone } else { Event::Flipped };
                 Ok(event(flip))
             }
+            // Answered once it is known.
+            Err(error @ Error::Cutover(cutover::Error::Unrecorded(_))) => Err(error),
             Err(error @ Error::Cutover(cutover::Error::NotUndone { .. })) => {
                 self.answer_flip(Err(error.to_string())).await?;
                 Err(error)
@@ -126,6 +128,7 @@ impl Runner {
                     self.drain_reverse().await?;
                 }
                 self.reverse_open.store(flip == Stream::Reverse, Ordering::SeqCst);
+                self.note_undone(request.record()).await?;
                 self.answer_flip(Err(error.to_string())).await?;
                 Ok(Event::FlipUndone(flip))
             }
@@ -211,7 +214,15 @@ impl Runner {
             self.drain_reverse().await?;
         }
         self.reverse_open.store(flip == Stream::Reverse, Ordering::SeqCst);
+        self.note_undone(record).await?;
         Ok(Event::FlipUndone(flip))
+    }
+
+    /// Undoing has let clients through already; a later run must not tell routes to release them for
+    /// a flip that was not made.
+    async fn note_undone(&mut self, mut record: FlipRecord) -> Result<()> {
+        record.released = true;
+        self.store.set_flip(&record).await
     }
 
     /// True if a route may have let clients through to the other side.

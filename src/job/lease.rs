@@ -20,6 +20,16 @@ const LOCK_CLASS: i32 = 0x77_61_6c_66;
 #[derive(Debug)]
 pub struct Lease {
     session: Session,
+    holder: Holder,
+}
+
+/// The backend that holds a lease.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// Its process id.
+    pub pid: i32,
+    /// When it was started; process ids are used again.
+    pub started: String,
 }
 
 impl Lease {
@@ -31,13 +41,21 @@ impl Lease {
         let keepalives = "set tcp_keepalives_idle = 5; set tcp_keepalives_interval = 3; \
                           set tcp_keepalives_count = 3";
         let _ = session.execute(keepalives).await;
+        if session.major_version() >= 14 {
+            // It is asked every second: silent for longer, its holder is gone or cut off.
+            session.execute("set idle_session_timeout = '30s'").await?;
+        }
         let row = session
             .query_one(
-                "select pg_catalog.pg_try_advisory_lock($1, pg_catalog.hashtext($2))",
+                "select pg_catalog.pg_try_advisory_lock($1, pg_catalog.hashtext($2)), \
+                 (select backend_start from pg_catalog.pg_stat_activity \
+                    where pid = pg_catalog.pg_backend_pid())",
                 &[Some(&LOCK_CLASS.to_string()), Some(job.as_str())],
             )
             .await?;
-        Ok(if row.bool(0)? { Some(Lease { session }) } else { None })
+        let started = row.opt(1)?.unwrap_or_default().to_string();
+        let holder = Holder { pid: session.process_id(), started };
+        Ok(if row.bool(0)? { Some(Lease { session, holder }) } else { None })
     }
 
     /// Fails once the lease is lost with its session. Cheap; asked every second.
@@ -53,6 +71,37 @@ impl Lease {
     pub fn process_id(&self) -> i32 {
         self.session.process_id()
     }
+
+    /// The backend that holds it.
+    pub fn holder(&self) -> &Holder {
+        &self.holder
+    }
+}
+
+/// The lease, waiting a little for a predecessor whose session its server has not yet noticed dead.
+///
+/// `last` is the lease this very process had before: where the network swallowed its end, the
+/// server holds on to it, and it is ended here. Errors: [`Error::Busy`] after a second.
+pub async fn take(home: &Config, job: &JobName, last: Option<&Holder>) -> Result<Lease> {
+    for turn in 0..20 {
+        if let Some(lease) = Lease::try_take(home, job).await? {
+            return Ok(lease);
+        }
+        if let Some(last) = last.filter(|_| turn == 1) {
+            let mut session = Session::connect(home, Purpose::Sql).await?;
+            session
+                .query_params(
+                    "select pg_catalog.pg_terminate_backend(pid) \
+                     from pg_catalog.pg_stat_activity where pid = $1 and backend_start = $2",
+                    &[Some(&last.pid.to_string()), Some(&last.started)],
+                )
+                .await?;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let mut session = Session::connect(home, Purpose::Sql).await?;
+    let pid = holder(&mut session, job).await?;
+    Err(Error::Busy { job: job.to_string(), pid: pid.unwrap_or_default() })
 }
 
 /// What a runner's sessions are called in pg_stat_activity.

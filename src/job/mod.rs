@@ -7,8 +7,9 @@
 //! - `state`: the pure step function. `store`: its tables. `lease`: one runner at a time.
 //! - `run`: the runner, a loop of step and execute. `prepare`: check, publication, slot, tables.
 //!   `copying`: rows, then indexes and constraints. `pipeline`: one stream, kept going.
-//!   `attend`: what a runner does while it follows: commands, positions, lease. `flip`: arming the
-//!   way back, and the choreography with its journal. `cleanup`: finish and cancel.
+//!   `attend`: what a runner does while it follows: commands, positions. `vigil`: the lease, and
+//!   servers that fall silent. `flip`: arming the way back, and the choreography with its journal.
+//!   `cleanup`: finish and cancel.
 //! - `client`: commands from other processes. `align`: both sides held at one point, for verify.
 //!   `status`: what people and scripts see.
 //!
@@ -33,6 +34,7 @@ pub mod run;
 pub mod state;
 pub mod status;
 pub mod store;
+mod vigil;
 
 pub use error::Error;
 pub use flip::FlipRequest;

@@ -63,7 +63,17 @@ pub struct Pipe {
     pub trouble: watch::Receiver<Option<String>>,
     fatal: watch::Receiver<Option<String>>,
     stop: watch::Sender<bool>,
-    task: JoinHandle<()>,
+    task: Task<()>,
+}
+
+/// A task that ends with whoever holds this.
+#[derive(Debug)]
+struct Task<T>(JoinHandle<T>);
+
+impl<T> Drop for Task<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 struct Ends {
@@ -90,12 +100,12 @@ impl Pipe {
             trouble: trouble_tx,
             stop: stop_rx,
         };
-        let task = tokio::spawn(async move {
+        let task = Task(tokio::spawn(async move {
             if let Err(error) = supervise(&options, ends).await {
                 tracing::error!(stream = %options.stream, %error, "stream stopped");
                 let _ = fatal_tx.send(Some(error.to_string()));
             }
-        });
+        }));
         Pipe { applied, positions, hold, trouble, fatal, stop, task }
     }
 
@@ -104,15 +114,16 @@ impl Pipe {
         self.fatal.borrow().clone()
     }
 
-    /// Stops at the next batch boundary and waits until nothing runs any more.
-    pub async fn stop(self) {
+    /// Stops at the next batch boundary, or at once after `patience`: a server that is silent or a
+    /// lock that is held must not keep a process from ending.
+    pub async fn stop(mut self, patience: Duration) {
         let _ = self.stop.send(true);
-        let _ = self.task.await;
+        let _ = tokio::time::timeout(patience, &mut self.task.0).await;
     }
 }
 
 async fn supervise(options: &PipeOptions, mut ends: Ends) -> Result<()> {
-    let fresh = || Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+    let fresh = || Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
     let mut backoff = fresh();
     loop {
         let before = ends.applied.borrow().applied_lsn;
@@ -159,9 +170,10 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
     let (durable_tx, durable) = watch::channel(progress_lsn);
     let (positions, stop) = (ends.positions.clone(), ends.stop.clone());
     let mut reading =
-        tokio::spawn(async move { reader.run(&mut queue, durable, &positions, stop).await });
+        Task(tokio::spawn(async move { reader.run(&mut queue, durable, &positions, stop).await }));
     let (applied, hold, stop) = (ends.applied.clone(), ends.hold.clone(), ends.stop.clone());
-    let mut applying = tokio::spawn(async move { applier.run(feed, &applied, hold, stop).await });
+    let mut applying =
+        Task(tokio::spawn(async move { applier.run(feed, &applied, hold, stop).await }));
     let mut watching = ends.applied.subscribe();
     loop {
         tokio::select! {
@@ -174,19 +186,18 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
                 });
                 if changed.is_err() { return Ok(()); }
             }
-            done = &mut applying => {
+            done = &mut applying.0 => {
                 let durable_lsn = ends.applied.borrow().durable_lsn;
                 let _ = durable_tx.send(durable_lsn);
                 drop(durable_tx);
                 // The reader tells the slot once more, then finds nobody to read for.
-                let _ = tokio::time::timeout(Duration::from_secs(2), &mut reading).await;
-                reading.abort();
+                let _ = tokio::time::timeout(Duration::from_secs(2), &mut reading.0).await;
                 return flatten(done).map_err(Error::from);
             }
-            done = &mut reading => {
+            done = &mut reading.0 => {
                 // What was received is still applied; then both begin again.
                 let read = flatten(done);
-                flatten(applying.await)?;
+                flatten((&mut applying.0).await)?;
                 return read.map(|_| ()).map_err(Error::from);
             }
         }

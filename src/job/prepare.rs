@@ -18,7 +18,16 @@ impl Runner {
         let mut options = check::CheckOptions::new(self.config.job.clone());
         options.selection = self.selection.clone();
         options.copy_jobs = self.config.jobs;
-        let report = check::run(&self.config.source, &self.config.target, options).await?;
+        let (source, target) = (&self.config.source, &self.config.target);
+        let mut report = check::run(source, target, options.clone()).await?;
+        while report.findings.iter().any(|finding| finding.code == "unreachable") {
+            // To a person this is a finding; the runner was there a moment ago, and knows from the
+            // error itself whether to try again.
+            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+            Session::connect(source, Purpose::Sql).await?;
+            Session::connect(target, Purpose::Sql).await?;
+            report = check::run(source, target, options.clone()).await?;
+        }
         let mut errors = Vec::new();
         for finding in &report.findings {
             match finding.level {

@@ -11,10 +11,11 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::flip::FlipRequest;
-use super::lease::{self, Lease};
+use super::lease::{self, Holder};
 use super::pipeline::{Pipe, PipeOptions, TableFilter};
 use super::state::{Command, Event, Phase, step};
 use super::store::{DDL_BOTH, JobOptions, JobRow, Store, ensure};
+use super::vigil::Vigil;
 use super::{Error, Result, client};
 use crate::catalog::{Selection, Table, tables};
 use crate::change::Snapshot;
@@ -83,7 +84,6 @@ pub struct Runner {
     pub(super) report: Report,
     pub(super) stop: watch::Receiver<bool>,
     pub(super) store: Store,
-    pub(super) lease: Lease,
     pub(super) listener: Session,
     pub(super) selection: Selection,
     pub(super) forward: Option<Pipe>,
@@ -97,6 +97,8 @@ pub struct Runner {
     pub(super) slot: Option<HeldSlot>,
     pub(super) hold: Option<String>,
     pub(super) level_at: Option<Lsn>,
+    /// See [`Vigil`].
+    pub(super) busy: Arc<AtomicBool>,
 }
 
 impl Runner {
@@ -108,19 +110,24 @@ impl Runner {
         report: Report,
         mut stop: watch::Receiver<bool>,
     ) -> Result<Phase> {
-        let fresh = || Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+        let fresh = || Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
         let mut backoff = fresh();
+        let mut last = None;
         loop {
             let started = tokio::time::Instant::now();
-            let outcome = Self::session(&config, &until, &report, &stop).await;
+            let outcome = Self::session(&config, &until, &report, &stop, &mut last).await;
             match outcome {
                 Err(error) if error.fault() == Fault::Retry && !*stop.borrow() => {
                     tracing::warn!(%error, "trying again");
                     report(Notice::Trouble(error.to_string()));
+                    let storing = store_trouble(&config, &error, &last);
+                    let _ = tokio::time::timeout(Duration::from_secs(1), storing).await;
                 }
+                // What broke while stopping is met again by the next run.
+                Err(error) if error.fault() == Fault::Retry => return Err(Error::Interrupted),
                 other => return other,
             }
-            if started.elapsed() > Duration::from_secs(30) {
+            if started.elapsed() > Duration::from_secs(5) {
                 backoff = fresh();
             }
             tokio::select! {
@@ -135,11 +142,17 @@ impl Runner {
         until: &Until,
         report: &Report,
         stop: &watch::Receiver<bool>,
+        last: &mut Option<Holder>,
     ) -> Result<Phase> {
-        let mut runner = Self::open(config, report, stop).await?;
+        let mut stopping = stop.clone();
+        let (mut runner, mut vigil) = tokio::select! {
+            opened = Self::open(config, report, stop, last) => opened?,
+            _ = stopping.wait_for(|stop| *stop) => return Err(Error::Interrupted),
+        };
         let mut stopping = stop.clone();
         let outcome = tokio::select! {
             outcome = runner.drive(until) => outcome,
+            error = vigil.keep() => Err(error),
             // Long statements (an index build) are abandoned: their server rolls them back.
             _ = wait_and_linger(&mut stopping) => Err(Error::Interrupted),
         };
@@ -158,12 +171,14 @@ impl Runner {
         config: &JobConfig,
         report: &Report,
         stop: &watch::Receiver<bool>,
-    ) -> Result<Runner> {
+        last: &mut Option<Holder>,
+    ) -> Result<(Runner, Vigil)> {
         let mut config = config.clone();
         let name = lease::application_name(&config.job);
         config.source = config.source.labelled("source").with_application_name(&name);
         config.target = config.target.labelled("target").with_application_name(&name);
-        let lease = take_lease(&config).await?;
+        let lease = lease::take(&config.target, &config.job, last.as_ref()).await?;
+        *last = Some(lease.holder().clone());
         let mut home = Session::connect(&config.target, Purpose::Sql).await?;
         let mut listener = Session::connect(&config.target, Purpose::Sql).await?;
         let keep = [lease.process_id(), listener.process_id()];
@@ -178,17 +193,21 @@ impl Runner {
         store.create(&places.0, &places.1, (&systems.0, &systems.1), &config.options).await?;
         let row = store.load().await?.ok_or_else(|| Error::State("the job is gone".to_string()))?;
         accept(&config, &row, &systems)?;
+        if row.error.is_some() {
+            store.set_error(None).await?;
+        }
         listener
             .execute(&format!("listen {}", crate::id::quote_ident(&config.job.channel())))
             .await?;
         let options = &config.options;
         let selection = Selection::parse(&options.include, &options.exclude, &options.schema_only)?;
-        Ok(Runner {
+        let busy = Arc::new(AtomicBool::new(true));
+        let vigil = Vigil::new(lease, config.source.clone(), busy.clone());
+        let runner = Runner {
             config,
             report: report.clone(),
             stop: stop.clone(),
             store,
-            lease,
             listener,
             selection,
             forward: None,
@@ -198,7 +217,9 @@ impl Runner {
             slot: None,
             hold: None,
             level_at: None,
-        })
+            busy,
+        };
+        Ok((runner, vigil))
     }
 
     async fn drive(&mut self, until: &Until) -> Result<Phase> {
@@ -315,11 +336,14 @@ impl Runner {
         }))
     }
 
-    /// Stops both streams at a batch boundary.
+    /// Stops both streams, at a batch boundary where that does not take long.
     pub(super) async fn stop_streams(&mut self) {
-        for pipe in [self.forward.take(), self.reverse.take()].into_iter().flatten() {
-            pipe.stop().await;
-        }
+        let stop = async |pipe: Option<Pipe>| {
+            if let Some(pipe) = pipe {
+                pipe.stop(STREAM_PATIENCE).await;
+            }
+        };
+        tokio::join!(stop(self.forward.take()), stop(self.reverse.take()));
     }
 
     /// The job's row.
@@ -361,23 +385,25 @@ pub(super) fn published(tables: &[Table]) -> Vec<QualifiedName> {
     names.chain([QualifiedName::new("walferry", "canary")]).collect()
 }
 
+/// A stream that has not reached a batch boundary by then is cut off, as a crash would.
+const STREAM_PATIENCE: Duration = Duration::from_millis(1500);
+
 /// After a stop is asked for, what is under way gets a moment to end by itself.
 async fn wait_and_linger(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
 }
 
-/// The lease, waiting a little for a predecessor whose session its server has not yet noticed dead.
-async fn take_lease(config: &JobConfig) -> Result<Lease> {
-    for _ in 0..20 {
-        if let Some(lease) = Lease::try_take(&config.target, &config.job).await? {
-            return Ok(lease);
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+/// Shows status what keeps the runner from its work, unless another runner has taken over.
+async fn store_trouble(config: &JobConfig, error: &Error, last: &Option<Holder>) -> Result<()> {
+    let session = Session::connect(&config.target, Purpose::Sql).await?;
+    let mut store = Store::new(session, config.job.clone());
+    let holder = lease::holder(&mut store.session, &config.job).await?;
+    let ours = last.as_ref().map(|last| last.pid.to_string());
+    if holder.is_none() || holder == ours {
+        store.set_error(Some(&error.to_string())).await?;
     }
-    let mut session = Session::connect(&config.target, Purpose::Sql).await?;
-    let pid = lease::holder(&mut session, &config.job).await?;
-    Err(Error::Busy { job: config.job.to_string(), pid: pid.unwrap_or_default() })
+    Ok(())
 }
 
 /// What tells one cluster, and one of its histories, from another: `identifier/timeline`.

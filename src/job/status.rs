@@ -1,5 +1,7 @@
 //! What people and scripts see of a job, read from its tables; works whether a runner lives or not.
 
+use std::time::Duration;
+
 use serde::Serialize;
 
 use super::run::{JobConfig, place};
@@ -10,6 +12,9 @@ use crate::id::Stream;
 use crate::lsn::Lsn;
 use crate::pg::{Purpose, Session};
 use crate::source::slot;
+
+/// A source that is silent must not keep status waiting for long.
+const SOURCE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// One table's figures.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -76,7 +81,9 @@ pub async fn read(config: &JobConfig) -> Result<Status> {
         .ok_or_else(|| Error::NoJob { job: config.job.to_string(), peer: place(&config.target) })?;
     let runner = lease::holder(&mut store.session, &config.job).await?;
     let mut positions = store.load_stream(Stream::Forward).await?.unwrap_or_default();
-    let mut source = Session::connect(&config.source, Purpose::Sql).await.ok();
+    let connecting = Session::connect(&config.source, Purpose::Sql);
+    let connected = tokio::time::timeout(SOURCE_PATIENCE, connecting).await;
+    let mut source = connected.ok().and_then(std::result::Result::ok);
     let open = !matches!(row.phase, Phase::Finished | Phase::Canceled);
     if let (Some(source), true, true) = (&mut source, runner.is_none(), open) {
         refresh(config, Stream::Forward, source, &mut positions).await?;

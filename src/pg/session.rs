@@ -55,6 +55,8 @@ pub struct Session {
     busy: bool,
     /// A notice that announced the end of the session, as an immediate shutdown gives it.
     farewell: Option<Box<ServerError>>,
+    /// The connection is over, by an error that has been given.
+    over: bool,
 }
 
 impl Session {
@@ -78,6 +80,7 @@ impl Session {
             status: b'I',
             busy: false,
             farewell: None,
+            over: false,
         }
     }
 
@@ -330,10 +333,12 @@ impl Session {
                 }
                 Ok(None)
             }
-            Frame::Message(Message::ErrorResponse(body)) => Err(Error::Server {
-                peer: self.peer.clone(),
-                error: Box::new(ServerError::from_fields(body.fields())),
-            }),
+            Frame::Message(Message::ErrorResponse(body)) => {
+                let error = Box::new(ServerError::from_fields(body.fields()));
+                let error = Error::Server { peer: self.peer.clone(), error };
+                self.over |= error.is_closed();
+                Err(error)
+            }
             Frame::Message(message) => Ok(Some(message)),
             Frame::CopyData(_) | Frame::CopyBoth => {
                 Err(self.protocol("COPY data outside a COPY".to_string()))
@@ -343,6 +348,7 @@ impl Session {
 
     /// The error for a connection that broke: the server's announcement, if it made one.
     pub(super) fn lost(&mut self, source: std::io::Error) -> Error {
+        self.over = true;
         match self.farewell.take() {
             Some(mut error) => {
                 error.severity = "FATAL".to_string();
@@ -352,8 +358,14 @@ impl Session {
         }
     }
 
+    /// Why the session is not ready. A lost connection is no mistake of whoever goes on to tidy up.
     fn abandoned(&self) -> Error {
-        Error::Abandoned { peer: self.peer.clone() }
+        let peer = self.peer.clone();
+        if self.over {
+            let source = std::io::Error::new(std::io::ErrorKind::NotConnected, "it was closed");
+            return Error::Io { peer, source };
+        }
+        Error::Abandoned { peer }
     }
 
     pub(super) fn protocol(&self, detail: String) -> Error {

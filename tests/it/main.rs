@@ -6,6 +6,7 @@ mod catalog;
 mod check;
 mod copy;
 mod decode;
+mod faults;
 mod job;
 mod pg;
 mod route;

@@ -4,6 +4,7 @@
 mod binary;
 mod inventory;
 pub mod job;
+pub mod walk;
 
 use std::time::{Duration, Instant};
 
