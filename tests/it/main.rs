@@ -8,6 +8,7 @@ mod copy;
 mod decode;
 mod job;
 mod pg;
+mod pooler;
 mod route;
 mod schema;
 mod source;
