@@ -1,6 +1,7 @@
 //! What a runner does while its streams flow: hears commands, stores positions, keeps the lease,
 //! notices that the target is level.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -71,7 +72,16 @@ impl Runner {
         if phase == Phase::CatchingUp || self.hold.is_some() { TURN / 20 } else { TURN }
     }
 
-    fn check_streams(&self) -> Result<()> {
+    fn check_streams(&mut self) -> Result<()> {
+        // A way back that does not work yet is no reason to stop following: the next cutover
+        // starts it again, and is refused for as long as it does not work.
+        let idle = !self.reverse_open.load(Ordering::SeqCst);
+        if let Some(message) = self.reverse.as_ref().and_then(Pipe::fatal)
+            && idle
+        {
+            self.reverse = None;
+            self.say(Notice::Said(format!("the way back stopped: {message}")));
+        }
         for (stream, pipe) in [(Stream::Forward, &self.forward), (Stream::Reverse, &self.reverse)] {
             if let Some(message) = pipe.as_ref().and_then(Pipe::fatal) {
                 return Err(Error::Stream { stream: stream.to_string(), message });

@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::Result;
 use super::error::Error;
+use super::state::Phase;
 use crate::clock::Deadline;
 use crate::id::JobName;
 use crate::pg::{Config, Purpose, Session};
@@ -115,6 +116,25 @@ pub async fn take(session: &mut Session, job: &JobName) -> Result<Option<Asked>>
     let Some(row) = row else { return Ok(None) };
     let args = serde_json::from_str(row.str(2)?).map_err(|e| Error::State(e.to_string()))?;
     Ok(Some(Asked { id: row.string(0)?, verb: row.string(1)?, args }))
+}
+
+/// Answers what a runner had taken and took with it when it died.
+pub async fn fail_orphans(session: &mut Session, job: &JobName, phase: Phase) -> Result<()> {
+    let said = match phase {
+        Phase::CuttingOver => {
+            "the runner ended in the middle of it; what it had begun is being undone, ask again"
+                .to_string()
+        }
+        phase => format!("the runner ended before it could answer; the job is in phase {phase}"),
+    };
+    session
+        .query_params(
+            "update walferry.command set state = 'failed', error = $2 \
+             where job = $1 and state = 'running'",
+            &[Some(job.as_str()), Some(&said)],
+        )
+        .await?;
+    Ok(())
 }
 
 /// Answers a command.

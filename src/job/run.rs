@@ -89,6 +89,8 @@ pub struct Runner {
     pub(super) reverse: Option<Pipe>,
     /// Whether the reverse stream applies more than canaries: true once applications are on the target.
     pub(super) reverse_open: Arc<AtomicBool>,
+    /// A flip, its undoing or its release is under way: not to be dropped in the middle.
+    pub(super) flying: watch::Sender<bool>,
     /// The command whose flip is under way.
     pub(super) asked: Option<(String, FlipRequest)>,
     /// The slot made by this run, while its snapshot is needed.
@@ -135,11 +137,11 @@ impl Runner {
         stop: &watch::Receiver<bool>,
     ) -> Result<Phase> {
         let mut runner = Self::open(config, report, stop).await?;
-        let mut stopping = stop.clone();
+        let (mut stopping, mut flying) = (stop.clone(), runner.flying.subscribe());
         let outcome = tokio::select! {
             outcome = runner.drive(until) => outcome,
             // Long statements (an index build) are abandoned: their server rolls them back.
-            _ = wait_and_linger(&mut stopping) => Err(Error::Interrupted),
+            _ = wait_and_linger(&mut stopping, &mut flying) => Err(Error::Interrupted),
         };
         if let Err(error) = &outcome
             && error.fault() != Fault::Retry
@@ -176,6 +178,7 @@ impl Runner {
         store.create(&places.0, &places.1, (&systems.0, &systems.1), &config.options).await?;
         let row = store.load().await?.ok_or_else(|| Error::State("the job is gone".to_string()))?;
         accept(&config, &row, &systems)?;
+        client::fail_orphans(&mut store.session, &config.job, row.phase).await?;
         listener
             .execute(&format!("listen {}", crate::id::quote_ident(&config.job.channel())))
             .await?;
@@ -192,6 +195,7 @@ impl Runner {
             forward: None,
             reverse: None,
             reverse_open: Arc::new(AtomicBool::new(false)),
+            flying: watch::channel(false).0,
             asked: None,
             slot: None,
             hold: None,
@@ -251,11 +255,22 @@ impl Runner {
             Command::FollowForward => self.follow_forward().await?,
             Command::FollowReverse => self.follow_reverse().await?,
             Command::CatchUp => self.measure_level().await?,
-            Command::Flip(flip) => Some(self.flip(flip).await?),
-            Command::UndoFlip => Some(self.undo_flip().await?),
-            Command::ReleaseClients => self.release_clients().await?,
+            Command::Flip(_) | Command::UndoFlip | Command::ReleaseClients => {
+                let _ = self.flying.send_replace(true);
+                let outcome = self.lead_clients(command).await;
+                let _ = self.flying.send_replace(false);
+                outcome?
+            }
             // Finish and cancel run without a runner: see `cleanup`.
             Command::CleanUp => None,
+        })
+    }
+
+    async fn lead_clients(&mut self, command: Command) -> Result<Option<Event>> {
+        Ok(match command {
+            Command::Flip(flip) => Some(self.flip(flip).await?),
+            Command::UndoFlip => Some(self.undo_flip().await?),
+            _ => self.release_clients().await?,
         })
     }
 
@@ -363,10 +378,13 @@ pub(super) fn published(tables: &[Table]) -> Vec<QualifiedName> {
     names.chain([QualifiedName::new("walferry", "canary")]).collect()
 }
 
-/// After a stop is asked for, what is under way gets a moment to end by itself.
-async fn wait_and_linger(stop: &mut watch::Receiver<bool>) {
+/// After a stop is asked for, what is under way gets a moment to end by itself; a flip gets the time
+/// to be undone or finished, as clients may be held.
+async fn wait_and_linger(stop: &mut watch::Receiver<bool>, flying: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
+    let landed = flying.wait_for(|flying| !*flying);
+    let _ = tokio::time::timeout(Duration::from_secs(60), landed).await;
 }
 
 /// The lease, waiting a little for a predecessor whose session its server has not yet noticed dead.

@@ -175,6 +175,12 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
         (Phase::Switched, Event::FlipAsked(Stream::Reverse)) => {
             (Phase::CuttingOver, vec![Command::Flip(Stream::Reverse)])
         }
+        (Phase::Switched, Event::FlipAsked(Stream::Forward)) => {
+            return refuse("cutover", "it has been made already; rollback leads back");
+        }
+        (Phase::RolledBack, Event::FlipAsked(Stream::Reverse)) => {
+            return refuse("rollback", "it has been made already; cutover leads over again");
+        }
         (_, Event::FlipAsked(Stream::Forward)) => {
             return refuse(
                 "cutover",

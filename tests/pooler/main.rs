@@ -1,5 +1,11 @@
 //! The bar of the main job: a cutover and a rollback through pgbouncer at 500 transactions a second,
 //! with no failed statement and a stall that nobody notices.
+//!
+//! A test binary of its own: what it measures must not be the noise of other tests.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
+#[path = "../it/support/mod.rs"]
+mod support;
 
 use std::time::Duration;
 
@@ -8,7 +14,7 @@ use walferry::demo::ledger;
 use walferry::demo::pgbouncer::PgBouncer;
 use walferry::demo::writer::{Options, Report, Writer, broken_invariants, create_schema};
 
-use crate::support::job::Ends;
+use support::job::{Ends, route_of};
 
 /// Longest stall allowed, the median of all rounds.
 const BAR: Duration = Duration::from_millis(150);
@@ -29,10 +35,6 @@ fn rounds() -> usize {
 fn median(mut stalls: Vec<Duration>) -> Duration {
     stalls.sort();
     stalls[stalls.len() / 2]
-}
-
-pub fn route_of(pooler: &PgBouncer) -> String {
-    format!("pgbouncer:{},{},app", pooler.admin_uri(), pooler.ini_path().display())
 }
 
 /// Flips under the writer and gives the longest stall around it.
