@@ -104,6 +104,10 @@ impl Runner {
                     let request: FlipRequest = serde_json::from_value(asked.args)
                         .map_err(|e| Error::State(e.to_string()))?;
                     match self.arm(&request).await {
+                        // Arming may have waited for long transactions. Nobody wants it any more.
+                        Ok(_) if client::asker_gone(&mut self.store.session, &asked.id).await? => {
+                            Err("whoever asked for it has gone".to_string())
+                        }
                         Ok(event) => {
                             self.asked = Some((asked.id, request));
                             return Ok(Some(Some(event)));

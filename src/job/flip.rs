@@ -75,16 +75,27 @@ impl Runner {
         parse_routes(&request.routes)?;
         request.fence.parse::<FenceKind>()?;
         if !row.armed {
+            // A stream that stands still would keep the slot from being made, and says less then.
+            self.gate(request).await?;
             self.say(Notice::Said("arming the way back".to_string()));
-            self.make_reverse().await?;
+            self.make_reverse(Duration::from_millis(request.timeout_ms)).await?;
             self.store.set_armed(true).await?;
         }
         self.follow_reverse_now().await?;
         Ok(event)
     }
 
+    async fn gate(&mut self, request: &FlipRequest) -> Result<()> {
+        let carry = self.forward.as_ref().map(|pipe| pipe.applied.clone());
+        let mut carry = carry.ok_or(cutover::Error::StreamStopped)?;
+        let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
+        // Streams of a runner that has just begun are still connecting.
+        let max_lag = Duration::from_millis(request.max_lag_ms).max(HOME_WAIT);
+        Ok(barrier::gate(&mut source, &mut carry, max_lag).await?)
+    }
+
     /// A new slot never meets old progress (law 4): both are made here, after both were dropped.
-    async fn make_reverse(&mut self) -> Result<()> {
+    async fn make_reverse(&mut self, wait: Duration) -> Result<()> {
         let name = self.config.job.object(Stream::Reverse);
         let tables = self.tables(&self.config.target).await?;
         let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
@@ -92,7 +103,7 @@ impl Runner {
         slot::drop(&mut target, &name).await?;
         publication::ensure(&mut target, &name, &published(&tables)).await?;
         let mut maker = Session::connect(&self.config.target, Purpose::Sql).await?;
-        let options = self.slot_options(&name);
+        let options = slot::CreateOptions { wait, ..self.slot_options(&name) };
         let waiting = self.tell_blockers();
         let lsn = slot::create_plain(&mut maker, &mut target, &options, waiting).await?;
         apply::begin_at(&mut source, &name, lsn).await?;

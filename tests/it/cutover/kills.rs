@@ -87,8 +87,9 @@ async fn a_flip_killed_at_any_step_is_finished_by_the_same_command() {
     let Stage { ends, run } = stage;
     run.ended().await.expect_success();
     let stage = Stage { run: ends.spawn(&["status"]), ends };
-    proxy.delay(Duration::from_millis(15));
     for step in steps() {
+        let slow = if step.starts_with("hook ") { 0 } else { 15 };
+        proxy.delay(Duration::from_millis(slow));
         for command in ["cutover", "rollback"] {
             killed_and_repeated(&stage, &load, &hook, command, step).await;
         }
