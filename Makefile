@@ -1,12 +1,13 @@
 # `make demo` shows it, `make test` proves it. Both install what they need, and say so first.
 
-.PHONY: help demo test kill faults setup check-style build clean
+.PHONY: help demo test kill faults cutover-bench setup check-style build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
 	@echo "make test             everything a change must pass: style, lints, all tests"
 	@echo "make kill [KILLS=200]  kill -9 at random moments; the end is exact each time"
 	@echo "make faults           restarts and network faults in every phase"
+	@echo "make cutover-bench    stalls of writers through pgbouncer, release binary [ROUNDS=5]"
 	@echo "make check-style      only formatting and lints"
 	@echo "make build            the release binary, target/release/walferry"
 
@@ -18,6 +19,11 @@ demo:
 
 test: setup check-style
 	cargo test --locked --all-targets
+
+# Two rounds more than the default test, and the binary that users run.
+cutover-bench: build
+	WALFERRY_ROUNDS=$(or $(ROUNDS),5) WALFERRY_BINARY=$(CURDIR)/target/release/walferry \
+		cargo test --locked --test pooler -- --nocapture
 
 setup:
 	@sh tests/setup.sh test

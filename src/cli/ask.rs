@@ -55,7 +55,11 @@ impl Asker {
 
     async fn ensure_runner(&mut self) -> anyhow::Result<()> {
         if let Some(own) = self.own.take_if(|own| own.task.is_finished()) {
-            own.task.await??;
+            match own.task.await? {
+                // Another took the lease first, and hears the command as well.
+                Ok(_) | Err(job::Error::Busy { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
         // A home database that cannot say has no use for another runner; the next turn asks again.
         let holder = lease::holder(self.client.session(), &self.config.job).await;
@@ -99,7 +103,7 @@ impl Asker {
         if let Some(own) = self.own {
             let _ = own.stop.send(true);
             match own.task.await? {
-                Ok(_) | Err(job::Error::Interrupted) => {}
+                Ok(_) | Err(job::Error::Interrupted | job::Error::Busy { .. }) => {}
                 Err(error) => return Err(error.into()),
             }
         }

@@ -4,10 +4,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use serde_json::Value;
+use tokio::sync::watch;
 
 use super::ask::Asker;
 use super::options::{FlipArgs, JobArgs};
 use super::print;
+use super::run::stop_on_signal;
 use crate::config::{self, parse_duration};
 use crate::id::Stream;
 use crate::job::FlipRequest;
@@ -33,7 +35,16 @@ pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Res
     let mut asker = Asker::connect(&job.job()?).await?;
     let wait =
         Duration::from_millis(request.timeout_ms + request.max_hold_ms) + Duration::from_secs(120);
-    let answer = asker.ask("flip", &serde_json::to_value(&request)?, wait).await;
+    let (stop, mut stopping) = watch::channel(false);
+    tokio::spawn(stop_on_signal(stop));
+    let request = serde_json::to_value(&request)?;
+    let answer = tokio::select! {
+        answer = asker.ask("flip", &request, wait) => answer,
+        _ = stopping.wait_for(|stop| *stop) => Err(anyhow::anyhow!(match asker.is_own() {
+            true => "stopped; walferry status tells where the job stands",
+            false => "no longer waiting: the runner goes on with it; walferry status tells how far",
+        })),
+    };
     let own = asker.is_own();
     let closed = asker.close().await;
     let outcome = answer?;

@@ -64,7 +64,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 /// The first signal stops in order, the second at once; both are safe.
-async fn stop_on_signal(stop: watch::Sender<bool>) {
+pub(super) async fn stop_on_signal(stop: watch::Sender<bool>) {
     let (Ok(mut interrupt), Ok(mut terminate)) =
         (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {

@@ -16,9 +16,14 @@ use crate::pg::{Config, Purpose, Session};
 use crate::route::{self, Route};
 use crate::{catalog, schema};
 
-/// Increments added to every sequence: values that a session cached before the fence and uses after
-/// the switch must not meet new ones. Gaps in sequences are normal; collisions are not.
-const SEQUENCE_MARGIN: u32 = 32;
+/// Increments added to every sequence: values taken between our reading it and a client's arrival
+/// on the other side must not be given again, and nextval asks no fence. Enough for 20,000 a second
+/// over the 50 ms that it takes. Gaps in sequences are normal; collisions are not.
+const SEQUENCE_MARGIN: u32 = 1000;
+
+/// How long the home database may take to commit the point of no return. Until it has answered,
+/// nobody knows on which side applications belong, and clients are let go on neither.
+const PONR_WAIT: Duration = Duration::from_secs(10);
 
 /// How long a canary may take on each leg.
 const CANARY_WAIT: Duration = Duration::from_secs(10);
@@ -54,14 +59,18 @@ pub struct Plan {
     pub carry: watch::Receiver<Applied>,
     /// Stop after the gates.
     pub dry_run: bool,
+    /// True: give up at the next place where that can be undone.
+    pub stop: watch::Receiver<bool>,
 }
 
 /// Where the choreography writes what it does, and commits the point of no return.
 pub trait Journal {
-    /// Before a step. Gives a handle for [`Journal::end`].
-    fn begin(&mut self, step: &str) -> impl Future<Output = Result<String>> + Send;
-    /// After it.
-    fn end(&mut self, handle: &str, ms: f64) -> impl Future<Output = Result<()>> + Send;
+    /// Before a step: writes it down, and how long the last one took. One commit, as writers may
+    /// be waiting for it.
+    fn begin(&mut self, step: &str, last: Option<&Step>)
+    -> impl Future<Output = Result<()>> + Send;
+    /// After the last one.
+    fn end(&mut self, last: &Step) -> impl Future<Output = Result<()>> + Send;
     /// Commits, durably, that applications now belong on the other side.
     fn point_of_no_return(&mut self) -> impl Future<Output = Result<()>> + Send;
     /// Commits that clients have been let through.
@@ -98,7 +107,7 @@ struct Flight<'a, J> {
 }
 
 /// Runs the choreography. On an error everything has been undone, unless it is
-/// [`Error::NotUndone`] or [`Error::Unrecorded`].
+/// [`Error::NotUndone`] or [`Error::Unknown`].
 pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome> {
     // Routes that hold clients flip while nobody can pass; a hook may let clients through at once,
     // so nothing that can fail may come after it.
@@ -106,18 +115,19 @@ pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome
     let mut flight = Flight { plan, journal, steps: Vec::new() };
     flight.gates().await?;
     if flight.plan.dry_run {
+        flight.end_last().await?;
         let steps = flight.steps;
         let switched_lsn = Lsn::ZERO.to_string();
         return Ok(Outcome { switched_lsn, fenced_ms: 0.0, retries: 0, steps });
     }
-    match flight.fly().await {
+    let mut fence = None;
+    match flight.fly(&mut fence).await {
         Ok(outcome) => Ok(outcome),
-        // Undoing what may be committed would leave both sides open to writers.
-        Err(cause @ Error::Unrecorded(_)) => Err(cause),
+        // Only the home database knows now: what it says is done by whoever asks it next.
+        Err(unknown @ Error::Unknown { .. }) => Err(unknown),
         Err(cause) => {
             let plan = &*flight.plan;
-            let undone = undo::undo(&plan.live, plan.fence, &plan.routes, &plan.context).await;
-            match undone {
+            match undo::withdraw(&plan.live, fence, &plan.routes, &plan.context).await {
                 Ok(()) => Err(cause),
                 Err(undo) => {
                     Err(Error::NotUndone { cause: cause.to_string(), undo: undo.to_string() })
@@ -127,18 +137,15 @@ pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome
     }
 }
 
-/// Times a step, journals it, and keeps it for the outcome.
+/// Journals a step, times it, and keeps it for the outcome.
 macro_rules! step {
     ($flight:expr, $name:expr, $work:expr) => {{
-        let handle = $flight.journal.begin($name).await?;
+        $flight.journal.begin($name, $flight.steps.last()).await?;
         let started = Instant::now();
-        let outcome = $work;
+        let outcome = $work?;
         let ms = started.elapsed().as_secs_f64() * 1e3;
         $flight.steps.push(Step { name: $name.to_string(), ms });
-        if outcome.is_ok() {
-            $flight.journal.end(&handle, ms).await?;
-        }
-        outcome?
+        outcome
     }};
 }
 
@@ -164,30 +171,41 @@ impl<J: Journal> Flight<'_, J> {
         Ok(())
     }
 
-    async fn fly(&mut self) -> Result<Outcome> {
+    async fn end_last(&mut self) -> Result<()> {
+        match self.steps.last() {
+            Some(last) => self.journal.end(last).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn fly(&mut self, slot: &mut Option<Fence>) -> Result<Outcome> {
+        let plan = &*self.plan;
         // All sessions are opened before anybody is held.
-        let mut fence =
-            Fence::prepare(self.plan.fence, &self.plan.live, &self.plan.tables, self.plan.max_hold)
-                .await?;
-        let mut live = Session::connect(&self.plan.live, Purpose::Sql).await?;
-        let mut dest = Session::connect(&self.plan.dest, Purpose::Sql).await?;
-        let (held, retries) = step!(self, "fence", self.stop_writers(&mut fence).await);
-        let barrier_lsn = step!(self, "barrier", barrier::mark(&mut live, "barrier").await);
-        step!(self, "drain", self.drain(barrier_lsn, held).await);
-        step!(self, "sequences", carry_sequences(&mut live, &mut dest).await);
-        step!(self, "seal", {
-            match fence.seal().await {
-                Ok(()) => fence::open(&mut dest).await,
-                Err(error) => Err(error),
-            }
-        });
-        step!(self, "switch", self.switch_routes().await);
+        let fence = Fence::prepare(plan.fence, &plan.live, &plan.tables, plan.max_hold).await?;
+        let fence = slot.insert(fence);
+        let mut live = Session::connect(&plan.live, Purpose::Sql).await?;
+        let mut dest = Session::connect(&plan.dest, Purpose::Sql).await?;
+        let max_hold = plan.max_hold;
+        let (held, retries) = step!(self, "fence", self.stop_writers(fence).await);
+        let limit = max_hold.saturating_sub(held.elapsed());
+        // A server that no longer answers must not keep writers waiting either.
+        let flipping = self.while_held(fence, &mut live, &mut dest, held);
+        let barrier_lsn = match tokio::time::timeout(limit, flipping).await {
+            Ok(outcome) => outcome?,
+            Err(_) => return Err(self.held_too_long()),
+        };
         let started = Instant::now();
-        let recorded = self.journal.point_of_no_return().await;
-        recorded.map_err(|error| Error::Unrecorded(error.to_string()))?;
+        match tokio::time::timeout(PONR_WAIT, self.journal.point_of_no_return()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(Error::Unknown { cause: error.to_string() }),
+            Err(_) => {
+                let cause = format!("no answer within {PONR_WAIT:?}");
+                return Err(Error::Unknown { cause });
+            }
+        }
         let ms = started.elapsed().as_secs_f64() * 1e3;
         self.steps.push(Step { name: "point of no return".to_string(), ms });
-        self.release(held).await;
+        self.release().await;
         Ok(Outcome {
             switched_lsn: barrier_lsn.to_string(),
             fenced_ms: held.elapsed().as_secs_f64() * 1e3,
@@ -196,15 +214,46 @@ impl<J: Journal> Flight<'_, J> {
         })
     }
 
+    /// From the barrier to the switch, while writers wait.
+    async fn while_held(
+        &mut self,
+        fence: &mut Fence,
+        live: &mut Session,
+        dest: &mut Session,
+        held: Instant,
+    ) -> Result<Lsn> {
+        let barrier_lsn = step!(self, "barrier", barrier::mark(live, "barrier").await);
+        step!(self, "drain", self.drain(barrier_lsn, held).await);
+        step!(self, "sequences", carry_sequences(live, dest).await);
+        step!(self, "seal", {
+            match fence.seal().await {
+                Ok(()) => fence::open(dest).await,
+                Err(error) => Err(error),
+            }
+        });
+        step!(self, "switch", self.switch_routes().await);
+        Ok(barrier_lsn)
+    }
+
+    fn held_too_long(&self) -> Error {
+        let after = self.steps.last().map_or("", |step| &step.name).to_string();
+        Error::Held { after, waited: self.plan.max_hold }
+    }
+
     /// After the point of no return an error must not undo anything: it is logged, the job stays
     /// marked as not released, and the runner repeats the release until it holds.
-    async fn release(&mut self, _held: Instant) {
+    async fn release(&mut self) {
         let started = Instant::now();
         match undo::release(&self.plan.routes, &self.plan.context).await {
             Ok(()) => {
                 let ms = started.elapsed().as_secs_f64() * 1e3;
+                let recorded = async {
+                    self.end_last().await?;
+                    self.journal.released().await
+                };
+                let recorded = recorded.await;
                 self.steps.push(Step { name: "release".to_string(), ms });
-                if let Err(error) = self.journal.released().await {
+                if let Err(error) = recorded {
                     tracing::warn!(%error, "clients were released, but it could not be recorded");
                 }
             }
@@ -224,7 +273,7 @@ impl<J: Journal> Flight<'_, J> {
         let mut retries = 0;
         loop {
             let held = Instant::now();
-            if self.hold_routes().await? && fence.raise(plan.lock_timeout).await? {
+            if self.hold_routes(held).await? && fence.raise(self.left(held)).await? {
                 return Ok((held, retries));
             }
             undo::release(&plan.routes, &plan.context).await?;
@@ -233,13 +282,34 @@ impl<J: Journal> Flight<'_, J> {
                 let blockers = fence.blockers().await?;
                 return Err(Error::Fence { waited: plan.timeout, blockers });
             }
-            tokio::time::sleep(backoff.step().min(deadline.left())).await;
+            self.pause(backoff.step().min(deadline.left())).await?;
         }
     }
 
-    async fn hold_routes(&self) -> Result<bool> {
+    /// What is left of one try's time: holding clients and locking tables share it, as a client may
+    /// meet both.
+    fn left(&self, held: Instant) -> Duration {
+        self.plan.lock_timeout.saturating_sub(held.elapsed())
+    }
+
+    /// Sleeps, unless asked to stop.
+    async fn pause(&self, wait: Duration) -> Result<()> {
+        let mut stop = self.plan.stop.clone();
+        let stopping = async {
+            if stop.wait_for(|stop| *stop).await.is_err() {
+                // Nobody is left who could ask.
+                std::future::pending::<()>().await;
+            }
+        };
+        match tokio::time::timeout(wait, stopping).await {
+            Ok(()) => Err(Error::Stopped),
+            Err(_) => Ok(()),
+        }
+    }
+
+    async fn hold_routes(&self, held: Instant) -> Result<bool> {
         for route in &self.plan.routes {
-            match route.hold(&self.plan.context, self.plan.lock_timeout).await {
+            match route.hold(&self.plan.context, self.left(held)).await {
                 Ok(()) => {}
                 Err(route::Error::Busy { .. }) => return Ok(false),
                 Err(error) => return Err(error.into()),
@@ -249,7 +319,8 @@ impl<J: Journal> Flight<'_, J> {
     }
 
     async fn drain(&mut self, barrier_lsn: Lsn, held: Instant) -> Result<()> {
-        let wait = self.plan.max_hold.saturating_sub(held.elapsed());
+        // A little less than the whole: the error that names both positions is the better one.
+        let wait = self.plan.max_hold.saturating_sub(held.elapsed()).mul_f64(0.95);
         if barrier::reached(&mut self.plan.carry, barrier_lsn, wait).await? {
             return Ok(());
         }

@@ -43,6 +43,14 @@ pub enum Error {
         /// How long was waited.
         wait: Duration,
     },
+    /// The canary did not come through because a stream has stopped.
+    #[error("{cause}. The stream stopped: {message}")]
+    Broken {
+        /// Which leg is not proven.
+        cause: String,
+        /// What the stream said.
+        message: String,
+    },
     /// Writers would not stop in time.
     #[error(
         "could not stop writers within {waited:?}: {blockers}; nothing was switched and writers go \
@@ -67,6 +75,36 @@ pub enum Error {
         /// For how long.
         waited: Duration,
     },
+    /// A step between the fence and the switch took too long.
+    #[error(
+        "writers had been held for {waited:?} and the step after \"{after}\" was not done; nothing \
+         was switched and writers go on. See whether both servers answer, or raise --max-hold"
+    )]
+    Held {
+        /// The last step that was done.
+        after: String,
+        /// For how long.
+        waited: Duration,
+    },
+    /// A server does not answer.
+    #[error("the live side did not answer within {waited:?}")]
+    NoAnswer {
+        /// For how long.
+        waited: Duration,
+    },
+    /// Asked to stop.
+    #[error("asked to stop; nothing was switched and writers go on")]
+    Stopped,
+    /// The point of no return was asked for, and the answer was lost.
+    #[error(
+        "it is not known whether the switch was committed ({cause}); the home database knows: \
+         `walferry run` (or this command again) asks it, then goes back or finishes the switch. \
+         Clients that are held stay held until then"
+    )]
+    Unknown {
+        /// What was lost.
+        cause: String,
+    },
     /// The stream ended while it was waited for.
     #[error("the stream stopped during the cutover; nothing was switched and writers go on")]
     StreamStopped,
@@ -85,15 +123,19 @@ pub enum Error {
     /// The journal could not be written.
     #[error("the job's journal: {0}")]
     Journal(String),
-    /// Nobody knows yet whether the point of no return was passed.
-    #[error(
-        "the home database was lost while the switch was being committed ({0}); writers stay \
-         stopped until it can say whether that happened, then the runner goes on or undoes"
-    )]
-    Unrecorded(String),
     /// The fence kind is not one.
     #[error("\"{0}\" is not a fence: use lock, read-only or none")]
     UnknownFence(String),
+    /// Tables that the stream does not carry, or that the other side lacks.
+    #[error(
+        "{} not part of the move: {}. Each was made after the job began; cancel and start \
+         again, or drop them", if tables.len() == 1 { "a table is" } else { "tables are" },
+        tables.join(", ")
+    )]
+    NotFollowed {
+        /// Each with what is missing.
+        tables: Vec<String>,
+    },
     /// Undoing failed; the job stays in cutting_over and the same is tried again by any command.
     #[error(
         "{cause}; and undoing failed: {undo}. The job is in cutting_over: `walferry run` (or \
@@ -113,7 +155,7 @@ impl Faulty for Error {
             Error::Pg(error) => error.fault(),
             // The stored phase says what is to be done, and is looked at again. A drain that reaches
             // the runner belongs to an undoing, which nobody else will do.
-            Error::Unrecorded(_) | Error::NotUndone { .. } | Error::Journal(_) => Fault::Retry,
+            Error::Unknown { .. } | Error::NotUndone { .. } | Error::Journal(_) => Fault::Retry,
             Error::Drain { .. } | Error::StreamStopped => Fault::Retry,
             _ => Fault::Stop,
         }

@@ -23,9 +23,6 @@ use crate::pg::{Config, Purpose, Session};
 /// Name of the trigger that seals a table.
 pub const SEAL: &str = "walferry_seal";
 
-/// For the steps between drain and seal.
-const HOLD_MARGIN: Duration = Duration::from_secs(10);
-
 /// `--fence`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FenceKind {
@@ -71,20 +68,20 @@ pub struct Fence {
 impl Fence {
     /// Opens the session and prepares the statements. Stops nobody.
     ///
-    /// `hold` is how long the fence will be up at most. Well after that the server itself takes it
-    /// down: were the network to swallow our end, nobody else would.
+    /// Should the network between us and the server go, the server itself ends the fence soon
+    /// after `max_hold`.
     pub async fn prepare(
         kind: FenceKind,
         live: &Config,
         tables: &[QualifiedName],
-        hold: Duration,
+        max_hold: Duration,
     ) -> Result<Fence> {
         let mut session = Session::connect(live, Purpose::Sql).await?;
+        let millis = (max_hold + Duration::from_secs(1)).as_millis();
+        session.execute(&format!("set idle_in_transaction_session_timeout = {millis}")).await?;
         // A lock wait cancels an autovacuum in the way only after deadlock_timeout (1 s), which is
         // longer than we ever wait. Only superusers may shorten it; others retry.
         let _ = session.execute("set deadlock_timeout = '20ms'").await;
-        let millis = (hold + HOLD_MARGIN).as_millis();
-        session.execute(&format!("set idle_in_transaction_session_timeout = {millis}")).await?;
         let mut trigger_sql = String::new();
         if kind == FenceKind::Lock {
             let sealed = sealed_tables(&mut session).await?;
@@ -109,6 +106,7 @@ impl Fence {
     /// waits for us any more.
     pub async fn raise(&mut self, wait: Duration) -> Result<bool> {
         match self.kind {
+            _ if wait.is_zero() => Ok(false),
             FenceKind::None => Ok(true),
             FenceKind::ReadOnly => self.raise_read_only().await,
             FenceKind::Lock if self.lock_sql.is_empty() => {
@@ -123,9 +121,13 @@ impl Fence {
         // statement_timeout bounds the whole list: tables locked first would otherwise stay locked
         // through one lock_timeout for every table behind them.
         let millis = wait.as_millis().max(1);
+        // Two messages: releases before 11 start the statement timer with a message only.
+        let begin = format!(
+            "begin; set local lock_timeout = {millis}; set local statement_timeout = {millis}"
+        );
+        self.session.execute(&begin).await?;
         let sql = format!(
-            "begin; set local lock_timeout = {millis}; set local statement_timeout = {millis}; \
-             lock table {} in share row exclusive mode; set local statement_timeout = 0; \
+            "lock table {} in share row exclusive mode; set local statement_timeout = 0; \
              set local lock_timeout = 0; {}",
             self.lock_sql, self.trigger_sql
         );
@@ -149,24 +151,48 @@ impl Fence {
         let database = quote_ident(row.str(0)?);
         let sql = format!("alter database {database} set default_transaction_read_only = on");
         self.session.execute(&sql).await?;
-        // Sessions that are open keep their own setting: they must go.
+        // Sessions that are open keep their own setting: they must go. One that was just starting
+        // may show itself late, so it takes two looks that find none.
+        let mut empty = 0;
         for _ in 0..200 {
-            let left = self
-                .session
-                .query(
-                    "select pid, pg_catalog.pg_terminate_backend(pid) \
-                     from pg_catalog.pg_stat_activity \
-                     where datname = pg_catalog.current_database() \
-                     and backend_type = 'client backend' and pid <> pg_catalog.pg_backend_pid() \
-                     and application_name not like 'walferry%'",
-                )
-                .await?;
-            if left.is_empty() {
+            let left = self.session.query(TERMINATE_CLIENTS).await?;
+            empty = if left.is_empty() { empty + 1 } else { 0 };
+            if empty == 2 {
                 return Ok(true);
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        open(&mut self.session).await?;
         Ok(false)
+    }
+
+    /// What it is.
+    pub fn kind(&self) -> FenceKind {
+        self.kind
+    }
+
+    /// Lets writers go on, whatever state the session is in; ends its backend if it must.
+    pub async fn abandon(mut self, live: &Config) -> Result<()> {
+        if self.lower().await.is_ok() {
+            return Ok(());
+        }
+        let pid = self.session.process_id().to_string();
+        drop(self.session);
+        let mut session = Session::connect(live, Purpose::Sql).await?;
+        loop {
+            let left = session
+                .query_opt(
+                    "select pg_catalog.pg_terminate_backend(pid) from pg_catalog.pg_stat_activity \
+                     where pid = $1 and application_name = \
+                        pg_catalog.current_setting('application_name')",
+                    &[Some(&pid)],
+                )
+                .await?;
+            if left.is_none() {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     /// Makes a raised fence outlive this session.
@@ -191,23 +217,11 @@ impl Fence {
 
     /// Transactions that hold locks in our way: for the error message.
     pub async fn blockers(&mut self) -> Result<String> {
-        let rows = self
-            .session
-            .query(
-                "select distinct l.pid, coalesce(a.usename, 'autovacuum'), a.state, \
-                 coalesce(extract(epoch from pg_catalog.clock_timestamp() - a.xact_start), 0)\
-                 ::int8, \
-                 pg_catalog.left(pg_catalog.regexp_replace(a.query, '\\s+', ' ', 'g'), 80) \
-                 from pg_catalog.pg_locks l join pg_catalog.pg_stat_activity a on a.pid = l.pid \
-                 where l.locktype = 'relation' and l.granted \
-                 and l.mode in ('RowExclusiveLock', 'ShareUpdateExclusiveLock', 'ShareLock', \
-                    'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock') \
-                 and l.database = (select oid from pg_catalog.pg_database \
-                    where datname = pg_catalog.current_database()) \
-                 and l.relation >= 16384 and l.pid <> pg_catalog.pg_backend_pid() \
-                 order by 4 desc limit 5",
-            )
-            .await?;
+        let mut rows = self.session.query(&format!("{BLOCKERS} and {HOLDS_LOCK} {OLDEST}")).await?;
+        if rows.is_empty() {
+            // A pooler that is paused waits for transactions without locks, too.
+            rows = self.session.query(&format!("{BLOCKERS} {OLDEST}")).await?;
+        }
         let mut lines = Vec::new();
         for row in &rows {
             lines.push(format!(
@@ -226,14 +240,48 @@ impl Fence {
     }
 }
 
+/// Ends every client session but our own and our runner's. An application's own name may begin
+/// with ours.
+const TERMINATE_CLIENTS: &str = "select pid, pg_catalog.pg_terminate_backend(pid) \
+     from pg_catalog.pg_stat_activity where datname = pg_catalog.current_database() \
+     and backend_type = 'client backend' and pid <> pg_catalog.pg_backend_pid() \
+     and application_name <> 'walferry' and application_name <> \
+        pg_catalog.current_setting('application_name')";
+
+/// Transactions of others.
+const BLOCKERS: &str = "select a.pid, coalesce(a.usename, 'autovacuum'), a.state, \
+     coalesce(extract(epoch from pg_catalog.clock_timestamp() - a.xact_start), 0)::int8, \
+     pg_catalog.left(pg_catalog.regexp_replace(a.query, '\\s+', ' ', 'g'), 80) \
+     from pg_catalog.pg_stat_activity a \
+     where a.datname = pg_catalog.current_database() and a.pid <> pg_catalog.pg_backend_pid() \
+     and a.xact_start is not null and a.application_name is distinct from \
+        pg_catalog.current_setting('application_name')";
+
+/// Those that hold a lock which keeps a table from being fenced.
+const HOLDS_LOCK: &str = "exists (select 1 from pg_catalog.pg_locks l where l.pid = a.pid \
+     and l.locktype = 'relation' and l.granted and l.relation >= 16384 \
+     and l.mode in ('RowExclusiveLock', 'ShareUpdateExclusiveLock', 'ShareLock', \
+        'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock'))";
+
+const OLDEST: &str = "order by a.xact_start limit 5";
+
 /// Tables that carry the seal's trigger, enabled or not.
 async fn sealed_tables(session: &mut Session) -> Result<Vec<QualifiedName>> {
+    seals(session, "").await
+}
+
+/// Those whose seal is shut.
+async fn closed_tables(session: &mut Session) -> Result<Vec<QualifiedName>> {
+    seals(session, "and t.tgenabled <> 'D'").await
+}
+
+async fn seals(session: &mut Session, which: &str) -> Result<Vec<QualifiedName>> {
     let rows = session
         .query(&format!(
             "select n.nspname, c.relname from pg_catalog.pg_trigger t \
              join pg_catalog.pg_class c on c.oid = t.tgrelid \
              join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-             where t.tgname = '{SEAL}' and not t.tgisinternal"
+             where t.tgname = '{SEAL}' and not t.tgisinternal {which}"
         ))
         .await?;
     let names = rows.iter().map(|row| Ok(QualifiedName::new(row.str(0)?, row.str(1)?)));
@@ -243,10 +291,22 @@ async fn sealed_tables(session: &mut Session) -> Result<Vec<QualifiedName>> {
 /// Opens whatever seal an earlier flip left on a database: its triggers are disabled (which locks
 /// out writers for a moment, not readers), and the database may be written again. Idempotent.
 pub async fn open(session: &mut Session) -> Result<()> {
-    for table in sealed_tables(session).await? {
-        retry_locks(session, &format!("alter table {} disable trigger {SEAL}", table.quoted()))
-            .await?;
+    let shut: Vec<String> = closed_tables(session)
+        .await?
+        .iter()
+        .map(|table| format!("alter table {} disable trigger {SEAL}", table.quoted()))
+        .collect();
+    // All in one message, as writers may be waiting; where a lock is in the way, one by one.
+    if shut.len() > 1 && retry_once(session, &shut.join("; ")).await? {
+        return open_database(session).await;
     }
+    for sql in &shut {
+        retry_locks(session, sql).await?;
+    }
+    open_database(session).await
+}
+
+async fn open_database(session: &mut Session) -> Result<()> {
     let read_only = session
         .query(
             "select 1 from pg_catalog.pg_db_role_setting s \
@@ -272,6 +332,20 @@ pub async fn remove(session: &mut Session) -> Result<()> {
         retry_locks(session, &sql).await?;
     }
     Ok(())
+}
+
+/// One short try; `false` if a lock was in the way.
+async fn retry_once(session: &mut Session, sql: &str) -> Result<bool> {
+    let sql = format!("begin; set local lock_timeout = '100ms'; {sql}; commit");
+    let outcome = session.execute(&sql).await;
+    if session.in_transaction() {
+        session.execute("rollback").await?;
+    }
+    match outcome {
+        Ok(_) => Ok(true),
+        Err(error) if error.code() == Some("55P03") => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Runs DDL that needs a table lock in short tries, so that nobody queues behind it for long.

@@ -1,10 +1,38 @@
 //! Back to before the flip, and forward past its point of no return. Both can be repeated, and both
 //! work from stored facts alone, so that another process can do it after a crash.
 
-use super::Result;
-use super::fence::{self, FenceKind};
+use std::time::Duration;
+
+use super::fence::{self, Fence, FenceKind};
+use super::{Error, Result};
 use crate::pg::{Config, Purpose, Session};
 use crate::route::{Context, Route};
+
+/// How long the live side may take to be opened before its clients are let go all the same.
+const OPEN_WAIT: Duration = Duration::from_secs(5);
+
+/// Takes back a flip of this process: its fence, if one was prepared, then as [`undo`] does.
+///
+/// A fence whose session is broken may still have a commit under way in its server, which would
+/// seal the tables after we looked: its backend is ended first.
+pub async fn withdraw(
+    live: &Config,
+    fence: Option<Fence>,
+    routes: &[Route],
+    context: &Context,
+) -> Result<()> {
+    let kind = fence.as_ref().map_or(FenceKind::None, Fence::kind);
+    let lowered = async {
+        match fence {
+            Some(fence) => fence.abandon(live).await,
+            None => Ok(()),
+        }
+    };
+    let lowered = tokio::time::timeout(OPEN_WAIT, lowered).await;
+    let undone = undo(live, kind, routes, context).await;
+    lowered.map_err(|_| Error::NoAnswer { waited: OPEN_WAIT })??;
+    undone
+}
 
 /// Undoes whatever a flip reached before its point of no return: routes go back, the live side's
 /// seal opens, held clients are let through.
@@ -25,7 +53,10 @@ pub async fn undo(
         Ok(())
     };
     // Clients must not stay held because the server is gone: undo the routes whatever happens.
-    let opened: Result<()> = opened.await;
+    let opened: Result<()> = match tokio::time::timeout(OPEN_WAIT, opened).await {
+        Ok(opened) => opened,
+        Err(_) => Err(Error::NoAnswer { waited: OPEN_WAIT }),
+    };
     for route in routes.iter().rev() {
         route.undo(context).await?;
     }

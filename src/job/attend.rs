@@ -77,7 +77,16 @@ impl Runner {
         if phase == Phase::CatchingUp || self.hold.is_some() { TURN / 20 } else { TURN }
     }
 
-    fn check_streams(&self) -> Result<()> {
+    fn check_streams(&mut self) -> Result<()> {
+        // A way back that does not work yet is no reason to stop following: the next cutover
+        // starts it again, and is refused for as long as it does not work.
+        let idle = !self.reverse_open.load(Ordering::SeqCst);
+        if let Some(message) = self.reverse.as_ref().and_then(Pipe::fatal)
+            && idle
+        {
+            self.reverse = None;
+            self.say(Notice::Said(format!("the way back stopped: {message}")));
+        }
         for (stream, pipe) in [(Stream::Forward, &self.forward), (Stream::Reverse, &self.reverse)] {
             if let Some(message) = pipe.as_ref().and_then(Pipe::fatal) {
                 return Err(Error::Stream { stream: stream.to_string(), message });
@@ -101,6 +110,10 @@ impl Runner {
                     let request: FlipRequest = serde_json::from_value(asked.args)
                         .map_err(|e| Error::State(e.to_string()))?;
                     match self.arm(&request).await {
+                        // Arming may have waited for long transactions. Nobody wants it any more.
+                        Ok(_) if client::asker_gone(&mut self.store.session, &asked.id).await? => {
+                            Err("whoever asked for it has gone".to_string())
+                        }
                         Ok(event) => {
                             // A verify that lines up would keep the canary from arriving.
                             self.let_go();

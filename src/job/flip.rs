@@ -11,12 +11,15 @@ use super::run::{JobConfig, Notice, Runner, published};
 use super::state::{Event, Phase};
 use super::store::{FlipRecord, Store};
 use super::{Error, Result};
-use crate::apply;
-use crate::cutover::{self, FenceKind, Journal, Plan, barrier};
-use crate::id::Stream;
-use crate::pg::{Purpose, Session};
+use crate::cutover::{self, FenceKind, Journal, Plan, Step, barrier};
+use crate::id::{QualifiedName, Stream};
+use crate::pg::{Config, Purpose, Session};
 use crate::route::{self, Route};
 use crate::source::{publication, slot};
+use crate::{apply, catalog};
+
+/// How long the home database may take to answer before the runner begins anew.
+const HOME_WAIT: Duration = Duration::from_secs(5);
 
 /// A cutover or rollback as asked for.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -72,16 +75,27 @@ impl Runner {
         parse_routes(&request.routes)?;
         request.fence.parse::<FenceKind>()?;
         if !row.armed {
+            // A stream that stands still would keep the slot from being made, and says less then.
+            self.gate(request).await?;
             self.say(Notice::Said("arming the way back".to_string()));
-            self.make_reverse().await?;
+            self.make_reverse(Duration::from_millis(request.timeout_ms)).await?;
             self.store.set_armed(true).await?;
         }
         self.follow_reverse_now().await?;
         Ok(event)
     }
 
+    async fn gate(&mut self, request: &FlipRequest) -> Result<()> {
+        let carry = self.forward.as_ref().map(|pipe| pipe.applied.clone());
+        let mut carry = carry.ok_or(cutover::Error::StreamStopped)?;
+        let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
+        // Streams of a runner that has just begun are still connecting.
+        let max_lag = Duration::from_millis(request.max_lag_ms).max(HOME_WAIT);
+        Ok(barrier::gate(&mut source, &mut carry, max_lag).await?)
+    }
+
     /// A new slot never meets old progress (law 4): both are made here, after both were dropped.
-    async fn make_reverse(&mut self) -> Result<()> {
+    async fn make_reverse(&mut self, wait: Duration) -> Result<()> {
         let name = self.config.job.object(Stream::Reverse);
         let tables = self.tables(&self.config.target).await?;
         let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
@@ -89,7 +103,7 @@ impl Runner {
         slot::drop(&mut target, &name).await?;
         publication::ensure(&mut target, &name, &published(&tables)).await?;
         let mut maker = Session::connect(&self.config.target, Purpose::Sql).await?;
-        let options = self.slot_options(&name);
+        let options = slot::CreateOptions { wait, ..self.slot_options(&name) };
         let waiting = self.tell_blockers();
         let lsn = slot::create_plain(&mut maker, &mut target, &options, waiting).await?;
         apply::begin_at(&mut source, &name, lsn).await?;
@@ -118,12 +132,15 @@ impl Runner {
                 Ok(event(flip))
             }
             // Answered once it is known.
-            Err(error @ Error::Cutover(cutover::Error::Unrecorded(_))) => Err(error),
+            Err(error @ Error::Cutover(cutover::Error::Unknown { .. })) => Err(error),
             Err(error @ Error::Cutover(cutover::Error::NotUndone { .. })) => {
+                self.renew_home().await?;
                 self.answer_flip(Err(error.to_string())).await?;
                 Err(error)
             }
             Err(error) => {
+                self.renew_home().await?;
+                let error = self.because_of_reverse(error);
                 if flip == Stream::Forward && self.reverse_open.load(Ordering::SeqCst) {
                     self.drain_reverse().await?;
                 }
@@ -135,15 +152,40 @@ impl Runner {
         }
     }
 
+    /// A step that was cut off leaves the home session in the middle of an answer.
+    async fn renew_home(&mut self) -> Result<()> {
+        let asked = tokio::time::timeout(HOME_WAIT, self.store.session.query("select 1"));
+        if matches!(asked.await, Ok(Ok(_))) {
+            return Ok(());
+        }
+        let opening = Session::connect(&self.config.target, Purpose::Sql);
+        let opened = tokio::time::timeout(HOME_WAIT, opening).await;
+        self.store.session = opened.map_err(|_| Error::LeaseLost)??;
+        Ok(())
+    }
+
+    /// A canary that does not come back says only that; the stream knows why.
+    fn because_of_reverse(&self, error: Error) -> Error {
+        let fatal = self.reverse.as_ref().and_then(super::pipeline::Pipe::fatal);
+        match (error, fatal) {
+            (Error::Cutover(cause @ cutover::Error::Canary { .. }), Some(message)) => {
+                cutover::Error::Broken { cause: cause.to_string(), message }.into()
+            }
+            (error, _) => error,
+        }
+    }
+
     async fn fly(&mut self, flip: Stream, request: &FlipRequest) -> Result<cutover::Outcome> {
         if flip == Stream::Forward {
             self.refuse_rogue_writes().await?;
         }
+        self.refuse_new_tables(flip).await?;
         let mut plan = self.flight_plan(flip, request).await?;
         let mut journal = HomeJournal {
             store: &mut self.store,
             record: request.record(),
             phase: if flip == Stream::Forward { Phase::Switched } else { Phase::RolledBack },
+            line: None,
             open: self.reverse_open.clone(),
         };
         Ok(cutover::run(&mut plan, &mut journal).await?)
@@ -157,7 +199,7 @@ impl Runner {
         };
         let carry = pipe.as_ref().map(|pipe| pipe.applied.clone());
         let carry = carry.ok_or(cutover::Error::StreamStopped)?;
-        let tables = self.tables(live).await?.into_iter().map(|t| t.name).collect();
+        let tables = self.fenced_tables(live).await?;
         let millis = Duration::from_millis;
         Ok(Plan {
             flip,
@@ -174,15 +216,49 @@ impl Runner {
             max_hold: millis(request.max_hold_ms),
             carry,
             dry_run: request.dry_run,
+            stop: self.stop.clone(),
         })
+    }
+
+    /// Every table that moves, those too whose rows stay behind: whoever writes to one on the old
+    /// side after the switch is on the wrong server, and must be told.
+    async fn fenced_tables(&self, live: &Config) -> Result<Vec<QualifiedName>> {
+        let mut session = Session::connect(live, Purpose::Sql).await?;
+        let tables = catalog::tables(&mut session, &self.selection).await?;
+        Ok(tables.into_iter().map(|table| table.name).collect())
+    }
+
+    /// A table that was made after the job began is in no publication: its rows would stay behind
+    /// and nothing would say so. A new partition of an old table is published with its parent, and
+    /// must be on the other side.
+    async fn refuse_new_tables(&mut self, flip: Stream) -> Result<()> {
+        let (live, dest, names) = match flip {
+            Stream::Forward => (&self.config.source, &self.config.target, ("source", "target")),
+            Stream::Reverse => (&self.config.target, &self.config.source, ("target", "source")),
+        };
+        let publication = self.config.job.object(flip);
+        let tables: Vec<_> = self.tables(live).await?.into_iter().map(|t| t.name).collect();
+        let mut session = Session::connect(live, Purpose::Sql).await?;
+        let unpublished = publication::missing(&mut session, &publication, &tables).await?;
+        let there = self.fenced_tables(dest).await?;
+        let here = self.fenced_tables(live).await?;
+        let mut wrong: Vec<String> = unpublished
+            .iter()
+            .map(|t| format!("{t} is not in the {}'s publication {publication}", names.0))
+            .collect();
+        let absent = here.iter().filter(|t| !there.contains(t) && !unpublished.contains(t));
+        wrong.extend(absent.map(|t| format!("{t} is not on the {}", names.1)));
+        if wrong.is_empty() {
+            return Ok(());
+        }
+        Err(cutover::Error::NotFollowed { tables: wrong }.into())
     }
 
     /// Before the switch the reverse stream applies canaries only and counts the rest as filtered:
     /// what it counted was written to the target by somebody else.
     async fn refuse_rogue_writes(&mut self) -> Result<()> {
-        if self.row().await?.flip.is_some_and(|f| f.released) {
-            return Ok(()); // After a rollback the counters hold the application's own changes.
-        }
+        // All that was written there until now has been seen and counted.
+        self.drain_reverse().await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
         let row = source
             .query_opt(
@@ -280,6 +356,8 @@ struct HomeJournal<'a> {
     store: &'a mut Store,
     record: FlipRecord,
     phase: Phase,
+    /// The line of the step under way.
+    line: Option<String>,
     open: std::sync::Arc<std::sync::atomic::AtomicBool>,
 }
 
@@ -288,17 +366,21 @@ fn journal_error(error: Error) -> cutover::Error {
 }
 
 impl Journal for HomeJournal<'_> {
-    async fn begin(&mut self, step: &str) -> cutover::Result<String> {
+    async fn begin(&mut self, step: &str, last: Option<&Step>) -> cutover::Result<()> {
         if step == "switch" && self.phase == Phase::Switched {
             // A hook may let clients through as soon as it flips: what they write on the target
             // from here on is the application's, and flows back.
             self.open.store(true, Ordering::SeqCst);
         }
-        self.store.journal_begin(&self.record, step).await.map_err(journal_error)
+        let done = self.line.take().zip(last.map(|step| step.ms));
+        let line = self.store.journal_begin(&self.record, step, done).await;
+        self.line = Some(line.map_err(journal_error)?);
+        Ok(())
     }
 
-    async fn end(&mut self, handle: &str, ms: f64) -> cutover::Result<()> {
-        self.store.journal_end(handle, ms).await.map_err(journal_error)
+    async fn end(&mut self, last: &Step) -> cutover::Result<()> {
+        let Some(line) = self.line.take() else { return Ok(()) };
+        self.store.journal_end(&line, last.ms).await.map_err(journal_error)
     }
 
     async fn point_of_no_return(&mut self) -> cutover::Result<()> {

@@ -91,6 +91,8 @@ pub struct Runner {
     /// Whether the reverse stream applies more than canaries: true once applications are on the
     /// target.
     pub(super) reverse_open: Arc<AtomicBool>,
+    /// A flip, its undoing or its release is under way: not to be dropped in the middle.
+    pub(super) flying: watch::Sender<bool>,
     /// The command whose flip is under way.
     pub(super) asked: Option<(String, FlipRequest)>,
     /// The slot made by this run, while its snapshot is needed.
@@ -149,12 +151,12 @@ impl Runner {
             opened = Self::open(config, report, stop, last) => opened?,
             _ = stopping.wait_for(|stop| *stop) => return Err(Error::Interrupted),
         };
-        let mut stopping = stop.clone();
+        let (mut stopping, mut flying) = (stop.clone(), runner.flying.subscribe());
         let outcome = tokio::select! {
             outcome = runner.drive(until) => outcome,
             error = vigil.keep() => Err(error),
             // Long statements (an index build) are abandoned: their server rolls them back.
-            _ = wait_and_linger(&mut stopping) => Err(Error::Interrupted),
+            _ = wait_and_linger(&mut stopping, &mut flying) => Err(Error::Interrupted),
         };
         if let Err(error) = &outcome
             && error.fault() != Fault::Retry
@@ -213,6 +215,7 @@ impl Runner {
             forward: None,
             reverse: None,
             reverse_open: Arc::new(AtomicBool::new(false)),
+            flying: watch::channel(false).0,
             asked: None,
             slot: None,
             hold: None,
@@ -274,11 +277,22 @@ impl Runner {
             Command::FollowForward => self.follow_forward().await?,
             Command::FollowReverse => self.follow_reverse().await?,
             Command::CatchUp => self.measure_level().await?,
-            Command::Flip(flip) => Some(self.flip(flip).await?),
-            Command::UndoFlip => Some(self.undo_flip().await?),
-            Command::ReleaseClients => self.release_clients().await?,
+            Command::Flip(_) | Command::UndoFlip | Command::ReleaseClients => {
+                let _ = self.flying.send_replace(true);
+                let outcome = self.lead_clients(command).await;
+                let _ = self.flying.send_replace(false);
+                outcome?
+            }
             // Finish and cancel run without a runner: see `cleanup`.
             Command::CleanUp => None,
+        })
+    }
+
+    async fn lead_clients(&mut self, command: Command) -> Result<Option<Event>> {
+        Ok(match command {
+            Command::Flip(flip) => Some(self.flip(flip).await?),
+            Command::UndoFlip => Some(self.undo_flip().await?),
+            _ => self.release_clients().await?,
         })
     }
 
@@ -388,10 +402,13 @@ pub(super) fn published(tables: &[Table]) -> Vec<QualifiedName> {
 /// A stream that has not reached a batch boundary by then is cut off, as a crash would.
 const STREAM_PATIENCE: Duration = Duration::from_millis(1500);
 
-/// After a stop is asked for, what is under way gets a moment to end by itself.
-async fn wait_and_linger(stop: &mut watch::Receiver<bool>) {
+/// After a stop is asked for, what is under way gets a moment to end by itself; a flip gets the
+/// time to be undone or finished, as clients may be held.
+async fn wait_and_linger(stop: &mut watch::Receiver<bool>, flying: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
+    let landed = flying.wait_for(|flying| !*flying);
+    let _ = tokio::time::timeout(Duration::from_secs(60), landed).await;
 }
 
 /// Shows status what keeps the runner from its work, unless another runner has taken over.

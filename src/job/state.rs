@@ -175,14 +175,9 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
         (Phase::Switched, Event::FlipAsked(Stream::Reverse)) => {
             (Phase::CuttingOver, vec![Command::Flip(Stream::Reverse)])
         }
-        (_, Event::FlipAsked(Stream::Forward)) => {
-            return refuse(
-                "cutover",
-                "it starts from following; walferry status tells how far it is",
-            );
-        }
-        (_, Event::FlipAsked(Stream::Reverse)) => {
-            return refuse("rollback", "it starts from switched; before that, cancel gives up");
+        (phase, Event::FlipAsked(flip)) => {
+            let (asked, why) = no_flip(phase, flip);
+            return refuse(asked, why);
         }
         // The choreography stores the new phase itself, at its point of no return.
         (Phase::CuttingOver | Phase::Switched, Event::Flipped(Stream::Forward)) => {
@@ -206,6 +201,24 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
         (_, Event::CancelAsked) => (Phase::Canceled, vec![CleanUp]),
         (phase, event) => unexpected(phase, event)?,
     })
+}
+
+/// Why a flip cannot start in a phase.
+fn no_flip(phase: Phase, flip: Stream) -> (&'static str, &'static str) {
+    match (phase, flip) {
+        (Phase::Switched, Stream::Forward) => {
+            ("cutover", "it has been made already; rollback leads back")
+        }
+        (Phase::RolledBack, Stream::Reverse) => {
+            ("rollback", "it has been made already; cutover leads over again")
+        }
+        (_, Stream::Forward) => {
+            ("cutover", "it starts from following; walferry status tells how far it is")
+        }
+        (_, Stream::Reverse) => {
+            ("rollback", "it starts from switched; before that, cancel gives up")
+        }
+    }
 }
 
 /// Events that only walferry itself gives, in a phase where it never should.

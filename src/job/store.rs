@@ -299,14 +299,29 @@ impl Store {
         })
     }
 
-    /// Writes a step of a flip down before it is done; gives the line's id.
-    pub async fn journal_begin(&mut self, flip: &FlipRecord, step: &str) -> Result<String> {
+    /// Writes a step of a flip down before it is done; gives the line's id. `done` is the line of
+    /// the step before and its milliseconds: one commit for both.
+    pub async fn journal_begin(
+        &mut self,
+        flip: &FlipRecord,
+        step: &str,
+        done: Option<(String, f64)>,
+    ) -> Result<String> {
+        let (line, ms) = done.map(|(line, ms)| (line, format!("{ms:.3}"))).unzip();
         let row = self
             .session
             .query_one(
-                "insert into walferry.journal (job, attempt, flip, step) values ($1, $2, $3, $4) \
+                "with done as (update walferry.journal set ms = $6 where id = $5) \
+                 insert into walferry.journal (job, attempt, flip, step) values ($1, $2, $3, $4) \
                  returning id",
-                &[Some(self.job.as_str()), Some(&flip.attempt), Some(&flip.flip), Some(step)],
+                &[
+                    Some(self.job.as_str()),
+                    Some(&flip.attempt),
+                    Some(&flip.flip),
+                    Some(step),
+                    line.as_deref(),
+                    ms.as_deref(),
+                ],
             )
             .await?;
         Ok(row.string(0)?)

@@ -5,9 +5,10 @@ use crate::catalog::Sequence;
 use crate::id::quote_literal;
 use crate::pg::Session;
 
-/// Sets each sequence on this session's server to where `sequences` stood, and `margin`
-/// increments further, in its own direction and within its bounds; cycling ones exactly, as
-/// nothing lies past every value there.
+/// Sets each sequence on this session's server to where `sequences` stood, and up to `margin`
+/// increments further, in its own direction: no more than a 64th of what it has left, so that one
+/// that is nearly used up still gives its last values. Cycling ones exactly, as nothing lies past
+/// every value there.
 ///
 /// `margin` is for values that may be handed out after the position was read; 0 where that cannot
 /// happen. Not transactional, may be repeated, one round trip. If any is missing, none is set and
@@ -56,7 +57,8 @@ pub async fn set_sequences(
     Err(Error::NoSequences { peer: session.peer().to_string(), names })
 }
 
-/// `last_value` moved on by up to `margin` increments, no further than the bound.
+/// `last_value` moved on by up to `margin` increments and no more than a 64th of the way to the
+/// bound.
 fn position(sequence: &Sequence, margin: u32) -> i64 {
     if sequence.cycle || sequence.increment == 0 {
         return sequence.last_value;
@@ -65,7 +67,7 @@ fn position(sequence: &Sequence, margin: u32) -> i64 {
     // i128: the distance between two bigints does not fit in one.
     let (last, increment) = (i128::from(sequence.last_value), i128::from(sequence.increment));
     let room = ((i128::from(bound) - last) / increment).max(0);
-    let moved = last + increment * room.min(i128::from(margin));
+    let moved = last + increment * i128::from(margin).min(room / 64);
     i64::try_from(moved).unwrap_or(sequence.last_value)
 }
 
@@ -94,9 +96,10 @@ mod tests {
         assert_eq!(position(&sequence(7, 1, 1, i64::MAX), 0), 7);
         assert_eq!(position(&sequence(7, 5, 1, i64::MAX), 10), 57);
         assert_eq!(position(&sequence(-7, -2, i64::MIN, -1), 3), -13);
-        assert_eq!(position(&sequence(7, 5, 1, 20), 10), 17);
-        assert_eq!(position(&sequence(-7, -5, -15, -1), 10), -12);
-        assert_eq!(position(&sequence(i64::MAX - 1, 1, 1, i64::MAX), 1000), i64::MAX);
+        assert_eq!(position(&sequence(0, 1, 1, 640), 1000), 10);
+        assert_eq!(position(&sequence(7, 5, 1, 20), 10), 7);
+        assert_eq!(position(&sequence(-7, -5, -15, -1), 10), -7);
+        assert_eq!(position(&sequence(i64::MAX - 1, 1, 1, i64::MAX), 1000), i64::MAX - 1);
         let cycling = Sequence { cycle: true, ..sequence(7, 1, 1, 9) };
         assert_eq!(position(&cycling, 10), 7);
     }

@@ -89,6 +89,19 @@ pub async fn list(session: &mut Session, publication: &str) -> Result<Option<Vec
     Ok(Some(members.into_iter().map(|m| m.table).collect()))
 }
 
+/// Those of `tables` that the publication does not cover, by themselves or by a parent, ordered: as
+/// published, so a new leaf of a published tree is none of them.
+pub async fn missing(
+    session: &mut Session,
+    publication: &str,
+    tables: &[QualifiedName],
+) -> Result<Vec<QualifiedName>> {
+    let wanted = published(session, tables).await?;
+    let present = members(session, publication).await?;
+    let present: BTreeSet<QualifiedName> = present.into_iter().map(|m| m.table).collect();
+    Ok(wanted.difference(&present).cloned().collect())
+}
+
 /// Drops the publication; `false` if there was none.
 pub async fn drop(session: &mut Session, publication: &str) -> Result<bool> {
     if flags(session, publication).await?.is_none() {

@@ -5,6 +5,7 @@ mod apply;
 mod catalog;
 mod check;
 mod copy;
+mod cutover;
 mod decode;
 mod faults;
 mod job;

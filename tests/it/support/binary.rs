@@ -42,7 +42,9 @@ impl Walferry {
     /// Starts it with these arguments and environment variables; libpq's and walferry's own are
     /// not inherited.
     pub fn spawn_with(arguments: &[&str], environment: &[(&str, &str)]) -> Walferry {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_walferry"));
+        // WALFERRY_BINARY: another build of it, for measuring.
+        let built = std::env::var("WALFERRY_BINARY");
+        let mut command = Command::new(built.as_deref().unwrap_or(env!("CARGO_BIN_EXE_walferry")));
         for (name, _) in std::env::vars() {
             if name.starts_with("PG") || name.starts_with("WALFERRY_") {
                 command.env_remove(name);

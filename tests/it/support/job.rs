@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde_json::Value;
+use walferry::demo::pgbouncer::PgBouncer;
 use walferry::demo::server::Server;
 
 use super::binary::{Ended, Walferry};
@@ -82,6 +83,11 @@ impl Ends {
     pub async fn inventories(&self) -> (Inventory, Inventory) {
         (Inventory::take(&self.source_uri()).await, Inventory::take(&self.target_uri()).await)
     }
+}
+
+/// `--route` for database `app` of a pooler.
+pub fn route_of(pooler: &PgBouncer) -> String {
+    format!("pgbouncer:{},{},app", pooler.admin_uri(), pooler.ini_path().display())
 }
 
 /// Law 10, as status shows it.

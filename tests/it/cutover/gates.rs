@@ -1,0 +1,168 @@
+//! What must hold before anybody is stopped.
+
+use super::{Load, Stage, assert_all_there, session};
+
+/// pgdog#1121, #1201: a lag that was not yet known looked like none.
+#[tokio::test(flavor = "multi_thread")]
+async fn pgdog_1121_and_1201_a_stream_that_is_behind_is_not_switched() {
+    let mut stage = Stage::start().await;
+    let load = Load::start(&stage.ends.source, &stage.ends.source_uri()).await;
+    load.more(5).await;
+    // What is applied waits for this lock, and the runner is new: it has measured nothing yet.
+    let mut brake = session(&stage.ends.target_uri()).await;
+    stage.run.kill9().await;
+    brake.execute("begin; lock table public.t in share mode").await.unwrap();
+    load.more(20).await;
+    stage.run = stage.ends.spawn(&["run", "--schema-only", "public.log"]);
+    let ended = stage.ends.walferry(&["cutover", "--max-lag", "300ms"]).await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(ended.err.contains("not proven") || ended.err.contains("behind"), "{}", ended.err);
+    load.more(5).await;
+    brake.execute("rollback").await.unwrap();
+    stage.ends.done(&["cutover"]).await;
+    let seen = load.stop().await;
+    assert_all_there(&stage.ends.target, &seen, 0);
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_changes_nothing_and_what_is_in_the_way_is_named() {
+    let mut stage = Stage::start().await;
+    // What one dry run makes (the armed way back) is all that any makes.
+    let ready = stage.ends.done(&["cutover", "--dry-run", "--json"]).await.json();
+    assert_eq!(ready["switched_lsn"], "0/0");
+    assert_eq!(ready["fenced_ms"], 0.0);
+    stage.until_phase("following").await;
+    let before = stage.ends.inventories().await;
+    stage.ends.done(&["cutover", "--dry-run"]).await;
+    stage.until_phase("following").await;
+    let after = stage.ends.inventories().await;
+    assert_eq!(before.0.diff(&after.0), Vec::<String>::new());
+    assert_eq!(before.1.diff(&after.1), Vec::<String>::new());
+    stage.ends.source.psql("app", "insert into public.t values (1, 'still mine')").unwrap();
+
+    // Made since: its rows would stay behind.
+    let new = "create table public.late (a int primary key); insert into public.late values (1)";
+    stage.ends.source.psql("app", new).unwrap();
+    let part =
+        "create table public.parts_top partition of public.parts for values from (200) to (300)";
+    stage.ends.source.psql("app", part).unwrap();
+    let ended = stage.ends.walferry(&["cutover"]).await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    for part in ["public.late", "publication", "public.parts_top", "not on the target", "drop"] {
+        assert!(ended.err.contains(part), "{part}: {}", ended.err);
+    }
+    stage.ends.source.psql("app", "drop table public.late").unwrap();
+    stage.ends.target.psql("app", part).unwrap();
+
+    // Somebody else writes to the target.
+    stage.ends.done(&["cutover", "--dry-run"]).await;
+    stage.ends.target.psql("app", "insert into public.side values (7, 'rogue')").unwrap();
+    let ended = stage.ends.walferry(&["cutover"]).await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(ended.err.contains("public.side"), "{}", ended.err);
+    assert!(ended.err.contains("something else than walferry"), "{}", ended.err);
+    stage.until_phase("following").await;
+    stage.ends.done(&["cancel"]).await;
+    stage.run.ended().await.expect_success();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_cutovers_at_once_one_switches_and_the_other_is_told() {
+    let stage = Stage::start().await;
+    // With a runner, then without one.
+    let mut run = Some(stage.run);
+    for command in ["cutover", "rollback"] {
+        let arguments = [command, "--json"];
+        let (a, b) = tokio::join!(stage.ends.walferry(&arguments), stage.ends.walferry(&arguments));
+        let (won, lost) = if a.code == Some(0) { (a, b) } else { (b, a) };
+        assert_eq!((won.code, lost.code), (Some(0), Some(1)), "{won:?} {lost:?}");
+        assert!(lost.err.contains("has been made already"), "{lost:?}");
+        let outcome = won.json();
+        let steps: Vec<_> = outcome["steps"].as_array().unwrap().iter().collect();
+        let names: Vec<_> = steps.iter().map(|step| step["name"].as_str().unwrap()).collect();
+        let expected = [
+            "check routes",
+            "canary",
+            "lag",
+            "fence",
+            "barrier",
+            "drain",
+            "sequences",
+            "seal",
+            "switch",
+            "point of no return",
+            "release",
+        ];
+        assert_eq!(names, expected);
+        assert!(steps.iter().all(|step| step["ms"].as_f64().unwrap() >= 0.0));
+        assert!(outcome["fenced_ms"].as_f64().unwrap() > 0.0);
+        assert!(outcome["switched_lsn"].as_str().unwrap().contains('/'));
+        if let Some(run) = run.take() {
+            run.signal("INT");
+            run.ended().await.expect_success();
+        }
+    }
+    assert_eq!(stage.ends.status().await["phase"], "rolled_back");
+}
+
+const SEQUENCES: &str = "create sequence public.plain; create sequence public.cached cache 50; \
+    create sequence public.down increment -3 minvalue -100000; \
+    create sequence public.round maxvalue 10 cycle; \
+    create sequence public.little as smallint maxvalue 100; \
+    create table public.ident (id int generated always as identity primary key, v text)";
+
+/// What a sequence has handed out in a session of its own.
+async fn take(uri: &str, name: &str, times: u32) -> Vec<i64> {
+    let mut session = session(uri).await;
+    let sql = format!("select nextval('public.{name}') from generate_series(1, {times})");
+    session.query(&sql).await.unwrap().iter().map(|row| row.parse(0).unwrap()).collect()
+}
+
+/// akingundogdu.com: sequences of a billing system were found behind two days before the switch.
+#[tokio::test(flavor = "multi_thread")]
+async fn akingundogdu_no_sequence_gives_a_value_twice() {
+    let ends = super::Ends::start(15, 15);
+    ends.source.psql("app", SEQUENCES).unwrap();
+    let stage = Stage::of(ends).await;
+    let source = stage.ends.source_uri();
+    let names = ["plain", "cached", "down", "little"];
+    let mut taken: std::collections::BTreeMap<&str, Vec<i64>> = Default::default();
+    for name in names {
+        taken.entry(name).or_default().extend(take(&source, name, 90).await);
+    }
+    take(&source, "round", 8).await;
+    stage.ends.source.psql("app", "insert into public.ident (v) values ('a'), ('b')").unwrap();
+    let uris = [stage.ends.target_uri(), source.clone(), stage.ends.target_uri()];
+    for (command, uri) in ["cutover", "rollback", "cutover"].iter().zip(&uris) {
+        // Clients that only take numbers: no fence holds them.
+        let live = if *uri == source { stage.ends.target_uri() } else { source.clone() };
+        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let (stopped, mut client) = (stop.clone(), session(&live).await);
+        let counting = tokio::spawn(async move {
+            let mut taken = Vec::new();
+            while !stopped.load(std::sync::atomic::Ordering::SeqCst) {
+                let rows = client.query("select nextval('public.plain')").await.unwrap();
+                taken.push(rows[0].parse::<i64>(0).unwrap());
+            }
+            taken
+        });
+        stage.ends.done(&[command]).await;
+        stop.store(true, std::sync::atomic::Ordering::SeqCst);
+        taken.entry("plain").or_default().extend(counting.await.unwrap());
+        for name in names {
+            taken.entry(name).or_default().extend(take(uri, name, 3).await);
+        }
+        let sql = "insert into public.ident (v) values ('c') returning id";
+        session(uri).await.query(sql).await.unwrap();
+    }
+    for (name, mut values) in taken {
+        let count = values.len();
+        values.sort();
+        values.dedup();
+        assert_eq!(values.len(), count, "{name} gave a value twice");
+    }
+    // A cycling sequence goes on where it was.
+    assert_eq!(take(&stage.ends.target_uri(), "round", 4).await, [9, 10, 1, 2]);
+    stage.end().await;
+}
