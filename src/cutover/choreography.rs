@@ -9,12 +9,13 @@ use tokio::sync::watch;
 use super::fence::{self, Fence, FenceKind};
 use super::{Error, Result, barrier, canary, undo};
 use crate::apply::Applied;
+use crate::catalog::{self, Selection};
 use crate::clock::{Backoff, Deadline};
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
 use crate::route::{self, Route};
-use crate::{catalog, schema};
+use crate::schema;
 
 /// Increments added to every sequence: values that a session cached before the fence and uses after
 /// the switch must not meet new ones. Gaps in sequences are normal; collisions are not.
@@ -36,6 +37,8 @@ pub struct Plan {
     pub dest: Config,
     /// The live side's tables to fence.
     pub tables: Vec<QualifiedName>,
+    /// Which tables take part; sequences owned by others do not.
+    pub selection: Selection,
     /// What stops writers.
     pub fence: FenceKind,
     /// Where clients find the data.
@@ -170,7 +173,7 @@ impl<J: Journal> Flight<'_, J> {
         let (held, retries) = step!(self, "fence", self.stop_writers(&mut fence).await);
         let barrier_lsn = step!(self, "barrier", barrier::mark(&mut live, "barrier").await);
         step!(self, "drain", self.drain(barrier_lsn, held).await);
-        step!(self, "sequences", carry_sequences(&mut live, &mut dest).await);
+        step!(self, "sequences", carry_sequences(&mut live, &mut dest, &self.plan.selection).await);
         step!(self, "seal", {
             match fence.seal().await {
                 Ok(()) => fence::open(&mut dest).await,
@@ -261,9 +264,23 @@ impl<J: Journal> Flight<'_, J> {
 }
 
 /// Sets every sequence of `dest` past what `live` handed out. The commit is synchronous and so
-/// makes everything that was applied before it durable too.
-async fn carry_sequences(live: &mut Session, dest: &mut Session) -> Result<()> {
-    let sequences = catalog::sequences(live).await?;
+/// makes
+/// everything that was applied before it durable too.
+///
+/// One that should be there and is not is an error; that of a table left out need not be there, but
+/// may, as another table may use it.
+async fn carry_sequences(
+    live: &mut Session,
+    dest: &mut Session,
+    selection: &Selection,
+) -> Result<()> {
+    let mut sequences = catalog::sequences(live).await?;
+    let there: Vec<QualifiedName> =
+        catalog::sequences(dest).await?.into_iter().map(|sequence| sequence.name).collect();
+    sequences.retain(|sequence| {
+        sequence.owner.as_ref().is_none_or(|table| selection.has_schema(table))
+            || there.contains(&sequence.name)
+    });
     schema::set_sequences(dest, &sequences, SEQUENCE_MARGIN).await?;
     dest.query("select pg_catalog.pg_logical_emit_message(true, 'walferry', 'flush')").await?;
     Ok(())

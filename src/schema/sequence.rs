@@ -86,6 +86,7 @@ mod tests {
             max_value,
             cache: 1,
             cycle: false,
+            owner: None,
         }
     }
 
