@@ -149,9 +149,13 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
     let refuse = |asked, why| Err(Refused { phase, asked, why });
     let streams = || vec![FollowForward, FollowReverse];
     Ok(match (phase, event) {
-        (Phase::Finished, _) => return refuse("this", "the job is finished; use another --name"),
+        (Phase::Finished, event) => {
+            return refuse(asked(event), "the job has ended; give a new one another --name");
+        }
         (Phase::Canceled, Event::CancelAsked) => (Phase::Canceled, vec![CleanUp]),
-        (Phase::Canceled, _) => return refuse("this", "the job was canceled; use another --name"),
+        (Phase::Canceled, event) => {
+            return refuse(asked(event), "the job was given up; give a new one another --name");
+        }
 
         (Phase::Planned, Event::Start) => (Phase::Planned, vec![Check]),
         (Phase::Checked, Event::Start) => (Phase::Schema, vec![MakeSchema]),
@@ -206,6 +210,18 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
         (_, Event::CancelAsked) => (Phase::Canceled, vec![CleanUp]),
         (phase, event) => unexpected(phase, event)?,
     })
+}
+
+/// What a person asked for by an event.
+fn asked(event: Event) -> &'static str {
+    match event {
+        Event::Start => "run",
+        Event::FlipAsked(Stream::Forward) => "cutover",
+        Event::FlipAsked(Stream::Reverse) => "rollback",
+        Event::FinishAsked => "finish",
+        Event::CancelAsked => "cancel",
+        _ => "this",
+    }
 }
 
 /// Events that only walferry itself gives, in a phase where it never should.
