@@ -4,8 +4,10 @@
 mod apply;
 mod catalog;
 mod check;
+mod cli;
 mod copy;
 mod decode;
+mod input;
 mod job;
 mod pg;
 mod route;
