@@ -1,11 +1,15 @@
 //! Which tables take part: `--include`, `--exclude` and `--schema-only` patterns.
 
+use std::collections::HashMap;
+
 use crate::id::QualifiedName;
+use crate::pg::{Result, Session};
 
 /// A `schema.table` pattern: `*` stands for any characters, `?` for one, in either part. A part may
 /// be double-quoted to hold a dot. A pattern without a dot means the table in any schema.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pattern {
+    text: String,
     schema: String,
     name: String,
 }
@@ -18,8 +22,9 @@ pub struct PatternError(pub String);
 impl std::str::FromStr for Pattern {
     type Err = PatternError;
 
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let bad = || PatternError(text.to_string());
+    fn from_str(text: &str) -> std::result::Result<Self, Self::Err> {
+        let text = text.to_string();
+        let bad = || PatternError(text.clone());
         let mut parts = vec![String::new()];
         let mut quoted = false;
         for c in text.chars() {
@@ -34,8 +39,8 @@ impl std::str::FromStr for Pattern {
         }
         let mut parts = parts.into_iter();
         match (parts.next(), parts.next(), parts.next()) {
-            (Some(name), None, _) => Ok(Pattern { schema: "*".to_string(), name }),
-            (Some(schema), Some(name), None) => Ok(Pattern { schema, name }),
+            (Some(name), None, _) => Ok(Pattern { text, schema: "*".to_string(), name }),
+            (Some(schema), Some(name), None) => Ok(Pattern { text, schema, name }),
             _ => Err(bad()),
         }
     }
@@ -45,6 +50,12 @@ impl Pattern {
     /// True if the pattern covers the table.
     pub fn matches(&self, table: &QualifiedName) -> bool {
         glob(&self.schema, &table.schema) && glob(&self.name, &table.name)
+    }
+}
+
+impl std::fmt::Display for Pattern {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.text)
     }
 }
 
@@ -78,6 +89,9 @@ fn glob(pattern: &str, text: &str) -> bool {
 }
 
 /// The tables of a job.
+///
+/// A partition goes where its partitioned table goes: a pattern that covers a parent covers its
+/// partitions too, at any depth, once [`Selection::with_partitions`] has learned of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Selection {
     /// Empty means all.
@@ -86,6 +100,8 @@ pub struct Selection {
     pub exclude: Vec<Pattern>,
     /// Created on the target, rows left behind.
     pub schema_only: Vec<Pattern>,
+    /// Partition to partitioned parent.
+    parents: HashMap<QualifiedName, QualifiedName>,
 }
 
 impl Selection {
@@ -94,32 +110,68 @@ impl Selection {
         include: &[String],
         exclude: &[String],
         schema_only: &[String],
-    ) -> Result<Selection, PatternError> {
-        let read = |list: &[String]| -> Result<Vec<Pattern>, PatternError> {
+    ) -> std::result::Result<Selection, PatternError> {
+        let read = |list: &[String]| -> std::result::Result<Vec<Pattern>, PatternError> {
             list.iter().map(|p| p.parse()).collect()
         };
         Ok(Selection {
             include: read(include)?,
             exclude: read(exclude)?,
             schema_only: read(schema_only)?,
+            parents: HashMap::new(),
         })
+    }
+
+    /// The same, knowing the partitions there are on this session's server now.
+    pub async fn with_partitions(mut self, session: &mut Session) -> Result<Selection> {
+        if self.is_everything() {
+            return Ok(self);
+        }
+        let rows = session
+            .query(
+                "select n.nspname, c.relname, pn.nspname, p.relname from pg_catalog.pg_inherits h \
+                 join pg_catalog.pg_class c on c.oid = h.inhrelid and c.relispartition \
+                    and c.relkind in ('r', 'p', 'f') \
+                 join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+                 join pg_catalog.pg_class p on p.oid = h.inhparent \
+                 join pg_catalog.pg_namespace pn on pn.oid = p.relnamespace",
+            )
+            .await?;
+        for row in &rows {
+            let partition = QualifiedName::new(row.str(0)?, row.str(1)?);
+            self.parents.insert(partition, QualifiedName::new(row.str(2)?, row.str(3)?));
+        }
+        Ok(self)
     }
 
     /// True if the table exists on both sides after the move.
     pub fn has_schema(&self, table: &QualifiedName) -> bool {
-        let any = |list: &[Pattern]| list.iter().any(|p| p.matches(table));
-        (self.include.is_empty() || any(&self.include) || any(&self.schema_only))
-            && !any(&self.exclude)
+        (self.include.is_empty()
+            || self.covers(&self.include, table)
+            || self.covers(&self.schema_only, table))
+            && !self.covers(&self.exclude, table)
     }
 
     /// True if the table's rows are copied, followed and verified.
     pub fn has_rows(&self, table: &QualifiedName) -> bool {
-        self.has_schema(table) && !self.schema_only.iter().any(|p| p.matches(table))
+        self.has_schema(table) && !self.covers(&self.schema_only, table)
     }
 
     /// True if no table is left out.
     pub fn is_everything(&self) -> bool {
         self.include.is_empty() && self.exclude.is_empty() && self.schema_only.is_empty()
+    }
+
+    /// Patterns that match none of these tables.
+    pub fn unmatched(&self, tables: &[QualifiedName]) -> Vec<&Pattern> {
+        let all = [&self.include, &self.exclude, &self.schema_only].into_iter().flatten();
+        all.filter(|pattern| !tables.iter().any(|table| pattern.matches(table))).collect()
+    }
+
+    /// True if a pattern matches the table or something it is a partition of.
+    fn covers(&self, patterns: &[Pattern], table: &QualifiedName) -> bool {
+        let line = std::iter::successors(Some(table), |table| self.parents.get(*table));
+        line.into_iter().any(|table| patterns.iter().any(|p| p.matches(table)))
     }
 }
 
@@ -151,5 +203,27 @@ mod tests {
         let name = QualifiedName::new("public", "log");
         assert!(selection.has_schema(&name) && !selection.has_rows(&name));
         assert!(selection.has_rows(&QualifiedName::new("public", "log2")));
+    }
+
+    #[test]
+    fn partitions_go_where_their_root_goes() {
+        let name = |table: &str| QualifiedName::new("public", table);
+        let select = |include: &[&str], exclude: &[&str], schema_only: &[&str]| {
+            let list = |l: &[&str]| l.iter().map(|p| p.to_string()).collect::<Vec<_>>();
+            let (include, exclude) = (list(include), list(exclude));
+            let mut selection = Selection::parse(&include, &exclude, &list(schema_only)).unwrap();
+            selection.parents = [("leaf", "middle"), ("middle", "root")]
+                .map(|(child, parent)| (name(child), name(parent)))
+                .into();
+            selection
+        };
+        assert!(select(&["root"], &[], &[]).has_rows(&name("leaf")));
+        assert!(!select(&["public.*"], &["root"], &[]).has_schema(&name("leaf")));
+        let quiet = select(&[], &[], &["middle"]);
+        assert!(quiet.has_schema(&name("leaf")) && !quiet.has_rows(&name("leaf")));
+        assert!(quiet.has_rows(&name("root")));
+        let one = select(&["leaf"], &[], &[]);
+        assert!(one.has_rows(&name("leaf")) && !one.has_schema(&name("root")));
+        assert_eq!(select(&["lea?"], &["x"], &[]).unmatched(&[name("leaf")])[0].to_string(), "x");
     }
 }

@@ -22,6 +22,8 @@ pub struct Sequence {
     pub cache: i64,
     /// CYCLE.
     pub cycle: bool,
+    /// The table that owns it (OWNED BY, serial, identity): the two stay or go together.
+    pub owner: Option<QualifiedName>,
 }
 
 /// Every sequence of the database but those in system schemas, `walferry`, and extensions, with its
@@ -31,10 +33,18 @@ pub struct Sequence {
 pub async fn sequences(session: &mut Session) -> Result<Vec<Sequence>> {
     let parameters = session
         .query(
-            "select n.nspname, c.relname, s.seqincrement, s.seqmin, s.seqmax, s.seqcache, s.seqcycle \
+            "select n.nspname, c.relname, s.seqincrement, s.seqmin, s.seqmax, s.seqcache, \
+                s.seqcycle, tn.nspname, t.relname \
              from pg_catalog.pg_sequence s join pg_catalog.pg_class c on c.oid = s.seqrelid \
              join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-             where c.relpersistence <> 't' and n.nspname not in ('pg_catalog', 'information_schema', 'walferry') \
+             left join pg_catalog.pg_depend o on o.objid = c.oid and o.objsubid = 0 \
+                and o.classid = 'pg_catalog.pg_class'::pg_catalog.regclass \
+                and o.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass \
+                and o.deptype in ('a', 'i') \
+             left join pg_catalog.pg_class t on t.oid = o.refobjid \
+             left join pg_catalog.pg_namespace tn on tn.oid = t.relnamespace \
+             where c.relpersistence <> 't' \
+             and n.nspname not in ('pg_catalog', 'information_schema', 'walferry') \
              and n.nspname !~ '^pg_(toast|temp)' \
              and not exists (select 1 from pg_catalog.pg_depend d where d.objid = c.oid \
                  and d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass and d.deptype = 'e') \
@@ -52,6 +62,10 @@ pub async fn sequences(session: &mut Session) -> Result<Vec<Sequence>> {
             max_value: row.parse(4)?,
             cache: row.parse(5)?,
             cycle: row.bool(6)?,
+            owner: match (row.opt(7)?, row.opt(8)?) {
+                (Some(schema), Some(name)) => Some(QualifiedName::new(schema, name)),
+                _ => None,
+            },
         });
     }
     if sequences.is_empty() {

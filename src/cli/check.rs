@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use super::options::JobArgs;
 use super::print;
 use crate::catalog::Selection;
-use crate::job;
 use crate::job::check::{self, CheckOptions, Level};
+use crate::pg::{Purpose, Session};
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]
@@ -22,8 +22,11 @@ pub struct Args {
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let config = args.job.job()?;
     let options = &config.options;
-    let selection = Selection::parse(&options.include, &options.exclude, &options.schema_only)
-        .map_err(job::Error::from)?;
+    let mut selection = Selection::parse(&options.include, &options.exclude, &options.schema_only)?;
+    // A source that cannot be reached is a finding; see there.
+    if let Ok(mut source) = Session::connect(&config.source, Purpose::Sql).await {
+        selection = selection.with_partitions(&mut source).await?;
+    }
     let mut wanted = CheckOptions::new(config.job.clone());
     wanted.selection = selection;
     wanted.copy_jobs = config.jobs;

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::options::JobArgs;
 use crate::clock::Deadline;
-use crate::job::cleanup::{CleanedUp, clean_up};
+use crate::job::cleanup::{CleanedUp, Ending, clean_up};
 use crate::job::client::Client;
 use crate::job::lease::{self, Lease};
 use crate::job::state::Event;
@@ -23,24 +23,27 @@ pub struct Args {
     /// Keep schema walferry on the target, with the job's history
     #[arg(long)]
     keep_history: bool,
+    /// The source does not exist any more: clean up the target only
+    #[arg(long)]
+    source_is_gone: bool,
 }
 
 /// Drops all that walferry made. 0 done.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let done = end(&args.job.job()?, Event::FinishAsked, args.keep_history).await?;
+    let (keep_history, source_is_gone) = (args.keep_history, args.source_is_gone);
+    let ending = Ending { event: Event::FinishAsked, keep_history, source_is_gone };
+    let done = end(&args.job.job()?, ending).await?;
     for line in done.dropped {
         println!("dropped {line}");
     }
-    println!("finished: nothing of walferry is left on either side");
+    let side = if source_is_gone { "on the target" } else { "on either side" };
+    let but = if keep_history { " but the history in schema walferry on the target" } else { "" };
+    println!("finished: nothing of walferry is left {side}{but}");
     Ok(ExitCode::SUCCESS)
 }
 
 /// Stops the runner that is alive, takes the lease, and cleans up.
-pub async fn end(
-    config: &JobConfig,
-    event: Event,
-    keep_history: bool,
-) -> anyhow::Result<CleanedUp> {
+pub async fn end(config: &JobConfig, ending: Ending) -> anyhow::Result<CleanedUp> {
     let home = Session::connect(&config.target, Purpose::Sql).await?;
     let mut store = Store::new(home, config.job.clone());
     let row = store.load().await?.ok_or_else(|| job::Error::NoJob {
@@ -50,10 +53,10 @@ pub async fn end(
     // Refused before the runner is disturbed.
     let ended = matches!(row.phase, job::Phase::Finished | job::Phase::Canceled);
     if !ended {
-        job::state::step(row.phase, event).map_err(job::Error::from)?;
+        job::state::step(row.phase, ending.event).map_err(job::Error::from)?;
     }
     let lease = take_lease(config).await?;
-    Ok(clean_up(config, event, keep_history, &lease).await?)
+    Ok(clean_up(config, ending, &lease).await?)
 }
 
 async fn take_lease(config: &JobConfig) -> anyhow::Result<Lease> {

@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use clap::Args;
 
+use crate::catalog::Selection;
 use crate::config::{self, File, parse_duration};
 use crate::id::JobName;
-use crate::job::JobConfig;
 use crate::job::store::JobOptions;
+use crate::job::{self, JobConfig};
 use crate::pg::Config;
 
 /// Name of a job that was not given one.
@@ -73,15 +74,19 @@ impl JobArgs {
         let given = |own: &[String], file: Vec<String>| {
             if own.is_empty() { file } else { own.to_vec() }
         };
+        let options = JobOptions {
+            include: given(&self.include, file.include),
+            exclude: given(&self.exclude, file.exclude),
+            schema_only: given(&self.schema_only, file.schema_only),
+        };
+        // A typo is told before any server is asked.
+        Selection::parse(&options.include, &options.exclude, &options.schema_only)
+            .map_err(job::Error::from)?;
         Ok(JobConfig {
             job,
             source: Config::parse(&source)?.labelled("source"),
             target: Config::parse(&target)?.labelled("target"),
-            options: JobOptions {
-                include: given(&self.include, file.include),
-                exclude: given(&self.exclude, file.exclude),
-                schema_only: given(&self.schema_only, file.schema_only),
-            },
+            options,
             jobs: self.jobs.or(file.jobs).unwrap_or(4).max(1),
             owners: !self.no_owner,
             slot_timeout: Duration::from_secs(3600),

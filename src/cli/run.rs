@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
@@ -83,15 +83,27 @@ pub(super) async fn stop_on_signal(stop: watch::Sender<bool>) {
     }
 }
 
-/// What a person sees: lines, and one bar for what is under way.
+/// Between lines of progress where nobody watches a bar.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// What a person sees: lines, and one bar for what is under way. Where standard error is no
+/// terminal the bar is a line every few seconds, for logs.
 #[derive(Default)]
 struct Screen {
     bar: Mutex<Option<ProgressBar>>,
-    trouble: Mutex<String>,
+    copy: Mutex<Option<(Arc<CopyProgress>, Instant)>>,
+    said: Mutex<Said>,
+}
+
+/// What was said last, so that it is not said again.
+#[derive(Default)]
+struct Said {
+    trouble: String,
+    lag_at: Option<Instant>,
 }
 
 impl Screen {
-    fn show(&self, notice: Notice) {
+    fn show(self: &Arc<Self>, notice: Notice) {
         match notice {
             Notice::Phase(phase) => {
                 self.clear();
@@ -99,26 +111,15 @@ impl Screen {
             }
             Notice::Said(text) => self.line(&text),
             Notice::Copying(progress) => self.copying(progress),
-            Notice::Building(done, total, statement) => {
-                let bar = self.bar_of(total as u64, "{bar:30} {pos}/{len} {wide_msg}");
-                bar.set_length(total as u64);
-                bar.set_position(done as u64);
-                bar.set_message(statement.split_whitespace().collect::<Vec<_>>().join(" "));
-            }
+            Notice::Building(done, total, statement) => self.building(done, total, &statement),
             Notice::Trouble(text) => {
-                let Ok(mut last) = self.trouble.lock() else { return };
-                if *last != text {
-                    *last = text.clone();
+                let Ok(mut said) = self.said.lock() else { return };
+                if said.trouble != text {
+                    said.trouble = text.clone();
                     self.line(&format!("trying again: {text}"));
                 }
             }
-            Notice::Lag(bytes) => {
-                if let Ok(mut last) = self.trouble.lock() {
-                    last.clear();
-                }
-                let bar = self.bar_of(0, "{spinner} {wide_msg}");
-                bar.set_message(format!("following, {} behind", print::bytes(bytes)));
-            }
+            Notice::Lag(bytes) => self.lag(bytes),
         }
     }
 
@@ -142,30 +143,88 @@ impl Screen {
         .clone()
     }
 
+    /// Ends what is under way; a copy is summed up.
     fn clear(&self) {
         if let Some(bar) = self.bar.lock().ok().and_then(|mut bar| bar.take()) {
             bar.finish_and_clear();
         }
+        let copy = self.copy.lock().ok().and_then(|mut copy| copy.take());
+        if let Some((progress, begun)) = copy {
+            let (now, seconds) = (progress.snapshot(), begun.elapsed().as_secs_f64());
+            let (rows, bytes) = (print::count(now.rows), print::bytes(now.bytes));
+            self.line(&format!("copied {rows} rows, {bytes}, in {seconds:.1} s"));
+        }
+    }
+
+    fn building(&self, done: usize, total: usize, statement: &str) {
+        let text = statement.split_whitespace().collect::<Vec<_>>().join(" ");
+        self.end_copy();
+        let bar = self.bar_of(total as u64, "{bar:30} {pos}/{len} {wide_msg}");
+        if bar.is_hidden() && !text.is_empty() {
+            let short: String = text.chars().take(100).collect();
+            self.line(&format!("building {done}/{total}: {short}"));
+        }
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+        bar.set_message(text);
+    }
+
+    /// The copy's bar makes room for another.
+    fn end_copy(&self) {
+        if self.copy.lock().is_ok_and(|copy| copy.is_some()) {
+            self.clear();
+        }
+    }
+
+    fn lag(&self, bytes: u64) {
+        let text = format!("following, {} behind", print::bytes(bytes));
+        let bar = self.bar_of(0, "{spinner} {wide_msg}");
+        let Ok(mut said) = self.said.lock() else { return };
+        said.trouble.clear();
+        if bar.is_hidden() && said.lag_at.is_none_or(|at| at.elapsed() > 12 * LINE_EVERY) {
+            said.lag_at = Some(Instant::now());
+            self.line(&text);
+        }
+        bar.set_message(text);
     }
 
     /// The copy's counters are looked at four times a second until the bar is cleared.
-    fn copying(&self, progress: Arc<CopyProgress>) {
+    fn copying(self: &Arc<Self>, progress: Arc<CopyProgress>) {
         self.clear();
         let bar = self.bar_of(0, "{bar:30} {percent:>3} % {wide_msg}");
+        if let Ok(mut copy) = self.copy.lock() {
+            *copy = Some((progress.clone(), Instant::now()));
+        }
+        let screen = self.clone();
         tokio::spawn(async move {
+            let mut line_at = Instant::now();
             while !bar.is_finished() {
                 let now = progress.snapshot();
-                bar.set_length(1000);
-                bar.set_position((now.fraction * 1000.0) as u64);
-                let left = now.left.map_or(String::new(), |s| format!(", {} s left", s.as_secs()));
-                bar.set_message(format!(
+                let left = now.left.map_or(String::new(), |s| format!(", {} left", time(s)));
+                let text = format!(
                     "{} rows, {} rows/s, {}/s{left}",
                     print::count(now.rows),
                     print::count(now.rows_per_second as u64),
                     print::bytes(now.bytes_per_second as u64)
-                ));
+                );
+                if bar.is_hidden() && line_at.elapsed() > LINE_EVERY {
+                    line_at = Instant::now();
+                    screen.line(&format!("copying, {:.0} %: {text}", now.fraction * 100.0));
+                }
+                bar.set_length(1000);
+                bar.set_position((now.fraction * 1000.0) as u64);
+                bar.set_message(text);
                 tokio::time::sleep(Duration::from_millis(250)).await;
             }
         });
+    }
+}
+
+/// `45 s`, `12 min`, `3.5 h`.
+fn time(left: Duration) -> String {
+    match left.as_secs() {
+        s if s < 120 => format!("{s} s"),
+        s if s < 7200 => format!("{} min", s / 60),
+        s => format!("{:.1} h", s as f64 / 3600.0),
     }
 }

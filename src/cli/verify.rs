@@ -6,7 +6,6 @@ use std::time::Duration;
 use super::ask::Asker;
 use super::options::JobArgs;
 use super::print;
-use crate::catalog::Selection;
 use crate::config::parse_duration;
 use crate::id::Stream;
 use crate::job::store::Store;
@@ -54,7 +53,8 @@ async fn compare(asker: &mut Asker, timeout: Duration) -> anyhow::Result<Report>
     };
     let aligned = align::align(&mut asker.client, stream, from, to, timeout).await?;
     let options = &config.options;
-    let selection = Selection::parse(&options.include, &options.exclude, &options.schema_only)?;
+    let mut source = Session::connect(&config.source, Purpose::Sql).await?;
+    let selection = options.selection(&mut source).await?;
     let side = |config: &Config, snapshot: &str| Side {
         config: config.clone(),
         snapshot: Some(snapshot.to_string()),

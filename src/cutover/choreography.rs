@@ -9,12 +9,13 @@ use tokio::sync::watch;
 use super::fence::{self, Fence, FenceKind};
 use super::{Error, Result, barrier, canary, undo};
 use crate::apply::Applied;
+use crate::catalog::{self, Selection};
 use crate::clock::{Backoff, Deadline};
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
 use crate::route::{self, Route};
-use crate::{catalog, schema};
+use crate::schema;
 
 /// Increments added to every sequence: values taken between our reading it and a client's arrival
 /// on the other side must not be given again, and nextval asks no fence. Enough for 20,000 a second
@@ -41,6 +42,8 @@ pub struct Plan {
     pub dest: Config,
     /// The live side's tables to fence.
     pub tables: Vec<QualifiedName>,
+    /// Which tables take part; sequences owned by others do not.
+    pub selection: Selection,
     /// What stops writers.
     pub fence: FenceKind,
     /// Where clients find the data.
@@ -224,7 +227,7 @@ impl<J: Journal> Flight<'_, J> {
     ) -> Result<Lsn> {
         let barrier_lsn = step!(self, "barrier", barrier::mark(live, "barrier").await);
         step!(self, "drain", self.drain(barrier_lsn, held).await);
-        step!(self, "sequences", carry_sequences(live, dest).await);
+        step!(self, "sequences", carry_sequences(live, dest, &self.plan.selection).await);
         step!(self, "seal", {
             match fence.seal().await {
                 Ok(()) => fence::open(dest).await,
@@ -337,9 +340,23 @@ impl<J: Journal> Flight<'_, J> {
 }
 
 /// Sets every sequence of `dest` past what `live` handed out. The commit is synchronous and so
-/// makes everything that was applied before it durable too.
-async fn carry_sequences(live: &mut Session, dest: &mut Session) -> Result<()> {
-    let sequences = catalog::sequences(live).await?;
+/// makes
+/// everything that was applied before it durable too.
+///
+/// One that should be there and is not is an error; that of a table left out need not be there, but
+/// may, as another table may use it.
+async fn carry_sequences(
+    live: &mut Session,
+    dest: &mut Session,
+    selection: &Selection,
+) -> Result<()> {
+    let mut sequences = catalog::sequences(live).await?;
+    let there: Vec<QualifiedName> =
+        catalog::sequences(dest).await?.into_iter().map(|sequence| sequence.name).collect();
+    sequences.retain(|sequence| {
+        sequence.owner.as_ref().is_none_or(|table| selection.has_schema(table))
+            || there.contains(&sequence.name)
+    });
     schema::set_sequences(dest, &sequences, SEQUENCE_MARGIN).await?;
     dest.query("select pg_catalog.pg_logical_emit_message(true, 'walferry', 'flush')").await?;
     Ok(())

@@ -298,15 +298,16 @@ pub async fn open(session: &mut Session) -> Result<()> {
         .collect();
     // All in one message, as writers may be waiting; where a lock is in the way, one by one.
     if shut.len() > 1 && retry_once(session, &shut.join("; ")).await? {
-        return open_database(session).await;
+        return writable(session).await;
     }
     for sql in &shut {
         retry_locks(session, sql).await?;
     }
-    open_database(session).await
+    writable(session).await
 }
 
-async fn open_database(session: &mut Session) -> Result<()> {
+/// Takes the default of a read-only fence back from the database.
+async fn writable(session: &mut Session) -> Result<()> {
     let read_only = session
         .query(
             "select 1 from pg_catalog.pg_db_role_setting s \
@@ -324,10 +325,17 @@ async fn open_database(session: &mut Session) -> Result<()> {
     Ok(())
 }
 
-/// Drops the seal's triggers for good, for finish and cancel. Idempotent.
-pub async fn remove(session: &mut Session) -> Result<()> {
-    open(session).await?;
-    for table in sealed_tables(session).await? {
+/// Drops the seal's triggers on a job's tables for good, for finish and cancel. `read_only`: its
+/// fence was of that kind; a default of the database that someone else set stays. Idempotent.
+pub async fn remove(
+    session: &mut Session,
+    read_only: bool,
+    is_ours: impl Fn(&QualifiedName) -> bool,
+) -> Result<()> {
+    if read_only {
+        writable(session).await?;
+    }
+    for table in sealed_tables(session).await?.into_iter().filter(is_ours) {
         let sql = format!("drop trigger if exists {SEAL} on {}", table.quoted());
         retry_locks(session, &sql).await?;
     }

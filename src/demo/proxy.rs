@@ -5,7 +5,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -52,6 +52,8 @@ struct Counters {
     connections: AtomicU64,
     /// Version of the rules that the listener and all connections follow.
     version: AtomicU64,
+    /// Where new connections lead.
+    server_port: AtomicU16,
 }
 
 /// A running proxy. Dropped, it closes everything.
@@ -74,12 +76,13 @@ impl Proxy {
         listener.set_nonblocking(true)?;
         let (rules, receiver) = watch::channel(Rules::default());
         let counters = Arc::new(Counters::default());
+        counters.server_port.store(server_port, Ordering::Relaxed);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let shared = counters.clone();
         let thread = std::thread::Builder::new().name("proxy".to_string()).spawn(move || {
             runtime.block_on(async {
                 if let Ok(listener) = TcpListener::from_std(listener) {
-                    accept(listener, server_port, receiver, shared).await;
+                    accept(listener, receiver, shared).await;
                 }
             });
         })?;
@@ -96,6 +99,11 @@ impl Proxy {
     pub fn uri(&self, uri: &str) -> String {
         let (there, here) = (format!(":{}", self.server_port), format!(":{}", self.port));
         uri.replacen(&there, &here, 1)
+    }
+
+    /// New connections lead to another server: one that took this one's address.
+    pub fn lead_to(&self, server_port: u16) {
+        self.counters.server_port.store(server_port, Ordering::Relaxed);
     }
 
     /// Closes all connections and refuses new ones, as a server that is down.
@@ -175,12 +183,7 @@ impl Drop for Proxy {
 }
 
 /// Takes connections. While refusing there is no listener: clients see what a dead server shows.
-async fn accept(
-    listener: TcpListener,
-    server_port: u16,
-    mut rules: watch::Receiver<Rules>,
-    counters: Arc<Counters>,
-) {
+async fn accept(listener: TcpListener, mut rules: watch::Receiver<Rules>, counters: Arc<Counters>) {
     let port = listener.local_addr().map(|a| a.port()).unwrap_or_default();
     let mut listener = Some(listener);
     let mut connections = JoinSet::new();
@@ -204,6 +207,7 @@ async fn accept(
             accepted = incoming => {
                 if let Ok((client, _)) = accepted {
                     counters.connections.fetch_add(1, Ordering::Relaxed);
+                    let server_port = counters.server_port.load(Ordering::Relaxed);
                     let connection = forward(client, server_port, rules.clone(), counters.clone());
                     connections.spawn(connection);
                 }

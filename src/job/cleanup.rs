@@ -6,7 +6,7 @@
 
 use super::flip::{context, parse_routes, stream_of};
 use super::lease::Lease;
-use super::run::{JobConfig, place};
+use super::run::{JobConfig, accept_systems, place};
 use super::state::{Event, Phase, step};
 use super::store::{JobRow, Store};
 use super::{Error, Result, lease};
@@ -15,6 +15,17 @@ use crate::cutover::{self, fence};
 use crate::id::Stream;
 use crate::pg::{Purpose, Session};
 use crate::source::{publication, slot};
+
+/// Tables of the home database with the column that names the job, the job's own row last.
+const HOME_TABLES: [(&str, &str); 7] = [
+    ("table_copy", "job"),
+    ("schema_step", "job"),
+    ("schema_dump", "job"),
+    ("stream", "job"),
+    ("journal", "job"),
+    ("command", "job"),
+    ("job", "name"),
+];
 
 /// What a clean-up did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,13 +36,20 @@ pub struct CleanedUp {
     pub dropped: Vec<String>,
 }
 
-/// Ends a job. `event` is FinishAsked or CancelAsked; `lease` must be held by the caller.
-pub async fn clean_up(
-    config: &JobConfig,
-    event: Event,
-    keep_history: bool,
-    _lease: &Lease,
-) -> Result<CleanedUp> {
+/// How a job is ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Ending {
+    /// FinishAsked or CancelAsked.
+    pub event: Event,
+    /// Keep schema walferry on the target.
+    pub keep_history: bool,
+    /// The source does not exist any more, or another server stands in its place: leave it alone.
+    pub source_is_gone: bool,
+}
+
+/// Ends a job. `lease` must be held by the caller.
+pub async fn clean_up(config: &JobConfig, ending: Ending, _lease: &Lease) -> Result<CleanedUp> {
+    let Ending { event, keep_history, source_is_gone } = ending;
     let home = Session::connect(&config.target, Purpose::Sql).await?;
     let mut store = Store::new(home, config.job.clone());
     let row = store.load().await?;
@@ -42,25 +60,62 @@ pub async fn clean_up(
         (Phase::Finished, Event::FinishAsked) => Phase::Finished,
         (phase, event) => step(phase, event)?.0,
     };
-    let mut source = Session::connect(&config.source, Purpose::Sql).await?;
-    lease::end_predecessors(&mut source, &config.job, &[]).await?;
+    let mut source = None;
+    if !source_is_gone {
+        let mut session = Session::connect(&config.source, Purpose::Sql).await?;
+        // Dropped on another system, the slot of the true one would be forgotten and fill its disk.
+        accept_systems(&row, &mut session, &mut store.session).await?;
+        lease::end_predecessors(&mut session, &config.job, &[]).await?;
+        source = Some(session);
+    }
     store.set_phase(phase).await?;
     let mut dropped = Vec::new();
-    for (stream, session) in [(Stream::Forward, &mut source), (Stream::Reverse, &mut store.session)]
-    {
-        let name = config.job.object(stream);
-        if slot::status(session, &name).await?.is_some() {
-            dropped.push(format!("replication slot {name}"));
-        }
-        slot::drop(session, &name).await?;
-        publication::drop(session, &name).await?;
-        apply::forget(session, &config.job.object(stream.opposite())).await?;
-        fence::remove(session).await?;
+    if let Some(source) = &mut source {
+        drop_objects(source, config, &row, Stream::Forward, &mut dropped).await?;
     }
+    drop_objects(&mut store.session, config, &row, Stream::Reverse, &mut dropped).await?;
     forget_routes(config, &row).await?;
-    drop_schema(&mut source, config, &mut dropped, false).await?;
-    drop_schema(&mut store.session, config, &mut dropped, keep_history).await?;
+    if let Some(source) = &mut source {
+        drop_schema(source, config, &mut dropped, false).await?;
+    }
+    let keep = keep_history || forget_job(&mut store, config, keep_history).await? > 0;
+    drop_schema(&mut store.session, config, &mut dropped, keep).await?;
     Ok(CleanedUp { phase, dropped })
+}
+
+/// What the side has of the streams: `reads` is the one that is read there.
+async fn drop_objects(
+    session: &mut Session,
+    config: &JobConfig,
+    row: &JobRow,
+    reads: Stream,
+    dropped: &mut Vec<String>,
+) -> Result<()> {
+    let name = config.job.object(reads);
+    if slot::status(session, &name).await?.is_some() {
+        dropped.push(format!("replication slot {name}"));
+    }
+    slot::drop(session, &name).await?;
+    publication::drop(session, &name).await?;
+    apply::forget(session, &config.job.object(reads.opposite())).await?;
+    let selection = row.options.selection(session).await?;
+    let read_only = row.flip.as_ref().is_some_and(|flip| flip.fence == "read-only");
+    fence::remove(session, read_only, |table| selection.has_rows(table)).await?;
+    Ok(())
+}
+
+/// Forgets the job where others have their state in the same home; gives how many those are.
+async fn forget_job(store: &mut Store, config: &JobConfig, keep_history: bool) -> Result<i64> {
+    let name = config.job.as_str();
+    let sql = "select count(*) from walferry.job where name <> $1";
+    let others: i64 = store.session.query_one(sql, &[Some(name)]).await?.parse(0)?;
+    if others > 0 && !keep_history {
+        for (table, column) in HOME_TABLES {
+            let sql = format!("delete from walferry.{table} where {column} = $1");
+            store.session.query_params(&sql, &[Some(name)]).await?;
+        }
+    }
+    Ok(others)
 }
 
 /// What a route kept to find its way back (a copy of a pgbouncer line) is not needed any more.

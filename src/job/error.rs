@@ -82,7 +82,8 @@ pub enum Error {
     #[error(
         "{side} is another system than the one this job was made with (system identifier {found}, \
          was {expected}): it was restored, upgraded or replaced, so its WAL positions mean \
-         something else. Point {side} at the original, or cancel this job and start a new one"
+         something else. Point {side} at the original, or end this job with walferry cancel \
+         --source-is-gone and start a new one"
     )]
     OtherSystem {
         /// `--source` or `--target`.

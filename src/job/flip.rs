@@ -207,6 +207,7 @@ impl Runner {
             live: live.clone(),
             dest: dest.clone(),
             tables,
+            selection: self.selection.clone(),
             fence: request.fence.parse()?,
             routes: parse_routes(&request.routes)?,
             context: context(&self.config, flip),

@@ -4,9 +4,10 @@
 //! after the dump is in the stream, where it is noticed. The slot's snapshot stays open for the
 //! copy; a run that comes later reads under a fresh one.
 
-use super::run::{Notice, Runner, published};
+use super::run::{JobConfig, Notice, Report, Runner, published};
 use super::state::Event;
 use super::{Error, Result, check};
+use crate::catalog::Selection;
 use crate::id::Stream;
 use crate::pg::{Purpose, Session};
 use crate::source::{Blocker, publication, slot};
@@ -15,32 +16,10 @@ use crate::{apply, schema};
 impl Runner {
     /// Looks for what stands in the way; errors stop the job before anything is made.
     pub(super) async fn check(&mut self) -> Result<Event> {
-        let mut options = check::CheckOptions::new(self.config.job.clone());
-        options.selection = self.selection.clone();
-        options.copy_jobs = self.config.jobs;
-        let (source, target) = (&self.config.source, &self.config.target);
-        let mut report = check::run(source, target, options.clone()).await?;
-        while report.findings.iter().any(|finding| finding.code == "unreachable") {
-            // To a person this is a finding; the runner was there a moment ago, and knows from the
-            // error itself whether to try again.
-            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
-            Session::connect(source, Purpose::Sql).await?;
-            Session::connect(target, Purpose::Sql).await?;
-            report = check::run(source, target, options.clone()).await?;
+        if !self.checked {
+            check_ready(&self.config, &self.selection, &self.report).await?;
         }
-        let mut errors = Vec::new();
-        for finding in &report.findings {
-            match finding.level {
-                check::Level::Error => errors.push(format!("{finding}")),
-                check::Level::Warning => self.say(Notice::Said(format!("warning: {finding}"))),
-                check::Level::Info => {}
-            }
-        }
-        if errors.is_empty() {
-            Ok(Event::CheckPassed)
-        } else {
-            Err(Error::NotReady(errors.join("; ")))
-        }
+        Ok(Event::CheckPassed)
     }
 
     /// Publication, slot, dump, pre-data. Every part finds out whether it was done before.
@@ -111,4 +90,33 @@ impl Runner {
             }
         }
     }
+}
+
+/// Looks at both sides; warnings are told, errors are one error.
+pub(super) async fn check_ready(
+    config: &JobConfig,
+    selection: &Selection,
+    report: &Report,
+) -> Result<()> {
+    let mut options = check::CheckOptions::new(config.job.clone());
+    options.selection = selection.clone();
+    options.copy_jobs = config.jobs;
+    let mut found = check::run(&config.source, &config.target, options.clone()).await?;
+    while found.findings.iter().any(|finding| finding.code == "unreachable") {
+        // To a person this is a finding; the runner was there a moment ago, and knows from the
+        // error itself whether to try again.
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        Session::connect(&config.source, Purpose::Sql).await?;
+        Session::connect(&config.target, Purpose::Sql).await?;
+        found = check::run(&config.source, &config.target, options.clone()).await?;
+    }
+    let mut errors = Vec::new();
+    for finding in &found.findings {
+        match finding.level {
+            check::Level::Error => errors.push(format!("{finding}")),
+            check::Level::Warning => report(Notice::Said(format!("warning: {finding}"))),
+            check::Level::Info => {}
+        }
+    }
+    if errors.is_empty() { Ok(()) } else { Err(Error::NotReady(errors.join("; "))) }
 }

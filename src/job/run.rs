@@ -3,7 +3,7 @@
 //! Any fault that may mend itself drops everything (sessions, streams, lease) and begins again from
 //! the stored phase, which is the same as being killed and started again: one path, tested by both.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -27,6 +27,9 @@ use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
 use crate::source::{HeldSlot, Recorded};
 use crate::{apply, copy, schema};
+
+/// How long servers that were never reached are tried.
+const FIRST_TRY: Duration = Duration::from_secs(10);
 
 /// What a job is, apart from its state.
 #[derive(Clone, Debug)]
@@ -101,6 +104,8 @@ pub struct Runner {
     pub(super) level_at: Option<Lsn>,
     /// See [`Vigil`].
     pub(super) busy: Arc<AtomicBool>,
+    /// Check has passed in this session already, before the job was written down.
+    pub(super) checked: bool,
 }
 
 impl Runner {
@@ -114,11 +119,15 @@ impl Runner {
     ) -> Result<Phase> {
         let fresh = || Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
         let mut backoff = fresh();
+        let (begun, mut opened) = (tokio::time::Instant::now(), false);
         let mut last = None;
         loop {
             let started = tokio::time::Instant::now();
-            let outcome = Self::session(&config, &until, &report, &stop, &mut last).await;
+            let seen = (&mut last, &mut opened);
+            let outcome = Self::session(&config, &until, &report, &stop, seen).await;
             match outcome {
+                // A server never seen may be a mistake in its name: trying for ever tells nobody.
+                Err(error) if !opened && begun.elapsed() > FIRST_TRY => return Err(error),
                 Err(error) if error.fault() == Fault::Retry && !*stop.borrow() => {
                     tracing::warn!(%error, "trying again");
                     report(Notice::Trouble(error.to_string()));
@@ -144,13 +153,14 @@ impl Runner {
         until: &Until,
         report: &Report,
         stop: &watch::Receiver<bool>,
-        last: &mut Option<Holder>,
+        (last, opened): (&mut Option<Holder>, &mut bool),
     ) -> Result<Phase> {
         let mut stopping = stop.clone();
         let (mut runner, mut vigil) = tokio::select! {
-            opened = Self::open(config, report, stop, last) => opened?,
+            runner = Self::open(config, report, stop, last) => runner?,
             _ = stopping.wait_for(|stop| *stop) => return Err(Error::Interrupted),
         };
+        *opened = true;
         let (mut stopping, mut flying) = (stop.clone(), runner.flying.subscribe());
         let outcome = tokio::select! {
             outcome = runner.drive(until) => outcome,
@@ -186,23 +196,16 @@ impl Runner {
         let keep = [lease.process_id(), listener.process_id()];
         lease::end_predecessors(&mut home, &config.job, &keep).await?;
         let mut source = Session::connect(&config.source, Purpose::Sql).await?;
-        lease::end_predecessors(&mut source, &config.job, &[]).await?;
         let mut store = Store::new(home, config.job.clone());
-        store.ensure(&[apply::DDL, copy::DDL, schema::DDL]).await?;
-        ensure(&mut source, &[DDL_BOTH, apply::DDL]).await?;
-        let systems = (system_of(&mut source).await?, system_of(&mut store.session).await?);
-        let places = (place(&config.source), place(&config.target));
-        store.create(&places.0, &places.1, (&systems.0, &systems.1), &config.options).await?;
-        let row = store.load().await?.ok_or_else(|| Error::State("the job is gone".to_string()))?;
-        accept(&config, &row, &systems)?;
-        if row.error.is_some() {
-            store.set_error(None).await?;
-        }
+        let selection = config.options.selection(&mut source).await?;
+        let checked = admit(&config, &selection, &mut source, &mut store, report).await?;
+        lease::end_predecessors(&mut source, &config.job, &[]).await?;
+        make_tables(&config, &mut store, &mut source).await?;
+        // What stopped the last run is either mended or about to be said again.
+        store.set_error(None).await?;
         listener
             .execute(&format!("listen {}", crate::id::quote_ident(&config.job.channel())))
             .await?;
-        let options = &config.options;
-        let selection = Selection::parse(&options.include, &options.exclude, &options.schema_only)?;
         let busy = Arc::new(AtomicBool::new(true));
         let vigil = Vigil::new(lease, config.source.clone(), busy.clone());
         let runner = Runner {
@@ -221,6 +224,7 @@ impl Runner {
             hold: None,
             level_at: None,
             busy,
+            checked,
         };
         Ok((runner, vigil))
     }
@@ -332,10 +336,12 @@ impl Runner {
             Stream::Forward => (&self.config.source, &self.config.target, row.source_system),
             Stream::Reverse => (&self.config.target, &self.config.source, row.target_system),
         };
-        let selection = self.selection.clone();
+        // A partition made since is of a published table, or it would not be in the stream: only
+        // tables known to be left out are filtered, the rest must be applied or refused by name.
+        let left_out = self.left_out(from).await?;
         let tables: TableFilter = Arc::new(move |table: &QualifiedName| match &*table.schema {
             "walferry" => table.name == "canary",
-            _ => selection.has_rows(table),
+            _ => !left_out.contains(table),
         });
         let gate = (stream == Stream::Reverse).then(|| self.reverse_open.clone());
         Ok(Pipe::start(PipeOptions {
@@ -382,6 +388,14 @@ impl Runner {
         Ok(all.into_iter().filter(keep).collect())
     }
 
+    /// Tables of a side whose rows take no part.
+    async fn left_out(&self, side: &Config) -> Result<HashSet<QualifiedName>> {
+        let mut session = Session::connect(side, Purpose::Sql).await?;
+        let all = tables(&mut session, &Selection::default()).await?;
+        let names = all.into_iter().map(|t| t.name);
+        Ok(names.filter(|name| !self.selection.has_rows(name)).collect())
+    }
+
     pub(super) async fn answer_flip(
         &mut self,
         outcome: std::result::Result<serde_json::Value, String>,
@@ -391,6 +405,40 @@ impl Runner {
         }
         Ok(())
     }
+}
+
+/// A job that exists must be the one asked for, on the same servers; for a new one nothing may
+/// stand
+/// in the way. Nothing is written, so that a mistake leaves no trace. True if check has passed.
+async fn admit(
+    config: &JobConfig,
+    selection: &Selection,
+    source: &mut Session,
+    store: &mut Store,
+    report: &Report,
+) -> Result<bool> {
+    let Some(row) = store.load().await? else {
+        super::prepare::check_ready(config, selection, report).await?;
+        return Ok(true);
+    };
+    step(row.phase, Event::Start)?;
+    accept_systems(&row, source, &mut store.session).await?;
+    if row.options != config.options {
+        return Err(Error::OtherOptions {
+            job: config.job.to_string(),
+            planned: row.options.to_string(),
+        });
+    }
+    Ok(false)
+}
+
+/// Schema walferry on both sides, and the job's row.
+async fn make_tables(config: &JobConfig, store: &mut Store, source: &mut Session) -> Result<()> {
+    store.ensure(&[apply::DDL, copy::DDL, schema::DDL]).await?;
+    ensure(source, &[DDL_BOTH, apply::DDL]).await?;
+    let systems = (system_of(source).await?, system_of(&mut store.session).await?);
+    let places = (place(&config.source), place(&config.target));
+    store.create(&places.0, &places.1, (&systems.0, &systems.1), &config.options).await
 }
 
 /// Names of what is published: every table with rows, and the canary.
@@ -450,23 +498,20 @@ pub(super) fn place(config: &Config) -> String {
     config.hosts.first().map(|host| config.clone().labelled("").peer(host)).unwrap_or_default()
 }
 
-/// Refuses to go on with other servers or other tables than the job was made with.
-fn accept(config: &JobConfig, row: &JobRow, systems: &(String, String)) -> Result<()> {
-    let sides = [
-        ("--source", &row.source_system, &systems.0),
-        ("--target", &row.target_system, &systems.1),
-    ];
-    for (side, stored, found) in sides {
-        if let Some(expected) = stored.as_ref().filter(|s| identifier(s) != identifier(found)) {
-            let (found, expected) = (found.clone(), expected.clone());
+/// Refuses to go on with other servers than the job was made with.
+pub(super) async fn accept_systems(
+    row: &JobRow,
+    source: &mut Session,
+    target: &mut Session,
+) -> Result<()> {
+    for (side, stored, session) in
+        [("--source", &row.source_system, source), ("--target", &row.target_system, target)]
+    {
+        let Some(expected) = stored.clone() else { continue };
+        let found = system_of(session).await?;
+        if identifier(&expected) != identifier(&found) {
             return Err(Error::OtherSystem { side, found, expected });
         }
-    }
-    if row.options != config.options {
-        return Err(Error::OtherOptions {
-            job: config.job.to_string(),
-            planned: serde_json::to_string(&row.options).unwrap_or_default(),
-        });
     }
     Ok(())
 }

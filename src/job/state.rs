@@ -149,9 +149,13 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
     let refuse = |asked, why| Err(Refused { phase, asked, why });
     let streams = || vec![FollowForward, FollowReverse];
     Ok(match (phase, event) {
-        (Phase::Finished, _) => return refuse("this", "the job is finished; use another --name"),
+        (Phase::Finished, event) => {
+            return refuse(asked(event), "the job has ended; give a new one another --name");
+        }
         (Phase::Canceled, Event::CancelAsked) => (Phase::Canceled, vec![CleanUp]),
-        (Phase::Canceled, _) => return refuse("this", "the job was canceled; use another --name"),
+        (Phase::Canceled, event) => {
+            return refuse(asked(event), "the job was given up; give a new one another --name");
+        }
 
         (Phase::Planned, Event::Start) => (Phase::Planned, vec![Check]),
         (Phase::Checked, Event::Start) => (Phase::Schema, vec![MakeSchema]),
@@ -218,6 +222,18 @@ fn no_flip(phase: Phase, flip: Stream) -> (&'static str, &'static str) {
         (_, Stream::Reverse) => {
             ("rollback", "it starts from switched; before that, cancel gives up")
         }
+    }
+}
+
+/// What a person asked for by an event.
+fn asked(event: Event) -> &'static str {
+    match event {
+        Event::Start => "run",
+        Event::FlipAsked(Stream::Forward) => "cutover",
+        Event::FlipAsked(Stream::Reverse) => "rollback",
+        Event::FinishAsked => "finish",
+        Event::CancelAsked => "cancel",
+        _ => "this",
     }
 }
 

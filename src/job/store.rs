@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::Result;
 use super::error::Error;
 use super::state::Phase;
+use crate::catalog::Selection;
 use crate::id::{JobName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Row, Session};
@@ -89,6 +90,29 @@ pub struct JobOptions {
     pub exclude: Vec<String>,
     /// `--schema-only`.
     pub schema_only: Vec<String>,
+}
+
+impl JobOptions {
+    /// The tables meant, knowing the partitions on this session's server.
+    pub async fn selection(&self, session: &mut Session) -> Result<Selection> {
+        let selection = Selection::parse(&self.include, &self.exclude, &self.schema_only)?;
+        Ok(selection.with_partitions(session).await?)
+    }
+}
+
+/// As on the command line.
+impl std::fmt::Display for JobOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let lists = [
+            ("--include", &self.include),
+            ("--exclude", &self.exclude),
+            ("--schema-only", &self.schema_only),
+        ];
+        let given = lists.iter().flat_map(|(option, list)| list.iter().map(move |p| (option, p)));
+        let given: Vec<String> = given.map(|(option, p)| format!("{option} '{p}'")).collect();
+        f.write_str(if given.is_empty() { "none" } else { "" })?;
+        f.write_str(&given.join(" "))
+    }
 }
 
 /// What a flip needs to be undone or finished by another process.

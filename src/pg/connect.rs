@@ -23,7 +23,9 @@ const SETTINGS: &str = "-c DateStyle=ISO -c IntervalStyle=postgres -c extra_floa
      -c bytea_output=hex -c array_nulls=on -c xmloption=content -c TimeZone=UTC \
      -c lc_monetary=C -c statement_timeout=0 -c lock_timeout=0 \
      -c idle_in_transaction_session_timeout=0 -c default_transaction_read_only=off \
-     -c default_transaction_isolation=read\\ committed -c row_security=off -c search_path=";
+     -c default_transaction_isolation=read\\ committed -c row_security=off -c array_nulls=on \
+     -c xmloption=content -c standard_conforming_strings=on -c quote_all_identifiers=off \
+     -c exit_on_error=off -c search_path=";
 
 /// One place behind a host's name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -193,6 +195,7 @@ async fn open_wanted(
 ) -> Result<Session> {
     let opened = open_by_mode(config, host, address, purpose).await?;
     let mut session = Session::from_opened(opened);
+    settle(&mut session, purpose).await?;
     if wanted == TargetSessionAttrs::Any {
         return Ok(session);
     }
@@ -218,6 +221,25 @@ async fn open_wanted(
         transient: true, // A failover may be under way.
         server: None,
     })
+}
+
+/// Settings that cannot be in the start-up packet: those that older servers do not know would end
+/// the session there, and one that is only wrong where it is off. One round trip.
+async fn settle(session: &mut Session, purpose: Purpose) -> Result<()> {
+    if purpose == Purpose::PoolerAdmin {
+        return Ok(());
+    }
+    let mut sql = String::from(
+        "select pg_catalog.set_config('synchronous_commit', 'local', false) \
+         where pg_catalog.current_setting('synchronous_commit') = 'off'",
+    );
+    for (name, since) in [("idle_session_timeout", 14), ("transaction_timeout", 17)] {
+        if session.major_version() >= since {
+            sql.push_str(&format!("; set {name} = 0"));
+        }
+    }
+    session.query(&sql).await?;
+    Ok(())
 }
 
 /// Tries what sslmode allows, in its order.

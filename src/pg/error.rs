@@ -181,7 +181,7 @@ impl Error {
 fn transient(code: &str) -> bool {
     code.starts_with("08")
         || matches!(code, "40001" | "40P01" | "55P03" | "53300" | "57P01" | "57P02" | "57P03")
-        || matches!(code, "57P05" | "25P03") // an idle session that the server ended
+        || matches!(code, "57P05" | "25P03" | "25P04") // a timeout that ended an idle session
         || code == "57014" // canceled by a person or a statement timeout
 }
 

@@ -54,6 +54,7 @@ pub async fn dump(config: &Config, selection: &Selection, options: &Options) -> 
     let snapshot = row.string(0)?;
     let views = Views::read(&mut session).await?;
     let left_out = views.left_out(|name| selection.has_schema(name));
+    let indexes = indexes(&mut session, &left_out).await?;
     let arguments = arguments(program.major, options, &snapshot, &left_out);
     let peer = session.peer().to_string();
     let (pre, post) = tokio::try_join!(
@@ -61,15 +62,35 @@ pub async fn dump(config: &Config, selection: &Selection, options: &Options) -> 
         run(&program.path, config, &peer, &arguments, "post-data")
     )?;
     session.execute("rollback").await?;
-    let mut post = without(&post, &left_out)?;
+    let gone = [left_out.clone(), indexes].concat();
+    let mut post = without(&post, &gone)?;
     for view in views.populated().iter().filter(|view| !left_out.contains(view)) {
         post.push_str(&format!("\nREFRESH MATERIALIZED VIEW {};\n", view.quoted()));
     }
     Ok(Dump { pre: without(&pre, &left_out)?, post })
 }
 
-/// The script without foreign keys to, and partitions of, tables left out: pg_dump does not look
-/// at the other end of those.
+/// Indexes of these tables.
+async fn indexes(session: &mut Session, tables: &[QualifiedName]) -> Result<Vec<QualifiedName>> {
+    if tables.is_empty() {
+        return Ok(Vec::new());
+    }
+    let sql = "select n.nspname, c.relname, xn.nspname, x.relname from pg_catalog.pg_index i \
+         join pg_catalog.pg_class c on c.oid = i.indrelid \
+         join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+         join pg_catalog.pg_class x on x.oid = i.indexrelid \
+         join pg_catalog.pg_namespace xn on xn.oid = x.relnamespace";
+    let mut indexes = Vec::new();
+    for row in session.query(sql).await? {
+        if tables.contains(&QualifiedName::new(row.str(0)?, row.str(1)?)) {
+            indexes.push(QualifiedName::new(row.str(2)?, row.str(3)?));
+        }
+    }
+    Ok(indexes)
+}
+
+/// The script without foreign keys to, partitions of, tables and indexes left out: pg_dump does
+/// not look at the other end of those.
 fn without(script: &str, left_out: &[QualifiedName]) -> Result<String> {
     if left_out.is_empty() {
         return Ok(script.to_string());
@@ -150,7 +171,8 @@ async fn run(
     }
     // Strings in the script are read by script.rs, which knows one kind of plain quotes.
     let options = config.options.as_deref().unwrap_or_default();
-    let options = format!("{options} -c standard_conforming_strings=on");
+    let options =
+        format!("{options} -c standard_conforming_strings=on -c quote_all_identifiers=off");
     command.env("PGOPTIONS", options.trim()).stdin(Stdio::null()).kill_on_drop(true);
     let output = command
         .output()

@@ -175,9 +175,16 @@ fn alter_table(cursor: &mut Cursor<'_>) -> Option<(Wave, Vec<Lock>)> {
     Some((Wave::ForeignKey, locks))
 }
 
-/// The table that a FOREIGN KEY or ATTACH PARTITION statement needs beside its own.
+/// The table that a FOREIGN KEY or ATTACH PARTITION statement needs beside its own; of indexes
+/// that are attached, both.
 pub fn other_tables(sql: &str) -> Vec<QualifiedName> {
     let mut cursor = Cursor::new(sql);
+    if cursor.eat("alter index") {
+        let index = cursor.name();
+        let attached = cursor.eat("attach partition").then(|| cursor.name()).flatten();
+        return attached
+            .map_or(Vec::new(), |attached| index.into_iter().chain([attached]).collect());
+    }
     if !(cursor.eat("alter table only") || cursor.eat("alter table")) {
         return Vec::new();
     }
@@ -326,6 +333,7 @@ mod tests {
             names("ALTER TABLE ONLY a.t ADD CONSTRAINT f FOREIGN KEY (x) REFERENCES b.u(y)"),
             ["a.t", "b.u"]
         );
+        assert_eq!(names("ALTER INDEX a.i ATTACH PARTITION a.j"), ["a.i", "a.j"]);
         assert_eq!(names("ALTER TABLE ONLY a.p ATTACH PARTITION a.c DEFAULT"), ["a.p", "a.c"]);
         assert!(names("ALTER TABLE a.p ADD CONSTRAINT c CHECK (true)").is_empty());
     }

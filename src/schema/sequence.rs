@@ -88,6 +88,7 @@ mod tests {
             max_value,
             cache: 1,
             cycle: false,
+            owner: None,
         }
     }
 

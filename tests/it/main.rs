@@ -4,10 +4,12 @@
 mod apply;
 mod catalog;
 mod check;
+mod cli;
 mod copy;
 mod cutover;
 mod decode;
 mod faults;
+mod input;
 mod job;
 mod pg;
 mod route;

@@ -126,9 +126,14 @@ impl Facts {
 /// Settings of a session that overrides none; of ours, where such a session cannot be had.
 async fn settings(config: &Config, session: &mut Session) -> pg::Result<HashMap<String, String>> {
     let sql = "select name, setting from pg_catalog.pg_settings";
-    let rows = match Session::connect(config, Purpose::PoolerAdmin).await {
-        Ok(mut bare) => bare.query(sql).await?,
-        Err(_) => session.query(sql).await?,
+    let bare = match Session::connect(config, Purpose::PoolerAdmin).await {
+        // Its own defaults may end it before it is asked.
+        Ok(mut bare) => bare.query(sql).await.ok(),
+        Err(_) => None,
+    };
+    let rows = match bare {
+        Some(rows) => rows,
+        None => session.query(sql).await?,
     };
     let mut settings = HashMap::new();
     for row in rows {

@@ -30,8 +30,9 @@ use std::time::Duration;
 
 use crate::catalog::{self, Selection, Table};
 use crate::id::JobName;
-use crate::pg::{self, Config};
+use crate::pg::{self, Config, Session};
 
+use super::state::Phase;
 use end::End;
 pub use finding::{Finding, Level, Report, Side};
 
@@ -81,6 +82,8 @@ struct Check<'a> {
     /// Tables of the source that the selection names.
     tables: Vec<Table>,
     findings: Vec<Finding>,
+    /// The phase of a job of this name that has begun: what it made is not in its own way.
+    begun: Option<Phase>,
 }
 
 /// Looks at both sides. Takes a second or two; writes nothing.
@@ -91,7 +94,7 @@ struct Check<'a> {
 /// Where a connection breaks in the middle, or a server answers what no version of PostgreSQL does.
 pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg::Result<Report> {
     let ends = tokio::join!(End::open(Side::Source, source), End::open(Side::Target, target));
-    let (mut source, target) = match ends {
+    let (mut source, mut target) = match ends {
         (Ok(source), Ok(target)) => (source, target),
         (source, target) => {
             let failures = [(Side::Source, source.err()), (Side::Target, target.err())];
@@ -101,7 +104,10 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     };
     let start = traffic::Sample::take(&mut source).await?;
     let tables = catalog::tables(&mut source.session, &options.selection).await?;
-    let mut check = Check { options: &options, source, target, tables, findings: Vec::new() };
+    let begun = begun(&mut target.session, &options.job).await?;
+    let findings = begun.iter().map(|phase| existing(*phase, &options.job)).collect();
+    let mut check = Check { options: &options, source, target, tables, findings, begun };
+    check.patterns().await?;
     check.servers().await?;
     check.rights().await?;
     check.tables().await?;
@@ -111,6 +117,31 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.tools().await;
     check.traffic(start).await?;
     Ok(Report::new(check.findings))
+}
+
+/// The phase of a job of this name that has made something.
+async fn begun(target: &mut Session, job: &JobName) -> pg::Result<Option<Phase>> {
+    let there = "select pg_catalog.to_regclass('walferry.job') is not null";
+    if !target.query_one(there, &[]).await?.bool(0)? {
+        return Ok(None);
+    }
+    let sql = "select phase from walferry.job where name = $1";
+    let row = target.query_opt(sql, &[Some(job.as_str())]).await?;
+    let phase = row.map(|row| row.parse::<Phase>(0)).transpose()?;
+    Ok(phase.filter(|phase| *phase > Phase::Checked))
+}
+
+fn existing(phase: Phase, job: &JobName) -> Finding {
+    let object = format!("job {job}");
+    if matches!(phase, Phase::Finished | Phase::Canceled) {
+        let message = format!("is {phase}, and its history is kept: give a new job another --name");
+        return Finding::error(Side::Target, "job-has-ended", object, message);
+    }
+    let message = format!(
+        "has begun and is {phase}: what it made is not reported as being in the way; `walferry \
+         run` goes on with it"
+    );
+    Finding::info(Side::Target, "job-has-begun", object, message)
 }
 
 impl Check<'_> {

@@ -28,7 +28,10 @@ impl Check<'_> {
         self.pair();
         for end in [&self.source, &self.target] {
             self.findings.extend(version(end));
-            self.findings.extend(capacity(end, self.options));
+            // A job that has begun has its slot, walsender, origin and connections already.
+            let begun = self.begun.is_some();
+            let room = capacity(end, self.options).into_iter();
+            self.findings.extend(room.filter(|f| !begun || f.code == "wal-level"));
             self.findings.extend(timeouts(end));
             if end.facts.in_recovery {
                 let message = "is a standby: connect to the primary (add \
@@ -150,15 +153,6 @@ fn capacity(end: &End, options: &CheckOptions) -> Vec<Finding> {
 /// Timeouts that would act on walferry's sessions, or that walferry lives with.
 fn timeouts(end: &End) -> Vec<Finding> {
     let mut findings = Vec::new();
-    let role = quote_ident(&end.facts.role);
-    for name in ["transaction_timeout", "idle_session_timeout"] {
-        let value = end.number(name);
-        if value > 0 {
-            let message = format!("is {value} ms: it would end walferry's longer sessions");
-            let fix = format!("ALTER ROLE {role} SET {name} = 0;");
-            findings.push(Finding::warning(end.side, "timeout", name, message).fix(fix));
-        }
-    }
     let value = end.number("idle_replication_slot_timeout");
     if value > 0 {
         let message = format!("is {value} s: a job paused for longer loses its slot");
@@ -170,7 +164,13 @@ fn timeouts(end: &End) -> Vec<Finding> {
     let message = format!("is {value} ms; walferry answers every second, whatever it is doing");
     let name = "wal_sender_timeout";
     findings.push(Finding::info(end.side, "wal-sender-timeout", name, message));
-    for name in ["statement_timeout", "idle_in_transaction_session_timeout", "lock_timeout"] {
+    for name in [
+        "statement_timeout",
+        "lock_timeout",
+        "idle_in_transaction_session_timeout",
+        "idle_session_timeout",
+        "transaction_timeout",
+    ] {
         let value = end.number(name);
         if value > 0 {
             let message = format!("is {value} ms by default; walferry's own sessions are exempt");

@@ -28,6 +28,14 @@ const TRIGGERS: &str = concat!(
     "order by n.nspname, c.relname, t.tgname"
 );
 
+const NAMES: &str = concat!(
+    "select n.nspname, c.relname from pg_catalog.pg_class c \
+     join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+     where c.relkind in ('r', 'p', 'f', 'm') and c.relpersistence <> 't' and ",
+    of_users!(),
+    "order by 1, 2"
+);
+
 const BY_KIND: &str = concat!(
     "select c.relkind, n.nspname, c.relname, pg_catalog.pg_relation_size(c.oid) \
      from pg_catalog.pg_class c \
@@ -47,6 +55,24 @@ const INHERITED: &str = concat!(
 );
 
 impl Check<'_> {
+    /// A pattern that covers nothing is a typo, and would leave a table behind or take one along.
+    pub(super) async fn patterns(&mut self) -> pg::Result<()> {
+        if self.options.selection.is_everything() || self.begun.is_some() {
+            return Ok(());
+        }
+        let rows = self.source.session.query(NAMES).await?;
+        let names = rows.iter().map(|row| Ok(QualifiedName::new(row.str(0)?, row.str(1)?)));
+        let names = names.collect::<pg::Result<Vec<_>>>()?;
+        for pattern in self.options.selection.unmatched(&names) {
+            let message = "matches no table of the source: correct it (schema.table, with * and ? \
+                 as wildcards; upper and lower case differ), or leave it out";
+            let object = format!("pattern {pattern}");
+            let finding = Finding::error(Side::Source, "pattern-matches-nothing", object, message);
+            self.findings.push(finding);
+        }
+        Ok(())
+    }
+
     pub(super) async fn tables(&mut self) -> pg::Result<()> {
         self.unlogged_and_partitioned();
         for row in self.source.session.query(BY_KIND).await? {

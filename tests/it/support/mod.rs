@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use walferry::demo::server::Server;
 use walferry::pg::{Config, Purpose, Session};
 
-pub use binary::Walferry;
+pub use binary::{Ended, Walferry};
 pub use inventory::Inventory;
 
 /// A fresh server of the default version.
