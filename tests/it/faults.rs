@@ -125,7 +125,7 @@ async fn struck_in_every_phase(strike: Strike) {
     phase_done("verify", since);
 
     hold(&job.ends.source, "fence", "insert into faults.tick values (3)");
-    let cutover = job.ends.spawn(&["cutover", "--timeout", "100s"]);
+    let cutover = job.ends.spawn(&["cutover", "--timeout", "15s"]);
     let fencing = "select count(*) > 0 from walferry.journal where step = 'fence'";
     job.until_true(&job.ends.target, fencing).await;
     strike.on(&job).await;
