@@ -134,6 +134,10 @@ impl Runner {
                     let storing = store_trouble(&config, &error, &last);
                     let _ = tokio::time::timeout(Duration::from_secs(1), storing).await;
                 }
+                // A command that found us away drives the job meanwhile; we had it, and wait for it.
+                Err(error @ Error::Busy { .. }) if last.is_some() && !*stop.borrow() => {
+                    report(Notice::Trouble(error.to_string()));
+                }
                 // What broke while stopping is met again by the next run.
                 Err(error) if error.fault() == Fault::Retry => return Err(Error::Interrupted),
                 other => return other,
@@ -189,6 +193,7 @@ impl Runner {
         let name = lease::application_name(&config.job);
         config.source = config.source.labelled("source").with_application_name(&name);
         config.target = config.target.labelled("target").with_application_name(&name);
+        let again = last.is_some();
         let lease = lease::take(&config.target, &config.job, last.as_ref()).await?;
         *last = Some(lease.holder().clone());
         let mut home = Session::connect(&config.target, Purpose::Sql).await?;
@@ -197,6 +202,11 @@ impl Runner {
         lease::end_predecessors(&mut home, &config.job, &keep).await?;
         let mut source = Session::connect(&config.source, Purpose::Sql).await?;
         let mut store = Store::new(home, config.job.clone());
+        if again && store.load().await?.is_none() {
+            // It was finished or canceled while we were away: nothing is to be made anew.
+            let (job, peer) = (config.job.to_string(), store.session.peer().to_string());
+            return Err(Error::NoJob { job, peer });
+        }
         let selection = config.options.selection(&mut source).await?;
         let checked = admit(&config, &selection, &mut source, &mut store, report).await?;
         lease::end_predecessors(&mut source, &config.job, &[]).await?;

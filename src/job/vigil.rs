@@ -1,8 +1,8 @@
-//! What is asked all the time beside a runner's work: is the lease still ours, does the source answer?
+//! Asked all the time beside a runner's work: is the lease still ours, does the source answer?
 //!
 //! A network that swallows packets gives no error. TCP notices a dead peer in seconds, but not a
-//! dead stretch behind a proxy that is itself alive, so the questions are asked in SQL and have a
-//! deadline. Without an answer everything is dropped and begun again, which is always safe; work that
+//! dead stretch behind a proxy that is itself alive, so the questions are asked in SQL and have
+//! a deadline. Without an answer everything is dropped and begun again, which is always safe; work that
 //! waits on the dead connections ends with it.
 
 use std::sync::Arc;

@@ -125,7 +125,7 @@ async fn struck_in_every_phase(strike: Strike) {
     phase_done("verify", since);
 
     hold(&job.ends.source, "fence", "insert into faults.tick values (3)");
-    let cutover = job.ends.spawn(&["cutover", "--timeout", "100s"]);
+    let cutover = job.ends.spawn(&["cutover", "--timeout", "15s"]);
     let fencing = "select count(*) > 0 from walferry.journal where step = 'fence'";
     job.until_true(&job.ends.target, fencing).await;
     strike.on(&job).await;
@@ -166,8 +166,11 @@ async fn struck_in_every_phase(strike: Strike) {
     ends.done(&["finish"]).await;
     run.ended().await.expect_success();
     let after = ends.inventories().await;
-    assert_eq!(before.0.diff(&after.0), Vec::<String>::new());
-    assert_eq!(before.1.leftovers(&after.1), Vec::<String>::new());
+    // A swallowed end of a command's session is unknown to its server: the proxy's side lives.
+    let swallowed = matches!(strike, Strike::CutSilently | Strike::Stall);
+    let stays = |thing: &String| !(swallowed && thing == "+ session walferry");
+    let left = [before.0.diff(&after.0), before.1.leftovers(&after.1)].concat();
+    assert_eq!(left.into_iter().filter(stays).collect::<Vec<_>>(), Vec::<String>::new());
     println!("{strike:?}: {:.1} s in all", begun.elapsed().as_secs_f64());
 }
 
