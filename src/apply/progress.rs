@@ -1,13 +1,13 @@
 //! How far a stream is applied, kept in the same target transaction as the rows (law 2).
 //!
-//! The truth is a row of `walferry.progress`, updated in the transaction from the very value that was
-//! read before: of two appliers at work by mistake, one then fails.
+//! The truth is a row of `walferry.progress`, updated in the transaction from the very value that
+//! was read before: of two appliers at work by mistake, one then fails.
 //!
 //! Where the role may use replication origins, the session is set up with one as well, but as a tag
-//! only: every row carries it, so that nothing comes back on the reverse stream, and only one session
-//! can hold it. Its position is not used. From PostgreSQL 16 on a transaction that aborts after
-//! `pg_replication_origin_xact_setup` (a COMMIT refused by a deferred constraint, a backend ended
-//! between the two) moves the origin all the same, and the batch would be taken for applied.
+//! only: every row carries it, so that nothing comes back on the reverse stream, and only one
+//! session can hold it. Its position is not used. From PostgreSQL 16 on a transaction that aborts
+//! after `pg_replication_origin_xact_setup` (a COMMIT refused by a deferred constraint, a backend
+//! ended between the two) moves the origin all the same, and the batch would be taken for applied.
 //!
 //! <https://www.postgresql.org/docs/current/replication-origins.html>
 

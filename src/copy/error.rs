@@ -68,8 +68,12 @@ pub enum Error {
         /// What the source said.
         error: Box<pg::Error>,
     },
-    /// The source's table was rewritten between two parts of it.
-    #[error("table {table} was rewritten on the source while it was copied: it is copied again")]
+    /// The source's table was rewritten or truncated after the snapshot was taken, or between two
+    /// parts of it. All other tables are done.
+    #[error(
+        "table {table} was rewritten or truncated on the source while it was to be copied: it is \
+         copied again under a fresh snapshot"
+    )]
     Rewritten {
         /// Which table.
         table: QualifiedName,

@@ -91,10 +91,14 @@ pub async fn run(
             snapshot_id,
         },
         queue: Mutex::new(queue),
+        rewritten: Mutex::new(Vec::new()),
         progress: progress.clone(),
     });
     let first = Pair { source, target: target.session };
     let mut target = work_off(&shared, first).await?;
+    if let Some(table) = shared.rewritten() {
+        return Err(Error::Rewritten { table });
+    }
     match store::uneven(&mut target, &options.job).await? {
         Some(table) => Err(Error::Rewritten { table }),
         None => Ok(()),
@@ -313,6 +317,8 @@ struct Shared {
     source: SnapshotSource,
     origin: Origin,
     queue: Mutex<VecDeque<Work>>,
+    /// Tables that were rewritten on the source after the snapshot was taken.
+    rewritten: Mutex<Vec<QualifiedName>>,
     progress: CopyProgress,
 }
 
@@ -323,6 +329,14 @@ impl Shared {
 
     fn give_back(&self, work: Work) {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).push_front(work);
+    }
+
+    fn set_aside(&self, table: QualifiedName) {
+        self.rewritten.lock().unwrap_or_else(PoisonError::into_inner).push(table);
+    }
+
+    fn rewritten(&self) -> Option<QualifiedName> {
+        self.rewritten.lock().unwrap_or_else(PoisonError::into_inner).first().cloned()
     }
 
     fn left(&self) -> usize {
@@ -378,6 +392,11 @@ async fn worker(shared: Arc<Shared>, mut pair: Option<Pair>) -> Result<Option<Se
     while let Some(mut work) = shared.take() {
         match attempt(&shared, &mut pair, &work, &mut last_process).await {
             Ok(()) => attempts = 0,
+            // For this table the snapshot is of no use any more; for all others it is.
+            Err(Error::Rewritten { table }) => {
+                pair = None;
+                shared.set_aside(table);
+            }
             Err(error) => {
                 pair = None;
                 attempts += 1;

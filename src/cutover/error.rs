@@ -153,8 +153,8 @@ impl Faulty for Error {
     fn fault(&self) -> Fault {
         match self {
             Error::Pg(error) => error.fault(),
-            // The stored phase says what is to be done, and is looked at again. A drain that reaches
-            // the runner belongs to an undoing, which nobody else will do.
+            // The stored phase says what is to be done, and is looked at again. A drain that
+            // reaches the runner belongs to an undoing, which nobody else will do.
             Error::Unknown { .. } | Error::NotUndone { .. } | Error::Journal(_) => Fault::Retry,
             Error::Drain { .. } | Error::StreamStopped => Fault::Retry,
             _ => Fault::Stop,

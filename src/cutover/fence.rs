@@ -306,6 +306,15 @@ pub async fn open(session: &mut Session) -> Result<()> {
     writable(session).await
 }
 
+/// Shuts the seals that [`open`] opened. Idempotent; makes none.
+pub async fn shut(session: &mut Session) -> Result<()> {
+    for table in seals(session, "and t.tgenabled = 'D'").await? {
+        retry_locks(session, &format!("alter table {} enable trigger {SEAL}", table.quoted()))
+            .await?;
+    }
+    Ok(())
+}
+
 /// Takes the default of a read-only fence back from the database.
 async fn writable(session: &mut Session) -> Result<()> {
     let read_only = session

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::fence::{self, Fence, FenceKind};
 use super::{Error, Result};
+use crate::id::Stream;
 use crate::pg::{Config, Purpose, Session};
 use crate::route::{Context, Route};
 
@@ -57,16 +58,32 @@ pub async fn undo(
         Ok(opened) => opened,
         Err(_) => Err(Error::NoAnswer { waited: OPEN_WAIT }),
     };
+    // One route that cannot be undone must not keep the clients of another held.
+    let mut undone = Ok(());
     for route in routes.iter().rev() {
-        route.undo(context).await?;
+        undone = undone.and(route.undo(context).await);
     }
-    opened
+    undone?;
+    opened?;
+    if kind == FenceKind::Lock { shut_other(context).await } else { Ok(()) }
+}
+
+/// A flip opens the seal of the side it leads to, if an earlier one had shut it. That side is not
+/// live again now: sessions that were connected to it since must not write there (vitess#9453).
+async fn shut_other(context: &Context) -> Result<()> {
+    let other = match context.flip {
+        Stream::Forward => &context.target,
+        Stream::Reverse => &context.source,
+    };
+    let mut session = Session::connect(other, Purpose::Sql).await?;
+    fence::shut(&mut session).await
 }
 
 /// Lets clients through, on whichever side the routes now point to.
 pub async fn release(routes: &[Route], context: &Context) -> Result<()> {
+    let mut released = Ok(());
     for route in routes {
-        route.release(context).await?;
+        released = released.and(route.release(context).await);
     }
-    Ok(())
+    Ok(released?)
 }

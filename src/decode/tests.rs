@@ -382,7 +382,8 @@ fn a_message_outside_a_transaction_is_one_of_its_own() {
     let (mut assembler, mut decoder) = (Assembler::new(Lsn(0)), knowing());
     let lone = wire(b'M').u8(0).u64(300).text("p").u32(0).end();
     let items = run(&mut assembler, &mut decoder, std::slice::from_ref(&lone));
-    assert_eq!(items[0].end_lsn(), Some(Lsn(301)));
+    assert_eq!(items[0].end_lsn(), Some(Lsn(300)));
+    assert_eq!(chunk(&items[0]).begin.commit_lsn, Lsn(299), "before a commit that starts at 300");
     assert_eq!(chunk(&items[0]).begin.xid, 0);
     assert!(run(&mut assembler, &mut decoder, &[lone]).is_empty(), "not twice");
     let stray = wire(b'M').u8(1).u64(400).text("p").u32(0).end();

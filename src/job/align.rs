@@ -60,7 +60,7 @@ async fn hold_and_export(
     let deadline = Deadline::after(wait);
     let mut live = Session::connect(from, Purpose::Sql).await?;
     let end_lsn = barrier::mark(&mut live, "align").await?;
-    let first = post_hold(client, stream, end_lsn).await?;
+    let first = post_hold(client, stream, end_lsn, false).await?;
     wait_held(client, &first, deadline).await?;
     let name = format!("walferry_verify_{:08x}", fastrand::u32(..));
     let maker = Session::connect(from, Purpose::Replication).await?;
@@ -70,9 +70,18 @@ async fn hold_and_export(
         temporary: true,
         wait: deadline.left(),
     };
-    let held = slot::create(maker, &mut live, &options, |_| {}).await?;
+    let mut watcher = Session::connect(from, Purpose::Sql).await?;
+    let making = slot::create(maker, &mut watcher, &options, |_| {});
+    tokio::pin!(making);
+    let held = loop {
+        tokio::select! {
+            held = &mut making => break held?,
+            // A hold whose asker is silent is let go, and the stream would run past the snapshot.
+            () = tokio::time::sleep(Duration::from_secs(1)) => { client.poll(&first).await?; }
+        }
+    };
     barrier::mark(&mut live, "align").await?;
-    let second = post_hold(client, stream, held.consistent_lsn).await?;
+    let second = post_hold(client, stream, held.consistent_lsn, true).await?;
     wait_held(client, &second, deadline).await?;
     let session = Session::connect(to, Purpose::Sql).await?;
     let exported = snapshot::export(session).await?;
@@ -85,8 +94,10 @@ async fn hold_and_export(
     })
 }
 
-async fn post_hold(client: &mut Client, stream: Stream, lsn: Lsn) -> Result<String> {
-    client.post("hold", &json!({ "stream": stream.as_str(), "lsn": lsn.to_string() })).await
+/// `exact`: an error if the stream has passed the position already.
+async fn post_hold(client: &mut Client, stream: Stream, lsn: Lsn, exact: bool) -> Result<String> {
+    let args = json!({ "stream": stream.as_str(), "lsn": lsn.to_string(), "exact": exact });
+    client.post("hold", &args).await
 }
 
 async fn wait_held(client: &mut Client, id: &str, deadline: Deadline) -> Result<()> {

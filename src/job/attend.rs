@@ -46,6 +46,7 @@ impl Runner {
             self.check_streams()?;
             self.busy.store(false, Ordering::SeqCst);
             self.store_positions(&mut probes).await?;
+            self.release_late().await?;
             self.busy.store(true, Ordering::SeqCst);
             if phase == Phase::CatchingUp && self.is_level() {
                 self.build_rest().await?;
@@ -70,6 +71,17 @@ impl Runner {
             }
             self.busy.store(true, Ordering::SeqCst);
         }
+    }
+
+    /// Clients that could not be let through after a switch are let through as soon as they can be.
+    async fn release_late(&mut self) -> Result<()> {
+        if self.unreleased {
+            match self.release_clients().await {
+                Ok(_) => self.unreleased = false,
+                Err(error) => self.say(Notice::Trouble(error.to_string())),
+            }
+        }
+        Ok(())
     }
 
     /// Short while something is about to happen, so that scripts do not wait for the turn's end.
@@ -114,6 +126,13 @@ impl Runner {
                         Ok(_) if client::asker_gone(&mut self.store.session, &asked.id).await? => {
                             Err("whoever asked for it has gone".to_string())
                         }
+                        // Proofs only: neither the phase nor the record of the last flip changes.
+                        Ok(_) if request.dry_run => {
+                            self.let_go();
+                            let proven = self.fly(request.stream(), &request).await;
+                            let value = |o| serde_json::to_value(o).unwrap_or(Value::Null);
+                            proven.map(value).map_err(|error| error.to_string())
+                        }
                         Ok(event) => {
                             // A verify that lines up would keep the canary from arriving.
                             self.let_go();
@@ -157,6 +176,7 @@ impl Runner {
         };
         let _ = pipe.hold.send(Some(lsn));
         self.hold = Some(id.to_string());
+        self.hold_exact = args.get("exact").and_then(Value::as_bool) == Some(true);
         Ok(Ok(Value::Null))
     }
 
@@ -166,6 +186,12 @@ impl Runner {
         for pipe in [&self.forward, &self.reverse].into_iter().flatten() {
             let Some(lsn) = *pipe.hold.borrow() else { continue };
             let applied_lsn = pipe.applied.borrow().applied_lsn;
+            // The hold before this one may have been let go meanwhile, by a restart of the stream.
+            if self.hold_exact && pipe.applied.borrow().last_end_lsn > lsn {
+                let said = format!("the stream has passed {lsn} already; ask again");
+                client::answer(&mut self.store.session, &id, Err(said)).await?;
+                continue;
+            }
             if pipe.applied.borrow().held == Some(lsn) {
                 let outcome = Ok(json!({ "applied_lsn": applied_lsn.to_string() }));
                 client::answer(&mut self.store.session, &id, outcome).await?;

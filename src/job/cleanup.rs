@@ -4,9 +4,10 @@
 //! Every drop is idempotent, so a clean-up that was cut short is done again by the same command.
 //! The home schema goes last, as it holds the memory of what is still to be done.
 
+use super::admit::{accept_systems, place};
 use super::flip::{context, parse_routes, stream_of};
 use super::lease::Lease;
-use super::run::{JobConfig, accept_systems, place};
+use super::run::JobConfig;
 use super::state::{Event, Phase, step};
 use super::store::{JobRow, Store};
 use super::{Error, Result, lease};

@@ -32,8 +32,8 @@ impl Runner {
             drop(holder);
             match outcome {
                 Ok(()) => break,
-                Err(copy::Error::SnapshotLost { .. }) => {
-                    self.say(Notice::Said("the snapshot was lost, taking another".to_string()));
+                Err(error @ (copy::Error::SnapshotLost { .. } | copy::Error::Rewritten { .. })) => {
+                    self.say(Notice::Said(error.to_string()))
                 }
                 Err(error) => return Err(error.into()),
             }

@@ -46,8 +46,9 @@ pub struct FlipRequest {
 
 impl FlipRequest {
     /// What is stored before the flip begins.
-    pub fn record(&self) -> FlipRecord {
+    pub fn record(&self, from: Phase) -> FlipRecord {
         FlipRecord {
+            from: from.to_string(),
             attempt: self.attempt.clone(),
             flip: self.flip.clone(),
             fence: self.fence.clone(),
@@ -56,13 +57,22 @@ impl FlipRequest {
         }
     }
 
-    fn stream(&self) -> Stream {
+    pub(super) fn stream(&self) -> Stream {
         stream_of(&self.flip)
     }
 }
 
 pub(super) fn stream_of(flip: &str) -> Stream {
     if flip == "reverse" { Stream::Reverse } else { Stream::Forward }
+}
+
+/// The phase to go back to when the flip is undone.
+fn origin(record: &FlipRecord) -> Phase {
+    let known = record.from.parse().ok();
+    known.unwrap_or(match stream_of(&record.flip) {
+        Stream::Forward => Phase::Following,
+        Stream::Reverse => Phase::Switched,
+    })
 }
 
 impl Runner {
@@ -128,8 +138,9 @@ impl Runner {
             Ok(outcome) => {
                 let value = serde_json::to_value(&outcome).unwrap_or(Value::Null);
                 self.answer_flip(Ok(value)).await?;
-                let event = if request.dry_run { Event::FlipUndone } else { Event::Flipped };
-                Ok(event(flip))
+                let flown = self.row().await?.flip;
+                self.unreleased = flown.is_some_and(|flip| !flip.released);
+                Ok(Event::Flipped(flip))
             }
             // Answered once it is known.
             Err(error @ Error::Cutover(cutover::Error::Unknown { .. })) => Err(error),
@@ -145,9 +156,9 @@ impl Runner {
                     self.drain_reverse().await?;
                 }
                 self.reverse_open.store(flip == Stream::Reverse, Ordering::SeqCst);
-                self.note_undone(request.record()).await?;
+                let back = self.note_undone().await?;
                 self.answer_flip(Err(error.to_string())).await?;
-                Ok(Event::FlipUndone(flip))
+                Ok(Event::FlipUndone(back))
             }
         }
     }
@@ -175,15 +186,23 @@ impl Runner {
         }
     }
 
-    async fn fly(&mut self, flip: Stream, request: &FlipRequest) -> Result<cutover::Outcome> {
+    /// The choreography, up to its gates only for a dry run.
+    pub(super) async fn fly(
+        &mut self,
+        flip: Stream,
+        request: &FlipRequest,
+    ) -> Result<cutover::Outcome> {
         if flip == Stream::Forward {
             self.refuse_rogue_writes().await?;
         }
         self.refuse_new_tables(flip).await?;
         let mut plan = self.flight_plan(flip, request).await?;
+        let row = self.row().await?;
+        let stored = row.flip.filter(|record| record.attempt == request.attempt);
+        let record = stored.unwrap_or_else(|| request.record(row.phase));
         let mut journal = HomeJournal {
             store: &mut self.store,
-            record: request.record(),
+            record,
             phase: if flip == Stream::Forward { Phase::Switched } else { Phase::RolledBack },
             line: None,
             open: self.reverse_open.clone(),
@@ -276,7 +295,7 @@ impl Runner {
     pub(super) async fn undo_flip(&mut self) -> Result<Event> {
         let row = self.row().await?;
         let Some(record) = row.flip else {
-            return Ok(Event::FlipUndone(Stream::Forward));
+            return Ok(Event::FlipUndone(Phase::Following));
         };
         self.say(Notice::Said(format!("undoing the {} flip that was cut short", record.flip)));
         let flip = stream_of(&record.flip);
@@ -291,15 +310,17 @@ impl Runner {
             self.drain_reverse().await?;
         }
         self.reverse_open.store(flip == Stream::Reverse, Ordering::SeqCst);
-        self.note_undone(record).await?;
-        Ok(Event::FlipUndone(flip))
+        Ok(Event::FlipUndone(self.note_undone().await?))
     }
 
-    /// Undoing has let clients through already; a later run must not tell routes to release them for
-    /// a flip that was not made.
-    async fn note_undone(&mut self, mut record: FlipRecord) -> Result<()> {
+    /// Undoing has let clients through already; a later run must not tell routes to release them
+    /// for a flip that was not made.
+    /// Gives the phase the flip came from.
+    async fn note_undone(&mut self) -> Result<Phase> {
+        let Some(mut record) = self.row().await?.flip else { return Ok(Phase::Following) };
         record.released = true;
-        self.store.set_flip(&record).await
+        self.store.set_flip(&record).await?;
+        Ok(origin(&record))
     }
 
     /// True if a route may have let clients through to the other side.

@@ -5,11 +5,11 @@
 //! process runs it.
 //!
 //! - `state`: the pure step function. `store`: its tables. `lease`: one runner at a time.
-//! - `run`: the runner, a loop of step and execute. `prepare`: check, publication, slot, tables.
-//!   `copying`: rows, then indexes and constraints. `pipeline`: one stream, kept going.
-//!   `attend`: what a runner does while it follows: commands, positions. `vigil`: the lease, and
-//!   servers that fall silent. `flip`: arming the way back, and the choreography with its journal.
-//!   `cleanup`: finish and cancel.
+//! - `admit`: who may run it. `run`: the runner, a loop of step and execute. `prepare`: check,
+//!   publication, slot, tables. `copying`: rows, then indexes and constraints. `pipeline`: one
+//!   stream, kept going. `attend`: what a runner does while it follows: commands, positions.
+//!   `vigil`: the lease, and servers that fall silent. `flip`: arming the way back, and the
+//!   choreography with its journal. `cleanup`: finish and cancel.
 //! - `client`: commands from other processes. `align`: both sides held at one point, for verify.
 //!   `status`: what people and scripts see.
 //!
@@ -19,6 +19,7 @@
 //!
 //! Left out here: more than one task in a job (shard groups); they are built on the same runner.
 
+mod admit;
 pub mod align;
 mod attend;
 pub mod check;

@@ -10,23 +10,24 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use super::admit::{admit, make_tables, recorded};
 use super::flip::FlipRequest;
 use super::lease::{self, Holder};
 use super::pipeline::{Pipe, PipeOptions, TableFilter};
 use super::state::{Command, Event, Phase, step};
-use super::store::{DDL_BOTH, JobOptions, JobRow, Store, ensure};
+use super::store::{JobOptions, JobRow, Store};
 use super::vigil::Vigil;
 use super::{Error, Result, client};
 use crate::catalog::{Selection, Table, tables};
 use crate::change::Snapshot;
 use crate::clock::Backoff;
+use crate::copy;
 use crate::copy::CopyProgress;
 use crate::fault::{Fault, Faulty};
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
-use crate::source::{HeldSlot, Recorded};
-use crate::{apply, copy, schema};
+use crate::source::HeldSlot;
 
 /// How long servers that were never reached are tried.
 const FIRST_TRY: Duration = Duration::from_secs(10);
@@ -101,6 +102,10 @@ pub struct Runner {
     /// The slot made by this run, while its snapshot is needed.
     pub(super) slot: Option<HeldSlot>,
     pub(super) hold: Option<String>,
+    /// The hold must not come too late.
+    pub(super) hold_exact: bool,
+    /// A switch was made and clients could not be let through yet.
+    pub(super) unreleased: bool,
     pub(super) level_at: Option<Lsn>,
     /// See [`Vigil`].
     pub(super) busy: Arc<AtomicBool>,
@@ -134,7 +139,8 @@ impl Runner {
                     let storing = store_trouble(&config, &error, &last);
                     let _ = tokio::time::timeout(Duration::from_secs(1), storing).await;
                 }
-                // A command that found us away drives the job meanwhile; we had it, and wait for it.
+                // A command that found us away drives the job meanwhile; we had it, and wait for
+                // it.
                 Err(error @ Error::Busy { .. }) if last.is_some() && !*stop.borrow() => {
                     report(Notice::Trouble(error.to_string()));
                 }
@@ -232,6 +238,8 @@ impl Runner {
             asked: None,
             slot: None,
             hold: None,
+            hold_exact: false,
+            unreleased: false,
             level_at: None,
             busy,
             checked,
@@ -251,7 +259,7 @@ impl Runner {
                 }
             };
             if next != phase {
-                self.enter(next).await?;
+                self.enter(phase, next).await?;
             }
             let mut following = None;
             for command in commands {
@@ -271,10 +279,10 @@ impl Runner {
     }
 
     /// Stores a phase. One that begins a flip is stored with the flip's record.
-    async fn enter(&mut self, phase: Phase) -> Result<()> {
+    async fn enter(&mut self, from: Phase, phase: Phase) -> Result<()> {
         match (&self.asked, phase) {
             (Some((_, request)), Phase::CuttingOver) => {
-                let record = request.record();
+                let record = request.record(from);
                 self.store.set_phase_and_flip(phase, &record).await?;
             }
             _ => self.store.set_phase(phase).await?,
@@ -417,40 +425,6 @@ impl Runner {
     }
 }
 
-/// A job that exists must be the one asked for, on the same servers; for a new one nothing may
-/// stand
-/// in the way. Nothing is written, so that a mistake leaves no trace. True if check has passed.
-async fn admit(
-    config: &JobConfig,
-    selection: &Selection,
-    source: &mut Session,
-    store: &mut Store,
-    report: &Report,
-) -> Result<bool> {
-    let Some(row) = store.load().await? else {
-        super::prepare::check_ready(config, selection, report).await?;
-        return Ok(true);
-    };
-    step(row.phase, Event::Start)?;
-    accept_systems(&row, source, &mut store.session).await?;
-    if row.options != config.options {
-        return Err(Error::OtherOptions {
-            job: config.job.to_string(),
-            planned: row.options.to_string(),
-        });
-    }
-    Ok(false)
-}
-
-/// Schema walferry on both sides, and the job's row.
-async fn make_tables(config: &JobConfig, store: &mut Store, source: &mut Session) -> Result<()> {
-    store.ensure(&[apply::DDL, copy::DDL, schema::DDL]).await?;
-    ensure(source, &[DDL_BOTH, apply::DDL]).await?;
-    let systems = (system_of(source).await?, system_of(&mut store.session).await?);
-    let places = (place(&config.source), place(&config.target));
-    store.create(&places.0, &places.1, (&systems.0, &systems.1), &config.options).await
-}
-
 /// Names of what is published: every table with rows, and the canary.
 pub(super) fn published(tables: &[Table]) -> Vec<QualifiedName> {
     let names = tables.iter().map(|t| t.name.clone());
@@ -477,51 +451,6 @@ async fn store_trouble(config: &JobConfig, error: &Error, last: &Option<Holder>)
     let ours = last.as_ref().map(|last| last.pid.to_string());
     if holder.is_none() || holder == ours {
         store.set_error(Some(&error.to_string())).await?;
-    }
-    Ok(())
-}
-
-/// What tells one cluster, and one of its histories, from another: `identifier/timeline`.
-pub(super) async fn system_of(session: &mut Session) -> Result<String> {
-    let sql = "select s.system_identifier || '/' || c.timeline_id \
-               from pg_catalog.pg_control_system() s, pg_catalog.pg_control_checkpoint() c";
-    Ok(session.query_one(sql, &[]).await?.string(0)?)
-}
-
-fn identifier(system: &str) -> &str {
-    system.split('/').next().unwrap_or(system)
-}
-
-/// A side's server and slot as they were recorded.
-fn recorded(side: &Config, system: Option<&str>) -> Recorded {
-    let (identifier, timeline) = system.and_then(|s| s.split_once('/')).unwrap_or_default();
-    Recorded {
-        system_identifier: identifier.to_string(),
-        timeline: timeline.parse().unwrap_or(1),
-        database: side.dbname.clone(),
-        plugin: "pgoutput".to_string(),
-    }
-}
-
-/// Host, port and database, for people.
-pub(super) fn place(config: &Config) -> String {
-    config.hosts.first().map(|host| config.clone().labelled("").peer(host)).unwrap_or_default()
-}
-
-/// Refuses to go on with other servers than the job was made with.
-pub(super) async fn accept_systems(
-    row: &JobRow,
-    source: &mut Session,
-    target: &mut Session,
-) -> Result<()> {
-    for (side, stored, session) in
-        [("--source", &row.source_system, source), ("--target", &row.target_system, target)]
-    {
-        let Some(expected) = stored.clone() else { continue };
-        let found = system_of(session).await?;
-        if identifier(&expected) != identifier(&found) {
-            return Err(Error::OtherSystem { side, found, expected });
-        }
     }
     Ok(())
 }

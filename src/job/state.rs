@@ -95,8 +95,8 @@ pub enum Event {
     FlipAsked(Stream),
     /// It passed its point of no return.
     Flipped(Stream),
-    /// It was undone; applications go on where they were. Carries the phase it came from.
-    FlipUndone(Stream),
+    /// It was undone; applications go on where they were: in the phase it came from.
+    FlipUndone(Phase),
     /// The end is asked for.
     FinishAsked,
     /// Giving up is asked for.
@@ -190,8 +190,10 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
         (Phase::CuttingOver | Phase::RolledBack, Event::Flipped(Stream::Reverse)) => {
             (Phase::RolledBack, vec![])
         }
-        (Phase::CuttingOver, Event::FlipUndone(Stream::Forward)) => (Phase::Following, vec![]),
-        (Phase::CuttingOver, Event::FlipUndone(Stream::Reverse)) => (Phase::Switched, vec![]),
+        (
+            Phase::CuttingOver,
+            Event::FlipUndone(back @ (Phase::Following | Phase::RolledBack | Phase::Switched)),
+        ) => (back, vec![]),
 
         (Phase::Switched | Phase::RolledBack, Event::FinishAsked) => {
             (Phase::Finished, vec![CleanUp])
@@ -302,8 +304,10 @@ mod tests {
             Just(FlipAsked(Stream::Reverse)),
             Just(Flipped(Stream::Forward)),
             Just(Flipped(Stream::Reverse)),
-            Just(FlipUndone(Stream::Forward)),
-            Just(FlipUndone(Stream::Reverse)),
+            Just(FlipUndone(Phase::Following)),
+            Just(FlipUndone(Phase::RolledBack)),
+            Just(FlipUndone(Phase::Switched)),
+            Just(FlipUndone(Phase::Copying)),
             Just(FinishAsked),
             Just(CancelAsked),
         ]
@@ -332,7 +336,8 @@ mod tests {
                 match (event, next) {
                     (Event::Flipped(Stream::Forward), _) => live = Stream::Reverse,
                     (Event::Flipped(Stream::Reverse), _) => live = Stream::Forward,
-                    (Event::FlipUndone(stream), _) => live = stream,
+                    (Event::FlipUndone(Phase::Switched), _) => live = Stream::Reverse,
+                    (Event::FlipUndone(_), _) => live = Stream::Forward,
                     _ => {}
                 }
                 if phase >= Phase::Finished {

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::run::{JobConfig, place};
+use super::admit::place;
+use super::run::JobConfig;
 use super::state::Phase;
 use super::store::{Store, StreamRow};
 use super::{Error, Result, lease};

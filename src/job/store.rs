@@ -118,6 +118,9 @@ impl std::fmt::Display for JobOptions {
 /// What a flip needs to be undone or finished by another process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FlipRecord {
+    /// The phase it began in, and goes back to when it is undone.
+    #[serde(default)]
+    pub from: String,
     /// Tells attempts apart in the journal.
     pub attempt: String,
     /// `forward` (cutover) or `reverse` (rollback).

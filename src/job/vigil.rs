@@ -2,8 +2,8 @@
 //!
 //! A network that swallows packets gives no error. TCP notices a dead peer in seconds, but not a
 //! dead stretch behind a proxy that is itself alive, so the questions are asked in SQL and have
-//! a deadline. Without an answer everything is dropped and begun again, which is always safe; work that
-//! waits on the dead connections ends with it.
+//! a deadline. Without an answer everything is dropped and begun again, which is always safe; work
+//! that waits on the dead connections ends with it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -4,7 +4,7 @@
 
 use std::future::Future;
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -21,6 +21,10 @@ use crate::pg::{Config, Purpose, ReplicationMessage, Session};
 
 /// How long a slot that a walsender of ours still holds is waited for when opening.
 const FREE_WAIT: Duration = Duration::from_secs(10);
+
+/// How long a source that is silent and at work is waited for. Where wal_sender_timeout is off, a
+/// walsender never lets go by itself.
+const PATIENCE: Duration = Duration::from_secs(1800);
 
 /// What to read, and from where.
 #[derive(Clone, Debug)]
@@ -95,6 +99,7 @@ pub enum End {
 /// An open stream, not being read yet.
 #[derive(Debug)]
 pub struct Stream {
+    config: Config,
     session: Session,
     options: StreamOptions,
     interval: Duration,
@@ -117,7 +122,7 @@ impl Stream {
         tracing::debug!(slot = name, %start_lsn, proto_version = version, "starting replication");
         let wanted: Vec<(&str, &str)> = wanted.iter().map(|(n, v)| (*n, v.as_str())).collect();
         match session.start_replication(name, start_lsn, &wanted).await {
-            Ok(()) => Ok(Stream { session, options, interval }),
+            Ok(()) => Ok(Stream { config: config.clone(), session, options, interval }),
             Err(error) if error.code() == Some("55006") => Err(Error::SlotInUse {
                 slot: name.to_string(),
                 pid: status.active_pid.unwrap_or(0),
@@ -152,6 +157,8 @@ impl Stream {
             positions,
             buffered_lsn: start_lsn,
             commit_time: None,
+            config: self.config,
+            silent_since: None,
         };
         let end = loop {
             if let Some(end) = reader.step().await? {
@@ -215,6 +222,8 @@ struct Reader<'a, S> {
     positions: &'a watch::Sender<Positions>,
     buffered_lsn: Lsn,
     commit_time: Option<PgTimestamp>,
+    config: Config,
+    silent_since: Option<Instant>,
 }
 
 impl<S: Sink> Reader<'_, S> {
@@ -223,7 +232,10 @@ impl<S: Sink> Reader<'_, S> {
         let message = tokio::select! {
             biased;
             wake = self.pace.wake() => {
-                let end = self.pace.turn(&mut self.session, wake, true).await?;
+                let end = match self.pace.turn(&mut self.session, wake, true).await {
+                    Err(silent @ Error::Silent { .. }) => self.bear_with(silent).await?,
+                    turned => turned?,
+                };
                 self.publish();
                 return Ok(end);
             }
@@ -243,7 +255,28 @@ impl<S: Sink> Reader<'_, S> {
         Ok(None)
     }
 
+    /// A walsender that decodes a large transaction of which nothing is published answers nobody
+    /// for as long as that takes (seen: 25 s for 20 million rows). While the server says that it
+    /// holds our slot it is at work; one whose network is gone lets go of it after its own timeout.
+    async fn bear_with(&mut self, silent: Error) -> Result<Option<End>> {
+        let since = *self.silent_since.get_or_insert_with(Instant::now);
+        let asking = tokio::time::timeout(self.options.silence, self.holds_slot()).await;
+        if since.elapsed() > PATIENCE || !matches!(asking, Ok(Ok(true))) {
+            return Err(silent);
+        }
+        tracing::info!(slot = self.options.slot, "the source is silent, and at work");
+        self.pace.resume_listening();
+        Ok(None)
+    }
+
+    async fn holds_slot(&self) -> Result<bool> {
+        let mut session = Session::connect(&self.config, Purpose::Sql).await?;
+        let status = slot::status(&mut session, &self.options.slot).await?;
+        Ok(status.and_then(|status| status.active_pid) == Some(self.session.process_id()))
+    }
+
     async fn take(&mut self, message: ReplicationMessage) -> Result<Option<End>> {
+        self.silent_since = None;
         let item = match message {
             ReplicationMessage::Data { start_lsn, data, .. } => {
                 self.pace.heard(false);

@@ -1,0 +1,94 @@
+//! Who may run which job: what a run, a finish and a cancel hold against what is stored before they
+//! touch anything, and how servers are told apart.
+
+use super::run::{JobConfig, Report};
+use super::state::{Event, step};
+use super::store::{DDL_BOTH, JobRow, Store, ensure};
+use super::{Error, Result};
+use crate::catalog::Selection;
+use crate::pg::{Config, Session};
+use crate::source::Recorded;
+use crate::{apply, copy, schema};
+
+/// A job that exists must be the one asked for, on the same servers; for a new one nothing may
+/// stand in the way. Nothing is written, so that a mistake leaves no trace. True if check has
+/// passed.
+pub(super) async fn admit(
+    config: &JobConfig,
+    selection: &Selection,
+    source: &mut Session,
+    store: &mut Store,
+    report: &Report,
+) -> Result<bool> {
+    let Some(row) = store.load().await? else {
+        super::prepare::check_ready(config, selection, report).await?;
+        return Ok(true);
+    };
+    step(row.phase, Event::Start)?;
+    accept_systems(&row, source, &mut store.session).await?;
+    if row.options != config.options {
+        return Err(Error::OtherOptions {
+            job: config.job.to_string(),
+            planned: row.options.to_string(),
+        });
+    }
+    Ok(false)
+}
+
+/// Schema walferry on both sides, and the job's row.
+pub(super) async fn make_tables(
+    config: &JobConfig,
+    store: &mut Store,
+    source: &mut Session,
+) -> Result<()> {
+    store.ensure(&[apply::DDL, copy::DDL, schema::DDL]).await?;
+    ensure(source, &[DDL_BOTH, apply::DDL]).await?;
+    let systems = (system_of(source).await?, system_of(&mut store.session).await?);
+    let places = (place(&config.source), place(&config.target));
+    store.create(&places.0, &places.1, (&systems.0, &systems.1), &config.options).await
+}
+
+/// What tells one cluster, and one of its histories, from another: `identifier/timeline`.
+pub(super) async fn system_of(session: &mut Session) -> Result<String> {
+    let sql = "select s.system_identifier || '/' || c.timeline_id \
+               from pg_catalog.pg_control_system() s, pg_catalog.pg_control_checkpoint() c";
+    Ok(session.query_one(sql, &[]).await?.string(0)?)
+}
+
+fn identifier(system: &str) -> &str {
+    system.split('/').next().unwrap_or(system)
+}
+
+/// A side's server and slot as they were recorded.
+pub(super) fn recorded(side: &Config, system: Option<&str>) -> Recorded {
+    let (identifier, timeline) = system.and_then(|s| s.split_once('/')).unwrap_or_default();
+    Recorded {
+        system_identifier: identifier.to_string(),
+        timeline: timeline.parse().unwrap_or(1),
+        database: side.dbname.clone(),
+        plugin: "pgoutput".to_string(),
+    }
+}
+
+/// Host, port and database, for people.
+pub(super) fn place(config: &Config) -> String {
+    config.hosts.first().map(|host| config.clone().labelled("").peer(host)).unwrap_or_default()
+}
+
+/// Refuses to go on with other servers than the job was made with.
+pub(super) async fn accept_systems(
+    row: &JobRow,
+    source: &mut Session,
+    target: &mut Session,
+) -> Result<()> {
+    for (side, stored, session) in
+        [("--source", &row.source_system, source), ("--target", &row.target_system, target)]
+    {
+        let Some(expected) = stored.clone() else { continue };
+        let found = system_of(session).await?;
+        if identifier(&expected) != identifier(&found) {
+            return Err(Error::OtherSystem { side, found, expected });
+        }
+    }
+    Ok(())
+}
