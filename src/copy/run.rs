@@ -393,10 +393,7 @@ async fn worker(shared: Arc<Shared>, mut pair: Option<Pair>) -> Result<Option<Se
         match attempt(&shared, &mut pair, &work, &mut last_process).await {
             Ok(()) => attempts = 0,
             // For this table the snapshot is of no use any more; for all others it is.
-            Err(Error::Rewritten { table }) => {
-                pair = None;
-                shared.set_aside(table);
-            }
+            Err(Error::Rewritten { table }) => shared.set_aside(table),
             Err(error) => {
                 pair = None;
                 attempts += 1;

@@ -44,8 +44,8 @@ pub(super) struct Origin {
     pub snapshot_id: String,
 }
 
-/// Copies the part, unless it turns out to be done. On an error the sessions cannot be used again;
-/// closing them leaves nothing of the part on the target.
+/// Copies the part, unless it turns out to be done. On an error but `Rewritten` the sessions cannot
+/// be used again; closing them leaves nothing of the part on the target.
 pub(super) async fn transfer(
     source: &mut Session,
     target: &mut Session,
@@ -54,6 +54,7 @@ pub(super) async fn transfer(
     progress: &CopyProgress,
 ) -> Result<()> {
     let (job, part) = (origin.job.as_str(), &work.part);
+    let filenode = pin(source, work).await?;
     target.execute(&store::begun_sql(job, part)).await?;
     target.execute("begin").await?;
     let locked = target.query(&store::lock_sql(job, part)).await?;
@@ -72,7 +73,7 @@ pub(super) async fn transfer(
     }
     let mut count = Count { progress, table: &part.table, rows: 0, bytes: 0, kept: false };
     let (sender, receiver) = mpsc::channel(CHUNKS);
-    let (filenode, rows) =
+    let ((), rows) =
         tokio::try_join!(read(source, work, sender, &mut count), write(target, work, receiver))?;
     count.correct(rows);
     let done = Done {
@@ -123,13 +124,13 @@ impl Drop for Count<'_> {
     }
 }
 
-/// Reads the part to its end; gives the file it was in, for tables of several parts.
+/// Reads the part to its end.
 async fn read(
     source: &mut Session,
     work: &Work,
     sender: mpsc::Sender<Bytes>,
     count: &mut Count<'_>,
-) -> Result<Option<u32>> {
+) -> Result<()> {
     let table = &work.part.table;
     let sql = read_sql(&work.table, &work.part, &work.with.read);
     let unreadable = |error| unreadable(table, error);
@@ -154,18 +155,28 @@ async fn read(
     }
     count.add(rows, chunk.len());
     pass(&sender, chunk.freeze()).await?;
-    // COPY has locked the table until our transaction ends: nobody can rewrite it any more. Who did
-    // so (ALTER TYPE, TRUNCATE, CLUSTER) after our snapshot was taken left a file in which the
-    // snapshot sees nothing; pg_class as the snapshot sees it still names the file before.
+    Ok(())
+}
+
+/// Locks the table until our transaction ends, so that nobody can rewrite it any more, and looks
+/// whether somebody has since the snapshot was taken (ALTER TYPE, TRUNCATE, CLUSTER): in the new
+/// file the snapshot may see nothing, and COPY would give no rows and no error. pg_class as the
+/// snapshot sees it still names the file before. Gives the file, for tables of several parts.
+async fn pin(source: &mut Session, work: &Work) -> Result<Option<u32>> {
+    let table = &work.part.table;
     let sql = format!(
-        "select c.relfilenode, pg_catalog.pg_relation_filenode(c.oid) \
+        "lock table only {} in access share mode; \
+         select c.relfilenode, pg_catalog.pg_relation_filenode(c.oid) \
          from pg_catalog.pg_class c where c.oid = {}",
+        table.quoted(),
         work.table.oid
     );
-    let row = source.query_one(&sql, &[]).await?;
+    let rows = source.query(&sql).await.map_err(|error| unreadable(table, error))?;
+    let rewritten = || Error::Rewritten { table: table.clone() };
+    let row = rows.first().ok_or_else(rewritten)?;
     let (seen, now): (Option<u32>, Option<u32>) = (row.parse_opt(0)?, row.parse_opt(1)?);
     if seen != now {
-        return Err(Error::Rewritten { table: table.clone() });
+        return Err(rewritten());
     }
     Ok(if work.part.parts == 1 { None } else { now })
 }

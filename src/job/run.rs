@@ -167,7 +167,7 @@ impl Runner {
     ) -> Result<Phase> {
         let mut stopping = stop.clone();
         let (mut runner, mut vigil) = tokio::select! {
-            runner = Self::open(config, report, stop, last) => runner?,
+            runner = Self::open(config, report, stop, (last, *opened)) => runner?,
             _ = stopping.wait_for(|stop| *stop) => return Err(Error::Interrupted),
         };
         *opened = true;
@@ -193,13 +193,12 @@ impl Runner {
         config: &JobConfig,
         report: &Report,
         stop: &watch::Receiver<bool>,
-        last: &mut Option<Holder>,
+        (last, again): (&mut Option<Holder>, bool),
     ) -> Result<(Runner, Vigil)> {
         let mut config = config.clone();
         let name = lease::application_name(&config.job);
         config.source = config.source.labelled("source").with_application_name(&name);
         config.target = config.target.labelled("target").with_application_name(&name);
-        let again = last.is_some();
         let lease = lease::take(&config.target, &config.job, last.as_ref()).await?;
         *last = Some(lease.holder().clone());
         let mut home = Session::connect(&config.target, Purpose::Sql).await?;
