@@ -54,8 +54,17 @@ impl Runner {
     async fn analyze(&self, tables: &[Table]) -> Result<()> {
         self.say(Notice::Said("analyzing the target's tables".to_string()));
         let mut session = Session::connect(&self.config.target, Purpose::Sql).await?;
+        // A help and no condition: a table that somebody has locked is left to autovacuum.
+        session.execute("set lock_timeout = '1s'").await?;
         for table in tables {
-            session.execute(&format!("analyze {}", table.name.quoted())).await?;
+            match session.execute(&format!("analyze {}", table.name.quoted())).await {
+                Err(error) if error.code() == Some("55P03") => {
+                    self.say(Notice::Said(format!("{} is locked, not analyzed", table.name)));
+                }
+                analyzed => {
+                    analyzed?;
+                }
+            }
         }
         Ok(())
     }
