@@ -57,8 +57,7 @@ const TOP_LEVEL: &[&str] = &[
 /// Not in code outside tests: each is a panic or a leftover.
 const UNFINISHED: &[&str] = &[".unwrap()", "todo!", "dbg!", "unimplemented!"];
 
-/// In no text of the repository: places that exist on one machine or in one network only, notes to
-/// oneself, and the names of machines that write text.
+/// In no text of the repository: places that exist on one machine only, and notes to oneself.
 const FOREIGN_WORDS: &[&str] = &["/home/", "/Users/", "/root/", "/work/", "FIXME", "XXX", "TODO"];
 
 /// A file: its path from the top, with `/`, and its text.
