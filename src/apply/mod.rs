@@ -113,7 +113,7 @@ pub struct Message {
 /// How to apply one stream.
 #[derive(Clone)]
 pub struct Options {
-    /// Name of the origin or the progress row, and of the stream in `walferry.stream_table`.
+    /// Name of the origin, of the progress row, and of the stream in `walferry.stream_table`.
     pub stream: String,
     /// Where progress is kept. Must not change during the life of a stream.
     pub progress: ProgressKind,
@@ -139,7 +139,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// Everything of the stream, progress in an origin.
+    /// Everything of the stream, tagged with an origin.
     pub fn new(stream: impl Into<String>) -> Self {
         Options {
             stream: stream.into(),

@@ -31,10 +31,7 @@ impl Asker {
         let mut config = config.clone();
         let home = Session::connect(&config.target, Purpose::Sql).await?;
         let mut store = Store::new(home, config.job.clone());
-        let row = store.load().await?.ok_or_else(|| job::Error::NoJob {
-            job: config.job.to_string(),
-            peer: store.session.peer().to_string(),
-        })?;
+        let row = store.load_existing().await?;
         // The job knows its tables; these commands need not repeat the options.
         config.options = row.options;
         let client = Client::connect(&config.target, &config.job).await?;

@@ -46,10 +46,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 pub async fn end(config: &JobConfig, ending: Ending) -> anyhow::Result<CleanedUp> {
     let home = Session::connect(&config.target, Purpose::Sql).await?;
     let mut store = Store::new(home, config.job.clone());
-    let row = store.load().await?.ok_or_else(|| job::Error::NoJob {
-        job: config.job.to_string(),
-        peer: store.session.peer().to_string(),
-    })?;
+    let row = store.load_existing().await?;
     // Refused before the runner is disturbed.
     let ended = matches!(row.phase, job::Phase::Finished | job::Phase::Canceled);
     if !ended {

@@ -385,11 +385,7 @@ impl Runner {
 
     /// The job's row.
     pub(super) async fn row(&mut self) -> Result<JobRow> {
-        let row = self.store.load().await?;
-        row.ok_or_else(|| Error::NoJob {
-            job: self.config.job.to_string(),
-            peer: self.store.session.peer().to_string(),
-        })
+        self.store.load_existing().await
     }
 
     /// Tells the watcher.

@@ -216,6 +216,15 @@ impl Store {
         row.as_ref().map(read_job).transpose()
     }
 
+    /// The job's row; an error that names job and server where there is none.
+    pub async fn load_existing(&mut self) -> Result<JobRow> {
+        let row = self.load().await?;
+        row.ok_or_else(|| Error::NoJob {
+            job: self.job.to_string(),
+            peer: self.session.peer().to_string(),
+        })
+    }
+
     /// Writes a new job down, in phase planned. Harmless if it exists.
     pub async fn create(
         &mut self,

@@ -89,11 +89,6 @@ impl Pipeline {
     pub fn close(&mut self, name: &str) {
         let _ = frontend::close(b'S', name, &mut self.out);
     }
-
-    /// The raw bytes, for a caller that frames messages of its own.
-    pub fn bytes_mut(&mut self) -> &mut BytesMut {
-        &mut self.out
-    }
 }
 
 fn patch(out: &mut BytesMut, at: usize, bytes: &[u8]) {

@@ -65,13 +65,6 @@ impl Session {
         Ok(CreatedSlot { consistent_lsn: row.lsn(1)?, snapshot_name: row.string(2)? })
     }
 
-    /// IDENTIFY_SYSTEM: the system identifier and the flush position.
-    pub async fn identify_system(&mut self) -> Result<(String, Lsn)> {
-        let rows = self.query("IDENTIFY_SYSTEM").await?;
-        let row = rows.first().ok_or_else(|| Error::Result("no system".to_string()))?;
-        Ok((row.string(0)?, row.lsn(2)?))
-    }
-
     /// START_REPLICATION from `start_lsn` (the server begins no earlier than the slot's
     /// confirmed position). From here on only [`Session::replication_message`] and
     /// [`Session::send_feedback`] may be called.
