@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::change::{Begin, Change, Commit, Relation};
 use crate::clock::PgTimestamp;
+use crate::id::QualifiedName;
 use crate::lsn::Lsn;
 
 /// A transaction's steps of two-phase commit, as far as messages share fields.
@@ -19,6 +20,21 @@ pub struct Prepared {
     pub end_lsn: Lsn,
     /// When.
     pub time: PgTimestamp,
+}
+
+/// What a decoder of textual output makes of one message.
+///
+/// wal2json and test_decoding describe a row by its columns' names and types and leave out what is
+/// NULL or unchanged, so the table's full list of columns and its identity come from elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// The message says this.
+    Event(Event),
+    /// The message changes this table, which the decoder does not know, or no longer as it knew it.
+    /// It remembers nothing of the message: describe the table, then give the message again.
+    Describe(QualifiedName),
+    /// The message says nothing that anybody needs.
+    Nothing,
 }
 
 /// One message, decoded.

@@ -41,7 +41,7 @@ mod tests;
 
 pub use assemble::Assembler;
 pub use error::Error;
-pub use event::{Event, Prepared};
+pub use event::{Event, Prepared, Step};
 pub use pgoutput::Decoder;
 
 /// Result with this room's error.
