@@ -16,7 +16,7 @@ else cache=${XDG_CACHE_HOME:-$HOME/.cache}/walferry
 fi
 
 if ! command -v cargo >/dev/null; then
-    echo "setup: cargo is missing: install Rust 1.88 or newer with rustup (https://rust-lang.org)," >&2
+    echo "setup: cargo is missing: install Rust 1.89 or newer with rustup (https://rust-lang.org)," >&2
     echo "       components rustfmt and clippy; Debian's own rustc is too old" >&2
     exit 1
 fi

@@ -65,7 +65,7 @@ use bytes::Bytes;
 
 pub use batch::Limits;
 pub use error::{Culprit, Error, Result};
-pub use progress::{ProgressKind, begin_at, forget};
+pub use progress::{ProgressKind, begin_at, durable_progress, forget};
 
 use batch::Batcher;
 use durable::Durable;

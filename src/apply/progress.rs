@@ -198,6 +198,11 @@ pub async fn begin_at(session: &mut Session, stream: &str, end_lsn: Lsn) -> Resu
     Ok(())
 }
 
+/// The progress of a stream that is not being applied, durable on return. Error if it has none.
+pub async fn durable_progress(session: &mut Session, stream: &str) -> Result<Lsn> {
+    Progress { stream: stream.to_string() }.flush(session).await
+}
+
 /// Drops a stream's progress and its counters. Harmless if there are none. The stream must not be
 /// running.
 pub async fn forget(session: &mut Session, stream: &str) -> Result<()> {

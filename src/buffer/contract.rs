@@ -9,6 +9,10 @@ use bytes::Bytes;
 use super::Make;
 use crate::change::Feed;
 use crate::change::{Begin, Change, Chunk, Commit, Item, Sink};
+#[cfg(test)]
+use crate::change::{Column, OldRow, Relation, ReplicaIdentity, RowBuilder, Value};
+#[cfg(test)]
+use crate::id::QualifiedName;
 use crate::lsn::Lsn;
 
 /// A check that should pass at once is given up after this.
@@ -48,6 +52,90 @@ pub fn item(number: u64, bytes: usize) -> Item {
         changes: vec![change],
         commit: Some(Commit { commit_lsn, end_lsn, commit_time }),
     })
+}
+
+/// Items of every kind, with relations, in transactions of one chunk and of several, and idle
+/// positions between them.
+#[cfg(test)]
+pub(super) fn samples(random: &mut fastrand::Rng, count: usize) -> Vec<Item> {
+    let (mut items, mut lsn, mut relations) = (Vec::new(), 10, vec![relation(random)]);
+    while items.len() < count {
+        lsn += random.u64(2..30);
+        if random.u8(0..8) == 0 {
+            items.push(Item::Idle { lsn: Lsn(lsn) });
+            continue;
+        }
+        if random.u8(0..6) == 0 {
+            relations.push(relation(random));
+        }
+        let (commit_lsn, end_lsn) = (Lsn(lsn), Lsn(lsn + 1));
+        let origin = random.bool().then(|| "elsewhere".to_string());
+        let commit_time = crate::clock::PgTimestamp(lsn as i64);
+        let begin = Arc::new(Begin { xid: lsn as u32, commit_lsn, commit_time, origin });
+        let last = if random.u8(0..5) == 0 { random.u32(1..4) } else { 0 };
+        for number in 0..=last {
+            let kinds = 0..random.usize(0..6);
+            let changes: Vec<Change> = kinds.map(|_| change(random, &relations)).collect();
+            items.push(Item::Chunk(Chunk {
+                begin: begin.clone(),
+                number,
+                bytes: changes.iter().map(Change::bytes).sum(),
+                changes,
+                commit: (number == last).then_some(Commit { commit_lsn, end_lsn, commit_time }),
+            }));
+        }
+        lsn += 1;
+    }
+    items
+}
+
+#[cfg(test)]
+fn relation(random: &mut fastrand::Rng) -> Arc<Relation> {
+    let column = |i: u32| Column {
+        name: format!("c{i}"),
+        type_oid: 20 + i,
+        type_modifier: i as i32 - 1,
+        key: i == 0,
+    };
+    Arc::new(Relation {
+        oid: random.u32(..),
+        name: QualifiedName::new("s", format!("t{}", random.u8(..))),
+        identity: ReplicaIdentity::from_letter(*b"dnfi".get(random.usize(..4)).unwrap_or(&b'd'))
+            .unwrap_or(ReplicaIdentity::Full),
+        columns: (0..random.u32(1..4)).map(column).collect(),
+    })
+}
+
+#[cfg(test)]
+fn change(random: &mut fastrand::Rng, relations: &[Arc<Relation>]) -> Change {
+    let relation = random.choice(relations).cloned().unwrap_or_else(|| unreachable!());
+    let mut row = || {
+        let mut builder = RowBuilder::new();
+        builder.push(Value::Null);
+        let text = "compressible ".repeat(random.usize(..80)).into_bytes();
+        builder.push(if random.bool() { Value::Text(&text) } else { Value::Unchanged });
+        builder.push(Value::Binary(&random.u64(..).to_be_bytes()));
+        builder.finish()
+    };
+    let (old, new) = (row(), row());
+    match random.u8(0..7) {
+        0 => Change::Insert { relation, new },
+        1 => Change::Update { relation, old: None, new },
+        2 => Change::Update { relation, old: Some(OldRow::Key(old)), new },
+        3 => Change::Update { relation, old: Some(OldRow::Full(old)), new },
+        4 => Change::Delete { relation, old: OldRow::Full(old) },
+        5 => Change::Truncate {
+            relations: relations.to_vec(),
+            cascade: random.bool(),
+            restart_identity: random.bool(),
+        },
+        _ => Change::Message {
+            transactional: random.bool(),
+            lsn: Lsn(random.u64(..)),
+            prefix: "p".to_string(),
+            content: new.as_bytes().clone(),
+        },
+    }
 }
 
 fn ensure(condition: bool, obligation: &str) -> Result<(), String> {

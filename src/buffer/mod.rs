@@ -6,9 +6,9 @@
 //! source, where it is safe.
 //!
 //! What survives a crash depends on the implementation. [`memory`] keeps nothing: the slot has been
-//! told only what the target holds durably (law 1), so everything in it comes again. A buffer that
-//! claims durability may acknowledge earlier, and `push` returns only once the item is on stable
-//! storage.
+//! told only what the target holds durably (law 1), so everything in it comes again. [`spool`] keeps
+//! what it has synced to a local disk, and publishes up to which position that is: the slot may be
+//! told so much without the target.
 //!
 //! Obligations of every implementation, all checked by [`contract::check`]:
 //! - order: items come out as they went in, each once;
@@ -19,7 +19,12 @@
 //!   receiver is dropped `push` answers [`SinkClosed`], also one that is waiting;
 //! - `pop` is cancel-safe: dropping its future loses no item.
 //!
-//! Left out for now: the disk spool and Kafka.
+//! A durable buffer is more, checked by [`contract::check_durable`]: opened again after a crash it
+//! gives everything up to its durable position, from any position that was not released, in order;
+//! what is pushed again is dropped by its position (law 3); a reader that goes is no reason to
+//! refuse a push, as another comes.
+//!
+//! Left out for now: Kafka.
 //!
 //! [`SinkClosed`]: crate::change::SinkClosed
 
@@ -27,6 +32,7 @@ use crate::change::{Feed, Sink};
 
 pub mod contract;
 pub mod memory;
+pub mod spool;
 
 /// The two ends of one buffer.
 pub type Ends<S, O> = (S, O);

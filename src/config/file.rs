@@ -24,6 +24,12 @@ pub struct File {
     pub schema_only: Vec<String>,
     /// `--jobs`.
     pub jobs: Option<usize>,
+    /// `--buffer`.
+    pub buffer: Option<String>,
+    /// `--spool-limit`.
+    pub spool_limit: Option<String>,
+    /// `--wal-budget`.
+    pub wal_budget: Option<String>,
     /// `[cutover]`.
     pub cutover: Cutover,
 }

@@ -249,7 +249,8 @@ impl Runner {
             }
             if stream == Stream::Forward {
                 if let Some(bytes) = row.lag_bytes {
-                    self.say(Notice::Lag(bytes.unsigned_abs()));
+                    let rows = row.rows_written.unwrap_or(0).unsigned_abs();
+                    self.say(Notice::Lag { bytes: bytes.unsigned_abs(), rows });
                 }
                 if let Some(trouble) = &row.error {
                     self.say(Notice::Trouble(trouble.clone()));
@@ -295,6 +296,7 @@ fn positions(pipe: &Pipe, end_lsn: Option<Lsn>) -> StreamRow {
     let level = read.received_lsn <= applied.applied_lsn;
     let age = applied.commit_time.map_or(0.0, PgTimestamp::seconds_ago);
     let lag_seconds = if level { 0.0 } else { age };
+    let spool = pipe.spool.as_ref().map(|spool| *spool.borrow());
     StreamRow {
         received_lsn: text(read.received_lsn.max(applied.applied_lsn)),
         decoded_lsn: text(read.decoded_lsn.max(applied.applied_lsn)),
@@ -306,5 +308,9 @@ fn positions(pipe: &Pipe, end_lsn: Option<Lsn>) -> StreamRow {
         lag_seconds: Some(lag_seconds),
         error: pipe.trouble.borrow().clone(),
         age_seconds: None,
+        spooled_lsn: spool.and_then(|s| text(s.spooled_lsn.max(applied.durable_lsn))),
+        spool_bytes: spool.map(|s| s.spool_bytes as i64),
+        retained_bytes: spool.and_then(|s| s.retained_bytes).map(|bytes| bytes as i64),
+        rows_written: Some(applied.rows as i64),
     }
 }

@@ -111,6 +111,9 @@ impl Runner {
         let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
         slot::drop(&mut target, &name).await?;
+        if let Some(place) = &self.spool {
+            super::place::remove(place, &name).await?;
+        }
         publication::ensure(&mut target, &name, &published(&tables)).await?;
         let mut maker = Session::connect(&self.config.target, Purpose::Sql).await?;
         let options = slot::CreateOptions { wait, ..self.slot_options(&name) };
@@ -122,7 +125,7 @@ impl Runner {
 
     async fn follow_reverse_now(&mut self) -> Result<()> {
         if self.reverse.is_none() {
-            let pipe = self.pipe(Stream::Reverse, std::collections::HashMap::new()).await?;
+            let pipe = self.pipe(Stream::Reverse, Some(std::collections::HashMap::new())).await?;
             self.reverse = Some(pipe);
         }
         Ok(())

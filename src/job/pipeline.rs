@@ -4,6 +4,8 @@
 //! are stopped, and both begin again from the progress that the target holds. Faults that may mend
 //! themselves (a restart, a cut network) are tried again for ever with growing pauses, and shown in
 //! status meanwhile; any other ends the pipe and the job stops with its message.
+//!
+//! Through a spool the two ends are kept going apart: see `spooling`.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,6 +17,7 @@ use tokio::task::JoinHandle;
 
 use super::Result;
 use super::error::Error;
+use super::spooling::{self, SpoolOptions};
 use crate::apply::{self, Applied, Applier};
 use crate::buffer::memory;
 use crate::change::Snapshot;
@@ -28,6 +31,20 @@ use crate::source::{self, Positions, Recorded, StreamOptions};
 
 /// Decides whether a table is part of the stream. Asked once for each description of it.
 pub type TableFilter = Arc<dyn Fn(&QualifiedName) -> bool + Send + Sync>;
+
+/// By table, what the copy read, and a position beyond which the snapshot is not asked.
+pub type Visibility = HashMap<QualifiedName, (Snapshot, Lsn)>;
+
+/// How a spool is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SpoolState {
+    /// Exclusive: everything that commits below it is durable in the spool, or on the written side.
+    pub spooled_lsn: Lsn,
+    /// Bytes of its files.
+    pub spool_bytes: u64,
+    /// Bytes of WAL that the read side keeps for the slot.
+    pub retained_bytes: Option<u64>,
+}
 
 /// What a pipe needs to know.
 #[derive(Clone)]
@@ -44,8 +61,11 @@ pub struct PipeOptions {
     pub recorded: Recorded,
     /// Which tables are applied.
     pub tables: TableFilter,
-    /// Tables that were copied under a snapshot later than the slot's.
-    pub visibility: HashMap<QualifiedName, (Snapshot, Lsn)>,
+    /// Tables that were copied under a snapshot later than the slot's. `None`: nothing is applied
+    /// until [`Pipe::begin_apply`]; for a spool only.
+    pub visibility: Option<Visibility>,
+    /// Where changes wait; `None` for memory.
+    pub spool: Option<SpoolOptions>,
     /// While false, only walferry's own tables are applied.
     pub gate: Option<Arc<AtomicBool>>,
 }
@@ -61,6 +81,9 @@ pub struct Pipe {
     pub hold: watch::Sender<Option<Lsn>>,
     /// A fault that is being tried again.
     pub trouble: watch::Receiver<Option<String>>,
+    /// How the spool is doing; `None` without one.
+    pub spool: Option<watch::Receiver<SpoolState>>,
+    allowed: watch::Sender<Option<Visibility>>,
     fatal: watch::Receiver<Option<String>>,
     stop: watch::Sender<bool>,
     task: Task<()>,
@@ -68,7 +91,7 @@ pub struct Pipe {
 
 /// A task that ends with whoever holds this.
 #[derive(Debug)]
-struct Task<T>(JoinHandle<T>);
+pub(super) struct Task<T>(pub JoinHandle<T>);
 
 impl<T> Drop for Task<T> {
     fn drop(&mut self) {
@@ -76,12 +99,15 @@ impl<T> Drop for Task<T> {
     }
 }
 
-struct Ends {
-    applied: watch::Sender<Applied>,
-    positions: watch::Sender<Positions>,
-    hold: watch::Receiver<Option<Lsn>>,
-    trouble: watch::Sender<Option<String>>,
-    stop: watch::Receiver<bool>,
+/// The pipe's side of what its owner watches and sets.
+pub(super) struct Ends {
+    pub applied: watch::Sender<Applied>,
+    pub positions: watch::Sender<Positions>,
+    pub hold: watch::Receiver<Option<Lsn>>,
+    pub trouble: watch::Sender<Option<String>>,
+    pub stop: watch::Receiver<bool>,
+    pub allowed: watch::Receiver<Option<Visibility>>,
+    pub spool: watch::Sender<SpoolState>,
 }
 
 impl Pipe {
@@ -93,20 +119,46 @@ impl Pipe {
         let (trouble_tx, trouble) = watch::channel(None);
         let (fatal_tx, fatal) = watch::channel(None);
         let (stop, stop_rx) = watch::channel(false);
+        let (allowed, allowed_rx) = watch::channel(options.visibility.clone());
+        let (spool_tx, spool) = watch::channel(SpoolState::default());
+        let spool = options.spool.is_some().then_some(spool);
         let ends = Ends {
             applied: applied_tx,
             positions: positions_tx,
             hold: hold_rx,
             trouble: trouble_tx,
             stop: stop_rx,
+            allowed: allowed_rx,
+            spool: spool_tx,
         };
         let task = Task(tokio::spawn(async move {
-            if let Err(error) = supervise(&options, ends).await {
+            let outcome = match &options.spool {
+                Some(_) => spooling::run(&options, ends).await,
+                None => supervise(&options, ends).await,
+            };
+            if let Err(error) = outcome {
                 tracing::error!(stream = %options.stream, %error, "stream stopped");
                 let _ = fatal_tx.send(Some(error.to_string()));
             }
         }));
-        Pipe { applied, positions, hold, trouble, fatal, stop, task }
+        Pipe { applied, positions, hold, trouble, spool, allowed, fatal, stop, task }
+    }
+
+    /// Lets a pipe with a spool apply, from where the written side stands. Nothing changes if it
+    /// does already.
+    pub fn begin_apply(&self, visibility: Visibility) {
+        self.allowed.send_if_modified(|allowed| {
+            let modified = allowed.is_none();
+            allowed.get_or_insert(visibility);
+            modified
+        });
+    }
+
+    /// Goes on reading into the spool, and stops applying at the next batch boundary. What was to
+    /// be held is forgotten.
+    pub fn only_capture(&self) {
+        let _ = self.allowed.send_replace(None);
+        let _ = self.hold.send_replace(None);
     }
 
     /// The error that ended the stream, if one did.
@@ -152,7 +204,7 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
     let name = options.job.object(options.stream);
     let wanted = apply::Options {
         tables: Some(options.tables.clone()),
-        visibility: options.visibility.clone(),
+        visibility: options.visibility.clone().unwrap_or_default(),
         gate: options.gate.clone(),
         ..apply::Options::new(name.as_str())
     };
@@ -205,7 +257,7 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
 }
 
 /// A task's result; a panic in it is ours to pass on.
-fn flatten<T, E>(
+pub(super) fn flatten<T, E>(
     done: std::result::Result<std::result::Result<T, E>, tokio::task::JoinError>,
 ) -> std::result::Result<T, E> {
     match done {

@@ -58,6 +58,10 @@ impl Runner {
             return Ok(());
         }
         slot::drop(source, name).await?;
+        if let Some(place) = &self.spool {
+            // What an earlier slot of this name gave is of no use to this one.
+            super::place::remove(place, name).await?;
+        }
         self.say(Notice::Said("creating the replication slot".to_string()));
         let maker = Session::connect(&self.config.source, Purpose::Replication).await?;
         let options = self.slot_options(name);

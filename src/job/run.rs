@@ -13,13 +13,14 @@ use tokio::sync::watch;
 use super::admit::{admit, make_tables, recorded};
 use super::flip::FlipRequest;
 use super::lease::{self, Holder};
-use super::pipeline::{Pipe, PipeOptions, TableFilter};
+use super::pipeline::{Pipe, PipeOptions, TableFilter, Visibility};
+use super::place::{BufferOptions, Chosen};
+use super::spooling::SpoolOptions;
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobOptions, JobRow, Store};
 use super::vigil::Vigil;
 use super::{Error, Result, client};
 use crate::catalog::{Selection, Table, tables};
-use crate::change::Snapshot;
 use crate::clock::Backoff;
 use crate::copy;
 use crate::copy::CopyProgress;
@@ -49,6 +50,8 @@ pub struct JobConfig {
     pub owners: bool,
     /// Limit of the wait for the slot's consistent point.
     pub slot_timeout: Duration,
+    /// Where changes wait.
+    pub buffer: BufferOptions,
 }
 
 /// When the runner returns.
@@ -75,8 +78,13 @@ pub enum Notice {
     Building(usize, usize, String),
     /// A fault that is being tried again.
     Trouble(String),
-    /// Bytes the target is behind.
-    Lag(u64),
+    /// How the stream flows.
+    Lag {
+        /// Bytes the target is behind.
+        bytes: u64,
+        /// Row changes written since the stream was opened, those of an open transaction included.
+        rows: u64,
+    },
 }
 
 /// Receives notices; must not block.
@@ -111,6 +119,19 @@ pub struct Runner {
     pub(super) busy: Arc<AtomicBool>,
     /// Check has passed in this session already, before the job was written down.
     pub(super) checked: bool,
+    /// Where changes wait: a spool, or memory.
+    pub(super) spool: Chosen,
+}
+
+/// What one life of a runner leaves to the next.
+#[derive(Default)]
+struct Left {
+    /// The lease it had.
+    holder: Option<Holder>,
+    /// It got as far as to run.
+    opened: bool,
+    /// A stream with a spool goes on reading while the target is away.
+    forward: Option<Pipe>,
 }
 
 impl Runner {
@@ -124,24 +145,29 @@ impl Runner {
     ) -> Result<Phase> {
         let fresh = || Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
         let mut backoff = fresh();
-        let (begun, mut opened) = (tokio::time::Instant::now(), false);
-        let mut last = None;
+        let begun = tokio::time::Instant::now();
+        let mut left = Left::default();
         loop {
             let started = tokio::time::Instant::now();
-            let seen = (&mut last, &mut opened);
-            let outcome = Self::session(&config, &until, &report, &stop, seen).await;
+            let outcome = Self::session(&config, &until, &report, &stop, &mut left).await;
+            let passing = |error: &Error| error.fault() == Fault::Retry;
+            if (*stop.borrow() || !outcome.as_ref().err().is_some_and(passing))
+                && let Some(pipe) = left.forward.take()
+            {
+                pipe.stop(STREAM_PATIENCE).await;
+            }
             match outcome {
                 // A server never seen may be a mistake in its name: trying for ever tells nobody.
-                Err(error) if !opened && begun.elapsed() > FIRST_TRY => return Err(error),
+                Err(error) if !left.opened && begun.elapsed() > FIRST_TRY => return Err(error),
                 Err(error) if error.fault() == Fault::Retry && !*stop.borrow() => {
                     tracing::warn!(%error, "trying again");
                     report(Notice::Trouble(error.to_string()));
-                    let storing = store_trouble(&config, &error, &last);
+                    let storing = store_trouble(&config, &error, &left.holder);
                     let _ = tokio::time::timeout(Duration::from_secs(1), storing).await;
                 }
                 // A command that found us away drives the job meanwhile; we had it, and wait for
                 // it.
-                Err(error @ Error::Busy { .. }) if last.is_some() && !*stop.borrow() => {
+                Err(error @ Error::Busy { .. }) if left.holder.is_some() && !*stop.borrow() => {
                     report(Notice::Trouble(error.to_string()));
                 }
                 // What broke while stopping is met again by the next run.
@@ -153,7 +179,12 @@ impl Runner {
             }
             tokio::select! {
                 () = tokio::time::sleep(backoff.step()) => {}
-                _ = stop.wait_for(|stop| *stop) => return Err(Error::Interrupted),
+                () = stopped(&mut stop) => {
+                    if let Some(pipe) = left.forward.take() {
+                        pipe.stop(STREAM_PATIENCE).await;
+                    }
+                    return Err(Error::Interrupted);
+                }
             }
         }
     }
@@ -163,14 +194,15 @@ impl Runner {
         until: &Until,
         report: &Report,
         stop: &watch::Receiver<bool>,
-        (last, opened): (&mut Option<Holder>, &mut bool),
+        left: &mut Left,
     ) -> Result<Phase> {
         let mut stopping = stop.clone();
         let (mut runner, mut vigil) = tokio::select! {
-            runner = Self::open(config, report, stop, (last, *opened)) => runner?,
+            runner = Self::open(config, report, stop, left) => runner?,
             _ = stopping.wait_for(|stop| *stop) => return Err(Error::Interrupted),
         };
-        *opened = true;
+        left.opened = true;
+        runner.forward = left.forward.take();
         let (mut stopping, mut flying) = (stop.clone(), runner.flying.subscribe());
         let outcome = tokio::select! {
             outcome = runner.drive(until) => outcome,
@@ -184,6 +216,13 @@ impl Runner {
         {
             let _ = runner.store.set_error(Some(&error.to_string())).await;
         }
+        if matches!(&outcome, Err(error) if error.fault() == Fault::Retry) {
+            left.forward = runner.forward.take_if(|pipe| pipe.spool.is_some());
+        }
+        if let Some(pipe) = &left.forward {
+            // Without the lease nothing is applied; reading goes on.
+            pipe.only_capture();
+        }
         runner.stop_streams().await;
         outcome
     }
@@ -193,21 +232,21 @@ impl Runner {
         config: &JobConfig,
         report: &Report,
         stop: &watch::Receiver<bool>,
-        (last, again): (&mut Option<Holder>, bool),
+        left: &mut Left,
     ) -> Result<(Runner, Vigil)> {
         let mut config = config.clone();
         let name = lease::application_name(&config.job);
         config.source = config.source.labelled("source").with_application_name(&name);
         config.target = config.target.labelled("target").with_application_name(&name);
-        let lease = lease::take(&config.target, &config.job, last.as_ref()).await?;
-        *last = Some(lease.holder().clone());
+        let lease = lease::take(&config.target, &config.job, left.holder.as_ref()).await?;
+        left.holder = Some(lease.holder().clone());
         let mut home = Session::connect(&config.target, Purpose::Sql).await?;
         let mut listener = Session::connect(&config.target, Purpose::Sql).await?;
         let keep = [lease.process_id(), listener.process_id()];
         lease::end_predecessors(&mut home, &config.job, &keep).await?;
         let mut source = Session::connect(&config.source, Purpose::Sql).await?;
         let mut store = Store::new(home, config.job.clone());
-        if again && store.load().await?.is_none() {
+        if left.opened && store.load().await?.is_none() {
             // It was finished or canceled while we were away: nothing is to be made anew.
             let (job, peer) = (config.job.to_string(), store.session.peer().to_string());
             return Err(Error::NoJob { job, peer });
@@ -216,6 +255,7 @@ impl Runner {
         let checked = admit(&config, &selection, &mut source, &mut store, report).await?;
         lease::end_predecessors(&mut source, &config.job, &[]).await?;
         make_tables(&config, &mut store, &mut source).await?;
+        let spool = super::place::choose(&config, &mut store, &mut source).await?;
         // What stopped the last run is either mended or about to be said again.
         store.set_error(None).await?;
         listener
@@ -242,6 +282,7 @@ impl Runner {
             level_at: None,
             busy,
             checked,
+            spool,
         };
         Ok((runner, vigil))
     }
@@ -318,12 +359,21 @@ impl Runner {
     }
 
     async fn follow_forward(&mut self) -> Result<Option<Event>> {
-        if self.forward.is_none() {
-            let visibility =
-                copy::visibility(&mut self.store.session, self.config.job.as_str()).await?;
-            self.forward = Some(self.pipe(Stream::Forward, visibility).await?);
+        let visibility =
+            copy::visibility(&mut self.store.session, self.config.job.as_str()).await?;
+        match &self.forward {
+            Some(pipe) => pipe.begin_apply(visibility),
+            None => self.forward = Some(self.pipe(Stream::Forward, Some(visibility)).await?),
         }
         Ok(None)
+    }
+
+    /// While rows are copied, changes already go into the spool, so that WAL does not pile up.
+    pub(super) async fn capture_forward(&mut self) -> Result<()> {
+        if self.forward.is_none() && self.spool.is_some() {
+            self.forward = Some(self.pipe(Stream::Forward, None).await?);
+        }
+        Ok(())
     }
 
     async fn follow_reverse(&mut self) -> Result<Option<Event>> {
@@ -337,7 +387,7 @@ impl Runner {
         };
         self.reverse_open.store(open, Ordering::SeqCst);
         if row.armed && self.reverse.is_none() {
-            self.reverse = Some(self.pipe(Stream::Reverse, HashMap::new()).await?);
+            self.reverse = Some(self.pipe(Stream::Reverse, Some(HashMap::new())).await?);
         }
         Ok(None)
     }
@@ -346,7 +396,7 @@ impl Runner {
     pub(super) async fn pipe(
         &mut self,
         stream: Stream,
-        visibility: HashMap<QualifiedName, (Snapshot, Lsn)>,
+        visibility: Option<Visibility>,
     ) -> Result<Pipe> {
         let row = self.row().await?;
         let (from, to, system) = match stream {
@@ -369,6 +419,12 @@ impl Runner {
             recorded: recorded(from, system.as_deref()),
             tables,
             visibility,
+            spool: self.spool.clone().map(|place| SpoolOptions {
+                place,
+                limit_bytes: self.config.buffer.spool_bytes,
+                wal_budget_bytes: self.config.buffer.wal_budget_bytes,
+                made_lsn: row.slot_lsn.filter(|_| stream == Stream::Forward).unwrap_or(Lsn::ZERO),
+            }),
             gate,
         }))
     }
@@ -428,6 +484,10 @@ pub(super) fn published(tables: &[Table]) -> Vec<QualifiedName> {
 
 /// A stream that has not reached a batch boundary by then is cut off, as a crash would.
 const STREAM_PATIENCE: Duration = Duration::from_millis(1500);
+
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
+}
 
 /// After a stop is asked for, what is under way gets a moment to end by itself; a flip gets the
 /// time to be undone or finished, as clients may be held.

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Result;
 use super::error::Error;
+use super::place::SpoolPlace;
 use super::state::Phase;
 use crate::catalog::Selection;
 use crate::id::{JobName, Stream};
@@ -37,7 +38,7 @@ pub const DDL_HOME: &str = "
 create table if not exists walferry.job (
     name text primary key, phase text not null, error text, source_system text, target_system text,
     source text not null, target text not null, options jsonb not null default '{}',
-    slot_lsn pg_lsn, armed boolean not null default false, flip jsonb,
+    slot_lsn pg_lsn, armed boolean not null default false, flip jsonb, spool jsonb,
     created_at timestamptz not null default now(), updated_at timestamptz not null default now());
 create table if not exists walferry.schema_dump (
     job text primary key, pre text not null, post text not null);
@@ -45,6 +46,7 @@ create table if not exists walferry.stream (
     job text not null, stream text not null, received_lsn pg_lsn, decoded_lsn pg_lsn,
     buffered_lsn pg_lsn, applied_lsn pg_lsn, durable_lsn pg_lsn, confirmed_lsn pg_lsn,
     lag_bytes bigint, lag_seconds float8, error text, updated_at timestamptz not null default now(),
+    spooled_lsn pg_lsn, spool_bytes bigint, retained_bytes bigint, rows_written bigint,
     primary key (job, stream));
 create table if not exists walferry.journal (
     id bigint generated always as identity primary key, job text not null, attempt text not null,
@@ -79,6 +81,8 @@ pub struct JobRow {
     pub armed: bool,
     /// The cutover or rollback under way, or the last one.
     pub flip: Option<FlipRecord>,
+    /// Where the job's spool is, if it has one.
+    pub spool: Option<SpoolPlace>,
 }
 
 /// What a job was planned with; a resume must not silently differ.
@@ -165,6 +169,14 @@ pub struct StreamRow {
     pub error: Option<String>,
     /// Seconds since the row was written.
     pub age_seconds: Option<f64>,
+    /// Highest position durable in the spool, or beyond on the applying side.
+    pub spooled_lsn: Option<String>,
+    /// Bytes of the spool's files.
+    pub spool_bytes: Option<i64>,
+    /// Bytes of WAL that the reading side keeps for the slot.
+    pub retained_bytes: Option<i64>,
+    /// Row changes written since the stream was opened, those of an open transaction included.
+    pub rows_written: Option<i64>,
 }
 
 /// The job's tables, through one session with the home database.
@@ -209,7 +221,7 @@ impl Store {
             .session
             .query_opt(
                 "select phase, error, source_system, target_system, source, target, options, \
-                 slot_lsn, armed, flip from walferry.job where name = $1",
+                 slot_lsn, armed, flip, spool from walferry.job where name = $1",
                 &[Some(self.job.as_str())],
             )
             .await?;
@@ -285,6 +297,12 @@ impl Store {
     /// Stores whether the way back is armed.
     pub async fn set_armed(&mut self, armed: bool) -> Result<()> {
         self.set("armed", Some(if armed { "true" } else { "false" })).await
+    }
+
+    /// Stores where the job's spool is.
+    pub async fn set_spool(&mut self, place: Option<&SpoolPlace>) -> Result<()> {
+        let place = place.map(json).transpose()?;
+        self.set("spool", place.as_deref()).await
     }
 
     /// Stores the flip under way.
@@ -390,18 +408,21 @@ impl Store {
 
     /// Stores a stream's positions for status.
     pub async fn save_stream(&mut self, stream: Stream, row: &StreamRow) -> Result<()> {
-        let lag_bytes = row.lag_bytes.map(|v| v.to_string());
+        let number = |value: Option<i64>| value.map(|v| v.to_string());
+        let lag_bytes = number(row.lag_bytes);
         let lag_seconds = row.lag_seconds.map(|v| format!("{v:.3}"));
         self.session
             .query_params(
-                "insert into walferry.stream as s values \
-                 ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, clock_timestamp()) \
+                "insert into walferry.stream as s values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, \
+                 $11, clock_timestamp(), $12, $13, $14, $15) \
                  on conflict (job, stream) do update set received_lsn = excluded.received_lsn, \
                  decoded_lsn = excluded.decoded_lsn, buffered_lsn = excluded.buffered_lsn, \
                  applied_lsn = excluded.applied_lsn, durable_lsn = excluded.durable_lsn, \
                  confirmed_lsn = excluded.confirmed_lsn, lag_bytes = excluded.lag_bytes, \
                  lag_seconds = excluded.lag_seconds, error = excluded.error, \
-                 updated_at = excluded.updated_at",
+                 updated_at = excluded.updated_at, spooled_lsn = excluded.spooled_lsn, \
+                 spool_bytes = excluded.spool_bytes, retained_bytes = excluded.retained_bytes, \
+                 rows_written = excluded.rows_written",
                 &[
                     Some(self.job.as_str()),
                     Some(stream.as_str()),
@@ -414,6 +435,10 @@ impl Store {
                     lag_bytes.as_deref(),
                     lag_seconds.as_deref(),
                     row.error.as_deref(),
+                    row.spooled_lsn.as_deref(),
+                    number(row.spool_bytes).as_deref(),
+                    number(row.retained_bytes).as_deref(),
+                    number(row.rows_written).as_deref(),
                 ],
             )
             .await?;
@@ -427,7 +452,8 @@ impl Store {
             .query_opt(
                 "select received_lsn, decoded_lsn, buffered_lsn, applied_lsn, durable_lsn, \
                  confirmed_lsn, lag_bytes, lag_seconds, error, \
-                 extract(epoch from clock_timestamp() - updated_at) \
+                 extract(epoch from clock_timestamp() - updated_at), \
+                 spooled_lsn, spool_bytes, retained_bytes, rows_written \
                  from walferry.stream where job = $1 and stream = $2",
                 &[Some(self.job.as_str()), Some(stream.as_str())],
             )
@@ -445,6 +471,10 @@ impl Store {
             lag_seconds: row.parse_opt(7)?,
             error: text(8)?,
             age_seconds: row.parse_opt(9)?,
+            spooled_lsn: text(10)?,
+            spool_bytes: row.parse_opt(11)?,
+            retained_bytes: row.parse_opt(12)?,
+            rows_written: row.parse_opt(13)?,
         }))
     }
 }
@@ -472,6 +502,7 @@ pub async fn ensure(session: &mut Session, ddl: &[&str]) -> Result<()> {
 fn read_job(row: &Row) -> Result<JobRow> {
     let text = |i| row.opt(i).map(|v| v.map(str::to_string));
     let flip = row.opt(9)?.map(serde_json::from_str).transpose();
+    let spool = row.opt(10)?.map(serde_json::from_str).transpose();
     Ok(JobRow {
         phase: row.str(0)?.parse().map_err(Error::State)?,
         error: text(1)?,
@@ -484,6 +515,7 @@ fn read_job(row: &Row) -> Result<JobRow> {
         slot_lsn: row.parse_opt(7)?,
         armed: row.bool(8)?,
         flip: flip.map_err(|e| Error::State(format!("walferry.job.flip: {e}")))?,
+        spool: spool.map_err(|e| Error::State(format!("walferry.job.spool: {e}")))?,
     })
 }
 

@@ -35,6 +35,9 @@ pub struct StreamOptions {
     pub publication: String,
     /// The target's durable progress: the exclusive end of what it has. The stream starts here.
     pub start_lsn: Lsn,
+    /// What the slot may be told from the beginning: not beyond what is durable. The same, but
+    /// where a spool that is not durable to its end is gone on with.
+    pub confirmed_lsn: Lsn,
     /// Server and slot as recorded when the slot was made; checked before anything is read.
     pub recorded: Recorded,
     /// Ask the server (16 and on) to send only what was not replicated to it. Before 16, and for
@@ -59,6 +62,7 @@ impl StreamOptions {
             slot: slot.to_string(),
             publication: publication.to_string(),
             start_lsn,
+            confirmed_lsn: start_lsn,
             recorded,
             origin_none: false,
             messages: true,
@@ -147,8 +151,11 @@ impl Stream {
         stop: watch::Receiver<bool>,
     ) -> Result<End> {
         let start_lsn = self.options.start_lsn;
+        let confirmed_lsn = self.options.confirmed_lsn;
+        let mut pace = Pace::new(durable, stop, start_lsn, self.interval, self.options.silence);
+        pace.confirmed_lsn = confirmed_lsn;
         let mut reader = Reader {
-            pace: Pace::new(durable, stop, start_lsn, self.interval, self.options.silence),
+            pace,
             session: self.session,
             options: self.options,
             decoder: Decoder::new(),
