@@ -28,7 +28,12 @@
 //!
 //! [`SinkClosed`]: crate::change::SinkClosed
 
-use crate::change::{Feed, Sink};
+use std::future::Future;
+
+use tokio::sync::watch;
+
+use crate::change::{Feed, Item, Sink};
+use crate::lsn::Lsn;
 
 pub mod contract;
 pub mod memory;
@@ -47,6 +52,44 @@ pub trait Make {
     /// A fresh, empty buffer.
     fn make(&self, limit_bytes: usize) -> Ends<Self::Sink, Self::Feed>;
 
-    /// Bytes held now.
+    /// Bytes held now. What was read may count for a moment longer.
     fn bytes(&self, outlet: &Self::Feed) -> usize;
+
+    /// Bytes that an item counts for.
+    fn cost(&self, item: &Item) -> usize {
+        item.bytes()
+    }
+}
+
+/// Makes durable buffers, for [`contract::check_durable`].
+pub trait MakeDurable {
+    /// Where one keeps its items.
+    type Place;
+    /// One that is open.
+    type Buffer;
+    /// The writing end.
+    type Sink: Sink + 'static;
+    /// The reading end.
+    type Feed: Feed + 'static;
+
+    /// A fresh place.
+    fn place(&self) -> Self::Place;
+
+    /// Opens what is there.
+    fn open(&self, place: &Self::Place) -> Self::Buffer;
+
+    /// Its writing end.
+    fn sink(&self, buffer: &Self::Buffer) -> Self::Sink;
+
+    /// Its reading end, from a position on that was not released.
+    fn feed(&self, buffer: &Self::Buffer, from_lsn: Lsn) -> Self::Feed;
+
+    /// Exclusive end of what is on stable storage.
+    fn durable(&self, buffer: &Self::Buffer) -> watch::Receiver<Lsn>;
+
+    /// Everything below is not needed any more.
+    fn release(&self, buffer: &Self::Buffer, lsn: Lsn);
+
+    /// Lets go of the place, so that it can be opened again.
+    fn close(&self, buffer: Self::Buffer) -> impl Future<Output = ()>;
 }

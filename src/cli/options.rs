@@ -106,7 +106,10 @@ impl JobArgs {
                 kind: self.buffer.clone().or(file.buffer).as_deref().map(buffer).transpose()?,
                 spool_bytes: size("--spool-limit", self.spool_limit.clone().or(file.spool_limit))?
                     .unwrap_or(SPOOL_BYTES),
-                wal_budget_bytes: size("--wal-budget", self.wal_budget.clone().or(file.wal_budget))?,
+                wal_budget_bytes: size(
+                    "--wal-budget",
+                    self.wal_budget.clone().or(file.wal_budget),
+                )?,
             },
         })
     }

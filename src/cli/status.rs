@@ -51,6 +51,12 @@ fn show(status: &Status) {
     if let Some(error) = &status.error {
         println!("error    {error}");
     }
+    if let Some(spool) = &status.spool {
+        println!(
+            "spool    {} on host {}; its loss would cost {}",
+            spool.dir, spool.host, spool.loss
+        );
+    }
     show_stream("forward", &status.positions);
     show_tables(&status.tables);
     if let Some(reverse) = &status.reverse {
@@ -69,6 +75,18 @@ fn show_stream(name: &str, row: &StreamRow) {
         text(&row.applied_lsn),
         text(&row.durable_lsn),
         text(&row.confirmed_lsn),
+    );
+    show_spool(row);
+}
+
+fn show_spool(row: &StreamRow) {
+    let Some(bytes) = row.spool_bytes else { return };
+    let size = |bytes: i64| print::bytes(bytes.unsigned_abs());
+    println!(
+        "         spool {}, durable to {}; the source keeps {} of WAL",
+        size(bytes),
+        row.spooled_lsn.as_deref().unwrap_or("-"),
+        row.retained_bytes.map_or("-".to_string(), size)
     );
 }
 

@@ -121,11 +121,7 @@ async fn forget_job(store: &mut Store, config: &JobConfig, keep_history: bool) -
 }
 
 /// The spool's directories; on another host they are only named.
-async fn remove_spool(
-    config: &JobConfig,
-    row: &JobRow,
-    dropped: &mut Vec<String>,
-) -> Result<()> {
+async fn remove_spool(config: &JobConfig, row: &JobRow, dropped: &mut Vec<String>) -> Result<()> {
     let Some(place) = &row.spool else { return Ok(()) };
     for stream in [Stream::Forward, Stream::Reverse] {
         let name = config.job.object(stream);

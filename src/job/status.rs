@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::admit::place;
+use super::place::SpoolPlace;
 use super::run::JobConfig;
 use super::state::Phase;
 use super::store::{Store, StreamRow};
@@ -68,8 +69,42 @@ pub struct Status {
     pub tables: Vec<TableStatus>,
     /// The reverse stream, once armed.
     pub reverse: Option<ReverseStatus>,
+    /// Where the spool is, and what its loss would cost.
+    pub spool: Option<SpoolStatus>,
     /// What stopped the job, or keeps a stream from flowing.
     pub error: Option<String>,
+}
+
+/// A job's spool.
+#[derive(Clone, Debug, Serialize)]
+pub struct SpoolStatus {
+    /// Its host.
+    pub host: String,
+    /// Its directory there.
+    pub dir: String,
+    /// True if the slot of some stream was told of changes that only the spool has: without it
+    /// every table has to be copied again.
+    pub needed: bool,
+    /// The same in words.
+    pub loss: String,
+}
+
+/// What is lost with the spool, by what the slots were told and the other side durably has.
+fn spool_status(place: SpoolPlace, streams: &[&StreamRow]) -> SpoolStatus {
+    let lsn = |text: &Option<String>| text.as_deref().and_then(|l| l.parse::<Lsn>().ok());
+    let mut needed = None;
+    for row in streams {
+        let (told, has) = (lsn(&row.confirmed_lsn), lsn(&row.durable_lsn).unwrap_or(Lsn::ZERO));
+        needed = told.filter(|told| *told > has).map(|told| (told, has)).or(needed);
+    }
+    let loss = match needed {
+        None => "nothing: the source still has all that the target lacks".to_string(),
+        Some((told, has)) => format!(
+            "a new copy of every table: the source may forget what is below {told}, and the target \
+             has only what is below {has}"
+        ),
+    };
+    SpoolStatus { host: place.host, dir: place.dir, needed: needed.is_some(), loss }
 }
 
 /// Reads a job's status. The source is asked too, where it answers: a runner that is not alive
@@ -105,6 +140,10 @@ pub async fn read(config: &JobConfig) -> Result<Status> {
     } else {
         None
     };
+    let spool = row.spool.map(|place| {
+        let reverse = reverse.iter().map(|reverse| &reverse.positions);
+        spool_status(place, &[&positions].into_iter().chain(reverse).collect::<Vec<_>>())
+    });
     Ok(Status {
         job: config.job.to_string(),
         phase: row.phase.to_string(),
@@ -115,6 +154,7 @@ pub async fn read(config: &JobConfig) -> Result<Status> {
         positions,
         tables,
         reverse,
+        spool,
     })
 }
 
@@ -132,6 +172,7 @@ async fn refresh(
     let end_lsn = row.lsn(0)?;
     let confirmed_lsn = status.confirmed_flush_lsn.unwrap_or(Lsn::ZERO);
     positions.confirmed_lsn = Some(confirmed_lsn.to_string());
+    positions.retained_bytes = Some(status.retained_bytes as i64);
     let applied = positions.applied_lsn.as_deref().and_then(|l| l.parse().ok());
     let applied_lsn = applied.unwrap_or(confirmed_lsn).max(confirmed_lsn);
     positions.lag_bytes = Some(end_lsn.bytes_since(applied_lsn) as i64);

@@ -81,7 +81,9 @@ pub(super) fn size(item: &Item) -> usize {
     let rows = |row: &Row| row.as_bytes().len();
     let changes = chunk.changes.iter().map(|change| match change {
         Change::Insert { new, .. } => 5 + rows(new),
-        Change::Update { old, new, .. } => 6 + old.as_ref().map_or(0, |o| rows(o.row())) + rows(new),
+        Change::Update { old, new, .. } => {
+            6 + old.as_ref().map_or(0, |o| rows(o.row())) + rows(new)
+        }
         Change::Delete { old, .. } => 6 + rows(old.row()),
         Change::Truncate { relations, .. } => 6 + relations.len() * 4,
         Change::Message { prefix, content, .. } => 18 + prefix.len() + content.len(),

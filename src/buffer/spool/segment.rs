@@ -93,7 +93,10 @@ impl Header {
     }
 
     /// Reads the header at the beginning of `bytes`, and its length. `Ok(Err)`: it does not check.
-    pub fn read(file: &str, bytes: &[u8]) -> Result<std::result::Result<(Header, u64), &'static str>> {
+    pub fn read(
+        file: &str,
+        bytes: &[u8],
+    ) -> Result<std::result::Result<(Header, u64), &'static str>> {
         let Some((mut fixed, rest)) = bytes.split_at_checked(FIXED) else {
             return Ok(Err("it ends inside its header"));
         };

@@ -17,7 +17,10 @@ pub enum Op {
     Remove(String),
     SyncDir,
     /// So many items were acknowledged as durable; everything below the position is released.
-    Note { acknowledged: Lsn, released: Lsn },
+    Note {
+        acknowledged: Lsn,
+        released: Lsn,
+    },
 }
 
 /// A file's content as programs see it, and what of it a power cut cannot take.

@@ -100,7 +100,8 @@ impl State {
     fn admits(&self, bytes: usize, limit_bytes: u64) -> bool {
         let held = self.held();
         let fits = held == 0 || held.saturating_add(bytes as u64) <= limit_bytes;
-        let flows = self.queued_bytes == 0 || self.queued_bytes.saturating_add(bytes) <= QUEUE_BYTES;
+        let flows =
+            self.queued_bytes == 0 || self.queued_bytes.saturating_add(bytes) <= QUEUE_BYTES;
         flows && (fits || self.pushed_open && self.is_drained())
     }
 }
@@ -259,7 +260,9 @@ impl Shared {
                 Some(segment) if segment.number > at.0 || at.1 == 0 => {
                     return Next::Segment { number: segment.number, body: segment.body };
                 }
-                Some(segment) if segment.bytes > at.1 => return Next::Frames { end: segment.bytes },
+                Some(segment) if segment.bytes > at.1 => {
+                    return Next::Frames { end: segment.bytes };
+                }
                 _ => {}
             }
             if let Some(next) = state.segments.iter().find(|segment| segment.number > at.0) {
