@@ -49,7 +49,7 @@ async fn until_durable<M: MakeDurable>(
     number: u64,
 ) -> Result<(), String> {
     let mut durable = make.durable(buffer);
-    let waiting = durable.wait_for(|lsn| lsn.0 >= number * 2 + 1);
+    let waiting = durable.wait_for(|lsn| lsn.0 > number * 2);
     soon("durability", waiting).await?.map(|_| ()).map_err(|e| e.to_string())
 }
 

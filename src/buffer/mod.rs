@@ -6,9 +6,9 @@
 //! source, where it is safe.
 //!
 //! What survives a crash depends on the implementation. [`memory`] keeps nothing: the slot has been
-//! told only what the target holds durably (law 1), so everything in it comes again. [`spool`] keeps
-//! what it has synced to a local disk, and publishes up to which position that is: the slot may be
-//! told so much without the target.
+//! told only what the target holds durably (law 1), so everything in it comes again. [`spool`]
+//! keeps what it has synced to a local disk, and publishes up to which position that is: the slot
+//! may be told so much without the target.
 //!
 //! Obligations of every implementation, all checked by [`contract::check`]:
 //! - order: items come out as they went in, each once;

@@ -3,29 +3,27 @@
 //! Any fault that may mend itself drops everything (sessions, streams, lease) and begins again from
 //! the stored phase, which is the same as being killed and started again: one path, tested by both.
 
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::admit::{admit, make_tables, recorded};
+use super::admit::{admit, make_tables};
 use super::flip::FlipRequest;
 use super::lease::{self, Holder};
-use super::pipeline::{Pipe, PipeOptions, TableFilter, Visibility};
+use super::pipeline::Pipe;
 use super::place::{BufferOptions, Chosen};
-use super::spooling::SpoolOptions;
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobOptions, JobRow, Store};
+use super::streams::STREAM_PATIENCE;
 use super::vigil::Vigil;
 use super::{Error, Result, client};
 use crate::catalog::{Selection, Table, tables};
 use crate::clock::Backoff;
-use crate::copy;
 use crate::copy::CopyProgress;
 use crate::fault::{Fault, Faulty};
-use crate::id::{JobName, QualifiedName, Stream};
+use crate::id::{JobName, QualifiedName};
 use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
 use crate::source::HeldSlot;
@@ -358,87 +356,6 @@ impl Runner {
         })
     }
 
-    async fn follow_forward(&mut self) -> Result<Option<Event>> {
-        let visibility =
-            copy::visibility(&mut self.store.session, self.config.job.as_str()).await?;
-        match &self.forward {
-            Some(pipe) => pipe.begin_apply(visibility),
-            None => self.forward = Some(self.pipe(Stream::Forward, Some(visibility)).await?),
-        }
-        Ok(None)
-    }
-
-    /// While rows are copied, changes already go into the spool, so that WAL does not pile up.
-    pub(super) async fn capture_forward(&mut self) -> Result<()> {
-        if self.forward.is_none() && self.spool.is_some() {
-            self.forward = Some(self.pipe(Stream::Forward, None).await?);
-        }
-        Ok(())
-    }
-
-    async fn follow_reverse(&mut self) -> Result<Option<Event>> {
-        let row = self.row().await?;
-        let open = match (row.phase, &row.flip) {
-            (Phase::Switched, _) => true,
-            (Phase::CuttingOver, Some(flip)) => {
-                flip.flip == "reverse" || self.switch_had_begun(flip).await?
-            }
-            _ => false,
-        };
-        self.reverse_open.store(open, Ordering::SeqCst);
-        if row.armed && self.reverse.is_none() {
-            self.reverse = Some(self.pipe(Stream::Reverse, Some(HashMap::new())).await?);
-        }
-        Ok(None)
-    }
-
-    /// Starts one stream.
-    pub(super) async fn pipe(
-        &mut self,
-        stream: Stream,
-        visibility: Option<Visibility>,
-    ) -> Result<Pipe> {
-        let row = self.row().await?;
-        let (from, to, system) = match stream {
-            Stream::Forward => (&self.config.source, &self.config.target, row.source_system),
-            Stream::Reverse => (&self.config.target, &self.config.source, row.target_system),
-        };
-        // A partition made since is of a published table, or it would not be in the stream: only
-        // tables known to be left out are filtered, the rest must be applied or refused by name.
-        let left_out = self.left_out(from).await?;
-        let tables: TableFilter = Arc::new(move |table: &QualifiedName| match &*table.schema {
-            "walferry" => table.name == "canary",
-            _ => !left_out.contains(table),
-        });
-        let gate = (stream == Stream::Reverse).then(|| self.reverse_open.clone());
-        Ok(Pipe::start(PipeOptions {
-            job: self.config.job.clone(),
-            stream,
-            from: from.clone(),
-            to: to.clone(),
-            recorded: recorded(from, system.as_deref()),
-            tables,
-            visibility,
-            spool: self.spool.clone().map(|place| SpoolOptions {
-                place,
-                limit_bytes: self.config.buffer.spool_bytes,
-                wal_budget_bytes: self.config.buffer.wal_budget_bytes,
-                made_lsn: row.slot_lsn.filter(|_| stream == Stream::Forward).unwrap_or(Lsn::ZERO),
-            }),
-            gate,
-        }))
-    }
-
-    /// Stops both streams, at a batch boundary where that does not take long.
-    pub(super) async fn stop_streams(&mut self) {
-        let stop = async |pipe: Option<Pipe>| {
-            if let Some(pipe) = pipe {
-                pipe.stop(STREAM_PATIENCE).await;
-            }
-        };
-        tokio::join!(stop(self.forward.take()), stop(self.reverse.take()));
-    }
-
     /// The job's row.
     pub(super) async fn row(&mut self) -> Result<JobRow> {
         self.store.load_existing().await
@@ -457,14 +374,6 @@ impl Runner {
         Ok(all.into_iter().filter(keep).collect())
     }
 
-    /// Tables of a side whose rows take no part.
-    async fn left_out(&self, side: &Config) -> Result<HashSet<QualifiedName>> {
-        let mut session = Session::connect(side, Purpose::Sql).await?;
-        let all = tables(&mut session, &Selection::default()).await?;
-        let names = all.into_iter().map(|t| t.name);
-        Ok(names.filter(|name| !self.selection.has_rows(name)).collect())
-    }
-
     pub(super) async fn answer_flip(
         &mut self,
         outcome: std::result::Result<serde_json::Value, String>,
@@ -481,9 +390,6 @@ pub(super) fn published(tables: &[Table]) -> Vec<QualifiedName> {
     let names = tables.iter().map(|t| t.name.clone());
     names.chain([QualifiedName::new("walferry", "canary")]).collect()
 }
-
-/// A stream that has not reached a batch boundary by then is cut off, as a crash would.
-const STREAM_PATIENCE: Duration = Duration::from_millis(1500);
 
 async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;

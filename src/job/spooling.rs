@@ -2,8 +2,9 @@
 //!
 //! The reader fills the spool whatever the target does, and the applier empties it whatever the
 //! source does. Each begins again from where it stands after a fault that may mend itself: the
-//! reader at the spool's end, the applier at the target's progress. The slot is told what is durable
-//! on the target; only when the source keeps too much WAL for it, what is durable in the spool.
+//! reader at the spool's end, the applier at the target's progress. The slot is told what is
+//! durable on the target; only when the source keeps too much WAL for it, what is durable in the
+//! spool.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;

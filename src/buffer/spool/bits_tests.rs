@@ -1,7 +1,7 @@
 //! A bit flipped anywhere in a spool is found, and nothing that it hit is delivered.
 
 use super::power_tests::{open, read_all};
-use super::sim::SimDisk;
+use super::sim_tests::SimDisk;
 use super::{Error, Result};
 use crate::buffer::contract::samples;
 use crate::change::Item;
@@ -82,7 +82,7 @@ fn a_missing_a_shortened_and_a_renamed_file_are_named() {
     let (disk, _) = closed(60);
     let files = disk.world().files();
     let mut world = disk.world();
-    world.apply(&super::sim::Op::Remove(files[1].clone()));
+    world.apply(&super::sim_tests::Op::Remove(files[1].clone()));
     let error = deliver(&SimDisk::of(world)).unwrap_err();
     assert!(matches!(&error, Error::Missing { file, .. } if *file == files[1]), "{error}");
     for len in [0, 10, 300] {

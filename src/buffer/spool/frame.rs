@@ -110,7 +110,8 @@ impl Head {
     }
 }
 
-/// Where frames may begin in `bytes`, which begin at `place`: each offset with a header that checks.
+/// Where frames may begin in `bytes`, which begin at `place`: each offset with a header that
+/// checks.
 pub(super) fn candidates(place: Place, bytes: &[u8]) -> impl Iterator<Item = (u64, Head)> + '_ {
     memchr::memmem::find_iter(bytes, &MAGIC_BYTES).filter_map(move |at| {
         let offset = place.offset + at as u64;

@@ -31,7 +31,8 @@
 //! below that is no torn tail but damage: an error with file and offset. Damage in what was synced
 //! last, within half a second and by nothing followed, looks like a torn tail and is cut; then the
 //! spool ends before what the slot was told, and whoever opens the stream finds that (law 4).
-//! A sync that fails ends the spool's life in this process: what it should have made durable is cut.
+//! A sync that fails ends the spool's life in this process: what it should have made durable is
+//! cut.
 //!
 //! ```text
 //! slot told        500 (WAL below is gone from the source)
@@ -56,7 +57,7 @@ mod bits_tests;
 #[cfg(test)]
 mod power_tests;
 #[cfg(test)]
-mod sim;
+mod sim_tests;
 #[cfg(test)]
 mod tests;
 
@@ -132,7 +133,8 @@ pub struct Coverage {
 
 impl Spool {
     /// Opens the spool as it is, or makes an empty one. Blocks for as long as checking the last
-    /// segment takes. Errors: damage, another stream's files, a directory that another process uses.
+    /// segment takes. Errors: damage, another stream's files, a directory that another process
+    /// uses.
     pub fn open(options: &Options) -> Result<Spool> {
         let (disk, log) = open_log(options)?;
         Self::start(disk, log, options.limit_bytes)

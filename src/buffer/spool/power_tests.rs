@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::feed::Reader;
 use super::log::Log;
 use super::segment::Identity;
-use super::sim::{Op, SimDisk, World};
+use super::sim_tests::{Op, SimDisk, World};
 use super::{Error, Result};
 use crate::buffer::contract::samples;
 use crate::change::Item;
