@@ -60,8 +60,8 @@ pub struct Status {
     pub target: String,
     /// Backend of the runner that lives, if one does.
     pub runner: Option<String>,
-    /// A cutover or rollback is under way, or was cut short: clients may be waiting.
-    #[serde(skip)]
+    /// A cutover or rollback is under way, or was cut short: clients may be waiting. With no
+    /// runner alive, `run` undoes or finishes it.
     pub held_clients: bool,
     /// The forward stream's positions.
     #[serde(flatten)]

@@ -83,8 +83,9 @@ async fn a_read_only_fence_gives_back_what_the_database_had() {
     }
     assert_eq!(ends.source.psql("app", setting).unwrap(), before);
     assert_eq!(ends.target.psql("app", setting).unwrap(), "none");
-    one.ended().await.expect_success();
-    two.ended().await.expect_success();
+    // The neighbour's fence may have ended a session of theirs just before their job went away.
+    one.ended().await;
+    two.ended().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -139,7 +140,7 @@ async fn verify_is_not_misled_by_a_table_that_is_truncated_and_filled_all_the_ti
 
 /// The pause of a pooler outlives us: whoever looks next ends it.
 #[tokio::test(flavor = "multi_thread")]
-async fn status_lets_the_clients_of_a_killed_cutover_go_on() {
+async fn run_lets_the_clients_of_a_killed_cutover_go_on() {
     let ends = Ends::start(15, 15);
     ends.source.psql("app", TABLES).unwrap();
     let pooler = PgBouncer::start(&ends.source, &["app"]).unwrap();
@@ -168,13 +169,13 @@ async fn status_lets_the_clients_of_a_killed_cutover_go_on() {
     run.signal("KILL");
     cutover.signal("KILL");
     assert!(client.try_wait().unwrap().is_none(), "the client was not held");
+    assert_eq!(ends.status().await["held_clients"], true);
     let begun = std::time::Instant::now();
-    let status = ends.status().await;
-    assert_eq!(status["phase"], "following", "{status}");
-    assert!(client.wait().unwrap().success());
-    assert!(begun.elapsed().as_secs() < 15, "{:?}", begun.elapsed());
     let mut run = ends.spawn(&["run"]);
     ends.until_phase(&mut run, "following").await;
+    assert!(client.wait().unwrap().success());
+    assert!(begun.elapsed().as_secs() < 15, "{:?}", begun.elapsed());
+    assert_eq!(ends.status().await["held_clients"], false);
     ends.done(&["cancel"]).await;
     let ended = run.ended().await.expect_success();
     assert!(!ended.err.contains("goes on from here"), "{}", ended.err);
