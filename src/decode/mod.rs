@@ -33,6 +33,7 @@
 //! [`Item`]: crate::change::Item
 
 mod assemble;
+pub mod described;
 mod error;
 mod event;
 pub mod pgoutput;
@@ -40,6 +41,7 @@ pub mod pgoutput;
 mod tests;
 
 pub use assemble::Assembler;
+pub use described::{Described, DescribedColumn};
 pub use error::Error;
 pub use event::{Event, Prepared, Step};
 pub use pgoutput::Decoder;
