@@ -36,9 +36,13 @@ mod assemble;
 pub mod described;
 mod error;
 mod event;
+mod json;
+#[cfg(test)]
+mod mutate;
 pub mod pgoutput;
 #[cfg(test)]
 mod tests;
+pub mod wal2json;
 
 pub use assemble::Assembler;
 pub use described::{Described, DescribedColumn};
