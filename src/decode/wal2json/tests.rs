@@ -35,15 +35,13 @@ const DELETE: &str = concat!(
     r#"{"action":"D","schema":"public","table":"t","identity":[{"name":"id","typeoid":23,"#,
     r#""value":1}]}"#,
 );
-const TRUNCATE: &str =
-    concat!(r#"{"action":"T","xid":731,"lsn":"0/180","schema":"public","table":"t"}"#,);
+const TRUNCATE: &str = r#"{"action":"T","xid":731,"lsn":"0/180","schema":"public","table":"t"}"#;
 const MESSAGE: &str = concat!(
     r#"{"action":"M","xid":null,"timestamp":null,"origin":null,"lsn":"0/1C0","#,
     r#""transactional":false,"prefix":"p","content":"a\"b"}"#,
 );
-const HEAD_1: &str = concat!(
-    r#"{"xid":731,"nextlsn":"0/1D0","timestamp":"2026-11-21 04:18:20.123456+00","change":["#,
-);
+const HEAD_1: &str =
+    r#"{"xid":731,"nextlsn":"0/1D0","timestamp":"2026-11-21 04:18:20.123456+00","change":["#;
 const INSERT_1: &str = concat!(
     r#"{"kind":"insert","schema":"public","table":"t","columnnames":["id","b","ok","n","#,
     r#""v"],"columntypeoids": [23,17,16,1700,25],"columnvalues":[1,"00ff",true,1.50,null]}"#,
@@ -54,9 +52,8 @@ const UPDATE_1: &str = concat!(
     r#""oldkeys":{"keynames":["id"],"keytypeoids":[23],"keyvalues":[1]}}"#,
 );
 const TAIL_1: &str = "]}";
-const LONE_1: &str = concat!(
-    r#"{"change":[,{"kind":"message","transactional":false,"prefix":"p","content":"c"}]}"#,
-);
+const LONE_1: &str =
+    r#"{"change":[,{"kind":"message","transactional":false,"prefix":"p","content":"c"}]}"#;
 
 const EVERY: [&str; 9] =
     [BEGIN, COMMIT, INSERT, UPDATE, DELETE, TRUNCATE, MESSAGE, INSERT_1, UPDATE_1];
