@@ -15,6 +15,7 @@ mod pg;
 mod route;
 mod schema;
 mod source;
+mod stories;
 mod support;
 mod support_works;
 mod verify;
