@@ -9,6 +9,7 @@ mod copy;
 mod cutover;
 mod decode;
 mod faults;
+mod fidelity;
 mod input;
 mod job;
 mod pg;

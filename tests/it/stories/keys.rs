@@ -6,7 +6,8 @@ const FULL: &str = "create table heap (a int, b text, c numeric, d json, p point
     alter table heap replica identity full; \
     insert into heap values (1, null, null, null, null), (1, null, null, null, null), \
         (2, 'x', 'NaN', '{\"a\":  1}', '(0.1,0)'), (3, '', 1.50, 'null', null), \
-        (4, 'same', 1, '[]', '(1,1)'), (4, 'same', 1, '[]', '(1,1)'), (4, 'same', 1, '[]', '(1,1)')";
+        (4, 'same', 1, '[]', '(1,1)'), (4, 'same', 1, '[]', '(1,1)'), (4, 'same', 1, '[]', \
+        '(1,1)')";
 
 /// NULL = NULL found no row.
 #[tokio::test(flavor = "multi_thread")]
@@ -194,7 +195,8 @@ async fn peerdb_4169_another_unique_key_moves_between_rows_of_a_batch() {
         "peerdb_4169",
         "create table pair (id int primary key, u int unique, during int4range, \
             exclude using gist (during with &&)); \
-         insert into pair select i, i, int4range(i * 10, i * 10 + 5) from generate_series(1, 200) i",
+         insert into pair select i, i, int4range(i * 10, i * 10 + 5) from generate_series(1, \
+         200) i",
         "begin; update pair set u = -1 where id = 1; update pair set u = 1 where id = 2; \
          update pair set u = 2 where id = 1; commit; \
          delete from pair where id = 3; insert into pair values (1003, 3, '[30,35)'); \

@@ -82,7 +82,8 @@ async fn pgcopydb_947_restrict_lines_of_pg_dump_break_nothing() {
     let restricting = story.source.dir().join("restricting");
     let script = format!(
         "#!/bin/sh\ncase \"$*\" in *version*) exec {0} \"$@\";; esac\necho >>\"$0.used\"\n\
-         printf '%s\\n' '\\restrict k3yk3y'\n{0} \"$@\" || exit\nprintf '%s\\n' '\\unrestrict k3yk3y'\n",
+         printf '%s\\n' '\\restrict k3yk3y'\n{0} \"$@\" || exit\nprintf '%s\\n' '\\unrestrict \
+         k3yk3y'\n",
         real.display()
     );
     std::fs::write(&restricting, script).unwrap();

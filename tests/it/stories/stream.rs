@@ -18,7 +18,8 @@ async fn pgcopydb_495_large_transactions_are_whole() {
              from generate_series(1000, 40000) i; update row_of set v = v || '!' where id % 7 = 0; \
          delete from row_of where id % 5 = 0; \
          insert into row_of values (-1, repeat('long ', 4000000)); commit",
-        "begin; update row_of set v = reverse(v) where id > 1000; delete from row_of where id < 50; \
+        "begin; update row_of set v = reverse(v) where id > 1000; delete from row_of where id < \
+            50; \
          commit",
     )
     .await;
@@ -69,7 +70,8 @@ async fn pgcopydb_555_savepoints_rolled_back_stay_away() {
          savepoint b; delete from row_of; rollback to b; release b; rollback to a; \
          update row_of set v = 'kept too' where id = 1; commit; \
          begin; truncate row_of; rollback; \
-         begin; savepoint c; insert into row_of select i, 'gone' from generate_series(300, 9000) i; \
+         begin; savepoint c; insert into row_of select i, 'gone' from generate_series(300, 9000) \
+             i; \
          rollback to c; insert into row_of values (300, 'kept'); commit",
         "do $$ begin for i in 1..300 loop begin insert into public.row_of values (i, 'again'); \
             exception when unique_violation then \

@@ -19,7 +19,8 @@ async fn pgdog_b8bade1c_every_partition_is_followed_and_rows_move_between_them()
     let story = Story::copied("pgdog_b8bade1c", PARTED).await;
     story.source(
         "insert into part values (7, '2024-02-02', 'a'), (7, '2024-08-08', 'b'), \
-         (8, '2024-08-08', 'c'); update part set at = '2024-10-10' where note = 'spring' and id < 3; \
+         (8, '2024-08-08', 'c'); update part set at = '2024-10-10' where note = 'spring' and id \
+             < 3; \
          update part set id = 20 where note = 'autumn' and id = 5",
     );
     story
@@ -28,7 +29,8 @@ async fn pgdog_b8bade1c_every_partition_is_followed_and_rows_move_between_them()
          update part set at = '2024-01-01' where id = 20",
         )
         .await;
-    let leaves = "select string_agg(t || n, ' ' order by t) from (select tableoid::regclass::text t, \
+    let leaves = "select string_agg(t || n, ' ' order by t) from (select \
+        tableoid::regclass::text t, \
         count(*) n from part group by 1) x";
     assert_eq!(story.target(leaves), story.source(leaves));
     assert_eq!(story.target(leaves).split(' ').count(), 3);

@@ -46,14 +46,17 @@ async fn pgcopydb_710_unchanged_toast_does_not_become_null() {
 async fn xtdb_5542_under_full_identity_unchanged_toast_is_found_by_and_kept() {
     told(
         "xtdb_5542",
-        &format!("{LARGE}; alter table doc drop constraint doc_pkey; \
+        &format!(
+            "{LARGE}; alter table doc drop constraint doc_pkey; \
             alter table doc replica identity full; \
             create table keyed (id int primary key, big text, n int); \
             alter table keyed alter big set storage external; \
             alter table keyed replica identity full; \
-            insert into keyed select i, repeat(md5(i::text), 300), 0 from generate_series(1, 4) i"),
+            insert into keyed select i, repeat(md5(i::text), 300), 0 from generate_series(1, 4) i"
+        ),
         "update doc set n = n + 1; update doc set id = id + 10 where id > 4; \
-         update keyed set n = 1; update keyed set id = -id where id = 2; delete from doc where id = 1",
+         update keyed set n = 1; update keyed set id = -id where id = 2; delete from doc where \
+         id = 1",
         "update doc set n = n + 1 where id = 2; delete from doc where id = 11; \
          update keyed set n = 2; delete from keyed where id = 1",
     )
@@ -76,8 +79,10 @@ async fn ingestr_805_an_insert_and_its_update_in_one_batch_keep_the_value() {
              update doc set n = 3 where id = 1; \
              update doc set big = repeat('v', 9000) where id = 2; update doc set n = 4 where id = 2"
         ),
-        "update doc set big = repeat('u', 9000) where id = 50; update doc set n = 10 where id = 50; \
-         begin; update doc set big = null where id = 51; update doc set n = 11 where id = 51; commit",
+        "update doc set big = repeat('u', 9000) where id = 50; update doc set n = 10 where id = \
+            50; \
+         begin; update doc set big = null where id = 51; update doc set n = 11 where id = 51; \
+         commit",
     )
     .await;
 }

@@ -238,10 +238,13 @@ async fn settings_per_role_change_no_byte() {
     let plain = "set extra_float_digits = 1; set datestyle = iso; set array_nulls = on; \
         set xmloption = content;";
     story.source(&format!("{plain} insert into v select 2, f, r, d, t, i, b, m, x, a from v"));
-    story.follows(&format!(
-        "{plain} insert into v select 3, f * 3, r, d - 40, t, -i, b || b, m * 2, x, a || null::text \
+    story
+        .follows(&format!(
+            "{plain} insert into v select 3, f * 3, r, d - 40, t, -i, b || b, m * 2, x, a || \
+            null::text \
          from v where id = 1; update v set f = f + 1, i = i * 2 where id = 2"
-    )).await;
+        ))
+        .await;
     story.done(&["verify"]).await;
     let exact = format!("{plain} select f, d, i from v where id = 1");
     assert_eq!(story.target(&exact), story.source(&exact));
