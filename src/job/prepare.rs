@@ -27,7 +27,7 @@ impl Runner {
         let name = self.config.job.object(Stream::Forward);
         let tables = self.tables(&self.config.source).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
-        publication::ensure(&mut source, &name, &published(&tables)).await?;
+        publication::ensure(&mut source, &name, &published(&self.config.job, &tables)).await?;
         self.make_slot(&mut source, &name).await?;
         let dump = match self.store.load_dump().await? {
             Some((pre, post)) => schema::Dump { pre, post },
