@@ -396,12 +396,19 @@ impl Runner {
         (self.report)(notice);
     }
 
-    /// Tables of the source whose rows take part, parents included.
+    /// Tables of a side whose rows are followed, parents included.
     pub(super) async fn tables(&self, side: &Config) -> Result<Vec<Table>> {
+        let mut tables = self.tables_with_rows(side).await?;
+        tables.retain(|table| !table.unlogged);
+        Ok(tables)
+    }
+
+    /// The same and unlogged ones, which are copied and cannot be followed.
+    pub(super) async fn tables_with_rows(&self, side: &Config) -> Result<Vec<Table>> {
         let mut session = Session::connect(side, Purpose::Sql).await?;
-        let all = tables(&mut session, &self.selection).await?;
-        let keep = |t: &Table| self.selection.has_rows(&t.name) && !t.unlogged;
-        Ok(all.into_iter().filter(keep).collect())
+        let mut all = tables(&mut session, &self.selection).await?;
+        all.retain(|table| self.selection.has_rows(&table.name));
+        Ok(all)
     }
 
     /// Tables of a side whose rows take no part.

@@ -114,6 +114,11 @@ impl Stream {
             slot::free(&mut session, name, FREE_WAIT).await?;
         }
         let interval = feedback_interval(&mut session).await?;
+        // Its bytes have no known meaning, and no other client encoding would let them out
+        // (pgcopydb#874).
+        if session.parameter("server_encoding") == Some("SQL_ASCII") {
+            session.execute("set client_encoding = 'SQL_ASCII'").await?;
+        }
         let (version, wanted) = protocol(session.major_version(), &options);
         tracing::debug!(slot = name, %start_lsn, proto_version = version, "starting replication");
         let wanted: Vec<(&str, &str)> = wanted.iter().map(|(n, v)| (*n, v.as_str())).collect();
