@@ -7,7 +7,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use super::fence::{self, Fence, FenceKind};
-use super::{Error, Result, barrier, canary, undo};
+use super::{Error, Result, Rules, barrier, canary, undo};
 use crate::apply::Applied;
 use crate::catalog::{self, Selection};
 use crate::clock::{Backoff, Deadline};
@@ -58,6 +58,8 @@ pub struct Plan {
     pub timeout: Duration,
     /// Longest time writers are held for the drain.
     pub max_hold: Duration,
+    /// Triggers, rules and foreign keys of either side.
+    pub rules: Rules,
     /// How far the stream from live to dest is.
     pub carry: watch::Receiver<Applied>,
     /// Stop after the gates.
@@ -130,7 +132,8 @@ pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome
         Err(unknown @ Error::Unknown { .. }) => Err(unknown),
         Err(cause) => {
             let plan = &*flight.plan;
-            match undo::withdraw(&plan.live, fence, &plan.routes, &plan.context).await {
+            match undo::withdraw(&plan.live, fence, &plan.routes, &plan.context, &plan.rules).await
+            {
                 Ok(()) => Err(cause),
                 Err(undo) => {
                     Err(Error::NotUndone { cause: cause.to_string(), undo: undo.to_string() })
@@ -227,9 +230,12 @@ impl<J: Journal> Flight<'_, J> {
     ) -> Result<Lsn> {
         let barrier_lsn = step!(self, "barrier", barrier::mark(live, "barrier").await);
         step!(self, "drain", self.drain(barrier_lsn, held).await);
+        if self.plan.rules.dest {
+            step!(self, "rules", self.plan.rules.wake_dest(dest).await);
+        }
         step!(self, "sequences", carry_sequences(live, dest, &self.plan.selection).await);
         step!(self, "seal", {
-            match fence.seal().await {
+            match fence.seal(&self.plan.rules, &self.plan.tables).await {
                 Ok(()) => fence::open(dest).await,
                 Err(error) => Err(error),
             }

@@ -16,7 +16,7 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::{Error, Result};
+use super::{Error, Result, Rules};
 use crate::id::{QualifiedName, quote_ident};
 use crate::pg::{Config, Purpose, Session};
 
@@ -195,8 +195,10 @@ impl Fence {
         }
     }
 
-    /// Makes a raised fence outlive this session.
-    pub async fn seal(&mut self) -> Result<()> {
+    /// Makes a raised fence outlive this session. What would act on rows that the stream writes here
+    /// from now on goes with the same commit.
+    pub async fn seal(&mut self, rules: &Rules, tables: &[QualifiedName]) -> Result<()> {
+        rules.silence_live(&mut self.session, tables).await?;
         if self.kind == FenceKind::Lock {
             self.session.execute("commit").await?;
         }

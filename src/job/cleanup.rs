@@ -11,11 +11,11 @@ use super::run::JobConfig;
 use super::state::{Event, Phase, step};
 use super::store::{JobRow, Store};
 use super::{Error, Result, lease};
-use crate::apply;
 use crate::cutover::{self, fence};
 use crate::id::Stream;
 use crate::pg::{Purpose, Session};
 use crate::source::{publication, slot};
+use crate::{apply, schema};
 
 /// Tables of the home database with the column that names the job, the job's own row last.
 const HOME_TABLES: [(&str, &str); 7] = [
@@ -97,6 +97,8 @@ async fn drop_objects(
         dropped.push(format!("replication slot {name}"));
     }
     slot::drop(session, &name).await?;
+    schema::restore(session, config.job.as_str()).await?;
+    schema::validate(session, config.job.as_str()).await?;
     publication::drop(session, &name).await?;
     apply::forget(session, &config.job.object(reads.opposite())).await?;
     let selection = row.options.selection(session).await?;
@@ -155,9 +157,35 @@ async fn drop_schema(
             .await?;
         return Ok(());
     }
-    session
-        .execute("set client_min_messages = error; drop schema if exists walferry cascade")
-        .await?;
-    dropped.push(format!("schema walferry on {}", session.peer()));
+    let said =
+        if empty_or_drop(session).await? { "schema walferry" } else { "all in schema walferry" };
+    dropped.push(format!("{said} on {}", session.peer()));
     Ok(())
+}
+
+/// A schema that an administrator made for a role that may make none stays, empty; it could not be
+/// made again. False if it does.
+async fn empty_or_drop(session: &mut Session) -> Result<bool> {
+    session.execute("set client_min_messages = error").await?;
+    let sql = "select pg_catalog.obj_description(oid, 'pg_namespace') \
+         is not distinct from 'made by walferry' \
+         from pg_catalog.pg_namespace where nspname = 'walferry'";
+    let Some(row) = session.query_opt(sql, &[]).await? else { return Ok(true) };
+    if row.bool(0)? {
+        session.execute("drop schema walferry cascade").await?;
+        return Ok(true);
+    }
+    let ours = session
+        .query(
+            "select 'drop table if exists ' || oid::regclass || ' cascade' \
+             from pg_catalog.pg_class where relnamespace = 'walferry'::regnamespace \
+             and relkind = 'r' union all \
+             select 'drop function if exists ' || oid::regprocedure || ' cascade' \
+             from pg_catalog.pg_proc where pronamespace = 'walferry'::regnamespace",
+        )
+        .await?;
+    for row in &ours {
+        session.execute(row.str(0)?).await?;
+    }
+    Ok(false)
 }

@@ -10,6 +10,8 @@
 //!   stream, kept going. `attend`: what a runner does while it follows: commands, positions.
 //!   `vigil`: the lease, and servers that fall silent. `flip`: arming the way back, and the
 //!   choreography with its journal. `cleanup`: finish and cancel.
+//! - `ability`: what the roles may do, and so how each side is written. `validating`: foreign keys
+//!   that came back at a switch.
 //! - `client`: commands from other processes. `align`: both sides held at one point, for verify.
 //!   `status`: what people and scripts see.
 //!
@@ -19,6 +21,7 @@
 //!
 //! Left out here: more than one task in a job (shard groups); they are built on the same runner.
 
+pub mod ability;
 mod admit;
 pub mod align;
 mod attend;
@@ -35,6 +38,7 @@ pub mod run;
 pub mod state;
 pub mod status;
 pub mod store;
+mod validating;
 mod vigil;
 
 pub use error::Error;

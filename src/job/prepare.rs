@@ -27,7 +27,8 @@ impl Runner {
         let name = self.config.job.object(Stream::Forward);
         let tables = self.tables(&self.config.source).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
-        publication::ensure(&mut source, &name, &published(&tables)).await?;
+        let marked = !self.row().await?.abilities.source.origin;
+        publication::ensure(&mut source, &name, &published(&tables, marked)).await?;
         self.make_slot(&mut source, &name).await?;
         let dump = match self.store.load_dump().await? {
             Some((pre, post)) => schema::Dump { pre, post },
@@ -62,7 +63,8 @@ impl Runner {
         let maker = Session::connect(&self.config.source, Purpose::Replication).await?;
         let options = self.slot_options(name);
         let held = slot::create(maker, source, &options, self.tell_blockers()).await?;
-        apply::begin_at(&mut self.store.session, name, held.consistent_lsn).await?;
+        let kind = self.row().await?.abilities.target.progress();
+        apply::begin_at(&mut self.store.session, name, kind, held.consistent_lsn).await?;
         self.store.set_slot_lsn(held.consistent_lsn).await?;
         self.slot = Some(held);
         Ok(())

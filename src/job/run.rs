@@ -16,6 +16,7 @@ use super::lease::{self, Holder};
 use super::pipeline::{Pipe, PipeOptions, TableFilter};
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobOptions, JobRow, Store};
+use super::validating::Validating;
 use super::vigil::Vigil;
 use super::{Error, Result, client};
 use crate::catalog::{Selection, Table, tables};
@@ -109,6 +110,8 @@ pub struct Runner {
     pub(super) level_at: Option<Lsn>,
     /// See [`Vigil`].
     pub(super) busy: Arc<AtomicBool>,
+    /// Foreign keys that are looked at after a flip.
+    pub(super) validating: Option<Validating>,
     /// Check has passed in this session already, before the job was written down.
     pub(super) checked: bool,
 }
@@ -241,6 +244,7 @@ impl Runner {
             unreleased: false,
             level_at: None,
             busy,
+            validating: None,
             checked,
         };
         Ok((runner, vigil))
@@ -295,7 +299,10 @@ impl Runner {
             Command::Check => Some(self.check().await?),
             Command::MakeSchema => Some(self.make_schema().await?),
             Command::Copy => Some(self.copy().await?),
-            Command::FollowForward => self.follow_forward().await?,
+            Command::FollowForward => {
+                self.silence_written().await?;
+                self.follow_forward().await?
+            }
             Command::FollowReverse => self.follow_reverse().await?,
             Command::CatchUp => self.measure_level().await?,
             Command::Flip(_) | Command::UndoFlip | Command::ReleaseClients => {
@@ -324,6 +331,20 @@ impl Runner {
             self.forward = Some(self.pipe(Stream::Forward, visibility).await?);
         }
         Ok(None)
+    }
+
+    /// A flip that was cut short may have left triggers and foreign keys at work on the side that
+    /// the streams, which start before it is undone, go on writing to.
+    async fn silence_written(&mut self) -> Result<()> {
+        let row = self.row().await?;
+        if row.phase == Phase::CuttingOver
+            && let Some(record) = row.flip
+        {
+            let flip = super::flip::stream_of(&record.flip);
+            let context = super::flip::context(&self.config, flip);
+            self.rules(flip).await?.silence_dest(&context).await?;
+        }
+        Ok(())
     }
 
     async fn follow_reverse(&mut self) -> Result<Option<Event>> {
@@ -360,6 +381,10 @@ impl Runner {
             "walferry" => table.name == "canary",
             _ => !left_out.contains(table),
         });
+        let ability = match stream {
+            Stream::Forward => row.abilities.target,
+            Stream::Reverse => row.abilities.source,
+        };
         let gate = (stream == Stream::Reverse).then(|| self.reverse_open.clone());
         Ok(Pipe::start(PipeOptions {
             job: self.config.job.clone(),
@@ -368,6 +393,7 @@ impl Runner {
             to: to.clone(),
             recorded: recorded(from, system.as_deref()),
             tables,
+            ability,
             visibility,
             gate,
         }))
@@ -420,10 +446,12 @@ impl Runner {
     }
 }
 
-/// Names of what is published: every table with rows, and the canary.
-pub(super) fn published(tables: &[Table]) -> Vec<QualifiedName> {
+/// Names of what is published: every table with rows, the canary, and where what the other stream
+/// writes here is `marked` by it, the row that does so.
+pub(super) fn published(tables: &[Table], marked: bool) -> Vec<QualifiedName> {
     let names = tables.iter().map(|t| t.name.clone());
-    names.chain([QualifiedName::new("walferry", "canary")]).collect()
+    let ours = if marked { &["canary", "progress"][..] } else { &["canary"] };
+    names.chain(ours.iter().map(|name| QualifiedName::new("walferry", *name))).collect()
 }
 
 /// A stream that has not reached a batch boundary by then is cut off, as a crash would.

@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Result;
+use super::ability::Abilities;
 use super::error::Error;
 use super::state::Phase;
 use crate::catalog::Selection;
@@ -20,11 +21,18 @@ use crate::pg::{Row, Session};
 /// presence and state, because catalogs are read as they are now even by a transaction whose
 /// snapshot is old.
 pub const DDL_BOTH: &str = "
-create schema if not exists walferry;
+do $do$ begin
+    if pg_catalog.to_regnamespace('walferry') is null then
+        create schema walferry;
+        comment on schema walferry is 'made by walferry';
+    end if;
+end $do$;
 create table if not exists walferry.canary (
     job text not null, leg text not null, token text not null, primary key (job, leg));
 create or replace function walferry.seal() returns trigger language plpgsql as $seal$
 begin
+    -- A stream's session that may not set session_replication_role says so.
+    if pg_catalog.current_setting('walferry.applying', true) = 'on' then return null; end if;
     raise exception 'this database has moved: table %.% takes no writes here any more',
         tg_table_schema, tg_table_name
         using errcode = 'read_only_sql_transaction',
@@ -38,6 +46,7 @@ create table if not exists walferry.job (
     name text primary key, phase text not null, error text, source_system text, target_system text,
     source text not null, target text not null, options jsonb not null default '{}',
     slot_lsn pg_lsn, armed boolean not null default false, flip jsonb,
+    abilities jsonb not null,
     created_at timestamptz not null default now(), updated_at timestamptz not null default now());
 create table if not exists walferry.schema_dump (
     job text primary key, pre text not null, post text not null);
@@ -79,6 +88,8 @@ pub struct JobRow {
     pub armed: bool,
     /// The cutover or rollback under way, or the last one.
     pub flip: Option<FlipRecord>,
+    /// What the roles could do when the job was made, which decides how each side is written.
+    pub abilities: Abilities,
 }
 
 /// What a job was planned with; a resume must not silently differ.
@@ -209,7 +220,7 @@ impl Store {
             .session
             .query_opt(
                 "select phase, error, source_system, target_system, source, target, options, \
-                 slot_lsn, armed, flip from walferry.job where name = $1",
+                 slot_lsn, armed, flip, abilities from walferry.job where name = $1",
                 &[Some(self.job.as_str())],
             )
             .await?;
@@ -228,16 +239,17 @@ impl Store {
     /// Writes a new job down, in phase planned. Harmless if it exists.
     pub async fn create(
         &mut self,
-        source: &str,
-        target: &str,
+        (source, target): (&str, &str),
         systems: (&str, &str),
         options: &JobOptions,
+        abilities: Abilities,
     ) -> Result<()> {
-        let options = json(options)?;
+        let (options, abilities) = (json(options)?, json(&abilities)?);
         self.session
             .query_params(
                 "insert into walferry.job (name, phase, source, target, source_system, \
-                 target_system, options) values ($1, 'planned', $2, $3, $4, $5, $6::jsonb) \
+                 target_system, options, abilities) \
+                 values ($1, 'planned', $2, $3, $4, $5, $6::jsonb, $7::jsonb) \
                  on conflict (name) do nothing",
                 &[
                     Some(self.job.as_str()),
@@ -246,6 +258,7 @@ impl Store {
                     Some(systems.0),
                     Some(systems.1),
                     Some(&options),
+                    Some(&abilities),
                 ],
             )
             .await?;
@@ -484,6 +497,8 @@ fn read_job(row: &Row) -> Result<JobRow> {
         slot_lsn: row.parse_opt(7)?,
         armed: row.bool(8)?,
         flip: flip.map_err(|e| Error::State(format!("walferry.job.flip: {e}")))?,
+        abilities: serde_json::from_str(row.str(10)?)
+            .map_err(|e| Error::State(format!("walferry.job.abilities: {e}")))?,
     })
 }
 

@@ -226,7 +226,7 @@ async fn every_missing_right_is_found_with_its_grant() {
             .map(|f| f.code)
             .collect();
         errors.sort_unstable();
-        let both = ["create-right", "origin-right", "replica-role-right", "replication-right"];
+        let both = ["create-right", "replication-right"];
         let mut expected: Vec<&str> = both.to_vec();
         if side == Source {
             expected.extend(["owner-right", "row-security", "select-right", "sequence-right"]);

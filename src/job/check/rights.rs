@@ -1,5 +1,9 @@
 //! What the roles may do, and the GRANT for each thing they may not.
 //!
+//! What cannot be done without is an error. Replication origins and session_replication_role can:
+//! then what is written is marked by a row, and triggers and foreign keys are set aside by their
+//! owner, of which this tells.
+//!
 //! Three profiles (see the design's table of rights): superuser; owner with REPLICATION; a managed
 //! service's role that is neither. Since the way back is armed before the switch, each side needs
 //! the rights of both ends of a stream.
@@ -150,18 +154,22 @@ async fn replica_role(end: &mut End) -> pg::Result<Option<Finding>> {
     };
     end.session.execute("rollback").await?;
     let role = quote_ident(&end.facts.role);
-    let fix = if end.major_version() >= 15 {
-        format!("GRANT SET ON PARAMETER session_replication_role TO {role};")
-    } else {
-        format!("ALTER ROLE {role} SUPERUSER;")
+    // So that they do not act on applied changes.
+    let how = match end.side {
+        Side::Source => {
+            "from the cutover on, and for as long as it is the old side, its triggers and rules are \
+             disabled and its foreign keys dropped; rollback and finish bring them back as they were"
+        }
+        _ => "triggers, rules and foreign keys are made there in the cutover only",
     };
-    let message = format!(
-        "role {} may not set it, so triggers and foreign keys would act on applied changes: \
-         {error}",
-        end.facts.role
-    );
+    let message = format!("role {} may not set it ({error}): {how}", end.facts.role);
     let name = "session_replication_role";
-    Ok(Some(Finding::error(end.side, "replica-role-right", name, message).fix(fix)))
+    let finding = Finding::info(end.side, "replica-role-right", name, message);
+    Ok(Some(if end.major_version() >= 15 {
+        finding.fix(format!("GRANT SET ON PARAMETER session_replication_role TO {role};"))
+    } else {
+        finding
+    }))
 }
 
 async fn origins(end: &mut End) -> pg::Result<Option<Finding>> {
@@ -171,13 +179,13 @@ async fn origins(end: &mut End) -> pg::Result<Option<Finding>> {
     let role = quote_ident(&end.facts.role);
     let object = "replication origin functions";
     let message = format!(
-        "role {} may not use them: they keep progress exact, and what walferry writes apart from \
-         what the application writes",
+        "role {} may not use them: what walferry writes is told from what applications write by a \
+         row of walferry.progress at the head of each transaction",
         end.facts.role
     );
-    let finding = Finding::error(end.side, "origin-right", object, message);
+    let finding = Finding::info(end.side, "origin-right", object, message);
     if end.major_version() < 14 {
-        return Ok(Some(finding.fix(format!("ALTER ROLE {role} SUPERUSER;"))));
+        return Ok(Some(finding));
     }
     let list: Vec<String> = ORIGIN_FUNCTIONS.iter().map(|f| quote_literal(f)).collect();
     let sql = format!(

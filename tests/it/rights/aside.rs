@@ -1,0 +1,1 @@
+//! Triggers and foreign keys without session_replication_role.
