@@ -46,7 +46,9 @@ impl Runner {
         };
         self.say(Notice::Said("creating tables on the target".to_string()));
         let job = self.config.job.as_str().to_string();
-        schema::apply_pre(&mut self.store.session, &dump, &job).await?;
+        for sql in schema::apply_pre(&mut self.store.session, &dump, &job).await? {
+            self.say(Notice::Said(format!("warning: the role may not, and it is left out: {sql}")));
+        }
         Ok(Event::SchemaMade)
     }
 

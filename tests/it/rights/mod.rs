@@ -3,7 +3,6 @@
 mod aside;
 mod roles;
 
-use walferry::demo::compare::schema_differences;
 use walferry::demo::writer::Writer;
 
 use crate::job::{assert_exact, sequences_are_past, writer};
@@ -47,8 +46,7 @@ async fn whole_job(ends: &Ends) {
     assert_eq!(before.0.diff(&after.0), Vec::<String>::new());
     assert_eq!(before.1.leftovers(&after.1), Vec::<String>::new());
     // Keys, triggers and rules are as they were, there as here.
-    let differences = schema_differences(&ends.source_uri(), &ends.target_uri()).unwrap();
-    assert_eq!(differences, Vec::<String>::new());
+    assert_eq!(before.0.acts_unlike(&after.1), Vec::<String>::new());
 }
 
 async fn moved_on(writer: &Writer) {
@@ -84,8 +82,8 @@ async fn an_owner_with_the_printed_grants_moves_a_database_by_origins() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_owner_moves_a_database_from_10_to_18() {
-    let ends = roles::owner((10, 18)).await;
+async fn an_owner_moves_a_database_from_14_to_18() {
+    let ends = roles::owner((14, 18)).await;
     needs_only_create(&ends).await;
     whole_job(&ends).await;
 }

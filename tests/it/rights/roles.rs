@@ -12,23 +12,35 @@ pub const ROLE: &str = "mover";
 /// Owner of the tables, with REPLICATION, on the source; owner of the database, with REPLICATION,
 /// on the target. No CREATE on the source's database, no superuser, no grants.
 pub async fn owner(majors: (u32, u32)) -> Ends {
+    let ends = ends(majors);
+    let may = |may: &str| ends.source.psql("app", may).unwrap();
+    may(&format!("grant create on database app to {ROLE}"));
+    create_schema(&ends.source_via, 1).await.unwrap();
+    may(&format!("revoke create on database app from {ROLE}"));
+    ends
+}
+
+/// The same with tables of one's own.
+pub async fn owner_of(majors: (u32, u32), sql: &str) -> Ends {
+    let ends = ends(majors);
+    let own = format!(
+        "grant create on database app to {ROLE}; set role {ROLE}; {sql}; reset role; \
+         revoke create on database app from {ROLE}"
+    );
+    ends.source.psql("app", &own).unwrap();
+    ends
+}
+
+fn ends(majors: (u32, u32)) -> Ends {
     let mut ends = Ends::start(majors.0, majors.1);
     let make = format!("create role {ROLE} login replication");
     for server in [&ends.source, &ends.target] {
         server.psql("postgres", &make).unwrap();
     }
     ends.target.psql("app", &format!("alter database app owner to {ROLE}")).unwrap();
-    let may = |may: &str| ends.source.psql("app", may).unwrap();
-    may(&format!("grant create on database app to {ROLE}"));
-    create_schema(&source_as_role(&ends), 1).await.unwrap();
-    may(&format!("revoke create on database app from {ROLE}"));
-    ends.source_via = source_as_role(&ends);
+    ends.source_via = ends.source.uri_as(ROLE, "app");
     ends.target_via = ends.target.uri_as(ROLE, "app");
     ends
-}
-
-fn source_as_role(ends: &Ends) -> String {
-    ends.source.uri_as(ROLE, "app")
 }
 
 /// What `check` prints as mending findings of these levels (and, if any, codes), by side.
