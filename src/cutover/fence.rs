@@ -84,6 +84,7 @@ impl Fence {
         let _ = session.execute("set deadlock_timeout = '20ms'").await;
         let mut trigger_sql = String::new();
         if kind == FenceKind::Lock {
+            refuse_not_owned(&mut session, tables).await?;
             let sealed = sealed_tables(&mut session).await?;
             for table in tables {
                 trigger_sql.push_str(&if sealed.contains(table) {
@@ -266,6 +267,24 @@ const HOLDS_LOCK: &str = "exists (select 1 from pg_catalog.pg_locks l where l.pi
         'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock'))";
 
 const OLDEST: &str = "order by a.xact_start limit 5";
+
+/// Whoever has the right TRIGGER may seal a table, but only its owner may open it again.
+async fn refuse_not_owned(session: &mut Session, tables: &[QualifiedName]) -> Result<()> {
+    let rows = session
+        .query(
+            "select n.nspname, c.relname from pg_catalog.pg_class c \
+             join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+             where c.relkind in ('r', 'p') and not pg_catalog.pg_has_role(c.relowner, 'usage')",
+        )
+        .await?;
+    for row in &rows {
+        let table = QualifiedName::new(row.str(0)?, row.str(1)?);
+        if tables.contains(&table) {
+            return Err(Error::NotOwned { table });
+        }
+    }
+    Ok(())
+}
 
 /// Tables that carry the seal's trigger, enabled or not.
 async fn sealed_tables(session: &mut Session) -> Result<Vec<QualifiedName>> {

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::apply::ProgressKind;
+use crate::id::QualifiedName;
 use crate::pg::{self, Session};
 
 /// Functions that applying calls. Before 14 only superusers may, whatever is granted.
@@ -70,4 +71,32 @@ impl Ability {
     pub fn progress(self) -> ProgressKind {
         if self.origin { ProgressKind::Origin } else { ProgressKind::Table }
     }
+}
+
+/// What the role lacks to write to these tables, and to set every sequence: the GRANTs.
+pub async fn missing_grants(
+    session: &mut Session,
+    tables: &[QualifiedName],
+) -> pg::Result<Vec<String>> {
+    let sql = "select case when c.relkind = 'S' then 'GRANT UPDATE ON SEQUENCE ' \
+         else 'GRANT INSERT, UPDATE, DELETE, TRUNCATE ON ' end || c.oid::regclass || ' TO ' \
+         || pg_catalog.quote_ident(current_user) || ';', c.relkind = 'S', n.nspname, c.relname \
+         from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+         where c.relpersistence <> 't' \
+         and n.nspname not in ('pg_catalog', 'information_schema', 'pg_toast', 'walferry') \
+         and case when c.relkind = 'S' \
+           then not pg_catalog.has_sequence_privilege(c.oid, 'update') \
+           when c.relkind in ('r', 'p') then not (pg_catalog.has_table_privilege(c.oid, 'insert') \
+             and pg_catalog.has_table_privilege(c.oid, 'update') \
+             and pg_catalog.has_table_privilege(c.oid, 'delete') \
+             and pg_catalog.has_table_privilege(c.oid, 'truncate')) else false end \
+         order by 1";
+    let mut grants = Vec::new();
+    for row in session.query(sql).await? {
+        let name = QualifiedName::new(row.str(2)?, row.str(3)?);
+        if row.bool(1)? || tables.contains(&name) {
+            grants.push(row.string(0)?);
+        }
+    }
+    Ok(grants)
 }

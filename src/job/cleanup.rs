@@ -141,7 +141,7 @@ async fn drop_schema(
     let others = session
         .query_one(
             "select (select count(*) from pg_catalog.pg_publication \
-                where pubname like 'walferry\\_%') \
+                where pubname like 'walferry\\_%' and pg_catalog.pg_has_role(pubowner, 'usage')) \
              + (select count(*) from pg_catalog.pg_replication_slots \
                 where slot_name like 'walferry\\_%' \
                 and database = pg_catalog.current_database())",
@@ -164,7 +164,7 @@ async fn drop_schema(
 }
 
 /// A schema that an administrator made for a role that may make none stays, empty; it could not be
-/// made again. False if it does.
+/// made again. Nor does a table go that his publication shows. False if the schema stays.
 async fn empty_or_drop(session: &mut Session) -> Result<bool> {
     session.execute("set client_min_messages = error").await?;
     let sql = "select pg_catalog.obj_description(oid, 'pg_namespace') \
@@ -177,8 +177,10 @@ async fn empty_or_drop(session: &mut Session) -> Result<bool> {
     }
     let ours = session
         .query(
-            "select 'drop table if exists ' || oid::regclass || ' cascade' \
-             from pg_catalog.pg_class where relnamespace = 'walferry'::regnamespace \
+            "select case when exists (select from pg_catalog.pg_publication_rel where prrelid = c.oid) \
+               then 'delete from ' || oid::regclass \
+               else 'drop table if exists ' || oid::regclass || ' cascade' end \
+             from pg_catalog.pg_class c where relnamespace = 'walferry'::regnamespace \
              and relkind = 'r' union all \
              select 'drop function if exists ' || oid::regprocedure || ' cascade' \
              from pg_catalog.pg_proc where pronamespace = 'walferry'::regnamespace",

@@ -110,6 +110,12 @@ impl Runner {
         let tables = self.tables(&self.config.target).await?;
         let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
+        // A canary proves the way, not the right to every table (law 8).
+        let names: Vec<QualifiedName> = tables.iter().map(|table| table.name.clone()).collect();
+        let grants = super::ability::missing_grants(&mut source, &names).await?;
+        if !grants.is_empty() {
+            return Err(Error::NoWayBack { grants });
+        }
         slot::drop(&mut target, &name).await?;
         let marked = !self.row().await?.abilities.target.origin;
         publication::ensure(&mut target, &name, &published(&tables, marked)).await?;

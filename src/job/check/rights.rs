@@ -48,7 +48,7 @@ impl Check<'_> {
         }
         for side in [Side::Source, Side::Target] {
             let end = self.end(side);
-            let mut found = database(end).await?;
+            let mut found = Vec::new();
             // The one that writes: the target, and the source on the way back.
             if side == Side::Target || reverse {
                 found.extend(replica_role(end).await?);
@@ -58,10 +58,10 @@ impl Check<'_> {
         }
         let names: Vec<String> =
             self.tables.iter().map(|t| quote_literal(&t.oid.to_string())).collect();
-        if !self.source.facts.superuser && !names.is_empty() {
-            let found = tables(&mut self.source, &names.join(","), reverse).await;
-            self.take(Side::Source, "rights on tables", found)?;
-        }
+        let found = self.source_objects(&names.join(",")).await;
+        self.take(Side::Source, "rights on tables", found)?;
+        let found = database(&mut self.target).await;
+        self.take(Side::Target, "rights on the database", found)?;
         if !self.source.facts.superuser {
             let found = sequences(&mut self.source).await;
             self.take(Side::Source, "rights on sequences", found)?;
@@ -69,6 +69,29 @@ impl Check<'_> {
             self.take(Side::Source, "pg_stat_activity", found)?;
         }
         Ok(())
+    }
+
+    /// Publication and schema walferry, by the role's own rights where it owns the tables, given by
+    /// an administrator where it does not.
+    async fn source_objects(&mut self, oids: &str) -> pg::Result<Vec<Finding>> {
+        if self.source.facts.superuser {
+            return Ok(Vec::new());
+        }
+        let reverse = self.options.reverse;
+        let oids = if oids.is_empty() { "null" } else { oids };
+        let (not_owned, mut findings) = tables(&mut self.source, oids, reverse).await?;
+        let given = self.given(oids).await?;
+        // Only their owners can set aside what would act on the way back's rows.
+        let owns = not_owned.is_empty();
+        if owns || !given.acting.is_empty() {
+            findings.extend(not_owned);
+            if !(given.schema && given.published) {
+                findings.extend(database(&mut self.source).await?);
+            }
+        } else {
+            findings.extend(self.not_given(&given).await?);
+        }
+        Ok(findings)
     }
 
     pub(super) fn end(&mut self, side: Side) -> &mut End {
@@ -127,7 +150,7 @@ async fn replication(end: &End) -> Option<Finding> {
     })
 }
 
-/// Schema `walferry` on both sides, the moved schemas on the target, a publication on the source.
+/// For schema `walferry`, the moved schemas on the target, a publication on the source.
 async fn database(end: &mut End) -> pg::Result<Vec<Finding>> {
     let sql = "select pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create')";
     if end.session.query_one(sql, &[]).await?.bool(0)? {
@@ -202,8 +225,13 @@ async fn origins(end: &mut End) -> pg::Result<Option<Finding>> {
     Ok((!grants.is_empty()).then(|| finding.fix(grants.join("\n"))))
 }
 
-/// Publishing a table takes its owner's rights, copying it SELECT.
-async fn tables(end: &mut End, oids: &str, reverse: bool) -> pg::Result<Vec<Finding>> {
+/// Publishing a table takes its owner's rights, copying it SELECT. What is missing of the first, and
+/// of the second.
+async fn tables(
+    end: &mut End,
+    oids: &str,
+    reverse: bool,
+) -> pg::Result<(Vec<Finding>, Vec<Finding>)> {
     let sql = format!(
         "select n.nspname, c.relname, o.rolname, pg_catalog.pg_has_role(c.relowner, 'usage'), \
          pg_catalog.has_schema_privilege(n.oid, 'usage') \
@@ -230,15 +258,13 @@ async fn tables(end: &mut End, oids: &str, reverse: bool) -> pg::Result<Vec<Find
             hidden.push(name);
         }
     }
-    Ok(judge_tables(end, &not_owned, &not_read, &hidden, reverse))
+    Ok((judge_owners(end, &not_owned, reverse), judge_tables(end, &not_read, &hidden)))
 }
 
-/// Tables not owned by owner, tables not readable by schema, and tables with rows hidden.
-fn judge_tables(
+/// Tables not owned, by owner.
+fn judge_owners(
     end: &End,
     not_owned: &BTreeMap<String, Vec<String>>,
-    not_read: &BTreeMap<String, Vec<String>>,
-    hidden: &[String],
     reverse: bool,
 ) -> Vec<Finding> {
     let role = quote_ident(&end.facts.role);
@@ -250,6 +276,17 @@ fn judge_tables(
         let object = format!("role {owner}");
         findings.push(Finding::error(end.side, "owner-right", object, message).fix(fix));
     }
+    findings
+}
+
+/// Tables not readable by schema, and tables with rows hidden.
+fn judge_tables(
+    end: &End,
+    not_read: &BTreeMap<String, Vec<String>>,
+    hidden: &[String],
+) -> Vec<Finding> {
+    let role = quote_ident(&end.facts.role);
+    let mut findings = Vec::new();
     for (schema, names) in not_read {
         let message = format!("no SELECT on {}", some(names));
         let schema_quoted = quote_ident(schema);

@@ -1,6 +1,7 @@
 //! The whole job as each kind of role, under a writer, and what it leaves behind.
 
 mod aside;
+mod managed;
 mod roles;
 
 use walferry::demo::writer::Writer;

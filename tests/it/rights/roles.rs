@@ -31,6 +31,28 @@ pub async fn owner_of(majors: (u32, u32), sql: &str) -> Ends {
     ends
 }
 
+/// A managed cloud's: on the source REPLICATION and SELECT, and nothing is the role's own there; on
+/// the target owner of the database, with REPLICATION. No foreign keys and triggers on the source:
+/// who neither owns its tables nor may set the replica role cannot lead a way back to those.
+pub async fn managed(majors: (u32, u32)) -> Ends {
+    let ends = ends(majors);
+    let may = |may: &str| ends.source.psql("app", may).unwrap();
+    may("create role owner login; grant create on database app to owner");
+    create_schema(&ends.source.uri_as("owner", "app"), 1).await.unwrap();
+    may("alter table bank.tellers drop constraint tellers_bid_fkey; \
+         alter table bank.accounts drop constraint accounts_bid_fkey; \
+         alter table shop.items drop constraint items_order_id_fkey; \
+         drop trigger log_order on shop.orders");
+    for schema in ["bank", "shop", "\"Odd \"\"Schema\""] {
+        may(&format!(
+            "grant usage on schema {schema} to {ROLE}; \
+             grant select on all tables in schema {schema} to {ROLE}; \
+             grant select on all sequences in schema {schema} to {ROLE}"
+        ));
+    }
+    ends
+}
+
 fn ends(majors: (u32, u32)) -> Ends {
     let mut ends = Ends::start(majors.0, majors.1);
     let make = format!("create role {ROLE} login replication");
