@@ -3,8 +3,10 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use super::ask::Asker;
 use super::options::JobArgs;
 use super::print;
+use crate::job::JobConfig;
 use crate::job::status::{self, Status, TableStatus};
 use crate::job::store::StreamRow;
 
@@ -23,9 +25,13 @@ pub struct Args {
 
 /// Shows where the job stands. 0, or 1 if there is no such job.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let config = args.job.job()?;
+    let (job, home, source) = args.job.home()?;
     loop {
-        let status = status::read(&config).await?;
+        let mut status = status::read(&job, &home, source.as_ref()).await?;
+        if status.held_clients && status.runner.is_none() && source.is_some() {
+            mend(&args.job.job()?).await;
+            status = status::read(&job, &home, source.as_ref()).await?;
+        }
         if args.json {
             print::json(&status)?;
         } else {
@@ -41,11 +47,30 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
 }
 
+/// A flip was cut short by the death of whoever drove it, and clients may be held by a pooler: that
+/// cannot wait until somebody thinks of another command. Undoes it, or says why not.
+async fn mend(config: &JobConfig) {
+    let undoing = async {
+        let mut asker = Asker::connect(config).await?;
+        let done = asker.ask("ping", &serde_json::Value::Null, Duration::from_secs(60)).await;
+        asker.close().await?;
+        done
+    };
+    if let Err(error) = undoing.await {
+        let text = crate::secret::redact(&format!("{error:#}"));
+        eprintln!("a flip was cut short and could not be undone: {text}");
+    }
+}
+
 fn show(status: &Status) {
     println!("job      {} ({} -> {})", status.job, status.source, status.target);
     println!("phase    {}", status.phase);
     match &status.runner {
         Some(pid) => println!("runner   alive (backend {pid} on the target)"),
+        None if status.held_clients => println!(
+            "runner   none, in the middle of a flip: clients may be held. `walferry run` (or \
+             status with --source) undoes or finishes it at once"
+        ),
         None => println!("runner   none; `walferry run` goes on from here"),
     }
     if let Some(error) = &status.error {

@@ -13,7 +13,8 @@
 //! 3. *barrier*: the end of WAL, read after the fence holds (vitess#16563). *drain*: the other side
 //!    has applied up to it.
 //! 4. *rules*: where a role may not set session_replication_role, what acts on written rows comes
-//!    back on the side that becomes live (`rules`). *sequences*: set past every value handed out.
+//!    back on the side that becomes live (`rules`). *sequences*: set past every value handed out
+//!    (`sequences`).
 //! 5. *seal*: the fence is made to outlive our session, so that stragglers that were connected
 //!    before cannot write to the old side afterwards (vitess#9453). The new side's own seal, if it
 //!    had one from an earlier flip, is opened.
@@ -34,6 +35,7 @@ pub mod choreography;
 pub mod error;
 pub mod fence;
 mod rules;
+pub mod sequences;
 pub mod undo;
 
 pub use choreography::{Journal, Outcome, Plan, Step, run};

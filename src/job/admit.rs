@@ -7,6 +7,7 @@ use super::state::{Event, step};
 use super::store::{DDL_BOTH, JobRow, Store, ensure};
 use super::{Error, Result};
 use crate::catalog::Selection;
+use crate::cutover::canary;
 use crate::pg::{Config, Session};
 use crate::source::Recorded;
 use crate::{apply, copy, schema};
@@ -43,7 +44,8 @@ pub(super) async fn make_tables(
     source: &mut Session,
 ) -> Result<()> {
     store.ensure(&[apply::DDL, copy::DDL, schema::DDL, schema::ASIDE_DDL]).await?;
-    ensure(source, &[DDL_BOTH, apply::DDL, schema::ASIDE_DDL]).await?;
+    let canary = canary::ddl(&config.job);
+    ensure(source, &[DDL_BOTH, &canary, apply::DDL, schema::ASIDE_DDL]).await?;
     let systems = (system_of(source).await?, system_of(&mut store.session).await?);
     let places = (place(&config.source), place(&config.target));
     let abilities = Abilities {

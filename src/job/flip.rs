@@ -45,9 +45,16 @@ pub struct FlipRequest {
 }
 
 impl FlipRequest {
-    /// What is stored before the flip begins.
-    pub fn record(&self, from: Phase) -> FlipRecord {
+    /// What is stored before the flip begins; `last` is the record of the one before.
+    pub fn record(&self, from: Phase, last: Option<&FlipRecord>) -> FlipRecord {
+        let mut earlier_routes: Vec<String> = Vec::new();
+        for route in last.iter().flat_map(|last| last.routes.iter().chain(&last.earlier_routes)) {
+            if !self.routes.contains(route) && !earlier_routes.contains(route) {
+                earlier_routes.push(route.clone());
+            }
+        }
         FlipRecord {
+            earlier_routes,
             from: from.to_string(),
             attempt: self.attempt.clone(),
             flip: self.flip.clone(),
@@ -118,7 +125,8 @@ impl Runner {
         }
         slot::drop(&mut target, &name).await?;
         let marked = !self.row().await?.abilities.target.origin;
-        publication::ensure(&mut target, &name, &published(&tables, marked)).await?;
+        let wanted = published(&self.config.job, &tables, marked);
+        publication::ensure(&mut target, &name, &wanted).await?;
         let mut maker = Session::connect(&self.config.target, Purpose::Sql).await?;
         let options = slot::CreateOptions { wait, ..self.slot_options(&name) };
         let waiting = self.tell_blockers();
@@ -207,8 +215,10 @@ impl Runner {
         self.stop_validating().await;
         let mut plan = self.flight_plan(flip, request).await?;
         let row = self.row().await?;
-        let stored = row.flip.filter(|record| record.attempt == request.attempt);
-        let record = stored.unwrap_or_else(|| request.record(row.phase));
+        let record = match row.flip {
+            Some(record) if record.attempt == request.attempt => record,
+            last => request.record(row.phase, last.as_ref()),
+        };
         let mut journal = HomeJournal {
             store: &mut self.store,
             record,
@@ -388,7 +398,7 @@ impl Runner {
 /// What routes are told.
 pub(super) fn context(config: &JobConfig, flip: Stream) -> route::Context {
     route::Context {
-        job: config.job.to_string(),
+        job: config.job.clone(),
         flip,
         source: config.source.clone(),
         target: config.target.clone(),

@@ -28,7 +28,8 @@ impl Runner {
         let tables = self.tables(&self.config.source).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
         let marked = !self.row().await?.abilities.source.origin;
-        publication::ensure(&mut source, &name, &published(&tables, marked)).await?;
+        let wanted = published(&self.config.job, &tables, marked);
+        publication::ensure(&mut source, &name, &wanted).await?;
         self.make_slot(&mut source, &name).await?;
         let dump = match self.store.load_dump().await? {
             Some((pre, post)) => schema::Dump { pre, post },

@@ -70,6 +70,8 @@ pub enum Notice {
     Phase(Phase),
     /// Something worth a line.
     Said(String),
+    /// `finish` or `cancel` ends the job: there is nothing to go on with.
+    Ended,
     /// Rows are being copied; look at the counters from time to time.
     Copying(Arc<CopyProgress>),
     /// Indexes and constraints: done, total, what is being built.
@@ -283,9 +285,9 @@ impl Runner {
 
     /// Stores a phase. One that begins a flip is stored with the flip's record.
     async fn enter(&mut self, from: Phase, phase: Phase) -> Result<()> {
-        match (&self.asked, phase) {
+        match (self.asked.clone(), phase) {
             (Some((_, request)), Phase::CuttingOver) => {
-                let record = request.record(from);
+                let record = request.record(from, self.row().await?.flip.as_ref());
                 self.store.set_phase_and_flip(phase, &record).await?;
             }
             _ => self.store.set_phase(phase).await?,
@@ -377,8 +379,9 @@ impl Runner {
         // A partition made since is of a published table, or it would not be in the stream: only
         // tables known to be left out are filtered, the rest must be applied or refused by name.
         let left_out = self.left_out(from).await?;
+        let canary = self.config.job.canary();
         let tables: TableFilter = Arc::new(move |table: &QualifiedName| match &*table.schema {
-            "walferry" => table.name == "canary",
+            "walferry" => *table == canary,
             _ => !left_out.contains(table),
         });
         let ability = match stream {
@@ -448,10 +451,9 @@ impl Runner {
 
 /// Names of what is published: every table with rows, the canary, and where what the other stream
 /// writes here is `marked` by it, the row that does so.
-pub(super) fn published(tables: &[Table], marked: bool) -> Vec<QualifiedName> {
-    let names = tables.iter().map(|t| t.name.clone());
-    let ours = if marked { &["canary", "progress"][..] } else { &["canary"] };
-    names.chain(ours.iter().map(|name| QualifiedName::new("walferry", *name))).collect()
+pub(super) fn published(job: &JobName, tables: &[Table], marked: bool) -> Vec<QualifiedName> {
+    let names = tables.iter().map(|t| t.name.clone()).chain([job.canary()]);
+    names.chain(marked.then(|| QualifiedName::new("walferry", "progress"))).collect()
 }
 
 /// A stream that has not reached a batch boundary by then is cut off, as a crash would.

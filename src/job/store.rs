@@ -15,7 +15,7 @@ use crate::id::{JobName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Row, Session};
 
-/// Tables of both sides: the canary that proves a stream, and the seal of a fence.
+/// What both sides have, beside each job's canary: seals, and what a read-only fence replaced.
 ///
 /// The seal's trigger function raises always; whether it stands is decided by the trigger's
 /// presence and state, because catalogs are read as they are now even by a transaction whose
@@ -27,8 +27,7 @@ do $do$ begin
         comment on schema walferry is 'made by walferry';
     end if;
 end $do$;
-create table if not exists walferry.canary (
-    job text not null, leg text not null, token text not null, primary key (job, leg));
+create table if not exists walferry.read_only (job text primary key, before text);
 create or replace function walferry.seal() returns trigger language plpgsql as $seal$
 begin
     -- A stream's session that may not set session_replication_role says so.
@@ -140,6 +139,9 @@ pub struct FlipRecord {
     pub fence: String,
     /// Routes as given on the command line.
     pub routes: Vec<String>,
+    /// Routes of earlier flips that are not among these: what they kept on disk goes with the job.
+    #[serde(default)]
+    pub earlier_routes: Vec<String>,
     /// Clients were let through after the point of no return.
     pub released: bool,
 }
@@ -199,7 +201,8 @@ impl Store {
 
     /// Makes schema and tables where they are missing. `more` is DDL of the rooms below.
     pub async fn ensure(&mut self, more: &[&str]) -> Result<()> {
-        ensure(&mut self.session, &[&[DDL_BOTH, DDL_HOME], more].concat()).await
+        let canary = crate::cutover::canary::ddl(&self.job);
+        ensure(&mut self.session, &[&[DDL_BOTH, &canary, DDL_HOME], more].concat()).await
     }
 
     /// True if the job's tables exist here.

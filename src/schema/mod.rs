@@ -45,7 +45,7 @@ pub mod script;
 pub mod sequence;
 
 pub use aside::{ASIDE_DDL, build_acting, restore, set_aside, validate};
-pub use dump::{Dump, Options, dump};
+pub use dump::{Dump, Options, dump, pg_dump_versions};
 pub use error::Error;
 pub use plan::PostPhase;
 pub use post::{PostOptions, PostProgress, apply_post};

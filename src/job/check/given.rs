@@ -5,18 +5,13 @@
 //! Left out: the fence of locks. Its seal is a trigger, and only a table's owner can take one away
 //! again; clients are held by a route instead.
 
+use crate::cutover::canary;
 use crate::id::{QualifiedName, Stream, quote_ident, quote_literal};
 use crate::pg;
 
 use super::super::ability;
 use super::end::End;
 use super::{Check, Finding};
-
-/// What walferry's own publication shows besides the job's tables, as the administrator has to make
-/// it before there is a job.
-const OWN_TABLES: &str = "CREATE TABLE walferry.canary (job text NOT NULL, leg text NOT NULL, \
-     token text NOT NULL, PRIMARY KEY (job, leg));\n\
-     CREATE TABLE walferry.progress (stream text PRIMARY KEY, end_lsn pg_lsn NOT NULL);";
 
 /// How a role that owns nothing stands with the source's tables.
 pub(super) struct Given {
@@ -48,7 +43,7 @@ impl Check<'_> {
                 "select distinct c.oid::regclass::text from pg_catalog.pg_class c \
                  where c.oid in ({oids}) and ( \
                  exists (select from pg_catalog.pg_trigger g where g.tgrelid = c.oid \
-                    and g.tgenabled = 'O' and g.tgname <> 'walferry_seal') \
+                    and g.tgenabled = 'O' and g.tgname not like 'walferry\\_%') \
                  or exists (select from pg_catalog.pg_rewrite w where w.ev_class = c.oid \
                     and w.ev_enabled = 'O' and w.rulename <> '_RETURN')) order by 1"
             );
@@ -80,11 +75,16 @@ impl Check<'_> {
         let mut fix = Vec::new();
         if !given.schema {
             fix.push(format!("CREATE SCHEMA walferry AUTHORIZATION {role};"));
-            fix.push(format!("SET ROLE {role};\n{OWN_TABLES}\nRESET ROLE;"));
+            fix.push(format!(
+                "SET ROLE {role};\n{};\n\
+                 CREATE TABLE walferry.progress (stream text PRIMARY KEY, end_lsn pg_lsn NOT NULL);\n\
+                 RESET ROLE;",
+                canary::ddl(&self.options.job)
+            ));
         }
         if !given.published {
             let names = self.tables.iter().filter(|table| !table.unlogged).map(|t| t.name.clone());
-            let own = ["canary", "progress"].map(|name| QualifiedName::new("walferry", name));
+            let own = [self.options.job.canary(), QualifiedName::new("walferry", "progress")];
             let names = names.chain(own).map(|name| format!("ONLY {}", name.quoted()));
             let names: Vec<String> = names.collect();
             let with = match self.source.major_version() {
