@@ -202,8 +202,8 @@ impl Fence {
         }
     }
 
-    /// Makes a raised fence outlive this session. What would act on rows that the stream writes here
-    /// from now on goes with the same commit.
+    /// Makes a raised fence outlive this session. What would act on rows that the stream writes
+    /// here from now on goes with the same commit.
     pub async fn seal(&mut self, rules: &Rules, tables: &[QualifiedName]) -> Result<()> {
         rules.silence_live(&mut self.session, tables).await?;
         if self.kind == FenceKind::Lock {

@@ -1,7 +1,7 @@
 //! Triggers, rules and foreign keys around a switch, on a side whose role cannot keep them from
-//! acting on applied rows (see `schema::aside`). The side that becomes live gets its own back before
-//! the switch, the side that will be written by the stream has its set aside in the fence's own
-//! transaction, and undoing turns both round.
+//! acting on applied rows (see `schema::aside`). The side that becomes live gets its own back
+//! before the switch, the side that will be written by the stream has its set aside in the fence's
+//! own transaction, and undoing turns both round.
 
 use std::time::Duration;
 

@@ -29,18 +29,6 @@ pub struct Abilities {
     pub target: Ability,
 }
 
-impl Default for Ability {
-    fn default() -> Self {
-        Ability { origin: true, replica_role: true }
-    }
-}
-
-impl Default for Abilities {
-    fn default() -> Self {
-        Abilities { source: Ability::default(), target: Ability::default() }
-    }
-}
-
 impl Ability {
     /// Asks the server. Setting the role is tried rather than looked up, as managed services let
     /// roles do it whom the catalogs do not name.

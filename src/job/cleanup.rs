@@ -174,7 +174,8 @@ async fn empty_or_drop(session: &mut Session) -> Result<bool> {
     }
     let ours = session
         .query(
-            "select case when exists (select from pg_catalog.pg_publication_rel where prrelid = c.oid) \
+            "select case when exists \
+                 (select from pg_catalog.pg_publication_rel where prrelid = c.oid) \
                then 'delete from ' || oid::regclass \
                else 'drop table if exists ' || oid::regclass || ' cascade' end \
              from pg_catalog.pg_class c where relnamespace = 'walferry'::regnamespace \

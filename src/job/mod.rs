@@ -4,7 +4,7 @@
 //! them, keeps the job's state in the home database (the target), and sees to it that exactly one
 //! process runs it.
 //!
-//! - `state`: the pure step function. `store`: its tables. `lease`: one runner at a time.
+//! - `state`: the pure step function. `store`, `ddl`: its tables. `lease`: one runner at a time.
 //! - `admit`: who may run it. `run`: the runner, a loop of step and execute. `prepare`: check,
 //!   publication, slot, tables. `copying`: rows, then indexes and constraints. `pipeline`: one
 //!   stream, kept going. `attend`: what a runner does while it follows: commands, positions.
@@ -29,6 +29,7 @@ pub mod check;
 pub mod cleanup;
 pub mod client;
 mod copying;
+mod ddl;
 pub mod error;
 mod flip;
 pub mod lease;

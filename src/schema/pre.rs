@@ -17,8 +17,8 @@ const STEP: &str = "pre-data";
 /// Schemas that exist are used as they are, settings that the target does not know are left out,
 /// and so are comments on extensions, and owners, grants and comments of schemas that were there,
 /// where the role may not change them: those are given back, for someone to be told. Any other
-/// refused statement is shown whole, and nothing of the dump is left behind. Missing roles are named
-/// before anything is tried.
+/// refused statement is shown whole, and nothing of the dump is left behind. Missing roles are
+/// named before anything is tried.
 pub async fn apply_pre(session: &mut Session, dump: &Dump, job: &str) -> Result<Vec<String>> {
     let done = format!(
         "select 1 from walferry.schema_step where job = {} and id = {}",

@@ -76,8 +76,8 @@ impl Check<'_> {
         if !given.schema {
             fix.push(format!("CREATE SCHEMA walferry AUTHORIZATION {role};"));
             fix.push(format!(
-                "SET ROLE {role};\n{};\n\
-                 CREATE TABLE walferry.progress (stream text PRIMARY KEY, end_lsn pg_lsn NOT NULL);\n\
+                "SET ROLE {role};\n{};\nCREATE TABLE walferry.progress \
+                 (stream text PRIMARY KEY, end_lsn pg_lsn NOT NULL);\n\
                  RESET ROLE;",
                 canary::ddl(&self.options.job)
             ));

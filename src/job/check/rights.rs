@@ -180,8 +180,9 @@ async fn replica_role(end: &mut End) -> pg::Result<Option<Finding>> {
     // So that they do not act on applied changes.
     let how = match end.side {
         Side::Source => {
-            "from the cutover on, and for as long as it is the old side, its triggers and rules are \
-             disabled and its foreign keys dropped; rollback and finish bring them back as they were"
+            "from the cutover on, and for as long as it is the old side, its triggers and rules \
+             are disabled and its foreign keys dropped; rollback and finish bring them back as \
+             they were"
         }
         _ => "triggers, rules and foreign keys are made there in the cutover only",
     };
@@ -225,8 +226,8 @@ async fn origins(end: &mut End) -> pg::Result<Option<Finding>> {
     Ok((!grants.is_empty()).then(|| finding.fix(grants.join("\n"))))
 }
 
-/// Publishing a table takes its owner's rights, copying it SELECT. What is missing of the first, and
-/// of the second.
+/// Publishing a table takes its owner's rights, copying it SELECT. What is missing of the first,
+/// and of the second.
 async fn tables(
     end: &mut End,
     oids: &str,
