@@ -65,7 +65,7 @@ impl Check<'_> {
         }
         let message = "its seal is a trigger, which only owners of the tables can open again: give \
              cutover a route that holds clients, and --fence none";
-        findings.push(Finding::warning(self.source.side, "fence-right", "--fence lock", message));
+        findings.push(Finding::warning(self.source.side, "fence-lock", "--fence lock", message));
         Ok(findings)
     }
 
