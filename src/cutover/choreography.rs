@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use super::fence::{self, Fence, FenceKind};
 use super::sequences::{self, Stood};
-use super::{Error, Result, barrier, canary, undo};
+use super::{Error, Result, Rules, barrier, canary, undo};
 use crate::apply::Applied;
 use crate::catalog::Selection;
 use crate::clock::{Backoff, Deadline};
@@ -53,6 +53,8 @@ pub struct Plan {
     pub timeout: Duration,
     /// Longest time writers are held for the drain.
     pub max_hold: Duration,
+    /// Triggers, rules and foreign keys of either side.
+    pub rules: Rules,
     /// How far the stream from live to dest is.
     pub carry: watch::Receiver<Applied>,
     /// Stop after the gates.
@@ -127,7 +129,8 @@ pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome
         Err(unknown @ Error::Unknown { .. }) => Err(unknown),
         Err(cause) => {
             let plan = &*flight.plan;
-            match undo::withdraw(&plan.live, fence, &plan.routes, &plan.context).await {
+            match undo::withdraw(&plan.live, fence, &plan.routes, &plan.context, &plan.rules).await
+            {
                 Ok(()) => Err(cause),
                 Err(undo) => {
                     Err(Error::NotUndone { cause: cause.to_string(), undo: undo.to_string() })
@@ -226,12 +229,15 @@ impl<J: Journal> Flight<'_, J> {
     ) -> Result<Lsn> {
         let barrier_lsn = step!(self, "barrier", barrier::mark(live, "barrier").await);
         step!(self, "drain", self.drain(barrier_lsn, held).await);
+        if self.plan.rules.dest {
+            step!(self, "rules", self.plan.rules.wake_dest(dest).await);
+        }
         step!(self, "sequences", {
             let (plan, stood) = (&*self.plan, self.stood.as_ref());
             sequences::carry(live, dest, &plan.selection, stood, plan.max_hold).await
         });
         step!(self, "seal", {
-            match fence.seal().await {
+            match fence.seal(&self.plan.rules, &self.plan.tables).await {
                 Ok(()) => fence::open(dest, &self.plan.job).await,
                 Err(error) => Err(error),
             }

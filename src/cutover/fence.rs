@@ -20,7 +20,7 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::{Error, Result};
+use super::{Error, Result, Rules};
 use crate::id::{JobName, QualifiedName, quote_ident, quote_literal};
 use crate::pg::{Config, Purpose, Session};
 
@@ -92,6 +92,7 @@ impl Fence {
         let _ = session.execute("set deadlock_timeout = '20ms'").await;
         let mut trigger_sql = String::new();
         if kind == FenceKind::Lock {
+            refuse_not_owned(&mut session, tables).await?;
             let seal = seal_name(job);
             let sealed = seals(&mut session, job, "").await?;
             for table in tables {
@@ -201,8 +202,10 @@ impl Fence {
         }
     }
 
-    /// Makes a raised fence outlive this session.
-    pub async fn seal(&mut self) -> Result<()> {
+    /// Makes a raised fence outlive this session. What would act on rows that the stream writes
+    /// here from now on goes with the same commit.
+    pub async fn seal(&mut self, rules: &Rules, tables: &[QualifiedName]) -> Result<()> {
+        rules.silence_live(&mut self.session, tables).await?;
         if self.kind == FenceKind::Lock {
             self.session.execute("commit").await?;
         }
@@ -270,6 +273,24 @@ const HOLDS_LOCK: &str = "exists (select 1 from pg_catalog.pg_locks l where l.pi
         'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock'))";
 
 const OLDEST: &str = "order by a.xact_start limit 5";
+
+/// Whoever has the right TRIGGER may seal a table, but only its owner may open it again.
+async fn refuse_not_owned(session: &mut Session, tables: &[QualifiedName]) -> Result<()> {
+    let rows = session
+        .query(
+            "select n.nspname, c.relname from pg_catalog.pg_class c \
+             join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+             where c.relkind in ('r', 'p') and not pg_catalog.pg_has_role(c.relowner, 'usage')",
+        )
+        .await?;
+    for row in &rows {
+        let table = QualifiedName::new(row.str(0)?, row.str(1)?);
+        if tables.contains(&table) {
+            return Err(Error::NotOwned { table });
+        }
+    }
+    Ok(())
+}
 
 /// Tables that carry the job's seal, of those that `which` allows.
 async fn seals(session: &mut Session, job: &JobName, which: &str) -> Result<Vec<QualifiedName>> {

@@ -38,6 +38,7 @@ impl Runner {
         if matches!(phase, Phase::Finished | Phase::Canceled) {
             return Ok(None);
         }
+        self.validate_beside().await?;
         let mut probes = Probes::default();
         loop {
             if *self.stop.borrow() {

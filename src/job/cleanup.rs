@@ -11,11 +11,11 @@ use super::run::JobConfig;
 use super::state::{Event, Phase, step};
 use super::store::{JobRow, Store};
 use super::{Error, Result, lease};
-use crate::apply;
 use crate::cutover::{self, fence};
 use crate::id::Stream;
 use crate::pg::{Purpose, Session};
 use crate::source::{publication, slot};
+use crate::{apply, schema};
 
 /// Tables of the home database with the column that names the job, the job's own row last.
 const HOME_TABLES: [(&str, &str); 7] = [
@@ -96,6 +96,8 @@ async fn drop_objects(
         dropped.push(format!("replication slot {name}"));
     }
     slot::drop(session, &name).await?;
+    schema::restore(session, config.job.as_str()).await?;
+    schema::validate(session, config.job.as_str()).await?;
     publication::drop(session, &name).await?;
     apply::forget(session, &config.job.object(reads.opposite())).await?;
     fence::remove(session, &config.job).await?;
@@ -136,7 +138,7 @@ async fn drop_schema(
     let others = session
         .query_one(
             "select (select count(*) from pg_catalog.pg_publication \
-                where pubname like 'walferry\\_%') \
+                where pubname like 'walferry\\_%' and pg_catalog.pg_has_role(pubowner, 'usage')) \
              + (select count(*) from pg_catalog.pg_replication_slots \
                 where slot_name like 'walferry\\_%' \
                 and database = pg_catalog.current_database())",
@@ -152,9 +154,38 @@ async fn drop_schema(
         session.execute(&sql).await?;
         return Ok(());
     }
-    session
-        .execute("set client_min_messages = error; drop schema if exists walferry cascade")
-        .await?;
-    dropped.push(format!("schema walferry on {}", session.peer()));
+    let said =
+        if empty_or_drop(session).await? { "schema walferry" } else { "all in schema walferry" };
+    dropped.push(format!("{said} on {}", session.peer()));
     Ok(())
+}
+
+/// A schema that an administrator made for a role that may make none stays, empty; it could not be
+/// made again. Nor does a table go that his publication shows. False if the schema stays.
+async fn empty_or_drop(session: &mut Session) -> Result<bool> {
+    session.execute("set client_min_messages = error").await?;
+    let sql = "select pg_catalog.obj_description(oid, 'pg_namespace') \
+         is not distinct from 'made by walferry' \
+         from pg_catalog.pg_namespace where nspname = 'walferry'";
+    let Some(row) = session.query_opt(sql, &[]).await? else { return Ok(true) };
+    if row.bool(0)? {
+        session.execute("drop schema walferry cascade").await?;
+        return Ok(true);
+    }
+    let ours = session
+        .query(
+            "select case when exists \
+                 (select from pg_catalog.pg_publication_rel where prrelid = c.oid) \
+               then 'delete from ' || oid::regclass \
+               else 'drop table if exists ' || oid::regclass || ' cascade' end \
+             from pg_catalog.pg_class c where relnamespace = 'walferry'::regnamespace \
+             and relkind = 'r' union all \
+             select 'drop function if exists ' || oid::regprocedure || ' cascade' \
+             from pg_catalog.pg_proc where pronamespace = 'walferry'::regnamespace",
+        )
+        .await?;
+    for row in &ours {
+        session.execute(row.str(0)?).await?;
+    }
+    Ok(false)
 }

@@ -39,6 +39,15 @@ pub enum Error {
     /// Check found errors.
     #[error("not ready: {0} (walferry check lists all, each with what mends it)")]
     NotReady(String),
+    /// The way back would find itself without rights when it is needed.
+    #[error(
+        "the way back may not write to all that moves: run on the source, as an administrator, \
+         \"{}\"; nothing was switched and writers go on", grants.join(" ")
+    )]
+    NoWayBack {
+        /// What mends it.
+        grants: Vec<String>,
+    },
     /// Another runner has the job.
     #[error(
         "job {job} is being run by another process (backend {pid} on the target); one runner at a \

@@ -11,7 +11,7 @@ use super::run::{JobConfig, Notice, Runner, published};
 use super::state::{Event, Phase};
 use super::store::{FlipRecord, Store};
 use super::{Error, Result};
-use crate::cutover::{self, FenceKind, Journal, Plan, Step, barrier};
+use crate::cutover::{self, FenceKind, Journal, Plan, Rules, Step, barrier};
 use crate::id::{QualifiedName, Stream};
 use crate::pg::{Config, Purpose, Session};
 use crate::route::{self, Route};
@@ -117,13 +117,22 @@ impl Runner {
         let tables = self.tables(&self.config.target).await?;
         let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
+        // A canary proves the way, not the right to every table (law 8).
+        let names: Vec<QualifiedName> = tables.iter().map(|table| table.name.clone()).collect();
+        let grants = super::ability::missing_grants(&mut source, &names).await?;
+        if !grants.is_empty() {
+            return Err(Error::NoWayBack { grants });
+        }
         slot::drop(&mut target, &name).await?;
-        publication::ensure(&mut target, &name, &published(&self.config.job, &tables)).await?;
+        let marked = !self.row().await?.abilities.target.origin;
+        let wanted = published(&self.config.job, &tables, marked);
+        publication::ensure(&mut target, &name, &wanted).await?;
         let mut maker = Session::connect(&self.config.target, Purpose::Sql).await?;
         let options = slot::CreateOptions { wait, ..self.slot_options(&name) };
         let waiting = self.tell_blockers();
         let lsn = slot::create_plain(&mut maker, &mut target, &options, waiting).await?;
-        apply::begin_at(&mut source, &name, lsn).await?;
+        let kind = self.row().await?.abilities.source.progress();
+        apply::begin_at(&mut source, &name, kind, lsn).await?;
         Ok(())
     }
 
@@ -203,6 +212,7 @@ impl Runner {
             self.refuse_rogue_writes().await?;
         }
         self.refuse_new_tables(flip).await?;
+        self.stop_validating().await;
         let mut plan = self.flight_plan(flip, request).await?;
         let row = self.row().await?;
         let record = match row.flip {
@@ -243,9 +253,28 @@ impl Runner {
             lock_timeout: millis(request.lock_timeout_ms),
             timeout: millis(request.timeout_ms),
             max_hold: millis(request.max_hold_ms),
+            rules: self.rules(flip).await?,
             carry,
             dry_run: request.dry_run,
             stop: self.stop.clone(),
+        })
+    }
+
+    /// What a flip has to do about triggers and foreign keys.
+    pub(super) async fn rules(&mut self, flip: Stream) -> Result<Rules> {
+        let abilities = self.row().await?.abilities;
+        let (live, dest) = match flip {
+            Stream::Forward => (abilities.source, abilities.target),
+            Stream::Reverse => (abilities.target, abilities.source),
+        };
+        let unbuilt = flip == Stream::Forward && !dest.replica_role;
+        let dump = if unbuilt { Some(self.dump().await?) } else { None };
+        Ok(Rules {
+            live: !live.replica_role,
+            dest: !dest.replica_role,
+            job: self.config.job.to_string(),
+            selection: self.selection.clone(),
+            dump,
         })
     }
 
@@ -308,13 +337,14 @@ impl Runner {
         };
         self.say(Notice::Said(format!("undoing the {} flip that was cut short", record.flip)));
         let flip = stream_of(&record.flip);
+        let rules = self.rules(flip).await?;
         let live = match flip {
             Stream::Forward => &self.config.source,
             Stream::Reverse => &self.config.target,
         };
         let routes = parse_routes(&record.routes)?;
         let fence = record.fence.parse()?;
-        cutover::undo(live, fence, &routes, &context(&self.config, flip)).await?;
+        cutover::undo(live, fence, &routes, &context(&self.config, flip), &rules).await?;
         if flip == Stream::Forward && self.switch_had_begun(&record).await? {
             self.drain_reverse().await?;
         }

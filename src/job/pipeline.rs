@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::Result;
+use super::ability::Ability;
 use super::error::Error;
 use crate::apply::{self, Applied, Applier};
 use crate::buffer::memory;
@@ -44,6 +45,8 @@ pub struct PipeOptions {
     pub recorded: Recorded,
     /// Which tables are applied.
     pub tables: TableFilter,
+    /// What the role may do on the side that is written.
+    pub ability: Ability,
     /// Tables that were copied under a snapshot later than the slot's.
     pub visibility: HashMap<QualifiedName, (Snapshot, Lsn)>,
     /// While false, only walferry's own tables are applied.
@@ -154,6 +157,8 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
         tables: Some(options.tables.clone()),
         visibility: options.visibility.clone(),
         gate: options.gate.clone(),
+        progress: options.ability.progress(),
+        replica_role: options.ability.replica_role,
         ..apply::Options::new(name.as_str())
     };
     let mut applier = Applier::connect(&options.to, wanted).await?;
@@ -162,6 +167,7 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
         // Not origin 'none' at the server: an application's own transactions may carry an origin
         // (it may itself be fed by a subscription), and would be left out without a trace.
         skip_origins: vec![options.job.object(options.stream.opposite())],
+        skip_markers: vec![options.job.object(options.stream.opposite())],
         ..StreamOptions::new(&name, &name, progress_lsn, options.recorded.clone())
     };
     let reader = source::Stream::open(&options.from, wanted).await?;

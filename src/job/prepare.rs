@@ -27,7 +27,9 @@ impl Runner {
         let name = self.config.job.object(Stream::Forward);
         let tables = self.tables(&self.config.source).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
-        publication::ensure(&mut source, &name, &published(&self.config.job, &tables)).await?;
+        let marked = !self.row().await?.abilities.source.origin;
+        let wanted = published(&self.config.job, &tables, marked);
+        publication::ensure(&mut source, &name, &wanted).await?;
         self.make_slot(&mut source, &name).await?;
         let dump = match self.store.load_dump().await? {
             Some((pre, post)) => schema::Dump { pre, post },
@@ -45,7 +47,9 @@ impl Runner {
         };
         self.say(Notice::Said("creating tables on the target".to_string()));
         let job = self.config.job.as_str().to_string();
-        schema::apply_pre(&mut self.store.session, &dump, &job).await?;
+        for sql in schema::apply_pre(&mut self.store.session, &dump, &job).await? {
+            self.say(Notice::Said(format!("warning: the role may not, and it is left out: {sql}")));
+        }
         Ok(Event::SchemaMade)
     }
 
@@ -62,7 +66,8 @@ impl Runner {
         let maker = Session::connect(&self.config.source, Purpose::Replication).await?;
         let options = self.slot_options(name);
         let held = slot::create(maker, source, &options, self.tell_blockers()).await?;
-        apply::begin_at(&mut self.store.session, name, held.consistent_lsn).await?;
+        let kind = self.row().await?.abilities.target.progress();
+        apply::begin_at(&mut self.store.session, name, kind, held.consistent_lsn).await?;
         self.store.set_slot_lsn(held.consistent_lsn).await?;
         self.slot = Some(held);
         Ok(())

@@ -16,6 +16,7 @@ use super::lease::{self, Holder};
 use super::pipeline::{Pipe, PipeOptions, TableFilter};
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobOptions, JobRow, Store};
+use super::validating::Validating;
 use super::vigil::Vigil;
 use super::{Error, Result, client};
 use crate::catalog::{Selection, Table, tables};
@@ -111,6 +112,8 @@ pub struct Runner {
     pub(super) level_at: Option<Lsn>,
     /// See [`Vigil`].
     pub(super) busy: Arc<AtomicBool>,
+    /// Foreign keys that are looked at after a flip.
+    pub(super) validating: Option<Validating>,
     /// Check has passed in this session already, before the job was written down.
     pub(super) checked: bool,
 }
@@ -243,6 +246,7 @@ impl Runner {
             unreleased: false,
             level_at: None,
             busy,
+            validating: None,
             checked,
         };
         Ok((runner, vigil))
@@ -297,7 +301,10 @@ impl Runner {
             Command::Check => Some(self.check().await?),
             Command::MakeSchema => Some(self.make_schema().await?),
             Command::Copy => Some(self.copy().await?),
-            Command::FollowForward => self.follow_forward().await?,
+            Command::FollowForward => {
+                self.silence_written().await?;
+                self.follow_forward().await?
+            }
             Command::FollowReverse => self.follow_reverse().await?,
             Command::CatchUp => self.measure_level().await?,
             Command::Flip(_) | Command::UndoFlip | Command::ReleaseClients => {
@@ -326,6 +333,20 @@ impl Runner {
             self.forward = Some(self.pipe(Stream::Forward, visibility).await?);
         }
         Ok(None)
+    }
+
+    /// A flip that was cut short may have left triggers and foreign keys at work on the side that
+    /// the streams, which start before it is undone, go on writing to.
+    async fn silence_written(&mut self) -> Result<()> {
+        let row = self.row().await?;
+        if row.phase == Phase::CuttingOver
+            && let Some(record) = row.flip
+        {
+            let flip = super::flip::stream_of(&record.flip);
+            let context = super::flip::context(&self.config, flip);
+            self.rules(flip).await?.silence_dest(&context).await?;
+        }
+        Ok(())
     }
 
     async fn follow_reverse(&mut self) -> Result<Option<Event>> {
@@ -363,6 +384,10 @@ impl Runner {
             "walferry" => *table == canary,
             _ => !left_out.contains(table),
         });
+        let ability = match stream {
+            Stream::Forward => row.abilities.target,
+            Stream::Reverse => row.abilities.source,
+        };
         let gate = (stream == Stream::Reverse).then(|| self.reverse_open.clone());
         Ok(Pipe::start(PipeOptions {
             job: self.config.job.clone(),
@@ -371,6 +396,7 @@ impl Runner {
             to: to.clone(),
             recorded: recorded(from, system.as_deref()),
             tables,
+            ability,
             visibility,
             gate,
         }))
@@ -430,10 +456,11 @@ impl Runner {
     }
 }
 
-/// Names of what is published: every table with rows, and the canary.
-pub(super) fn published(job: &JobName, tables: &[Table]) -> Vec<QualifiedName> {
-    let names = tables.iter().map(|t| t.name.clone());
-    names.chain([job.canary()]).collect()
+/// Names of what is published: every table with rows, the canary, and where what the other stream
+/// writes here is `marked` by it, the row that does so.
+pub(super) fn published(job: &JobName, tables: &[Table], marked: bool) -> Vec<QualifiedName> {
+    let names = tables.iter().map(|t| t.name.clone()).chain([job.canary()]);
+    names.chain(marked.then(|| QualifiedName::new("walferry", "progress"))).collect()
 }
 
 /// A stream that has not reached a batch boundary by then is cut off, as a crash would.

@@ -42,6 +42,7 @@
 pub mod continuity;
 mod count;
 mod error;
+mod marker;
 mod pace;
 pub mod publication;
 pub mod slot;

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::pace::Pace;
-use super::{Counters, Error, Recorded, Result, check_continuity, slot};
+use super::{Counters, Error, Recorded, Result, check_continuity, marker, slot};
 use crate::change::{Item, Sink};
 use crate::clock::PgTimestamp;
 use crate::decode::{Assembler, Decoder};
@@ -42,6 +42,10 @@ pub struct StreamOptions {
     /// Transactions with one of these origins are dropped here and counted as filtered: what came
     /// from the other direction must not go back (law 6).
     pub skip_origins: Vec<String>,
+    /// The same for transactions whose first change is to the row of one of these streams in
+    /// `walferry.progress`: where the other direction's writer may not use origins, it marks by
+    /// that row what it writes.
+    pub skip_markers: Vec<String>,
     /// Asked for a sign of life after this, given up after twice this. Wants to be longer than the
     /// largest single row takes to arrive.
     pub silence: Duration,
@@ -59,6 +63,7 @@ impl StreamOptions {
             recorded,
             messages: true,
             skip_origins: Vec::new(),
+            skip_markers: Vec::new(),
             silence: SILENCE,
             counters: Counters::new(),
         }
@@ -158,6 +163,7 @@ impl Stream {
             positions,
             buffered_lsn: start_lsn,
             commit_time: None,
+            skipping: false,
             config: self.config,
             silent_since: None,
         };
@@ -220,6 +226,8 @@ struct Reader<'a, S> {
     positions: &'a watch::Sender<Positions>,
     buffered_lsn: Lsn,
     commit_time: Option<PgTimestamp>,
+    /// The transaction under way is one to drop.
+    skipping: bool,
     config: Config,
     silent_since: Option<Instant>,
 }
@@ -298,11 +306,14 @@ impl<S: Sink> Reader<'_, S> {
         item.map_err(|source| Error::Decode { slot: self.options.slot.clone(), source })
     }
 
-    /// Counts the item; of a transaction with an origin to skip only the position is left.
+    /// Counts the item; of a transaction to skip only the position is left.
     fn filter(&mut self, item: Item) -> Option<Item> {
         let Item::Chunk(chunk) = &item else { return Some(item) };
-        let origin = chunk.begin.origin.as_deref();
-        let skip = origin.is_some_and(|name| self.options.skip_origins.iter().any(|s| s == name));
+        if chunk.number == 0 {
+            self.skipping =
+                marker::is_from(chunk, &self.options.skip_origins, &self.options.skip_markers);
+        }
+        let skip = self.skipping;
         self.options.counters.add(chunk, skip);
         if let Some(commit) = chunk.commit {
             self.commit_time = Some(commit.commit_time);

@@ -135,6 +135,7 @@ fn post(phase: PostPhase) -> PostOptions {
     PostOptions {
         job: "j".to_string(),
         phase,
+        postpone_acting: false,
         parallel: 3,
         maintenance_work_mem: Some("32MB".to_string()),
     }

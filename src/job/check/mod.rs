@@ -17,6 +17,7 @@
 
 mod end;
 mod finding;
+mod given;
 mod identity;
 mod objects;
 mod rights;
