@@ -24,6 +24,10 @@ pub struct File {
     pub schema_only: Vec<String>,
     /// `--jobs`.
     pub jobs: Option<usize>,
+    /// `--decoder`.
+    pub decoder: Option<String>,
+    /// `--transport`.
+    pub transport: Option<String>,
     /// `[cutover]`.
     pub cutover: Cutover,
 }

@@ -32,6 +32,7 @@
 //!
 //! [`Item`]: crate::change::Item
 
+mod any;
 mod assemble;
 mod error;
 mod event;
@@ -39,6 +40,7 @@ pub mod pgoutput;
 #[cfg(test)]
 mod tests;
 
+pub use any::{AnyDecoder, Plugin, UnknownPlugin};
 pub use assemble::Assembler;
 pub use error::Error;
 pub use event::{Event, Prepared, Step};

@@ -7,11 +7,13 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::prepare::publish;
 use super::run::{JobConfig, Notice, Runner, published};
 use super::state::{Event, Phase};
 use super::store::{FlipRecord, Store};
 use super::{Error, Result};
 use crate::cutover::{self, FenceKind, Journal, Plan, Step, barrier};
+use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
 use crate::pg::{Config, Purpose, Session};
 use crate::route::{self, Route};
@@ -111,9 +113,11 @@ impl Runner {
         let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
         slot::drop(&mut target, &name).await?;
-        publication::ensure(&mut target, &name, &published(&tables)).await?;
+        let tables = published(&tables);
+        let reading = self.choose_reading(Stream::Reverse, &tables).await?;
+        publish(&mut target, &name, &tables, &reading).await?;
         let mut maker = Session::connect(&self.config.target, Purpose::Sql).await?;
-        let options = slot::CreateOptions { wait, ..self.slot_options(&name) };
+        let options = slot::CreateOptions { wait, ..self.slot_options(&name, &reading) };
         let waiting = self.tell_blockers();
         let lsn = slot::create_plain(&mut maker, &mut target, &options, waiting).await?;
         apply::begin_at(&mut source, &name, lsn).await?;
@@ -252,6 +256,7 @@ impl Runner {
     /// and nothing would say so. A new partition of an old table is published with its parent, and
     /// must be on the other side.
     async fn refuse_new_tables(&mut self, flip: Stream) -> Result<()> {
+        let reading = self.reading(flip).await?;
         let (live, dest, names) = match flip {
             Stream::Forward => (&self.config.source, &self.config.target, ("source", "target")),
             Stream::Reverse => (&self.config.target, &self.config.source, ("target", "source")),
@@ -259,7 +264,11 @@ impl Runner {
         let publication = self.config.job.object(flip);
         let tables: Vec<_> = self.tables(live).await?.into_iter().map(|t| t.name).collect();
         let mut session = Session::connect(live, Purpose::Sql).await?;
-        let unpublished = publication::missing(&mut session, &publication, &tables).await?;
+        // Other decoders read every table of the database.
+        let unpublished = match reading.plugin()? == Plugin::Pgoutput {
+            true => publication::missing(&mut session, &publication, &tables).await?,
+            false => Vec::new(),
+        };
         let there = self.fenced_tables(dest).await?;
         let here = self.fenced_tables(live).await?;
         let mut wrong: Vec<String> = unpublished

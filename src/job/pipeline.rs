@@ -24,7 +24,7 @@ use crate::id::{JobName, QualifiedName, Stream};
 use crate::limit;
 use crate::lsn::Lsn;
 use crate::pg::Config;
-use crate::source::{self, Positions, Recorded, StreamOptions};
+use crate::source::{self, Positions, Recorded, StreamOptions, Transport};
 
 /// Decides whether a table is part of the stream. Asked once for each description of it.
 pub type TableFilter = Arc<dyn Fn(&QualifiedName) -> bool + Send + Sync>;
@@ -40,6 +40,8 @@ pub struct PipeOptions {
     pub from: Config,
     /// The side that is written.
     pub to: Config,
+    /// How the slot is read.
+    pub transport: Transport,
     /// The read side's server and slot, as recorded when the slot was made.
     pub recorded: Recorded,
     /// Which tables are applied.
@@ -164,7 +166,7 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
         skip_origins: vec![options.job.object(options.stream.opposite())],
         ..StreamOptions::new(&name, &name, progress_lsn, options.recorded.clone())
     };
-    let reader = source::Stream::open(&options.from, wanted).await?;
+    let reader = source::Reader::open(&options.from, options.transport, wanted).await?;
     let _ = ends.trouble.send(None);
     let (mut queue, feed) = memory::queue(limit::BUFFER_BYTES);
     let (durable_tx, durable) = watch::channel(progress_lsn);

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::admit::place;
+use super::reading::Reading;
 use super::run::JobConfig;
 use super::state::Phase;
 use super::store::{Store, StreamRow};
@@ -41,6 +42,9 @@ pub struct TableStatus {
 /// The reverse stream's part.
 #[derive(Clone, Debug, Serialize)]
 pub struct ReverseStatus {
+    /// How it is read.
+    #[serde(flatten)]
+    pub reading: Option<Reading>,
     /// Its positions.
     #[serde(flatten)]
     pub positions: StreamRow,
@@ -61,6 +65,9 @@ pub struct Status {
     pub target: String,
     /// Backend of the runner that lives, if one does.
     pub runner: Option<String>,
+    /// How the forward stream is read, once that is chosen.
+    #[serde(flatten)]
+    pub reading: Option<Reading>,
     /// The forward stream's positions.
     #[serde(flatten)]
     pub positions: StreamRow,
@@ -80,6 +87,7 @@ pub async fn read(config: &JobConfig) -> Result<Status> {
     let row = store.load().await?;
     let row = row
         .ok_or_else(|| Error::NoJob { job: config.job.to_string(), peer: place(&config.target) })?;
+    let readings = store.load_readings().await?;
     let runner = lease::holder(&mut store.session, &config.job).await?;
     let mut positions = store.load_stream(Stream::Forward).await?.unwrap_or_default();
     let connecting = Session::connect(&config.source, Purpose::Sql);
@@ -101,7 +109,7 @@ pub async fn read(config: &JobConfig) -> Result<Status> {
             Some(source) => counters(source, &name).await?,
             None => Vec::new(),
         };
-        Some(ReverseStatus { positions, tables })
+        Some(ReverseStatus { reading: readings.reverse, positions, tables })
     } else {
         None
     };
@@ -111,6 +119,7 @@ pub async fn read(config: &JobConfig) -> Result<Status> {
         source: row.source,
         target: row.target,
         runner,
+        reading: readings.forward,
         error: row.error.or_else(|| positions.error.clone()),
         positions,
         tables,

@@ -39,6 +39,7 @@ create table if not exists walferry.job (
     source text not null, target text not null, options jsonb not null default '{}',
     slot_lsn pg_lsn, armed boolean not null default false, flip jsonb,
     created_at timestamptz not null default now(), updated_at timestamptz not null default now());
+alter table walferry.job add column if not exists reading jsonb not null default '{}';
 create table if not exists walferry.schema_dump (
     job text primary key, pre text not null, post text not null);
 create table if not exists walferry.stream (

@@ -12,6 +12,7 @@ mod faults;
 mod input;
 mod job;
 mod pg;
+mod readings;
 mod route;
 mod schema;
 mod source;

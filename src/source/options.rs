@@ -1,0 +1,123 @@
+//! What is to be read and how far a reader is: the same for both transports.
+
+use std::time::Duration;
+
+use super::{Counters, Error, Recorded, Result};
+use crate::clock::PgTimestamp;
+use crate::decode::Plugin;
+use crate::id::quote_ident;
+use crate::limit::SILENCE;
+use crate::lsn::Lsn;
+
+/// What to read, and from where.
+#[derive(Clone, Debug)]
+pub struct StreamOptions {
+    /// The slot; its plugin is the recorded one.
+    pub slot: String,
+    /// The publication, for pgoutput.
+    pub publication: String,
+    /// The target's durable progress: the exclusive end of what it has. The stream starts here.
+    pub start_lsn: Lsn,
+    /// Server and slot as recorded when the slot was made; checked before anything is read.
+    pub recorded: Recorded,
+    /// Ask the server (16 and on) to send only what was not replicated to it. Before 16, and for
+    /// origins that must be told apart, use `skip_origins`.
+    pub origin_none: bool,
+    /// Ask the server (14 and on) for messages of `pg_logical_emit_message`.
+    pub messages: bool,
+    /// Transactions with one of these origins are dropped here and counted as filtered: what came
+    /// from the other direction must not go back (law 6).
+    pub skip_origins: Vec<String>,
+    /// Asked for a sign of life after this, given up after twice this. Wants to be longer than the
+    /// largest single row takes to arrive.
+    pub silence: Duration,
+    /// Messages asked for at a time by a pull; chosen by what chunks cost where `None`.
+    pub pull_messages: Option<u32>,
+    /// Where decoded and filtered changes are counted.
+    pub counters: Counters,
+}
+
+impl StreamOptions {
+    /// Everything else at its default: messages on, no origin filter, silence of [`SILENCE`].
+    pub fn new(slot: &str, publication: &str, start_lsn: Lsn, recorded: Recorded) -> Self {
+        StreamOptions {
+            slot: slot.to_string(),
+            publication: publication.to_string(),
+            start_lsn,
+            recorded,
+            origin_none: false,
+            messages: true,
+            skip_origins: Vec::new(),
+            silence: SILENCE,
+            pull_messages: None,
+            counters: Counters::new(),
+        }
+    }
+
+    /// The slot's plugin.
+    pub(super) fn plugin(&self) -> Result<Plugin> {
+        let plugin = self.recorded.plugin.parse();
+        plugin.map_err(|unknown| Error::Plugin { slot: self.slot.clone(), unknown })
+    }
+}
+
+/// How far a reader is. All are exclusive ends; `received >= decoded >= buffered`, published
+/// together once a batch of messages, and at each turn of a wait for the sink.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Positions {
+    /// Whole transactions and keepalives received.
+    pub received_lsn: Lsn,
+    /// Decoded; filtered transactions included.
+    pub decoded_lsn: Lsn,
+    /// Handed to the sink.
+    pub buffered_lsn: Lsn,
+    /// What the slot was last told.
+    pub confirmed_lsn: Lsn,
+    /// When the source committed the last decoded transaction.
+    pub commit_time: Option<PgTimestamp>,
+}
+
+/// Why a reader ended without an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It was told to.
+    Stopped,
+    /// The sink, or whoever publishes durable positions, is gone.
+    Closed,
+    /// The server ended the stream, as it does when it shuts down.
+    Source,
+}
+
+/// The options that a plugin is given, by START_REPLICATION as by the SQL functions.
+pub(super) fn plugin_options(
+    plugin: Plugin,
+    major: u32,
+    options: &StreamOptions,
+) -> Vec<(&'static str, String)> {
+    match plugin {
+        Plugin::Pgoutput => pgoutput(major, options),
+    }
+}
+
+/// The highest protocol version the server knows, and the rest.
+///
+/// <https://www.postgresql.org/docs/current/protocol-logical-replication.html#PROTOCOL-LOGICAL-REPLICATION-PARAMS>
+fn pgoutput(major: u32, options: &StreamOptions) -> Vec<(&'static str, String)> {
+    let version = match major {
+        0..14 => 1,
+        14 => 2,
+        15 => 3,
+        _ => 4,
+    };
+    let mut wanted = vec![
+        ("proto_version", version.to_string()),
+        ("publication_names", quote_ident(&options.publication)),
+    ];
+    if options.messages && major >= 14 {
+        wanted.push(("messages", "true".to_string()));
+    }
+    if options.origin_none && major >= 16 {
+        wanted.push(("origin", "none".to_string()));
+    }
+    wanted
+}
