@@ -109,6 +109,76 @@ pub enum Error {
         /// What is wrong with it.
         source: RowError,
     },
+    /// A message of wal2json does not read.
+    #[error(
+        "wal2json message at {lsn}: byte {at} is not {what}; report it with the plugin's version"
+    )]
+    Json {
+        /// Where.
+        lsn: Lsn,
+        /// What was expected.
+        what: &'static str,
+        /// In the message, counted from 0.
+        at: usize,
+    },
+    /// A whole transaction in one message, which breaks at 1 GB.
+    #[error(
+        "wal2json message at {lsn} holds a whole transaction; format 1 is read only with \
+         write-in-chunks, as the server cannot build such a message past 1 GB"
+    )]
+    NotInChunks {
+        /// Where.
+        lsn: Lsn,
+    },
+    /// A message larger than any that a server can send.
+    #[error("message at {lsn} has {bytes} bytes, more than the {most} that PostgreSQL can make")]
+    TooLong {
+        /// Where.
+        lsn: Lsn,
+        /// How many.
+        bytes: usize,
+        /// How many are possible.
+        most: usize,
+    },
+    /// A name is not UTF-8.
+    #[error(
+        "a message at {lsn} has a name that is not UTF-8; rename the object, \
+         or read the slot with pg_logical_slot_peek_changes, which converts"
+    )]
+    NameNotUtf8 {
+        /// Where.
+        lsn: Lsn,
+    },
+    /// wal2json wrote null for a number that may be NaN or an infinity.
+    #[error(
+        "{relation} at {lsn}: column \"{column}\" is null, NaN or an infinity, which wal2json \
+         before 2.6 writes alike; install 2.6, or use --decoder test_decoding"
+    )]
+    LostNumber {
+        /// The table.
+        relation: QualifiedName,
+        /// The column.
+        column: String,
+        /// Where.
+        lsn: Lsn,
+    },
+    /// A row fits neither the catalog nor itself.
+    #[error("a row of {relation} at {lsn} has columns twice or out of order; report it")]
+    Unfitting {
+        /// The table.
+        relation: QualifiedName,
+        /// Where.
+        lsn: Lsn,
+    },
+    /// The plugin says that it left out a change.
+    #[error(
+        "a change was not sent (\"{notice}\"): give the table a primary key or \
+         ALTER TABLE ... REPLICA IDENTITY FULL, and copy it again"
+    )]
+    Dropped {
+        /// The server's WARNING.
+        notice: String,
+    },
     /// A message where the protocol does not allow it.
     #[error("{event} {place}, after position {after}; report it with the server's version")]
     OutOfPlace {

@@ -30,8 +30,12 @@ pub struct Prepared {
 pub enum Step {
     /// The message says this.
     Event(Event),
+    /// An event that was held back until this message showed that it is complete (wal2json writes
+    /// a TRUNCATE of several tables as several messages). Give the same message again for its own.
+    Before(Event),
     /// The message changes this table, which the decoder does not know, or no longer as it knew it.
-    /// It remembers nothing of the message: describe the table, then give the message again.
+    /// It remembers nothing of the message: describe the table, or tell the decoder to ignore it,
+    /// then give the message again.
     Describe(QualifiedName),
     /// The message says nothing that anybody needs.
     Nothing,

@@ -34,14 +34,20 @@
 
 mod any;
 mod assemble;
+pub mod described;
 mod error;
 mod event;
+mod json;
+#[cfg(test)]
+mod mutate;
 pub mod pgoutput;
 #[cfg(test)]
 mod tests;
+pub mod wal2json;
 
 pub use any::{AnyDecoder, Plugin, UnknownPlugin};
 pub use assemble::Assembler;
+pub use described::{Described, DescribedColumn};
 pub use error::Error;
 pub use event::{Event, Prepared, Step};
 pub use pgoutput::Decoder;
