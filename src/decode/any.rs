@@ -5,7 +5,9 @@ use std::str::FromStr;
 
 use bytes::Bytes;
 
-use super::{Decoder, Result, Step};
+use super::wal2json::{self, Numbers};
+use super::{Decoder, Described, Result, Step};
+use crate::id::QualifiedName;
 use crate::lsn::Lsn;
 
 /// An output plugin that can be read.
@@ -13,16 +15,19 @@ use crate::lsn::Lsn;
 pub enum Plugin {
     /// PostgreSQL's own for logical replication; needs a publication.
     Pgoutput,
+    /// JSON; needs nothing but its package on the server.
+    Wal2json,
 }
 
 impl Plugin {
     /// Each, in the order in which they are preferred.
-    pub const ALL: [Plugin; 1] = [Plugin::Pgoutput];
+    pub const ALL: [Plugin; 2] = [Plugin::Pgoutput, Plugin::Wal2json];
 
     /// As the server knows it.
     pub fn as_str(self) -> &'static str {
         match self {
             Plugin::Pgoutput => "pgoutput",
+            Plugin::Wal2json => "wal2json",
         }
     }
 
@@ -40,7 +45,7 @@ impl fmt::Display for Plugin {
 
 /// The name is of no plugin that can be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("\"{0}\" is not a decoder: use pgoutput")]
+#[error("\"{0}\" is not a decoder: use pgoutput or wal2json")]
 pub struct UnknownPlugin(String);
 
 impl FromStr for Plugin {
@@ -49,6 +54,7 @@ impl FromStr for Plugin {
     fn from_str(text: &str) -> std::result::Result<Self, Self::Err> {
         match text {
             "pgoutput" => Ok(Plugin::Pgoutput),
+            "wal2json" => Ok(Plugin::Wal2json),
             other => Err(UnknownPlugin(other.to_string())),
         }
     }
@@ -59,13 +65,16 @@ impl FromStr for Plugin {
 pub enum AnyDecoder {
     /// Of pgoutput.
     Pgoutput(Decoder),
+    /// Of wal2json.
+    Wal2json(Box<wal2json::Decoder>),
 }
 
 impl AnyDecoder {
-    /// One that knows no table yet.
-    pub fn new(plugin: Plugin) -> AnyDecoder {
+    /// One that knows no table yet. `numbers` is for wal2json.
+    pub fn new(plugin: Plugin, numbers: Numbers) -> AnyDecoder {
         match plugin {
             Plugin::Pgoutput => AnyDecoder::Pgoutput(Decoder::new()),
+            Plugin::Wal2json => AnyDecoder::Wal2json(Box::new(wal2json::Decoder::new(numbers))),
         }
     }
 
@@ -73,6 +82,23 @@ impl AnyDecoder {
     pub fn decode(&mut self, data: Bytes, lsn: Lsn) -> Result<Step> {
         match self {
             AnyDecoder::Pgoutput(decoder) => decoder.decode(data, lsn).map(Step::Event),
+            AnyDecoder::Wal2json(decoder) => decoder.decode(data, lsn),
+        }
+    }
+
+    /// Answers [`Step::Describe`]: the table, or `None` if its changes are not to be read.
+    pub fn describe(&mut self, name: &QualifiedName, described: Option<Described>) {
+        match (self, described) {
+            (AnyDecoder::Pgoutput(_), _) => {} // Never asks.
+            (AnyDecoder::Wal2json(decoder), Some(table)) => decoder.describe(table),
+            (AnyDecoder::Wal2json(decoder), None) => decoder.ignore(name),
+        }
+    }
+
+    /// Tells the name of an origin to a decoder that is told numbers only.
+    pub fn name_origin(&mut self, id: u32, name: &str) {
+        if let AnyDecoder::Wal2json(decoder) = self {
+            decoder.name_origin(id, name);
         }
     }
 }

@@ -257,6 +257,7 @@ impl Runner {
     /// must be on the other side.
     async fn refuse_new_tables(&mut self, flip: Stream) -> Result<()> {
         let reading = self.reading(flip).await?;
+        let unfollowed = self.unfollowed(flip).await?;
         let (live, dest, names) = match flip {
             Stream::Forward => (&self.config.source, &self.config.target, ("source", "target")),
             Stream::Reverse => (&self.config.target, &self.config.source, ("target", "source")),
@@ -264,10 +265,9 @@ impl Runner {
         let publication = self.config.job.object(flip);
         let tables: Vec<_> = self.tables(live).await?.into_iter().map(|t| t.name).collect();
         let mut session = Session::connect(live, Purpose::Sql).await?;
-        // Other decoders read every table of the database.
         let unpublished = match reading.plugin()? == Plugin::Pgoutput {
             true => publication::missing(&mut session, &publication, &tables).await?,
-            false => Vec::new(),
+            false => unfollowed,
         };
         let there = self.fenced_tables(dest).await?;
         let here = self.fenced_tables(live).await?;
@@ -281,6 +281,33 @@ impl Runner {
             return Ok(());
         }
         Err(cutover::Error::NotFollowed { tables: wrong }.into())
+    }
+
+    /// Tables that a decoder without a publication passes over: made since, and no partition of one
+    /// that takes part.
+    async fn unfollowed(&mut self, flip: Stream) -> Result<Vec<QualifiedName>> {
+        let live = match flip {
+            Stream::Forward => self.config.source.clone(),
+            Stream::Reverse => self.config.target.clone(),
+        };
+        let mut followed = self.store.load_readings().await?.tables(flip);
+        let tables = self.tables(&live).await?;
+        let mut unfollowed = tables.len();
+        loop {
+            for table in &tables {
+                let parent = table.partition_of.as_ref();
+                if parent.is_some_and(|parent| followed.contains(parent)) {
+                    followed.insert(table.name.clone());
+                }
+            }
+            let left = tables.iter().map(|t| &t.name).filter(|name| !followed.contains(name));
+            let left: Vec<QualifiedName> = left.cloned().collect();
+            // A partition of a partition may have been looked at before its parent.
+            if left.is_empty() || left.len() == unfollowed {
+                return Ok(left);
+            }
+            unfollowed = left.len();
+        }
     }
 
     /// Before the switch the reverse stream applies canaries only and counts the rest as filtered:

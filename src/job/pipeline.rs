@@ -5,7 +5,7 @@
 //! themselves (a restart, a cut network) are tried again for ever with growing pauses, and shown in
 //! status meanwhile; any other ends the pipe and the job stops with its message.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -40,6 +40,8 @@ pub struct PipeOptions {
     pub from: Config,
     /// The side that is written.
     pub to: Config,
+    /// The tables that are read, where the decoder gives every table of the database.
+    pub followed: Arc<HashSet<QualifiedName>>,
     /// How the slot is read.
     pub transport: Transport,
     /// The read side's server and slot, as recorded when the slot was made.
@@ -164,6 +166,7 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
         // Not origin 'none' at the server: an application's own transactions may carry an origin
         // (it may itself be fed by a subscription), and would be left out without a trace.
         skip_origins: vec![options.job.object(options.stream.opposite())],
+        followed: options.followed.clone(),
         ..StreamOptions::new(&name, &name, progress_lsn, options.recorded.clone())
     };
     let reader = source::Reader::open(&options.from, options.transport, wanted).await?;

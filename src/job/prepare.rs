@@ -92,11 +92,7 @@ impl Runner {
     /// How a stream is read: as stored, with another transport where one is asked for now.
     pub(super) async fn reading(&mut self, stream: Stream) -> Result<Reading> {
         let mut readings = self.store.load_readings().await?;
-        let stored = match stream {
-            Stream::Forward => &mut readings.forward,
-            Stream::Reverse => &mut readings.reverse,
-        };
-        let reading = stored.get_or_insert_default();
+        let reading = readings.of(stream).get_or_insert_default();
         let mut wanted = self.config.wanted.clone();
         if stream == Stream::Reverse {
             wanted.decoder = None; // Its own, which may differ.
@@ -117,11 +113,11 @@ impl Runner {
     ) -> Result<Reading> {
         let made = self.row().await?.slot_lsn.is_some();
         let mut readings = self.store.load_readings().await?;
-        let (side, stored) = match stream {
-            Stream::Forward => (&self.config.source, &mut readings.forward),
-            Stream::Reverse => (&self.config.target, &mut readings.reverse),
+        let side = match stream {
+            Stream::Forward => &self.config.source,
+            Stream::Reverse => &self.config.target,
         };
-        if stream == Stream::Forward && made && stored.is_some() {
+        if stream == Stream::Forward && made && readings.forward.is_some() {
             return self.reading(stream).await;
         }
         let wanted = &self.config.wanted;
@@ -132,7 +128,8 @@ impl Runner {
             }
             chosen => chosen?,
         };
-        *stored = Some(chosen.reading.clone());
+        *readings.of(stream) = Some(chosen.reading.clone());
+        readings.follow_tables(stream, tables);
         self.store.save_readings(&readings).await?;
         self.say(Notice::Said(format!("{stream} stream: {chosen}")));
         Ok(chosen.reading)

@@ -4,12 +4,14 @@
 //! start. What was not asked for is chosen by what the side lets us do, once, when its slot is
 //! made.
 
+use std::collections::HashSet;
+
 use serde::{Deserialize, Serialize};
 
 use super::store::Store;
 use super::{Error, Result};
 use crate::decode::Plugin;
-use crate::id::QualifiedName;
+use crate::id::{QualifiedName, Stream};
 use crate::pg::{Config, Purpose, Session};
 use crate::source::{Transport, choice};
 
@@ -73,6 +75,41 @@ pub struct Readings {
     pub forward: Option<Reading>,
     /// From target to source.
     pub reverse: Option<Reading>,
+    /// What a publication would list: schema and name of the forward stream's tables, from before
+    /// its slot was made. A table made later is not one of them, and its changes are passed over.
+    #[serde(default)]
+    pub forward_tables: Vec<(String, String)>,
+    /// The same of the reverse stream.
+    #[serde(default)]
+    pub reverse_tables: Vec<(String, String)>,
+}
+
+impl Readings {
+    /// How a stream is read.
+    pub fn of(&mut self, stream: Stream) -> &mut Option<Reading> {
+        match stream {
+            Stream::Forward => &mut self.forward,
+            Stream::Reverse => &mut self.reverse,
+        }
+    }
+
+    /// A stream's tables.
+    pub fn tables(&self, stream: Stream) -> HashSet<QualifiedName> {
+        let tables = match stream {
+            Stream::Forward => &self.forward_tables,
+            Stream::Reverse => &self.reverse_tables,
+        };
+        tables.iter().map(|(schema, name)| QualifiedName::new(schema, name)).collect()
+    }
+
+    /// Keeps a stream's tables.
+    pub fn follow_tables(&mut self, stream: Stream, tables: &[QualifiedName]) {
+        let names = tables.iter().map(|t| (t.schema.clone(), t.name.clone())).collect();
+        match stream {
+            Stream::Forward => self.forward_tables = names,
+            Stream::Reverse => self.reverse_tables = names,
+        }
+    }
 }
 
 impl Store {

@@ -3,18 +3,25 @@
 use bytes::Bytes;
 use tokio::sync::watch;
 
+use super::describe::Describer;
+use super::options::Spoken;
 use super::{Counters, Error, Positions, Result, StreamOptions};
-use crate::change::{Item, Sink};
+use crate::change::{Begin, Item, Sink};
 use crate::clock::PgTimestamp;
 use crate::decode::{AnyDecoder, Assembler, Event, Plugin, Step};
 use crate::lsn::Lsn;
+use crate::pg::Config;
 
 /// Decodes, filters, counts, and publishes how far it is.
 pub(super) struct Intake<'a, S> {
     slot: String,
     skip_origins: Vec<String>,
     counters: Counters,
+    plugin: Plugin,
     decoder: AnyDecoder,
+    describer: Describer,
+    /// The last message, which is to be decoded again.
+    more: Option<(Bytes, Lsn)>,
     assembler: Assembler,
     /// Where items go.
     pub sink: &'a mut S,
@@ -29,7 +36,8 @@ pub(super) struct Intake<'a, S> {
 impl<'a, S: Sink> Intake<'a, S> {
     /// Begins at the options' start position.
     pub fn new(
-        plugin: Plugin,
+        config: &Config,
+        spoken: Spoken,
         options: &StreamOptions,
         repeats: bool,
         sink: &'a mut S,
@@ -39,7 +47,10 @@ impl<'a, S: Sink> Intake<'a, S> {
             slot: options.slot.clone(),
             skip_origins: options.skip_origins.clone(),
             counters: options.counters.clone(),
-            decoder: AnyDecoder::new(plugin),
+            plugin: spoken.plugin,
+            decoder: AnyDecoder::new(spoken.plugin, spoken.wal2json.numbers()),
+            describer: Describer::new(config, options.followed.clone()),
+            more: None,
             assembler: Assembler::new(options.start_lsn),
             sink,
             positions,
@@ -65,15 +76,56 @@ impl<'a, S: Sink> Intake<'a, S> {
         self.passing || self.assembler.in_transaction()
     }
 
-    /// Takes a message of the plugin; gives the item that it completes, if it does.
-    pub fn message(&mut self, data: Bytes, lsn: Lsn) -> Result<Option<Item>> {
-        let item = match self.decoder.decode(data, lsn) {
-            Ok(Step::Event(event)) => self.event(event),
-            Ok(Step::Describe(_) | Step::Nothing) => Ok(None),
-            Err(error) => Err(error),
-        };
-        let item = item.map_err(|source| Error::Decode { slot: self.slot.clone(), source })?;
-        Ok(item.and_then(|item| self.filter(item)))
+    /// Takes a message of the plugin; gives the item that it completes, if it does. The message may
+    /// have more to say: call [`Intake::more`] until it gives nothing.
+    ///
+    /// Waits for the source's answer where the decoder must know more; nothing is taken before.
+    pub async fn message(&mut self, data: Bytes, lsn: Lsn) -> Result<Option<Item>> {
+        loop {
+            // A clone counts a reference; nothing is copied.
+            let step = self.decoder.decode(data.clone(), lsn).map_err(|e| self.wrong(e))?;
+            let event = match step {
+                Step::Event(Event::Begin(begin)) if self.is_nameless(&begin) => {
+                    for (id, name) in self.describer.origins().await? {
+                        self.decoder.name_origin(id, &name);
+                    }
+                    match self.decoder.decode(data, lsn).map_err(|e| self.wrong(e))? {
+                        Step::Event(event) => event,
+                        _ => Event::Begin(begin),
+                    }
+                }
+                Step::Event(event) => event,
+                Step::Before(event) => {
+                    self.more = Some((data, lsn));
+                    event
+                }
+                Step::Describe(name) => {
+                    let described = self.describer.table(&name).await?;
+                    self.decoder.describe(&name, described);
+                    continue;
+                }
+                Step::Nothing => return Ok(None),
+            };
+            let item = self.event(event).map_err(|e| self.wrong(e))?;
+            return Ok(item.and_then(|item| self.filter(item)));
+        }
+    }
+
+    /// What the last message says besides.
+    pub async fn more(&mut self) -> Result<Option<Option<Item>>> {
+        match self.more.take() {
+            Some((data, lsn)) => self.message(data, lsn).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// An origin was made since the names were asked for.
+    fn is_nameless(&self, begin: &Begin) -> bool {
+        self.plugin == Plugin::Wal2json && begin.origin.as_deref() == Some("")
+    }
+
+    fn wrong(&self, source: crate::decode::Error) -> Error {
+        Error::Decode { slot: self.slot.clone(), source }
     }
 
     /// Takes a position below which (exclusive) nothing more comes.

@@ -44,6 +44,7 @@
 pub mod choice;
 pub mod continuity;
 mod count;
+mod describe;
 mod error;
 mod intake;
 mod options;

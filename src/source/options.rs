@@ -1,13 +1,16 @@
 //! What is to be read and how far a reader is: the same for both transports.
 
+use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Counters, Error, Recorded, Result};
 use crate::clock::PgTimestamp;
-use crate::decode::Plugin;
-use crate::id::quote_ident;
+use crate::decode::{Plugin, wal2json};
+use crate::id::{QualifiedName, quote_ident};
 use crate::limit::SILENCE;
 use crate::lsn::Lsn;
+use crate::pg;
 
 /// What to read, and from where.
 #[derive(Clone, Debug)]
@@ -31,6 +34,9 @@ pub struct StreamOptions {
     /// Asked for a sign of life after this, given up after twice this. Wants to be longer than the
     /// largest single row takes to arrive.
     pub silence: Duration,
+    /// The tables that take part, for decoders that read every table of the database: their changes
+    /// and those of their partitions are read, all others passed over.
+    pub followed: Arc<HashSet<QualifiedName>>,
     /// Messages asked for at a time by a pull; chosen by what chunks cost where `None`.
     pub pull_messages: Option<u32>,
     /// Where decoded and filtered changes are counted.
@@ -49,15 +55,41 @@ impl StreamOptions {
             messages: true,
             skip_origins: Vec::new(),
             silence: SILENCE,
+            followed: Arc::default(),
             pull_messages: None,
             counters: Counters::new(),
         }
     }
 
-    /// The slot's plugin.
-    pub(super) fn plugin(&self) -> Result<Plugin> {
+    /// The slot's plugin, taken to be of the newest version.
+    pub(super) fn spoken(&self) -> Result<Spoken> {
         let plugin = self.recorded.plugin.parse();
-        plugin.map_err(|unknown| Error::Plugin { slot: self.slot.clone(), unknown })
+        let plugin =
+            plugin.map_err(|unknown| Error::Plugin { slot: self.slot.clone(), unknown })?;
+        Ok(Spoken { plugin, wal2json: wal2json::Plugin::V2_6 })
+    }
+}
+
+/// The plugin, and which version of it. wal2json cannot be asked for its version, but refuses
+/// options that it does not know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Spoken {
+    pub plugin: Plugin,
+    pub wal2json: wal2json::Plugin,
+}
+
+impl Spoken {
+    /// True if the refusal is of an option that an older version does not know: then it is taken to
+    /// be of that version, and wants to be asked again.
+    pub fn older(&mut self, refused: &pg::Error) -> bool {
+        let message = refused.server().map(|said| said.message.as_str()).unwrap_or_default();
+        match (self.plugin, self.wal2json.refused(message)) {
+            (Plugin::Wal2json, Some(older)) => {
+                self.wal2json = older;
+                true
+            }
+            _ => false,
+        }
     }
 }
 
@@ -90,12 +122,13 @@ pub enum End {
 
 /// The options that a plugin is given, by START_REPLICATION as by the SQL functions.
 pub(super) fn plugin_options(
-    plugin: Plugin,
+    spoken: Spoken,
     major: u32,
     options: &StreamOptions,
 ) -> Vec<(&'static str, String)> {
-    match plugin {
+    match spoken.plugin {
         Plugin::Pgoutput => pgoutput(major, options),
+        Plugin::Wal2json => wal2json::options(spoken.wal2json, &[]),
     }
 }
 

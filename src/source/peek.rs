@@ -40,6 +40,15 @@ impl Peeks {
         )
     }
 
+    /// Reads one record, so that the plugin has looked at its options.
+    pub fn first(&self) -> String {
+        let Peeks { slot, binary, options, .. } = self;
+        format!(
+            "select count(*) from pg_catalog.pg_logical_slot_peek_{binary}changes(\
+             {slot}, '0/1', 1, {options})"
+        )
+    }
+
     /// Makes `lsn` the slot's confirmed position. It must be the end of a record on 10, where the
     /// slot is advanced by reading it: the server stops after the first record that ends at or
     /// after the position, and confirms that record's end.

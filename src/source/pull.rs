@@ -30,12 +30,11 @@ use tokio::time::Instant;
 
 use super::continuity::check_continuity_by_sql;
 use super::intake::Intake;
-use super::options::plugin_options;
+use super::options::{Spoken, plugin_options};
 use super::peek::{Canceled, Chunks, LogEnd, Peeks};
 use super::rows::Rows;
 use super::{End, Error, Positions, Result, StreamOptions, slot};
 use crate::change::{Item, Sink};
-use crate::decode::Plugin;
 use crate::lsn::Lsn;
 use crate::pg::{self, Config, Purpose, Session};
 
@@ -62,7 +61,7 @@ pub struct Pull {
     config: Config,
     session: Session,
     options: StreamOptions,
-    plugin: Plugin,
+    spoken: Spoken,
     peeks: Peeks,
     confirmed_lsn: Lsn,
 }
@@ -84,12 +83,19 @@ impl Pull {
         }
         // A chunk that fits does not go through a temporary file.
         session.execute("set work_mem = '64MB'").await?;
-        let plugin = options.plugin()?;
-        let wanted = plugin_options(plugin, session.major_version(), &options);
-        tracing::debug!(slot = name, %start_lsn, ?wanted, "pulling");
-        let peeks = Peeks::new(name, plugin, session.major_version(), &wanted);
+        let mut spoken = options.spoken()?;
+        let peeks = loop {
+            let wanted = plugin_options(spoken, session.major_version(), &options);
+            tracing::debug!(slot = name, %start_lsn, ?wanted, "pulling");
+            let peeks = Peeks::new(name, spoken.plugin, session.major_version(), &wanted);
+            match session.query(&peeks.first()).await {
+                Ok(_) => break peeks,
+                Err(error) if spoken.older(&error) => {}
+                Err(error) => return Err(error.into()),
+            }
+        };
         let confirmed_lsn = status.confirmed_flush_lsn.unwrap_or(Lsn::ZERO);
-        Ok(Pull { config: config.clone(), session, options, plugin, peeks, confirmed_lsn })
+        Ok(Pull { config: config.clone(), session, options, spoken, peeks, confirmed_lsn })
     }
 
     /// Reads until told to stop, pushing items in log order.
@@ -106,7 +112,7 @@ impl Pull {
         stop: watch::Receiver<bool>,
     ) -> Result<End> {
         let mut puller = Puller {
-            intake: Intake::new(self.plugin, &self.options, true, sink, positions),
+            intake: Intake::new(&self.config, self.spoken, &self.options, true, sink, positions),
             canceled: Canceled::of(&self.session),
             link: Link { config: self.config, silence: self.options.silence },
             session: self.session,
@@ -247,11 +253,15 @@ impl<S: Sink> Puller<'_, S> {
             rows.feed(piece);
             while let Some(message) = rows.next()? {
                 count = count.saturating_add(1);
-                if let Some(item) = self.intake.message(message.data, message.lsn)?
-                    && let Some(end) =
-                        push(&mut self.intake, &mut self.watch, item, self.confirmed_lsn).await
-                {
-                    return Ok(Err(end));
+                let mut item = Some(self.intake.message(message.data, message.lsn).await?);
+                while let Some(said) = item {
+                    if let Some(said) = said
+                        && let Some(end) =
+                            push(&mut self.intake, &mut self.watch, said, self.confirmed_lsn).await
+                    {
+                        return Ok(Err(end));
+                    }
+                    item = self.intake.more().await?;
                 }
             }
         }

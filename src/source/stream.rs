@@ -9,11 +9,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use super::intake::Intake;
-use super::options::plugin_options;
+use super::options::{Spoken, plugin_options};
 use super::pace::Pace;
 use super::{End, Error, Positions, Result, StreamOptions, check_continuity, slot};
 use crate::change::{Item, Sink};
-use crate::decode::Plugin;
 use crate::limit::FEEDBACK_INTERVAL;
 use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, ReplicationMessage, Session};
@@ -31,7 +30,7 @@ pub struct Stream {
     config: Config,
     session: Session,
     options: StreamOptions,
-    plugin: Plugin,
+    spoken: Spoken,
     interval: Duration,
 }
 
@@ -48,12 +47,18 @@ impl Stream {
             slot::free(&mut session, name, FREE_WAIT).await?;
         }
         let interval = feedback_interval(&mut session).await?;
-        let plugin = options.plugin()?;
-        let wanted = plugin_options(plugin, session.major_version(), &options);
-        tracing::debug!(slot = name, %start_lsn, ?wanted, "starting replication");
-        let wanted: Vec<(&str, &str)> = wanted.iter().map(|(n, v)| (*n, v.as_str())).collect();
-        match session.start_replication(name, start_lsn, &wanted).await {
-            Ok(()) => Ok(Stream { config: config.clone(), session, options, plugin, interval }),
+        let mut spoken = options.spoken()?;
+        let started = loop {
+            let wanted = plugin_options(spoken, session.major_version(), &options);
+            tracing::debug!(slot = name, %start_lsn, ?wanted, "starting replication");
+            let wanted: Vec<(&str, &str)> = wanted.iter().map(|(n, v)| (*n, v.as_str())).collect();
+            match session.start_replication(name, start_lsn, &wanted).await {
+                Err(error) if spoken.older(&error) => {}
+                started => break started,
+            }
+        };
+        match started {
+            Ok(()) => Ok(Stream { config: config.clone(), session, options, spoken, interval }),
             Err(error) if error.code() == Some("55006") => Err(Error::SlotInUse {
                 slot: name.to_string(),
                 pid: status.active_pid.unwrap_or(0),
@@ -80,7 +85,7 @@ impl Stream {
         let start_lsn = self.options.start_lsn;
         let mut reader = Reader {
             pace: Pace::new(durable, stop, start_lsn, self.interval, self.options.silence),
-            intake: Intake::new(self.plugin, &self.options, false, sink, positions),
+            intake: Intake::new(&self.config, self.spoken, &self.options, false, sink, positions),
             session: self.session,
             options: self.options,
             config: self.config,
@@ -178,7 +183,7 @@ impl<S: Sink> Reader<'_, S> {
         let item = match message {
             ReplicationMessage::Data { start_lsn, data, .. } => {
                 self.pace.heard(false);
-                self.intake.message(data, start_lsn)?
+                self.intake.message(data, start_lsn).await?
             }
             ReplicationMessage::Keepalive { end_lsn, reply_requested } => {
                 self.pace.heard(reply_requested);
@@ -186,10 +191,19 @@ impl<S: Sink> Reader<'_, S> {
             }
         };
         self.pace.received_lsn = self.pace.received_lsn.max(self.intake.decoded_lsn());
-        match item {
-            Some(item) => self.push(item).await,
-            None => Ok(None),
+        if let Some(item) = item
+            && let Some(end) = self.push(item).await?
+        {
+            return Ok(Some(end));
         }
+        while let Some(item) = self.intake.more().await? {
+            if let Some(item) = item
+                && let Some(end) = self.push(item).await?
+            {
+                return Ok(Some(end));
+            }
+        }
+        Ok(None)
     }
 
     /// Hands the item to the sink; while that waits, the server goes on hearing from us.

@@ -59,6 +59,16 @@ async fn a_database_moves_and_comes_back_by_pgoutput_and_pull() {
     there_and_back((15, 15), "pgoutput", "pull").await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_moves_and_comes_back_by_wal2json_and_stream() {
+    there_and_back((15, 15), "wal2json", "stream").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_moves_and_comes_back_by_wal2json_and_pull() {
+    there_and_back((15, 15), "wal2json", "pull").await;
+}
+
 /// Between kills the transport changes; the slot is the same, and nothing is lost or doubled.
 async fn killed(decoder: &str, transports: &[&str]) {
     let ends = Ends::start(15, 15);

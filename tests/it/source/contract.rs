@@ -3,6 +3,7 @@
 //!
 //! Each way reads a slot of its own, made before the workload, so that all of them see one log.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use walferry::change::{Change, Chunk, Item, OldRow, Relation, Row, Value};
@@ -130,6 +131,7 @@ impl Rig {
         let slot = slot_of(way);
         StreamOptions {
             pull_messages: Some(40),
+            followed: Arc::new(names(TABLES).into_iter().collect()),
             ..StreamOptions::new(&slot, "walferry_contract", start_lsn, recorded)
         }
     }
