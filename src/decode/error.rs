@@ -179,6 +179,54 @@ pub enum Error {
         /// The server's WARNING.
         notice: String,
     },
+    /// Text that test_decoding does not write.
+    #[error(
+        "the message at {lsn} is not test_decoding's: {expected} was expected {left} bytes before \
+         its end; check the slot's plugin, and report it with the server's version"
+    )]
+    Text {
+        /// Where.
+        lsn: Lsn,
+        /// What should have come.
+        expected: &'static str,
+        /// How much of the message was left.
+        left: usize,
+    },
+    /// A row that fits neither the table nor what can be guessed of how the table was.
+    #[error(
+        "a change of {relation} at {lsn} does not fit the table's columns or replica identity, \
+         which changed after it was written; set them back (ALTER TABLE {relation} REPLICA \
+         IDENTITY ..., RENAME COLUMN ...) until the stream has passed that position"
+    )]
+    Reshaped {
+        /// The table.
+        relation: QualifiedName,
+        /// Where.
+        lsn: Lsn,
+    },
+    /// A DELETE or UPDATE that does not say of which row.
+    #[error(
+        "a change of {relation} at {lsn} carries no row, as the table has no replica identity: \
+         leave the table out, or give it a primary key or ALTER TABLE {relation} REPLICA IDENTITY \
+         FULL and copy it again"
+    )]
+    NoRow {
+        /// The table.
+        relation: QualifiedName,
+        /// Where.
+        lsn: Lsn,
+    },
+    /// COMMIT names another transaction than the open one.
+    #[error(
+        "COMMIT of transaction {xid} at {lsn} does not end the open one; report it with the \
+         server's version"
+    )]
+    OtherCommit {
+        /// The transaction.
+        xid: u32,
+        /// Where.
+        lsn: Lsn,
+    },
     /// A message where the protocol does not allow it.
     #[error("{event} {place}, after position {after}; report it with the server's version")]
     OutOfPlace {

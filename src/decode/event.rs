@@ -49,6 +49,13 @@ pub enum Step {
 pub enum Event {
     /// A committed transaction starts; its origin is not known yet.
     Begin(Begin),
+    /// A committed transaction starts, and where and when it committed is told only at its end.
+    Start {
+        /// The top-level transaction.
+        xid: u32,
+        /// Its first record: the commit record does not start before this.
+        first_lsn: Lsn,
+    },
     /// The open transaction was replicated from elsewhere.
     Origin {
         /// Commit position on the origin.

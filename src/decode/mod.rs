@@ -19,6 +19,9 @@
 //! keepalive end 0/200                    nothing new: gives nothing
 //! ```
 //!
+//! [`test_decoding`] writes text: what it leaves out is asked of the caller ([`Step::Describe`]),
+//! and its transactions [`Event::Start`] without a position, which their COMMIT brings.
+//!
 //! Laws kept here: any bytes give a value or an error, never a panic (law 12); a transaction of any
 //! size passes in chunks (law 9); a position is given only for what came before it (law 1). An
 //! empty transaction gives a chunk too, or the slot would stand still under a load that publishes
@@ -41,6 +44,7 @@ mod json;
 #[cfg(test)]
 mod mutate;
 pub mod pgoutput;
+pub mod test_decoding;
 #[cfg(test)]
 mod tests;
 pub mod wal2json;

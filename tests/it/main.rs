@@ -18,4 +18,5 @@ mod schema;
 mod source;
 mod support;
 mod support_works;
+mod test_decoding;
 mod verify;
