@@ -49,6 +49,9 @@ pub struct JobArgs {
     /// How it is read: stream (replication protocol), pull (SQL) or auto [default: auto]
     #[arg(long, value_name = "KIND")]
     pub transport: Option<String>,
+    /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL
+    #[arg(long)]
+    pub no_nan: bool,
     /// Leave owners and grants behind
     #[arg(long)]
     pub no_owner: bool,
@@ -91,6 +94,7 @@ impl JobArgs {
             .map_err(job::Error::from)?;
         let wanted = Wanted {
             decoder: choice("--decoder", self.decoder.clone().or(file.decoder))?,
+            plain_numbers: self.no_nan || file.no_nan,
             transport: choice("--transport", self.transport.clone().or(file.transport))?,
         };
         Ok(JobConfig {

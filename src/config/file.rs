@@ -28,6 +28,8 @@ pub struct File {
     pub decoder: Option<String>,
     /// `--transport`.
     pub transport: Option<String>,
+    /// `--no-nan`.
+    pub no_nan: bool,
     /// `[cutover]`.
     pub cutover: Cutover,
 }

@@ -42,6 +42,8 @@ pub struct PipeOptions {
     pub to: Config,
     /// The tables that are read, where the decoder gives every table of the database.
     pub followed: Arc<HashSet<QualifiedName>>,
+    /// See [`StreamOptions::plain_numbers`].
+    pub plain_numbers: bool,
     /// How the slot is read.
     pub transport: Transport,
     /// The read side's server and slot, as recorded when the slot was made.
@@ -167,6 +169,7 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
         // (it may itself be fed by a subscription), and would be left out without a trace.
         skip_origins: vec![options.job.object(options.stream.opposite())],
         followed: options.followed.clone(),
+        plain_numbers: options.plain_numbers,
         ..StreamOptions::new(&name, &name, progress_lsn, options.recorded.clone())
     };
     let reader = source::Reader::open(&options.from, options.transport, wanted).await?;

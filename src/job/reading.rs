@@ -22,6 +22,8 @@ pub struct Wanted {
     pub decoder: Option<Plugin>,
     /// `--transport`.
     pub transport: Option<Transport>,
+    /// `--no-nan`.
+    pub plain_numbers: bool,
 }
 
 /// How one stream is read, as stored with the job.

@@ -371,6 +371,7 @@ impl Runner {
             from: from.clone(),
             to: to.clone(),
             transport: reading.transport()?,
+            plain_numbers: self.config.wanted.plain_numbers,
             followed: Arc::new(self.store.load_readings().await?.tables(stream)),
             recorded: recorded(from, system.as_deref(), &reading.decoder),
             tables,

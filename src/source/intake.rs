@@ -48,7 +48,7 @@ impl<'a, S: Sink> Intake<'a, S> {
             skip_origins: options.skip_origins.clone(),
             counters: options.counters.clone(),
             plugin: spoken.plugin,
-            decoder: AnyDecoder::new(spoken.plugin, spoken.wal2json.numbers()),
+            decoder: AnyDecoder::new(spoken.plugin, spoken.numbers(options)),
             describer: Describer::new(config, options.followed.clone()),
             more: None,
             assembler: Assembler::new(options.start_lsn),

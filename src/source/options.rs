@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use super::{Counters, Error, Recorded, Result};
 use crate::clock::PgTimestamp;
-use crate::decode::{Plugin, wal2json};
+use crate::decode::wal2json::{self, Numbers};
+use crate::decode::{Plugin, test_decoding};
 use crate::id::{QualifiedName, quote_ident};
 use crate::limit::SILENCE;
 use crate::lsn::Lsn;
@@ -37,6 +38,9 @@ pub struct StreamOptions {
     /// The tables that take part, for decoders that read every table of the database: their changes
     /// and those of their partitions are read, all others passed over.
     pub followed: Arc<HashSet<QualifiedName>>,
+    /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL: without
+    /// that promise, each NULL in a column of a number's type is an error there.
+    pub plain_numbers: bool,
     /// Messages asked for at a time by a pull; chosen by what chunks cost where `None`.
     pub pull_messages: Option<u32>,
     /// Where decoded and filtered changes are counted.
@@ -56,6 +60,7 @@ impl StreamOptions {
             skip_origins: Vec::new(),
             silence: SILENCE,
             followed: Arc::default(),
+            plain_numbers: false,
             pull_messages: None,
             counters: Counters::new(),
         }
@@ -79,6 +84,14 @@ pub(super) struct Spoken {
 }
 
 impl Spoken {
+    /// What null means in a number's place.
+    pub fn numbers(&self, options: &StreamOptions) -> Numbers {
+        match self.wal2json.numbers() {
+            Numbers::Ambiguous if options.plain_numbers => Numbers::Plain,
+            numbers => numbers,
+        }
+    }
+
     /// True if the refusal is of an option that an older version does not know: then it is taken to
     /// be of that version, and wants to be asked again.
     pub fn older(&mut self, refused: &pg::Error) -> bool {
@@ -129,6 +142,8 @@ pub(super) fn plugin_options(
     match spoken.plugin {
         Plugin::Pgoutput => pgoutput(major, options),
         Plugin::Wal2json => wal2json::options(spoken.wal2json, &[]),
+        // It tells no origins: what has any is left out, or what we write would come back.
+        Plugin::TestDecoding => test_decoding::options(!options.skip_origins.is_empty()),
     }
 }
 
