@@ -196,6 +196,17 @@ async fn garbled(side: &Config, decoder: Plugin) -> Result<Option<String>> {
     }))
 }
 
+/// What test_decoding would leave out without a trace.
+async fn blind(side: &Config, decoder: Plugin) -> Result<Option<String>> {
+    if decoder != Plugin::TestDecoding {
+        return Ok(None);
+    }
+    let origin = choice::foreign_origin(side).await?;
+    Ok(origin.map(|origin| {
+        format!("it tells no origins apart, and leaves out what comes in by origin {origin}")
+    }))
+}
+
 async fn choose_decoder(
     side: &Config,
     tables: &[QualifiedName],
@@ -206,6 +217,9 @@ async fn choose_decoder(
             let reason = format!("the server does not have {decoder}");
             return Err(Error::NoDecoder { decoder: decoder.to_string(), reason });
         }
+        if let Some(reason) = blind(side, decoder).await? {
+            return Err(Error::NoDecoder { decoder: decoder.to_string(), reason });
+        }
         return Ok((decoder, "asked for".to_string()));
     }
     let mut session = Session::connect(side, Purpose::Sql).await?;
@@ -213,7 +227,7 @@ async fn choose_decoder(
         return Ok((Plugin::Pgoutput, "a publication may be made".to_string()));
     };
     for decoder in Plugin::ALL.into_iter().filter(|plugin| plugin.is_textual()) {
-        if choice::has_plugin(side, decoder).await? {
+        if choice::has_plugin(side, decoder).await? && blind(side, decoder).await?.is_none() {
             return Ok((decoder, format!("no publication may be made: {refused}")));
         }
     }

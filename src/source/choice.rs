@@ -49,6 +49,16 @@ pub async fn has_plugin(config: &Config, plugin: Plugin) -> Result<bool> {
     }
 }
 
+/// A replication origin that is not walferry's, if there is one: test_decoding leaves out whatever
+/// has an origin, and so what a subscription or another program brings in by it.
+pub async fn foreign_origin(config: &Config) -> Result<Option<String>> {
+    let mut session = Session::connect(config, Purpose::Sql).await?;
+    let sql = "select roname from pg_catalog.pg_replication_origin \
+         where roname not like 'walferry\\_%' limit 1";
+    let rows = session.query(sql).await?;
+    Ok(rows.first().map(|row| row.string(0)).transpose()?)
+}
+
 /// Why the role may not publish these tables; `None` if it may.
 pub async fn refused_publication(
     session: &mut Session,
