@@ -9,7 +9,7 @@ use divan::{AllocProfiler, Bencher, black_box};
 
 use walferry::change::ReplicaIdentity;
 use walferry::decode::wal2json::Numbers;
-use walferry::decode::{self, Described, DescribedColumn, wal2json};
+use walferry::decode::{self, Described, DescribedColumn, test_decoding, wal2json};
 use walferry::id::QualifiedName;
 use walferry::lsn::Lsn;
 
@@ -99,6 +99,24 @@ fn wal2json_message() -> Bytes {
 fn wal2json(bencher: Bencher<'_, '_>) {
     let message = wal2json_message();
     let mut decoder = wal2json::Decoder::new(Numbers::Text);
+    decoder.describe(table());
+    bencher.bench_local(|| decoder.decode(black_box(message.clone()), Lsn(2)).unwrap());
+}
+
+fn test_decoding_message() -> Bytes {
+    let columns = COLUMNS.map(|(name, type_oid, value)| match (type_oid, value) {
+        (_, None) => format!(" {name}[timestamp with time zone]:null"),
+        (16, Some(value)) => format!(" {name}[boolean]:{}", value == "t"),
+        (20 | 23 | 1700, Some(value)) => format!(" {name}[numeric]:{value}"),
+        (_, Some(value)) => format!(" {name}[timestamp with time zone]:'{value}'"),
+    });
+    format!("table public.payments: INSERT:{}", columns.concat()).into()
+}
+
+#[divan::bench]
+fn test_decoding(bencher: Bencher<'_, '_>) {
+    let message = test_decoding_message();
+    let mut decoder = test_decoding::Decoder::new();
     decoder.describe(table());
     bencher.bench_local(|| decoder.decode(black_box(message.clone()), Lsn(2)).unwrap());
 }

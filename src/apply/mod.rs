@@ -252,6 +252,11 @@ async fn set_up(session: &mut Session, replica_role: bool) -> Result<()> {
     if session.major_version() >= 11 {
         settings.push_str("; set jit = off");
     }
+    // Such a database takes bytes as they are, and refuses what is no UTF-8 of a session that says
+    // it talks that.
+    if session.parameter("server_encoding") == Some("SQL_ASCII") {
+        settings.push_str("; set client_encoding = 'SQL_ASCII'");
+    }
     session.execute(&settings).await?;
     if session.major_version() >= 14 {
         // Not known on every platform; keepalives alone will do.

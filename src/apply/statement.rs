@@ -331,7 +331,12 @@ impl<'a> Writer<'a> {
             return ("false".to_string(), "false".to_string());
         };
         self.binds.push(bind);
-        let name = format!("{alias}.{}", quote_ident(&target.name));
+        let mut name = format!("{alias}.{}", quote_ident(&target.name));
+        // A polymorphic operator (of enums) does not look through a domain. The cast costs no
+        // index: it is a relabelling, which the planner sees through.
+        if target.type_name != target.base_type_name {
+            name = format!("{name}::{}", target.base_type_name);
+        }
         let value = format!("${}::{}", self.binds.len(), target.base_type_name);
         let text_equal = format!("{name}::text = {value}::text");
         match &target.equality {

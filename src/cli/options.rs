@@ -63,6 +63,26 @@ impl JobArgs {
         config::load(self.config.as_deref())
     }
 
+    /// The job, its home, and the source if it is given: what status needs.
+    pub fn home(&self) -> anyhow::Result<(JobName, Config, Option<Config>)> {
+        let file = self.file()?;
+        let (option, variable) = ("target", "WALFERRY_TARGET");
+        let missing = config::Error::Missing { what: "the target", option, variable };
+        let target = self.target.clone().or(file.target).ok_or(missing)?;
+        let source = self.source.clone().or(file.source);
+        let source = source.map(|text| Config::parse(&text)).transpose()?;
+        Ok((
+            self.job_name(file.name)?,
+            Config::parse(&target)?.labelled("target"),
+            source.map(|source| source.labelled("source")),
+        ))
+    }
+
+    fn job_name(&self, in_file: Option<String>) -> Result<JobName, config::Error> {
+        let name = self.name.clone().or(in_file).unwrap_or_else(|| DEFAULT_NAME.to_string());
+        name.parse().map_err(|e| config::Error::Value { option: "--name", message: format!("{e}") })
+    }
+
     /// Everything put together; a missing source or target is an error of usage.
     pub fn job(&self) -> anyhow::Result<JobConfig> {
         let file = self.file()?;
@@ -77,10 +97,7 @@ impl JobArgs {
             "target",
             "WALFERRY_TARGET",
         ))?;
-        let name = self.name.clone().or(file.name).unwrap_or_else(|| DEFAULT_NAME.to_string());
-        let job: JobName = name
-            .parse()
-            .map_err(|e| config::Error::Value { option: "--name", message: format!("{e}") })?;
+        let job = self.job_name(file.name)?;
         let given = |own: &[String], file: Vec<String>| {
             if own.is_empty() { file } else { own.to_vec() }
         };

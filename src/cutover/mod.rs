@@ -12,7 +12,7 @@
 //!    transaction delays the cutover, never the application.
 //! 3. *barrier*: the end of WAL, read after the fence holds (vitess#16563). *drain*: the other side
 //!    has applied up to it.
-//! 4. *sequences*: set past every value handed out.
+//! 4. *sequences*: set past every value handed out (`sequences`).
 //! 5. *seal*: the fence is made to outlive our session, so that stragglers that were connected
 //!    before cannot write to the old side afterwards (vitess#9453). The new side's own seal, if it
 //!    had one from an earlier flip, is opened.
@@ -32,6 +32,7 @@ pub mod canary;
 pub mod choreography;
 pub mod error;
 pub mod fence;
+pub mod sequences;
 pub mod undo;
 
 pub use choreography::{Journal, Outcome, Plan, Step, run};

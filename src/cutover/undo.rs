@@ -49,7 +49,7 @@ pub async fn undo(
     let opened = async {
         if kind != FenceKind::None {
             let mut session = Session::connect(live, Purpose::Sql).await?;
-            fence::open(&mut session).await?;
+            fence::open(&mut session, &context.job).await?;
         }
         Ok(())
     };
@@ -76,7 +76,7 @@ async fn shut_other(context: &Context) -> Result<()> {
         Stream::Reverse => &context.source,
     };
     let mut session = Session::connect(other, Purpose::Sql).await?;
-    fence::shut(&mut session).await
+    fence::shut(&mut session, &context.job).await
 }
 
 /// Lets clients through, on whichever side the routes now point to.

@@ -9,7 +9,7 @@ pub fn each(seeds: &[&[u8]], mut check: impl FnMut(&[u8])) {
     println!("WALFERRY_SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     for _ in 0..runs {
-        let mut data = random.choice(seeds).unwrap().to_vec();
+        let mut data = random.choice(seeds).map_or_else(Vec::new, |seed| seed.to_vec());
         for _ in 0..random.usize(1..6) {
             mutate(&mut data, seeds, &mut random);
         }
@@ -30,7 +30,7 @@ fn mutate(data: &mut Vec<u8>, seeds: &[&[u8]], random: &mut fastrand::Rng) {
             data.splice(at..at, part);
         }
         5 => {
-            let other = random.choice(seeds).unwrap();
+            let Some(other) = random.choice(seeds) else { return };
             let from = random.usize(..=other.len());
             data.splice(at..end, other[from..].iter().copied());
         }

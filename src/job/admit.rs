@@ -6,6 +6,7 @@ use super::state::{Event, step};
 use super::store::{DDL_BOTH, JobRow, Store, ensure};
 use super::{Error, Result};
 use crate::catalog::Selection;
+use crate::cutover::canary;
 use crate::pg::{Config, Session};
 use crate::source::Recorded;
 use crate::{apply, copy, schema};
@@ -42,7 +43,7 @@ pub(super) async fn make_tables(
     source: &mut Session,
 ) -> Result<()> {
     store.ensure(&[apply::DDL, copy::DDL, schema::DDL]).await?;
-    ensure(source, &[DDL_BOTH, apply::DDL]).await?;
+    ensure(source, &[DDL_BOTH, &canary::ddl(&config.job), apply::DDL]).await?;
     let systems = (system_of(source).await?, system_of(&mut store.session).await?);
     let places = (place(&config.source), place(&config.target));
     store.create(&places.0, &places.1, (&systems.0, &systems.1), &config.options).await

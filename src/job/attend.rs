@@ -113,7 +113,7 @@ impl Runner {
         while let Some(asked) = client::take(&mut self.store.session, &self.config.job).await? {
             let outcome = match asked.verb.as_str() {
                 "stop" => {
-                    self.say(Notice::Said("another command asks this run to stop".to_string()));
+                    self.say(Notice::Ended);
                     client::answer(&mut self.store.session, &asked.id, Ok(Value::Null)).await?;
                     return Ok(Some(None));
                 }

@@ -72,9 +72,9 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, _lease: &Lease) -> Res
     store.set_phase(phase).await?;
     let mut dropped = Vec::new();
     if let Some(source) = &mut source {
-        drop_objects(source, config, &row, Stream::Forward, &mut dropped).await?;
+        drop_objects(source, config, Stream::Forward, &mut dropped).await?;
     }
-    drop_objects(&mut store.session, config, &row, Stream::Reverse, &mut dropped).await?;
+    drop_objects(&mut store.session, config, Stream::Reverse, &mut dropped).await?;
     forget_routes(config, &row).await?;
     if let Some(source) = &mut source {
         drop_schema(source, config, &mut dropped, false).await?;
@@ -88,7 +88,6 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, _lease: &Lease) -> Res
 async fn drop_objects(
     session: &mut Session,
     config: &JobConfig,
-    row: &JobRow,
     reads: Stream,
     dropped: &mut Vec<String>,
 ) -> Result<()> {
@@ -99,9 +98,7 @@ async fn drop_objects(
     slot::drop(session, &name).await?;
     publication::drop(session, &name).await?;
     apply::forget(session, &config.job.object(reads.opposite())).await?;
-    let selection = row.options.selection(session).await?;
-    let read_only = row.flip.as_ref().is_some_and(|flip| flip.fence == "read-only");
-    fence::remove(session, read_only, |table| selection.has_rows(table)).await?;
+    fence::remove(session, &config.job).await?;
     Ok(())
 }
 
@@ -123,7 +120,7 @@ async fn forget_job(store: &mut Store, config: &JobConfig, keep_history: bool) -
 async fn forget_routes(config: &JobConfig, row: &JobRow) -> Result<()> {
     let Some(record) = &row.flip else { return Ok(()) };
     let context = context(config, stream_of(&record.flip));
-    for route in parse_routes(&record.routes)? {
+    for route in parse_routes(&[&*record.routes, &*record.earlier_routes].concat())? {
         route.forget(&context).await.map_err(cutover::Error::from)?;
     }
     Ok(())
@@ -147,12 +144,12 @@ async fn drop_schema(
         )
         .await?;
     if keep_history || others.parse::<i64>(0)? > 0 {
-        session
-            .query_params(
-                "delete from walferry.canary where job = $1",
-                &[Some(config.job.as_str())],
-            )
-            .await?;
+        let canary = config.job.canary().quoted();
+        let sql = format!(
+            "set client_min_messages = error; drop table if exists {canary}; \
+             reset client_min_messages"
+        );
+        session.execute(&sql).await?;
         return Ok(());
     }
     session

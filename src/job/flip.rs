@@ -47,9 +47,16 @@ pub struct FlipRequest {
 }
 
 impl FlipRequest {
-    /// What is stored before the flip begins.
-    pub fn record(&self, from: Phase) -> FlipRecord {
+    /// What is stored before the flip begins; `last` is the record of the one before.
+    pub fn record(&self, from: Phase, last: Option<&FlipRecord>) -> FlipRecord {
+        let mut earlier_routes: Vec<String> = Vec::new();
+        for route in last.iter().flat_map(|last| last.routes.iter().chain(&last.earlier_routes)) {
+            if !self.routes.contains(route) && !earlier_routes.contains(route) {
+                earlier_routes.push(route.clone());
+            }
+        }
         FlipRecord {
+            earlier_routes,
             from: from.to_string(),
             attempt: self.attempt.clone(),
             flip: self.flip.clone(),
@@ -113,7 +120,7 @@ impl Runner {
         let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
         slot::drop(&mut target, &name).await?;
-        let tables = published(&tables);
+        let tables = published(&self.config.job, &tables);
         let reading = self.choose_reading(Stream::Reverse, &tables).await?;
         publish(&mut target, &name, &tables, &reading).await?;
         let mut maker = Session::connect(&self.config.target, Purpose::Sql).await?;
@@ -202,8 +209,10 @@ impl Runner {
         self.refuse_new_tables(flip).await?;
         let mut plan = self.flight_plan(flip, request).await?;
         let row = self.row().await?;
-        let stored = row.flip.filter(|record| record.attempt == request.attempt);
-        let record = stored.unwrap_or_else(|| request.record(row.phase));
+        let record = match row.flip {
+            Some(record) if record.attempt == request.attempt => record,
+            last => request.record(row.phase, last.as_ref()),
+        };
         let mut journal = HomeJournal {
             store: &mut self.store,
             record,
@@ -395,7 +404,7 @@ impl Runner {
 /// What routes are told.
 pub(super) fn context(config: &JobConfig, flip: Stream) -> route::Context {
     route::Context {
-        job: config.job.to_string(),
+        job: config.job.clone(),
         flip,
         source: config.source.clone(),
         target: config.target.clone(),

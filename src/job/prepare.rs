@@ -29,7 +29,7 @@ impl Runner {
         let name = self.config.job.object(Stream::Forward);
         let tables = self.tables(&self.config.source).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
-        let tables = published(&tables);
+        let tables = published(&self.config.job, &tables);
         let reading = self.choose_reading(Stream::Forward, &tables).await?;
         publish(&mut source, &name, &tables, &reading).await?;
         self.make_slot(&mut source, &name, &reading).await?;

@@ -72,6 +72,8 @@ pub enum Notice {
     Phase(Phase),
     /// Something worth a line.
     Said(String),
+    /// `finish` or `cancel` ends the job: there is nothing to go on with.
+    Ended,
     /// Rows are being copied; look at the counters from time to time.
     Copying(Arc<CopyProgress>),
     /// Indexes and constraints: done, total, what is being built.
@@ -282,9 +284,9 @@ impl Runner {
 
     /// Stores a phase. One that begins a flip is stored with the flip's record.
     async fn enter(&mut self, from: Phase, phase: Phase) -> Result<()> {
-        match (&self.asked, phase) {
+        match (self.asked.clone(), phase) {
             (Some((_, request)), Phase::CuttingOver) => {
-                let record = request.record(from);
+                let record = request.record(from, self.row().await?.flip.as_ref());
                 self.store.set_phase_and_flip(phase, &record).await?;
             }
             _ => self.store.set_phase(phase).await?,
@@ -360,8 +362,9 @@ impl Runner {
         // A partition made since is of a published table, or it would not be in the stream: only
         // tables known to be left out are filtered, the rest must be applied or refused by name.
         let left_out = self.left_out(from).await?;
+        let canary = self.config.job.canary();
         let tables: TableFilter = Arc::new(move |table: &QualifiedName| match &*table.schema {
-            "walferry" => table.name == "canary",
+            "walferry" => *table == canary,
             _ => !left_out.contains(table),
         });
         let gate = (stream == Stream::Reverse).then(|| self.reverse_open.clone());
@@ -400,12 +403,19 @@ impl Runner {
         (self.report)(notice);
     }
 
-    /// Tables of the source whose rows take part, parents included.
+    /// Tables of a side whose rows are followed, parents included.
     pub(super) async fn tables(&self, side: &Config) -> Result<Vec<Table>> {
+        let mut tables = self.tables_with_rows(side).await?;
+        tables.retain(|table| !table.unlogged);
+        Ok(tables)
+    }
+
+    /// The same and unlogged ones, which are copied and cannot be followed.
+    pub(super) async fn tables_with_rows(&self, side: &Config) -> Result<Vec<Table>> {
         let mut session = Session::connect(side, Purpose::Sql).await?;
-        let all = tables(&mut session, &self.selection).await?;
-        let keep = |t: &Table| self.selection.has_rows(&t.name) && !t.unlogged;
-        Ok(all.into_iter().filter(keep).collect())
+        let mut all = tables(&mut session, &self.selection).await?;
+        all.retain(|table| self.selection.has_rows(&table.name));
+        Ok(all)
     }
 
     /// Tables of a side whose rows take no part.
@@ -428,9 +438,9 @@ impl Runner {
 }
 
 /// Names of what is published: every table with rows, and the canary.
-pub(super) fn published(tables: &[Table]) -> Vec<QualifiedName> {
+pub(super) fn published(job: &JobName, tables: &[Table]) -> Vec<QualifiedName> {
     let names = tables.iter().map(|t| t.name.clone());
-    names.chain([QualifiedName::new("walferry", "canary")]).collect()
+    names.chain([job.canary()]).collect()
 }
 
 /// A stream that has not reached a batch boundary by then is cut off, as a crash would.

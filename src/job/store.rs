@@ -14,15 +14,14 @@ use crate::id::{JobName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Row, Session};
 
-/// Tables of both sides: the canary that proves a stream, and the seal of a fence.
+/// What both sides have, beside each job's canary: seals, and what a read-only fence replaced.
 ///
 /// The seal's trigger function raises always; whether it stands is decided by the trigger's
 /// presence and state, because catalogs are read as they are now even by a transaction whose
 /// snapshot is old.
 pub const DDL_BOTH: &str = "
 create schema if not exists walferry;
-create table if not exists walferry.canary (
-    job text not null, leg text not null, token text not null, primary key (job, leg));
+create table if not exists walferry.read_only (job text primary key, before text);
 create or replace function walferry.seal() returns trigger language plpgsql as $seal$
 begin
     raise exception 'this database has moved: table %.% takes no writes here any more',
@@ -130,6 +129,9 @@ pub struct FlipRecord {
     pub fence: String,
     /// Routes as given on the command line.
     pub routes: Vec<String>,
+    /// Routes of earlier flips that are not among these: what they kept on disk goes with the job.
+    #[serde(default)]
+    pub earlier_routes: Vec<String>,
     /// Clients were let through after the point of no return.
     pub released: bool,
 }
@@ -189,7 +191,8 @@ impl Store {
 
     /// Makes schema and tables where they are missing. `more` is DDL of the rooms below.
     pub async fn ensure(&mut self, more: &[&str]) -> Result<()> {
-        ensure(&mut self.session, &[&[DDL_BOTH, DDL_HOME], more].concat()).await
+        let canary = crate::cutover::canary::ddl(&self.job);
+        ensure(&mut self.session, &[&[DDL_BOTH, &canary, DDL_HOME], more].concat()).await
     }
 
     /// True if the job's tables exist here.

@@ -40,7 +40,7 @@ pub mod pre;
 pub mod script;
 pub mod sequence;
 
-pub use dump::{Dump, Options, dump};
+pub use dump::{Dump, Options, dump, pg_dump_versions};
 pub use error::Error;
 pub use plan::PostPhase;
 pub use post::{PostOptions, PostProgress, apply_post};

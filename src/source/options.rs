@@ -24,9 +24,6 @@ pub struct StreamOptions {
     pub start_lsn: Lsn,
     /// Server and slot as recorded when the slot was made; checked before anything is read.
     pub recorded: Recorded,
-    /// Ask the server (16 and on) to send only what was not replicated to it. Before 16, and for
-    /// origins that must be told apart, use `skip_origins`.
-    pub origin_none: bool,
     /// Ask the server (14 and on) for messages of `pg_logical_emit_message`.
     pub messages: bool,
     /// Transactions with one of these origins are dropped here and counted as filtered: what came
@@ -55,7 +52,6 @@ impl StreamOptions {
             publication: publication.to_string(),
             start_lsn,
             recorded,
-            origin_none: false,
             messages: true,
             skip_origins: Vec::new(),
             silence: SILENCE,
@@ -163,9 +159,6 @@ fn pgoutput(major: u32, options: &StreamOptions) -> Vec<(&'static str, String)> 
     ];
     if options.messages && major >= 14 {
         wanted.push(("messages", "true".to_string()));
-    }
-    if options.origin_none && major >= 16 {
-        wanted.push(("origin", "none".to_string()));
     }
     wanted
 }

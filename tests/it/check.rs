@@ -250,7 +250,7 @@ async fn every_missing_right_is_found_with_its_grant() {
 }
 
 #[tokio::test]
-async fn a_refused_replication_connection_is_told_from_a_missing_right() {
+async fn peerdb_1118_a_refused_replication_connection_is_told_from_a_missing_right() {
     let world = World::new(&[], &[]);
     // All walsenders taken.
     let config = world.config(Source, "postgres");

@@ -16,9 +16,9 @@
 //! What it cannot say: NaN and infinities of columns that are `real`, `double precision` or
 //! `numeric` are `null` like NULL, before 2.6 ([`Numbers`]); TRUNCATE in format 1; RESTART IDENTITY
 //! and CASCADE (cascaded tables are listed); a logical message behind its first NUL byte; a change
-//! of a column's modifier alone; in an UPDATE written before ADD COLUMN, that the column was not there
-//! (it comes as unchanged, which writes nothing). UPDATE and DELETE of a table without an identity are dropped by the
-//! server with a WARNING: [`warned`] knows it.
+//! of a column's modifier alone; in an UPDATE written before ADD COLUMN, that the column was not
+//! there (it comes as unchanged, which writes nothing). UPDATE and DELETE of a table without an
+//! identity are dropped by the server with a WARNING: [`warned`] knows it.
 //!
 //! Over the replication protocol textual output comes in the server's encoding, unconverted; from
 //! `pg_logical_slot_peek_changes` in the client's. A database in another encoding than UTF8 has to

@@ -47,9 +47,9 @@ impl Plugin {
 /// Transactions of `skip_origins` (numbers of `pg_replication_origin`) are not sent, where the
 /// plugin can leave them out.
 ///
-/// Every table is asked for. `add-tables` would make old versions leak memory (wal2json#146), and a
-/// table made later would be missed; what is of no interest is passed over by the decoder. Types are
-/// asked for by number: by name, wal2json writes invalid JSON for some quoted ones.
+/// Every table is asked for. `add-tables` would make old versions leak memory (wal2json#146), and
+/// a table made later would be missed; what is of no interest is passed over by the decoder. Types
+/// are asked for by number: by name, wal2json writes invalid JSON for some quoted ones.
 pub fn options(plugin: Plugin, skip_origins: &[u32]) -> Vec<(&'static str, String)> {
     let on = |name: &'static str| (name, "1".to_string());
     let mut options = vec![on("include-xids"), on("include-timestamp"), on("include-lsn")];

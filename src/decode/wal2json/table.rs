@@ -78,7 +78,7 @@ impl Table {
 
     /// Takes a message's word for the table's columns, where the catalog has moved on.
     ///
-    /// `row` are the columns of the new row, all of them if `whole`; `key` are those of the old row.
+    /// `row` are the columns of the new row, all of them if `whole`; `key` those of the old row.
     pub fn believe(&mut self, row: &[Seen], whole: bool, key: &[Seen]) {
         let mut columns = Vec::new();
         let mut left = self.described.columns.as_slice();

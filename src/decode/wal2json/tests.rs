@@ -10,17 +10,47 @@ use crate::decode::{Described, DescribedColumn, Error, Event, Step};
 use crate::id::QualifiedName;
 use crate::lsn::Lsn;
 
-const BEGIN: &str = r#"{"action":"B","xid":731,"timestamp":"2026-11-21 04:18:20.123456+00","origin":0,"lsn":"0/1A0","nextlsn":"0/1D0"}"#;
-const COMMIT: &str = r#"{"action":"C","xid":731,"timestamp":"2026-11-21 04:18:20.123456+00","origin":0,"lsn":"0/1A0","nextlsn":"0/1D0"}"#;
-const INSERT: &str = r#"{"action":"I","xid":731,"timestamp":"2026-11-21 04:18:20.123456+00","origin":0,"lsn":"0/190","schema":"public","table":"t","columns":[{"name":"id","typeoid":23,"value":1},{"name":"b","typeoid":17,"value":"00ff"},{"name":"ok","typeoid":16,"value":true},{"name":"n","typeoid":1700,"value":"NaN"},{"name":"v","typeoid":25,"value":"a\"\u0001\n"}]}"#;
-const UPDATE: &str = r#"{"action":"U","schema":"public","table":"t","columns":[{"name":"id","typeoid":23,"value":2},{"name":"ok","typeoid":16,"value":null},{"name":"n","typeoid":1700,"value":null},{"name":"v","typeoid":25,"value":""}],"identity":[{"name":"id","typeoid":23,"value":1}],"pk":[{"name":"id","type":"integer"}]}"#;
-const DELETE: &str = r#"{"action":"D","schema":"public","table":"t","identity":[{"name":"id","typeoid":23,"value":1}]}"#;
+const BEGIN: &str = concat!(
+    r#"{"action":"B","xid":731,"timestamp":"2026-11-21 04:18:20.123456+00","origin":0,"#,
+    r#""lsn":"0/1A0","nextlsn":"0/1D0"}"#,
+);
+const COMMIT: &str = concat!(
+    r#"{"action":"C","xid":731,"timestamp":"2026-11-21 04:18:20.123456+00","origin":0,"#,
+    r#""lsn":"0/1A0","nextlsn":"0/1D0"}"#,
+);
+const INSERT: &str = concat!(
+    r#"{"action":"I","xid":731,"timestamp":"2026-11-21 04:18:20.123456+00","origin":0,"#,
+    r#""lsn":"0/190","schema":"public","table":"t","columns":[{"name":"id","typeoid":23,"#,
+    r#""value":1},{"name":"b","typeoid":17,"value":"00ff"},{"name":"ok","typeoid":16,"#,
+    r#""value":true},{"name":"n","typeoid":1700,"value":"NaN"},{"name":"v","typeoid":25,"#,
+    r#""value":"a\"\u0001\n"}]}"#,
+);
+const UPDATE: &str = concat!(
+    r#"{"action":"U","schema":"public","table":"t","columns":[{"name":"id","typeoid":23,"#,
+    r#""value":2},{"name":"ok","typeoid":16,"value":null},{"name":"n","typeoid":1700,"#,
+    r#""value":null},{"name":"v","typeoid":25,"value":""}],"identity":[{"name":"id","#,
+    r#""typeoid":23,"value":1}],"pk":[{"name":"id","type":"integer"}]}"#,
+);
+const DELETE: &str = concat!(
+    r#"{"action":"D","schema":"public","table":"t","identity":[{"name":"id","typeoid":23,"#,
+    r#""value":1}]}"#,
+);
 const TRUNCATE: &str = r#"{"action":"T","xid":731,"lsn":"0/180","schema":"public","table":"t"}"#;
-const MESSAGE: &str = r#"{"action":"M","xid":null,"timestamp":null,"origin":null,"lsn":"0/1C0","transactional":false,"prefix":"p","content":"a\"b"}"#;
+const MESSAGE: &str = concat!(
+    r#"{"action":"M","xid":null,"timestamp":null,"origin":null,"lsn":"0/1C0","#,
+    r#""transactional":false,"prefix":"p","content":"a\"b"}"#,
+);
 const HEAD_1: &str =
     r#"{"xid":731,"nextlsn":"0/1D0","timestamp":"2026-11-21 04:18:20.123456+00","change":["#;
-const INSERT_1: &str = r#"{"kind":"insert","schema":"public","table":"t","columnnames":["id","b","ok","n","v"],"columntypeoids": [23,17,16,1700,25],"columnvalues":[1,"00ff",true,1.50,null]}"#;
-const UPDATE_1: &str = r#",{"kind":"update","schema":"public","table":"t","columnnames":["id","ok","n","v"],"columntypeoids":[23,16,1700,25],"columnvalues":[1,false,2,"x"],"oldkeys":{"keynames":["id"],"keytypeoids":[23],"keyvalues":[1]}}"#;
+const INSERT_1: &str = concat!(
+    r#"{"kind":"insert","schema":"public","table":"t","columnnames":["id","b","ok","n","#,
+    r#""v"],"columntypeoids": [23,17,16,1700,25],"columnvalues":[1,"00ff",true,1.50,null]}"#,
+);
+const UPDATE_1: &str = concat!(
+    r#",{"kind":"update","schema":"public","table":"t","columnnames":["id","ok","n","v"],"#,
+    r#""columntypeoids":[23,16,1700,25],"columnvalues":[1,false,2,"x"],"#,
+    r#""oldkeys":{"keynames":["id"],"keytypeoids":[23],"keyvalues":[1]}}"#,
+);
 const TAIL_1: &str = "]}";
 const LONE_1: &str =
     r#"{"change":[,{"kind":"message","transactional":false,"prefix":"p","content":"c"}]}"#;
@@ -299,8 +329,8 @@ proptest! {
     }
 }
 
-/// Messages with bytes changed, cut, repeated and swapped: none may panic or hang. A million of them
-/// under `make fuzz`; `WALFERRY_SEED` repeats a run.
+/// Messages with bytes changed, cut, repeated and swapped: none may panic or hang. A million of
+/// them under `make fuzz`; `WALFERRY_SEED` repeats a run.
 #[test]
 fn mutated_messages_give_a_step_or_an_error() {
     super::super::mutate::each(&EVERY.map(str::as_bytes), |data| {
