@@ -13,6 +13,7 @@ mod fidelity;
 mod input;
 mod job;
 mod pg;
+mod readings;
 mod rights;
 mod route;
 mod schema;
