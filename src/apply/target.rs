@@ -12,6 +12,8 @@ pub(super) struct Table {
     pub kind: String,
     /// Rows must be counted on INSERT too: a trigger or rule could swallow one.
     pub counts_inserts: bool,
+    /// The role may do what only its owner may.
+    pub owned: bool,
     /// Names of the columns of the primary key, or else of the smallest unique index over NOT NULL
     /// columns; empty if there is neither.
     pub key: Vec<String>,
@@ -79,14 +81,15 @@ impl Table {
             name: name.clone(),
             kind: row.string(1)?,
             counts_inserts: row.bool(2)?,
+            owned: row.bool(4)?,
             key,
             columns,
         }))
     }
 }
 
-/// Oid, kind, whether INSERT may lose rows, key. A partition's own triggers are not looked for, so
-/// inserts into partitioned tables are always counted.
+/// Oid, kind, whether INSERT may lose rows, key, whether it is ours. A partition's own triggers are
+/// not looked for, so inserts into partitioned tables are always counted.
 const TABLE: &str = "select c.oid, c.relkind, \
      c.relhasrules or c.relkind = 'p' or exists (select from pg_catalog.pg_trigger g \
          where g.tgrelid = c.oid and not g.tgisinternal and g.tgenabled <> 'D'), \
@@ -101,7 +104,8 @@ const TABLE: &str = "select c.oid, c.relkind, \
              order by i.indisprimary desc, i.indnatts, i.indexrelid limit 1) i, \
          pg_catalog.unnest(i.indkey::int2[]) with ordinality k(attnum, n) \
          join pg_catalog.pg_attribute a on a.attnum = k.attnum \
-         where a.attrelid = c.oid and k.n <= i.width) \
+         where a.attrelid = c.oid and k.n <= i.width), \
+     pg_catalog.pg_has_role(c.relowner, 'usage') \
      from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
      where n.nspname = $1 and c.relname = $2";
 

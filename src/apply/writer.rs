@@ -49,6 +49,10 @@ struct Plan {
     /// Row statements that are bare INSERTs, by place among `rows`.
     bare: Vec<bool>,
     opens: bool,
+    /// Statements before the rows: BEGIN, and what tags the transaction where no origin does.
+    head: usize,
+    /// Whether progress is recorded before the rows, and not after them.
+    records_first: bool,
     /// Whether counters, progress, COMMIT and position follow the rows.
     commits: bool,
     counts: bool,
@@ -56,19 +60,19 @@ struct Plan {
 
 impl Plan {
     fn counts_at(&self) -> usize {
-        usize::from(self.opens) + self.rows.len()
+        self.head + self.rows.len()
     }
 
     fn progress_at(&self) -> usize {
-        self.counts_at() + usize::from(self.counts)
+        if self.records_first { 1 } else { self.counts_at() + usize::from(self.counts) }
     }
 
     fn commit_at(&self) -> usize {
-        self.progress_at() + 1
+        self.counts_at() + usize::from(self.counts) + usize::from(!self.records_first)
     }
 
     fn row_of(&self, statement: usize) -> Option<usize> {
-        statement.checked_sub(usize::from(self.opens)).filter(|row| *row < self.rows.len())
+        statement.checked_sub(self.head).filter(|row| *row < self.rows.len())
     }
 }
 
@@ -120,7 +124,7 @@ impl Writer {
                 self.routes.ensure(session, relation).await?;
             }
         }
-        let mut plan = self.plan(batch)?;
+        let mut plan = self.plan(progress, previous_lsn, batch)?;
         self.close(&mut plan, progress, previous_lsn, batch)?;
         if plan.pipeline.is_empty() {
             return Ok(Written::default());
@@ -145,20 +149,37 @@ impl Writer {
         std::mem::take(&mut self.messages)
     }
 
-    /// The row statements, with BEGIN if the batch opens and has something to write.
-    fn plan(&mut self, batch: &Batch) -> Result<Plan> {
+    /// BEGIN, if the batch opens and has something to write, and the transaction's tag.
+    fn head(&self, plan: &mut Plan, progress: &Progress, previous_lsn: Lsn, batch: &Batch) {
+        if !plan.opens {
+            return;
+        }
+        plan.pipeline.run("walferry_begin", std::iter::empty());
+        plan.head = 1;
+        if progress.is_marker() {
+            plan.head = 2;
+            plan.records_first = batch.commit.is_some();
+            match &batch.commit {
+                Some(commit) => progress.record(&mut plan.pipeline, previous_lsn, commit),
+                None => progress.mark(&mut plan.pipeline),
+            }
+        }
+    }
+
+    /// The row statements behind their head.
+    fn plan(&mut self, progress: &Progress, previous_lsn: Lsn, batch: &Batch) -> Result<Plan> {
         let mut plan = Plan {
             pipeline: Pipeline::new(),
             rows: Vec::new(),
             bare: Vec::new(),
             opens: batch.opens && self.has_rows(batch),
+            head: 0,
+            records_first: false,
             commits: false,
             counts: false,
         };
         self.forget_discarded(&mut plan.pipeline);
-        if plan.opens {
-            plan.pipeline.run("walferry_begin", std::iter::empty());
-        }
+        self.head(&mut plan, progress, previous_lsn, batch);
         for (chunk_at, chunk) in batch.chunks.iter().enumerate() {
             for (change_at, change) in chunk.changes.iter().enumerate() {
                 let bare = match change {
@@ -214,7 +235,9 @@ impl Writer {
             plan.pipeline.run("walferry_counts", params);
         }
         self.routes.iter_mut().for_each(|r| r.counts = Counts::default());
-        progress.record(&mut plan.pipeline, previous_lsn, commit);
+        if !plan.records_first {
+            progress.record(&mut plan.pipeline, previous_lsn, commit);
+        }
         plan.pipeline.run("walferry_commit", std::iter::empty());
         plan.pipeline.run("walferry_position", std::iter::empty());
         Ok(())

@@ -30,6 +30,12 @@ pub struct File {
     pub spool_limit: Option<String>,
     /// `--wal-budget`.
     pub wal_budget: Option<String>,
+    /// `--decoder`.
+    pub decoder: Option<String>,
+    /// `--transport`.
+    pub transport: Option<String>,
+    /// `--no-nan`.
+    pub no_nan: bool,
     /// `[cutover]`.
     pub cutover: Cutover,
 }

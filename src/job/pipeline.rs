@@ -7,7 +7,7 @@
 //!
 //! Through a spool the two ends are kept going apart: see `spooling`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -16,18 +16,20 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::Result;
+use super::ability::Ability;
 use super::error::Error;
 use super::spooling::{self, SpoolOptions};
 use crate::apply::{self, Applied, Applier};
 use crate::buffer::memory;
 use crate::change::Snapshot;
 use crate::clock::Backoff;
+use crate::decode::Plugin;
 use crate::fault::{Fault, Faulty};
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::limit;
 use crate::lsn::Lsn;
 use crate::pg::Config;
-use crate::source::{self, Positions, Recorded, StreamOptions};
+use crate::source::{self, Positions, Recorded, StreamOptions, Transport};
 
 /// Decides whether a table is part of the stream. Asked once for each description of it.
 pub type TableFilter = Arc<dyn Fn(&QualifiedName) -> bool + Send + Sync>;
@@ -57,10 +59,18 @@ pub struct PipeOptions {
     pub from: Config,
     /// The side that is written.
     pub to: Config,
+    /// The tables that are read, where the decoder gives every table of the database.
+    pub followed: Arc<HashSet<QualifiedName>>,
+    /// See [`StreamOptions::plain_numbers`].
+    pub plain_numbers: bool,
+    /// How the slot is read.
+    pub transport: Transport,
     /// The read side's server and slot, as recorded when the slot was made.
     pub recorded: Recorded,
     /// Which tables are applied.
     pub tables: TableFilter,
+    /// What the role may do on the side that is written.
+    pub ability: Ability,
     /// Tables that were copied under a snapshot later than the slot's. `None`: nothing is applied
     /// until [`Pipe::begin_apply`]; for a spool only.
     pub visibility: Option<Visibility>,
@@ -68,6 +78,53 @@ pub struct PipeOptions {
     pub spool: Option<SpoolOptions>,
     /// While false, only walferry's own tables are applied.
     pub gate: Option<Arc<AtomicBool>>,
+}
+
+/// Both ways of keeping a stream going, through memory and through a spool, open their ends by
+/// these.
+impl PipeOptions {
+    /// Connects to the written side, and reads its progress.
+    pub(super) async fn open_applier(&self, visibility: Visibility) -> Result<Applier> {
+        let wanted = apply::Options {
+            tables: Some(self.tables.clone()),
+            visibility,
+            gate: self.gate.clone(),
+            progress: self.ability.progress(),
+            replica_role: self.ability.replica_role,
+            ..apply::Options::new(self.job.object(self.stream).as_str())
+        };
+        Ok(Applier::connect(&self.to, wanted).await?)
+    }
+
+    /// True if the slot must have been told all that is in hand before it is read again: by SQL it
+    /// gives everything since, and test_decoding does not say in time where that commits.
+    pub(super) fn settles_first(&self) -> bool {
+        let plugin = self.recorded.plugin.parse::<Plugin>();
+        self.transport == Transport::Pull && plugin.is_ok_and(|p| !p.tells_commit_first())
+    }
+
+    /// Opens the slot to be read from `start_lsn` on, all below which is in hand already; the slot
+    /// is told `confirmed_lsn` and nothing beyond.
+    pub(super) async fn open_reader(
+        &self,
+        start_lsn: Lsn,
+        confirmed_lsn: Lsn,
+    ) -> Result<source::Reader> {
+        let name = self.job.object(self.stream);
+        let opposite = self.job.object(self.stream.opposite());
+        let wanted = StreamOptions {
+            // Not origin 'none' at the server: an application's own transactions may carry an
+            // origin (it may itself be fed by a subscription), and would be left out without a
+            // trace.
+            skip_origins: vec![opposite.clone()],
+            skip_markers: vec![opposite],
+            followed: self.followed.clone(),
+            plain_numbers: self.plain_numbers,
+            confirmed_lsn,
+            ..StreamOptions::new(&name, &name, start_lsn, self.recorded.clone())
+        };
+        Ok(source::Reader::open(&self.from, self.transport, wanted).await?)
+    }
 }
 
 /// A running stream. Dropping it stops it at once; [`Pipe::stop`] at a batch boundary.
@@ -201,22 +258,9 @@ async fn supervise(options: &PipeOptions, mut ends: Ends) -> Result<()> {
 
 /// Connects both ends, checks that slot and progress fit, and runs until something ends.
 async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
-    let name = options.job.object(options.stream);
-    let wanted = apply::Options {
-        tables: Some(options.tables.clone()),
-        visibility: options.visibility.clone().unwrap_or_default(),
-        gate: options.gate.clone(),
-        ..apply::Options::new(name.as_str())
-    };
-    let mut applier = Applier::connect(&options.to, wanted).await?;
+    let mut applier = options.open_applier(options.visibility.clone().unwrap_or_default()).await?;
     let progress_lsn = applier.progress();
-    let wanted = StreamOptions {
-        // Not origin 'none' at the server: an application's own transactions may carry an origin
-        // (it may itself be fed by a subscription), and would be left out without a trace.
-        skip_origins: vec![options.job.object(options.stream.opposite())],
-        ..StreamOptions::new(&name, &name, progress_lsn, options.recorded.clone())
-    };
-    let reader = source::Stream::open(&options.from, wanted).await?;
+    let reader = options.open_reader(progress_lsn, progress_lsn).await?;
     let _ = ends.trouble.send(None);
     let (mut queue, feed) = memory::queue(limit::BUFFER_BYTES);
     let (durable_tx, durable) = watch::channel(progress_lsn);

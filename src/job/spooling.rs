@@ -5,6 +5,10 @@
 //! reader at the spool's end, the applier at the target's progress. The slot is told what is
 //! durable on the target; only when the source keeps too much WAL for it, what is durable in the
 //! spool.
+//!
+//! A slot that is read by SQL gives again what it was not told of. So a pull rests after each full
+//! chunk until the slot was told, and does not get further ahead of the target than the source's
+//! budget of WAL makes it.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -14,13 +18,13 @@ use tokio::sync::watch;
 use super::pipeline::{Ends, PipeOptions, SpoolState, Task, Visibility, flatten};
 use super::place::{SpoolPlace, wal_budget};
 use super::{Error, Result};
-use crate::apply::{self, Applied, Applier};
+use crate::apply::{self, Applied};
 use crate::buffer::spool::{self, Coverage, Identity, Opened, Spool};
 use crate::clock::Backoff;
 use crate::fault::{Fault, Faulty};
 use crate::lsn::Lsn;
 use crate::pg::{Purpose, Session};
-use crate::source::{self, Positions, StreamOptions, slot};
+use crate::source::{Positions, slot};
 
 /// How often the read side is asked how much WAL it keeps.
 const BUDGET_TURN: Duration = Duration::from_secs(1);
@@ -190,8 +194,17 @@ async fn capture(
     let mut pause = backoff();
     loop {
         let before = joint.spool.end_lsn();
+        if joint.options.settles_first() {
+            let mut told = told.clone();
+            tokio::select! {
+                settled = told.wait_for(|told| *told >= before) => {
+                    if settled.is_err() { return Ok(()); }
+                }
+                _ = stop.wait_for(|stop| *stop) => return Ok(()),
+            }
+        }
         let confirmed_lsn = *told.borrow();
-        let opened = open_stream(&joint, confirmed_lsn).await;
+        let opened = joint.options.open_reader(joint.spool.end_lsn(), confirmed_lsn).await;
         let ended = match opened {
             Ok(reader) => {
                 joint.troubles.set(READING, None);
@@ -220,17 +233,6 @@ async fn capture(
             _ = stop.wait_for(|stop| *stop) => return Ok(()),
         }
     }
-}
-
-async fn open_stream(joint: &Joint, confirmed_lsn: Lsn) -> Result<source::Stream> {
-    let options = &joint.options;
-    let name = options.job.object(options.stream);
-    let wanted = StreamOptions {
-        skip_origins: vec![options.job.object(options.stream.opposite())],
-        confirmed_lsn,
-        ..StreamOptions::new(&name, &name, joint.spool.end_lsn(), options.recorded.clone())
-    };
-    Ok(source::Stream::open(&options.from, wanted).await?)
 }
 
 /// Applies from the spool, while it is allowed to, until told to stop.
@@ -269,18 +271,12 @@ async fn applying(joint: &Joint, ends: &mut Ends) -> Result<()> {
 
 async fn apply_once(joint: &Joint, ends: &mut Ends, visibility: Visibility) -> Result<()> {
     let options = &joint.options;
-    let wanted = apply::Options {
-        tables: Some(options.tables.clone()),
-        visibility,
-        gate: options.gate.clone(),
-        ..apply::Options::new(options.job.object(options.stream).as_str())
-    };
     let (halt, halted) = watch::channel(false);
     let mut allowed = ends.allowed.clone();
     let mut stop = ends.stop.clone();
     let (applied, hold) = (ends.applied.clone(), ends.hold.clone());
     let work = async {
-        let mut applier = Applier::connect(&options.to, wanted).await?;
+        let mut applier = options.open_applier(visibility).await?;
         let feed = joint.spool.feed(applier.progress())?;
         joint.troubles.set(APPLYING, None);
         applier.run(feed, &applied, hold, halted).await.map_err(Error::from)

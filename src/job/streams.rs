@@ -63,6 +63,7 @@ impl Runner {
         visibility: Option<Visibility>,
     ) -> Result<Pipe> {
         let row = self.row().await?;
+        let reading = self.reading(stream).await?;
         let (from, to, system) = match stream {
             Stream::Forward => (&self.config.source, &self.config.target, row.source_system),
             Stream::Reverse => (&self.config.target, &self.config.source, row.target_system),
@@ -70,18 +71,27 @@ impl Runner {
         // A partition made since is of a published table, or it would not be in the stream: only
         // tables known to be left out are filtered, the rest must be applied or refused by name.
         let left_out = self.left_out(from).await?;
+        let canary = self.config.job.canary();
         let tables: TableFilter = Arc::new(move |table: &QualifiedName| match &*table.schema {
-            "walferry" => table.name == "canary",
+            "walferry" => *table == canary,
             _ => !left_out.contains(table),
         });
+        let ability = match stream {
+            Stream::Forward => row.abilities.target,
+            Stream::Reverse => row.abilities.source,
+        };
         let gate = (stream == Stream::Reverse).then(|| self.reverse_open.clone());
         Ok(Pipe::start(PipeOptions {
             job: self.config.job.clone(),
             stream,
             from: from.clone(),
             to: to.clone(),
-            recorded: recorded(from, system.as_deref()),
+            transport: reading.transport()?,
+            plain_numbers: self.config.wanted.plain_numbers,
+            followed: Arc::new(self.store.load_readings().await?.tables(stream)),
+            recorded: recorded(from, system.as_deref(), &reading.decoder),
             tables,
+            ability,
             visibility,
             spool: self.spool.clone().map(|place| SpoolOptions {
                 place,
