@@ -162,7 +162,8 @@ impl<J: Journal> Flight<'_, J> {
         step!(self, "lag", {
             let plan = &mut *self.plan;
             let mut session = Session::connect(&plan.live, Purpose::Sql).await?;
-            self.stood = Some(Stood::read(&mut session).await?);
+            let mut dest = Session::connect(&plan.dest, Purpose::Sql).await?;
+            self.stood = Some(Stood::read(&mut session, &mut dest).await?);
             barrier::gate(&mut session, &mut plan.carry, plan.max_lag).await
         });
         Ok(())
@@ -233,8 +234,12 @@ impl<J: Journal> Flight<'_, J> {
             step!(self, "rules", self.plan.rules.wake_dest(dest).await);
         }
         step!(self, "sequences", {
-            let (plan, stood) = (&*self.plan, self.stood.as_ref());
-            sequences::carry(live, dest, &plan.selection, stood, plan.max_hold).await
+            let plan = &*self.plan;
+            let stood = match self.stood.take() {
+                Some(stood) => stood,
+                None => Stood::read(live, dest).await?,
+            };
+            sequences::carry(live, dest, &plan.selection, &stood, plan.max_hold).await
         });
         step!(self, "seal", {
             match fence.seal(&self.plan.rules, &self.plan.tables).await {

@@ -26,6 +26,7 @@ pub struct StreamRow {
     /// Age of the newest applied transaction while behind, 0 when level.
     pub lag_seconds: Option<f64>,
     /// What keeps the stream from flowing, if something does.
+    #[serde(rename = "stream_error")]
     pub error: Option<String>,
     /// Seconds since the row was written.
     pub age_seconds: Option<f64>,

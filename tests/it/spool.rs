@@ -7,6 +7,7 @@ use walferry::demo::compare::compare;
 use walferry::demo::ledger;
 use walferry::demo::server::{Server, StopMode};
 use walferry::demo::writer::{Options, Report, Writer, broken_invariants, create_schema};
+use walferry::lsn::Lsn;
 
 use crate::support::job::{Ends, conserved};
 use crate::support::{Walferry, until_within};
@@ -229,6 +230,53 @@ async fn changes_are_spooled_while_rows_are_still_copied() {
     assert_exact(&ends, &report).await;
     run.signal("INT");
     run.ended().await.expect_success();
+}
+
+/// What the spool has and the slot was not told comes again from a pull that begins anew: here while
+/// nothing can be applied, in transactions of one chunk and of many.
+async fn a_pull_begins_anew(decoder: &str) {
+    let (ends, writer) = moving(50.0).await;
+    ends.source.psql("app", "create table spool_load (i int, t text)").unwrap();
+    ends.source.psql("app", "alter table spool_load replica identity full").unwrap();
+    let arguments = ["run", "--decoder", decoder, "--transport", "pull", "--wal-budget", "4GB"];
+    let mut run = ends.spawn(&arguments);
+    ends.until_phase(&mut run, "following").await;
+    let lock = "begin; lock table spool_load in share mode; prepare transaction 'held'";
+    ends.target.psql("app", lock).unwrap();
+    let position = async |key: &str| -> Lsn {
+        let status = ends.status().await;
+        status[key].as_str().unwrap_or("0/0").parse().unwrap()
+    };
+    load(&ends);
+    until_within(Duration::from_secs(60), "the spool to be ahead", async || {
+        position("spooled_lsn").await.0 > position("confirmed_lsn").await.0 + (4 << 20)
+    })
+    .await;
+    ends.source.restart(StopMode::Immediate).unwrap();
+    assert!(writer.committed_more(20).await, "the writer is stuck");
+    assert!(!run.has_ended(), "{}", run.so_far());
+    run.kill9().await;
+    let mut run = ends.spawn(&arguments);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(!run.has_ended(), "{}", run.so_far());
+    ends.target.psql("app", "commit prepared 'held'").unwrap();
+    assert!(writer.committed_more(50).await, "the writer is stuck");
+    let report = writer.stop().await;
+    ends.done(&["verify"]).await;
+    assert_exact(&ends, &report).await;
+    conserved(&ends.status().await["tables"]);
+    run.signal("INT");
+    run.ended().await.expect_success();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pull_by_pgoutput_begins_anew_behind_the_spool() {
+    a_pull_begins_anew("pgoutput").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pull_by_test_decoding_begins_anew_once_the_slot_was_told() {
+    a_pull_begins_anew("test_decoding").await;
 }
 
 /// The most memory a process has had, in bytes.
