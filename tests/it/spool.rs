@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use walferry::demo::compare::compare;
 use walferry::demo::ledger;
 use walferry::demo::server::{Server, StopMode};
@@ -243,13 +244,15 @@ async fn a_pull_begins_anew(decoder: &str) {
     ends.until_phase(&mut run, "following").await;
     let lock = "begin; lock table spool_load in share mode; prepare transaction 'held'";
     ends.target.psql("app", lock).unwrap();
-    let position = async |key: &str| -> Lsn {
-        let status = ends.status().await;
-        status[key].as_str().unwrap_or("0/0").parse().unwrap()
-    };
-    load(&ends);
+    // One transaction: its commit is right behind the position that it saw.
+    let sql = "insert into spool_load select i, repeat(md5(random()::text), 8) \
+               from generate_series(1, 20000) i; select pg_current_wal_insert_lsn()";
+    let load_lsn: Lsn = ends.source.psql("app", sql).unwrap().trim().parse().unwrap();
+    let position = |status: &Value, key: &str| status[key].as_str()?.parse::<Lsn>().ok();
     until_within(Duration::from_secs(60), "the spool to be ahead", async || {
-        position("spooled_lsn").await.0 > position("confirmed_lsn").await.0 + (4 << 20)
+        let status = ends.status().await;
+        position(&status, "spooled_lsn") > Some(load_lsn)
+            && position(&status, "confirmed_lsn") < position(&status, "spooled_lsn")
     })
     .await;
     ends.source.restart(StopMode::Immediate).unwrap();
