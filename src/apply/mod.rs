@@ -44,13 +44,20 @@
 //!
 //! [`Item::Idle`]: crate::change::Item::Idle
 
+mod admit;
 mod batch;
 mod count;
 mod durable;
+mod encode;
 mod error;
+mod plan;
 mod progress;
+mod request;
 mod routing;
+mod rows;
 mod run;
+mod sets;
+mod setwise;
 mod shape;
 mod statement;
 mod target;
@@ -84,7 +91,9 @@ pub const DDL: &str = "create schema if not exists walferry; \
      stream text primary key, end_lsn pg_lsn not null); \
      create table if not exists walferry.stream_table (\
      stream text, schema text, name text, decoded bigint not null, applied bigint not null, \
-     filtered bigint not null, quarantined bigint not null, primary key (stream, schema, name));";
+     filtered bigint not null, quarantined bigint not null, primary key (stream, schema, name)); \
+     create table if not exists walferry.stream_fallback (\
+     stream text primary key, batches bigint not null);";
 
 /// Logical messages whose prefix starts with this are handed to [`Options::on_message`].
 pub const MESSAGE_PREFIX: &str = "walferry";
@@ -108,6 +117,18 @@ pub struct Message {
     pub content: Bytes,
     /// Where it stands in the source's log.
     pub lsn: Lsn,
+}
+
+/// In which order a batch is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// One statement a change, in the order of the stream.
+    Rows,
+    /// The net change as sets, however small the batch.
+    Sets,
+    /// Sets where there is enough for them.
+    #[default]
+    Auto,
 }
 
 /// How to apply one stream.
@@ -136,6 +157,8 @@ pub struct Options {
     pub busy_wait: Duration,
     /// Bounds of a batch.
     pub limits: Limits,
+    /// In which order a batch is written.
+    pub mode: Mode,
 }
 
 impl Options {
@@ -151,6 +174,7 @@ impl Options {
             on_message: None,
             busy_wait: Duration::from_secs(40),
             limits: Limits::default(),
+            mode: Mode::default(),
         }
     }
 }
@@ -170,6 +194,9 @@ pub struct Applied {
     pub transactions: u64,
     /// Row changes written since [`Applier::connect`], those of an open transaction included.
     pub rows: u64,
+    /// Batches since [`Applier::connect`] that the target refused in set order, and took in row
+    /// order.
+    pub fallbacks: u64,
     /// The hold position that is in force: everything below it is durable, and nothing at or above
     /// it is applied before the hold is taken back, unless `last_end_lsn` says that it was already.
     pub held: Option<Lsn>,
@@ -244,8 +271,10 @@ async fn set_up(session: &mut Session, replica_role: bool) -> Result<()> {
         }
     }
     // An index is used wherever there is one, even if the planner saw the table when it was small;
-    // the cost that this adds to scans must not start the JIT compiler.
+    // the cost that this adds to scans must not start the JIT compiler. Sets are joined to a table
+    // by its index, row by row, for the same reason.
     let mut settings = "set synchronous_commit = off; set enable_seqscan = off; \
+         set enable_hashjoin = off; set enable_mergejoin = off; \
          set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; \
          set tcp_keepalives_count = 3"
         .to_string();

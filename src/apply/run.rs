@@ -135,6 +135,7 @@ impl Applier {
         let written =
             self.writer.write(&mut self.session, &self.progress, self.progress_lsn, batch).await?;
         self.applied.rows += written.rows;
+        self.applied.fallbacks += u64::from(written.fell_back);
         let Some(commit) = batch.commit else { return Ok(()) };
         match written.position {
             None => self.passed(commit.end_lsn),

@@ -28,6 +28,15 @@ pub enum Reply {
     Done(String),
 }
 
+/// A parameter's value and form.
+#[derive(Clone, Copy, Debug)]
+pub enum Param<'a> {
+    /// Text, or NULL.
+    Text(Option<&'a [u8]>),
+    /// The type's receive format.
+    Binary(&'a [u8]),
+}
+
 impl Pipeline {
     /// An empty request.
     pub fn new() -> Self {
@@ -74,6 +83,34 @@ impl Pipeline {
         }
         self.out.put_u16(0); // every result is text
         patch(&mut self.out, count_at, &count.to_be_bytes());
+        let len = (self.out.len() - start) as u32;
+        patch(&mut self.out, start, &len.to_be_bytes());
+        let _ = frontend::execute("", 0, &mut self.out);
+    }
+
+    /// Binds and runs a prepared statement with parameters of either form; results come as text.
+    pub fn run_mixed(&mut self, name: &str, params: &[Param<'_>]) {
+        self.out.put_u8(b'B');
+        let start = self.out.len();
+        self.out.put_u32(0);
+        self.out.put_u8(0); // the unnamed portal
+        self.out.put_slice(name.as_bytes());
+        self.out.put_u8(0);
+        self.out.put_u16(params.len() as u16);
+        for param in params {
+            self.out.put_u16(u16::from(matches!(param, Param::Binary(_))));
+        }
+        self.out.put_u16(params.len() as u16);
+        for param in params {
+            match param {
+                Param::Text(None) => self.out.put_i32(-1),
+                Param::Text(Some(bytes)) | Param::Binary(bytes) => {
+                    self.out.put_u32(bytes.len() as u32);
+                    self.out.put_slice(bytes);
+                }
+            }
+        }
+        self.out.put_u16(0); // every result is text
         let len = (self.out.len() - start) as u32;
         patch(&mut self.out, start, &len.to_be_bytes());
         let _ = frontend::execute("", 0, &mut self.out);
