@@ -112,7 +112,9 @@ struct Bench {
 
 async fn session(server: &Server, dbname: &str) -> Session {
     let config = Config::parse(&server.uri(dbname)).unwrap();
-    Session::connect(&config, Purpose::Sql).await.unwrap()
+    let mut session = Session::connect(&config, Purpose::Sql).await.unwrap();
+    session.execute("set search_path = public").await.unwrap();
+    session
 }
 
 fn pgbench(server: &Server, args: &[&str]) {
@@ -190,7 +192,6 @@ impl Bench {
              'select coalesce(sum((hashtextextended(x::text, 0) % 1000003)), 0) as t from %s x', \
              c.oid::regclass), true, true, '')))[1]::text as s from pg_class c \
              where relkind = 'r' and relnamespace = 'public'::regnamespace) q";
-        sql.execute("set search_path = public").await.unwrap();
         let sum = sql.query(sum).await.unwrap()[0].string(0).unwrap();
         drop(sql);
         let mut sql = session(&self.target, "template1").await;
@@ -206,7 +207,6 @@ impl Bench {
 
     async fn native(&self, slot: &str) -> (Duration, f64, String) {
         let mut sql = self.fresh(slot).await;
-        let cpu = self.cpu();
         let begun = Instant::now();
         sql.execute(&format!(
             "create subscription s connection '{}' publication bench with (slot_name = '{slot}', \
@@ -220,12 +220,7 @@ impl Bench {
         sql.execute("alter subscription s disable").await.unwrap();
         sql.execute("alter subscription s set (slot_name = none)").await.unwrap();
         sql.execute("drop subscription s").await.unwrap();
-        (took, self.cpu() - cpu, self.finish(sql, slot).await)
-    }
-
-    /// Ticks of CPU that processes of the target server have used.
-    fn cpu(&self) -> f64 {
-        0.0
+        (took, 0.0, self.finish(sql, slot).await)
     }
 
     async fn walferry(&self, slot: &str, way: &str) -> (Duration, f64, String) {
@@ -248,6 +243,9 @@ impl Bench {
         }
         if let Some(transactions) = number("BATCH_TRANSACTIONS") {
             options.limits.transactions = transactions;
+        }
+        if let Some(count) = number("IN_FLIGHT") {
+            options.in_flight_max = count;
         }
         let decoded = if from_memory { Some(self.decoded(slot).await) } else { None };
         let (own, begun) = (own_cpu(), Instant::now());

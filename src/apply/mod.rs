@@ -82,6 +82,7 @@ use writer::Writer;
 use crate::change::Snapshot;
 use crate::clock::PgTimestamp;
 use crate::id::QualifiedName;
+use crate::limit;
 use crate::lsn::Lsn;
 use crate::pg::{self, Config, Purpose, Session};
 
@@ -159,6 +160,9 @@ pub struct Options {
     pub limits: Limits,
     /// In which order a batch is written.
     pub mode: Mode,
+    /// How many batches may be on their way to the target at once; at least 1. The second is made
+    /// and sent while the server works on the first.
+    pub in_flight_max: usize,
 }
 
 impl Options {
@@ -175,6 +179,7 @@ impl Options {
             busy_wait: Duration::from_secs(40),
             limits: Limits::default(),
             mode: Mode::default(),
+            in_flight_max: limit::BATCHES_IN_FLIGHT,
         }
     }
 }
@@ -212,6 +217,7 @@ pub struct Applier {
     recorded_at: Instant,
     writer: Writer,
     batcher: Batcher,
+    in_flight_max: usize,
     durable: Durable,
     applied: Applied,
     on_message: Option<MessageHook>,
@@ -240,6 +246,7 @@ impl Applier {
             recorded_at: Instant::now(),
             writer,
             batcher: Batcher::new(progress_lsn, options.limits),
+            in_flight_max: options.in_flight_max.max(1),
             durable: Durable::new(progress_lsn),
             applied: Applied {
                 applied_lsn: progress_lsn,

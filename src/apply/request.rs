@@ -36,8 +36,8 @@ pub(super) struct Request {
     pub pipeline: Pipeline,
     /// One for each statement that answers.
     pub roles: Vec<Role>,
-    /// In row order because set order was refused.
-    pub fallback: bool,
+    /// Prepared statements that it drops.
+    pub closed: Vec<String>,
 }
 
 impl Request {

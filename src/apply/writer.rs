@@ -8,6 +8,8 @@
 //! it is written once more in row order. So an error always names a row, not a set, and set order
 //! needs no proof that it will do.
 
+use std::collections::VecDeque;
+
 use super::admit::{self, Admitted, relations};
 use super::batch::Batch;
 use super::count::{self, Counts};
@@ -21,7 +23,7 @@ use super::{Message, Mode, Options};
 use crate::fault::{Fault, Faulty};
 use crate::id::QualifiedName;
 use crate::lsn::Lsn;
-use crate::pg::{self, Pipeline, Session};
+use crate::pg::{self, Event, Pipeline, Session};
 
 /// Prepared statements kept on the server; beyond that all are dropped and made again as needed.
 /// Columns left out of an UPDATE by TOAST, and NULLs under REPLICA IDENTITY FULL, multiply them.
@@ -31,16 +33,20 @@ const PREPARED_MAX: usize = 1000;
 /// not busy gets the shorter way.
 const SET_CHANGES_MIN: usize = 64;
 
-/// What a written batch came to.
-#[derive(Debug, Default)]
-pub(super) struct Written {
-    /// Row changes of the batch, each of which is on the target.
+/// A batch that is on the target, or as far as its open transaction goes.
+#[derive(Debug)]
+pub(super) struct Landed {
+    /// Which.
+    pub batch: Batch,
+    /// Row changes of the batch.
     pub rows: u64,
     /// After COMMIT: where the target's log stood, and how much of it was flushed. `None` if the
     /// batch had nothing to write, or its transaction is still open.
     pub position: Option<(Lsn, Lsn)>,
     /// Set order was refused, and row order taken.
     pub fell_back: bool,
+    /// Messages of the transactions committed.
+    pub messages: Vec<Message>,
 }
 
 /// Puts batches into statements. Belongs to one session.
@@ -53,6 +59,8 @@ pub(super) struct Writer {
     pub(super) names: Names,
     /// Of the target transaction under way, to be handed on once it is committed.
     messages: Vec<Message>,
+    /// Batches sent and not landed, oldest first.
+    flights: VecDeque<Flight>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,9 +69,10 @@ enum Order {
     Sets,
 }
 
-/// A batch with all that is decided before it is written.
-struct Draft<'a> {
-    batch: &'a Batch,
+/// A batch with all that is decided before it is written, and what came back.
+#[derive(Debug)]
+struct Flight {
+    batch: Batch,
     admitted: Admitted,
     /// Parameters of the counters' statement, if there is anything to count.
     counts: Option<Vec<String>>,
@@ -71,6 +80,11 @@ struct Draft<'a> {
     /// The target transaction begins, and ends, with this batch.
     opens: bool,
     commits: bool,
+    request: Request,
+    replies: Replies,
+    failure: Option<pg::Error>,
+    /// All has been answered.
+    over: bool,
 }
 
 impl Writer {
@@ -95,65 +109,171 @@ impl Writer {
             routes: Routes::new(options),
             names: Names::default(),
             messages: Vec::new(),
+            flights: VecDeque::new(),
         })
     }
 
-    /// Writes a batch; on an error the target transaction is not committed, and the session must
-    /// not be used for another batch.
-    pub async fn write(
+    /// How many batches are under way.
+    pub fn in_flight(&self) -> usize {
+        self.flights.len()
+    }
+
+    /// True if the batch needs nothing of the target before it is sent.
+    pub fn knows(&self, batch: &Batch) -> bool {
+        let mut relations = batch.chunks.iter().flat_map(|c| &c.changes).flat_map(relations);
+        relations.all(|relation| self.routes.get(relation).is_some())
+    }
+
+    /// Asks the target about tables of the batch that are new. Nothing may be under way.
+    pub async fn meet(&mut self, session: &mut Session, batch: &Batch) -> Result<()> {
+        self.routes.retire();
+        for relation in batch.chunks.iter().flat_map(|c| &c.changes).flat_map(relations) {
+            self.routes.ensure(session, relation).await?;
+        }
+        Ok(())
+    }
+
+    /// Sends a batch whose tables are known; it lands by [`Writer::land`]. `progress_lsn` is the
+    /// progress recorded by what has landed. After an error the session must not be used for
+    /// another batch.
+    ///
+    /// A batch may be sent behind others that are under way. If one of those fails, the server
+    /// refuses all behind it: the transaction is aborted, or progress is not what they expect.
+    pub async fn launch(
         &mut self,
         session: &mut Session,
         progress: &Progress,
-        previous_lsn: Lsn,
-        batch: &Batch,
-    ) -> Result<Written> {
-        self.routes.retire();
-        for change in batch.chunks.iter().flat_map(|c| &c.changes) {
-            for relation in relations(change) {
-                self.routes.ensure(session, relation).await?;
-            }
-        }
-        let draft = self.draft(previous_lsn, batch)?;
-        let order = self.order(&draft.admitted);
-        let mut request = self.request(progress, &draft, order, false)?;
-        let mut replies = Replies::default();
-        let outcome = exchange(session, &mut request, &mut replies).await;
-        let written = match outcome {
-            Err(error) if order == Order::Sets && falls_back(&error, &replies, &request.roles) => {
-                tracing::debug!(%error, "set order refused, trying row order");
-                self.roll_back(session, &draft).await?;
-                request = self.request(progress, &draft, Order::Rows, true)?;
-                replies = Replies::default();
-                let outcome = exchange(session, &mut request, &mut replies).await;
-                self.settle(session, progress, &draft, &request, replies, outcome).await?
-            }
-            outcome => {
-                self.settle(session, progress, &draft, &request, replies, outcome).await?
-            }
-        };
-        let rows = draft.admitted.steps.len() as u64;
-        let fell_back = request.fallback;
-        Ok(Written { rows, position: written, fell_back })
+        progress_lsn: Lsn,
+        batch: Batch,
+    ) -> Result<()> {
+        let ends = |f: &Flight| f.batch.commit.filter(|_| f.commits).map(|c| c.end_lsn);
+        let previous_lsn = self.flights.iter().rev().find_map(ends).unwrap_or(progress_lsn);
+        let mut flight = self.draft(previous_lsn, batch)?;
+        let order = self.order(&flight.admitted);
+        flight.request = self.request(progress, &flight, order, false)?;
+        self.send(session, flight).await
     }
 
-    /// The target transaction under way is rolled back.
+    /// Waits for the oldest batch under way; `None` if there is none. After an error nothing of it
+    /// or of those behind it is committed, unless that cannot be known, and the session must not be
+    /// used for another batch.
+    pub async fn land(
+        &mut self,
+        session: &mut Session,
+        progress: &Progress,
+    ) -> Result<Option<Landed>> {
+        let Some(mut flight) = self.arrival(session).await? else { return Ok(None) };
+        let mut fell_back = false;
+        if let Some(error) = flight.failure.take() {
+            self.drain(session).await?;
+            if !falls_back(&error, &flight) {
+                return Err(self.explain(session, progress, &flight, error).await);
+            }
+            tracing::debug!(%error, "set order refused, trying row order");
+            fell_back = true;
+            flight = self.again_in_row_order(session, progress, flight).await?;
+        }
+        let rows = flight.admitted.steps.len() as u64;
+        let position = self.settle(&mut flight)?;
+        let messages =
+            if flight.batch.commit.is_some() { flight.admitted.messages } else { Vec::new() };
+        Ok(Some(Landed { batch: flight.batch, rows, position, fell_back, messages }))
+    }
+
+    /// Waits for whatever is under way and forgets it.
+    pub async fn drain(&mut self, session: &mut Session) -> Result<()> {
+        while self.flights.iter().any(|f| !f.over) {
+            let event = session.next_event().await?;
+            deliver(&mut self.flights, event);
+        }
+        Ok(())
+    }
+
+    /// The oldest batch under way, once it is over.
+    async fn arrival(&mut self, session: &mut Session) -> Result<Option<Flight>> {
+        while self.flights.front().is_some_and(|f| !f.over) {
+            let event = session.next_event().await?;
+            deliver(&mut self.flights, event);
+        }
+        Ok(self.flights.pop_front())
+    }
+
+    async fn send(&mut self, session: &mut Session, mut flight: Flight) -> Result<()> {
+        let pipeline = std::mem::take(&mut flight.request.pipeline);
+        flight.over = pipeline.is_empty();
+        (flight.replies, flight.failure) = (Replies::default(), None);
+        let over = flight.over;
+        self.flights.push_back(flight);
+        if !over {
+            session.post(pipeline, |event| deliver(&mut self.flights, event)).await?;
+        }
+        Ok(())
+    }
+
+    /// Undoes what the batch wrote, up to where it began, and writes it in row order; then sends
+    /// those behind it once more, which the server has refused.
+    async fn again_in_row_order(
+        &mut self,
+        session: &mut Session,
+        progress: &Progress,
+        mut flight: Flight,
+    ) -> Result<Flight> {
+        let mut behind = std::mem::take(&mut self.flights);
+        for flight in std::iter::once(&mut flight).chain(&mut behind) {
+            self.routes.discarded.append(&mut flight.request.closed);
+        }
+        // Statements that were to be prepared after the one that failed are not there.
+        self.routes.forget_statements();
+        let sql = match flight.batch.opens {
+            true => "rollback",
+            false => "rollback to savepoint walferry",
+        };
+        session.execute(sql).await?;
+        flight.request = self.request(progress, &flight, Order::Rows, true)?;
+        self.send(session, flight).await?;
+        let flight = self.arrival(session).await?;
+        let Some(mut flight) = flight else {
+            return Err(Error::Broken("a batch sent again was lost".to_string()));
+        };
+        if let Some(error) = flight.failure.take() {
+            return Err(self.explain(session, progress, &flight, error).await);
+        }
+        for mut flight in behind {
+            let order = self.order(&flight.admitted);
+            flight.request = self.request(progress, &flight, order, false)?;
+            self.send(session, flight).await?;
+        }
+        Ok(flight)
+    }
+
+    /// The target transaction under way is rolled back; nothing may be under way.
     pub fn abandon(&mut self) {
+        self.flights.clear();
         self.messages.clear();
         self.routes.iter_mut().for_each(|r| r.counts = Counts::default());
     }
 
-    /// Messages of the transactions committed since the last call.
-    pub fn take_messages(&mut self) -> Vec<Message> {
-        std::mem::take(&mut self.messages)
-    }
-
-    fn draft<'a>(&mut self, previous_lsn: Lsn, batch: &'a Batch) -> Result<Draft<'a>> {
-        let mut admitted = admit::admit(&mut self.routes, batch)?;
+    fn draft(&mut self, previous_lsn: Lsn, batch: Batch) -> Result<Flight> {
+        let mut admitted = admit::admit(&mut self.routes, &batch)?;
         self.messages.append(&mut admitted.messages);
-        let opens = batch.opens && has_rows(batch);
+        if batch.commit.is_some() {
+            admitted.messages = std::mem::take(&mut self.messages);
+        }
+        let opens = batch.opens && has_rows(&batch);
         let commits = batch.commit.is_some() && (opens || !batch.opens);
         let counts = if commits { self.counts()? } else { None };
-        Ok(Draft { batch, admitted, counts, previous_lsn, opens, commits })
+        Ok(Flight {
+            batch,
+            admitted,
+            counts,
+            previous_lsn,
+            opens,
+            commits,
+            request: Request::default(),
+            replies: Replies::default(),
+            failure: None,
+            over: false,
+        })
     }
 
     /// Takes the books of the target transaction under way.
@@ -182,44 +302,44 @@ impl Writer {
     fn request(
         &mut self,
         progress: &Progress,
-        draft: &Draft<'_>,
+        flight: &Flight,
         order: Order,
-        fallback: bool,
+        again: bool,
     ) -> Result<Request> {
-        let mut request = Request { fallback, ..Request::default() };
-        self.forget_discarded(&mut request.pipeline);
-        if draft.opens {
+        let mut request = Request::default();
+        self.forget_discarded(&mut request);
+        if flight.opens {
             request.run("walferry_begin", Role::Aside);
         }
         // Earlier parts of the transaction must outlive a refusal of this one.
-        let saves = order == Order::Sets && !draft.batch.opens;
+        let saves = order == Order::Sets && !flight.batch.opens;
         if saves {
             request.aside("savepoint walferry");
         }
-        let steps = &draft.admitted.steps;
+        let steps = &flight.admitted.steps;
         match order {
-            Order::Sets => self.sets(&mut request, draft.batch, steps)?,
+            Order::Sets => self.sets(&mut request, &flight.batch, steps)?,
             Order::Rows => {
                 for (at, step) in steps.iter().enumerate() {
-                    self.step(&mut request, draft.batch, at, step)?;
+                    self.step(&mut request, &flight.batch, at, step)?;
                 }
             }
         }
         if saves {
             request.aside("release savepoint walferry");
         }
-        if fallback {
+        if again {
             request.pipeline.run("walferry_fallback", [Some(self.stream.as_bytes())].into_iter());
             request.roles.push(Role::Aside);
         }
-        if let (true, Some(commit)) = (draft.commits, &draft.batch.commit) {
-            if let Some(counts) = &draft.counts {
+        if let (true, Some(commit)) = (flight.commits, &flight.batch.commit) {
+            if let Some(counts) = &flight.counts {
                 let counts = counts.iter().map(|p| p.as_bytes());
                 let params = std::iter::once(self.stream.as_bytes()).chain(counts).map(Some);
                 request.pipeline.run("walferry_counts", params);
                 request.roles.push(Role::Aside);
             }
-            progress.record(&mut request.pipeline, draft.previous_lsn, commit);
+            progress.record(&mut request.pipeline, flight.previous_lsn, commit);
             request.roles.push(Role::Progress);
             request.run("walferry_commit", Role::Commit);
             request.run("walferry_position", Role::Position);
@@ -227,48 +347,26 @@ impl Writer {
         Ok(request)
     }
 
-    /// Undoes what the batch wrote, up to where it began. Statements that were to be prepared after
-    /// the one that failed are not there, so all are made again.
-    async fn roll_back(&mut self, session: &mut Session, draft: &Draft<'_>) -> Result<()> {
-        self.routes.forget_statements();
-        let sql = match draft.batch.opens {
-            true => "rollback",
-            false => "rollback to savepoint walferry",
-        };
-        session.execute(sql).await?;
-        Ok(())
-    }
-
     /// Drops prepared statements that no route uses, or all of them if there are too many.
-    fn forget_discarded(&mut self, pipeline: &mut Pipeline) {
+    fn forget_discarded(&mut self, request: &mut Request) {
         if self.names.prepared > PREPARED_MAX {
             self.routes.forget_statements();
         }
         let names = std::mem::take(&mut self.routes.discarded);
         self.names.prepared = self.names.prepared.saturating_sub(names.len());
-        names.iter().for_each(|name| pipeline.close(name));
+        names.iter().for_each(|name| request.pipeline.close(name));
+        request.closed = names;
     }
 
     /// Holds the replies against the request; gives the position after COMMIT.
-    async fn settle(
-        &self,
-        session: &mut Session,
-        progress: &Progress,
-        draft: &Draft<'_>,
-        request: &Request,
-        replies: Replies,
-        outcome: pg::Result<()>,
-    ) -> Result<Option<(Lsn, Lsn)>> {
-        if let Err(error) = outcome {
-            let failed = replies.failed(&request.roles);
-            return Err(self.explain(session, progress, draft, failed, error).await);
-        }
-        match replies.odd(&request.roles) {
-            Some(Role::Step { at, .. }) => Err(self.row_missing(draft, at, "0".to_string())),
+    fn settle(&self, flight: &mut Flight) -> Result<Option<(Lsn, Lsn)>> {
+        let replies = std::mem::take(&mut flight.replies);
+        match replies.odd(&flight.request.roles) {
+            Some(Role::Step { at, .. }) => Err(self.row_missing(flight, at, "0".to_string())),
             Some(_) => Err(Error::Broken("a set was not inserted whole".to_string())),
             None => {
-                let end_lsn = draft.batch.commit.map_or(Lsn::ZERO, |c| c.end_lsn);
-                replies.settle(&request.roles, end_lsn)
+                let end_lsn = flight.batch.commit.map_or(Lsn::ZERO, |c| c.end_lsn);
+                replies.settle(&flight.request.roles, end_lsn)
             }
         }
     }
@@ -278,10 +376,10 @@ impl Writer {
         &self,
         session: &mut Session,
         progress: &Progress,
-        draft: &Draft<'_>,
-        failed: Option<Role>,
+        flight: &Flight,
         error: pg::Error,
     ) -> Error {
+        let failed = flight.replies.failed(&flight.request.roles);
         let Some(server) = error.server() else { return error.into() };
         if error.is_closed() || error.fault() == Fault::Retry {
             return error.into();
@@ -293,9 +391,9 @@ impl Writer {
         let guard = server.message.split_once(GUARD_PREFIX).filter(|_| server.code == "22P02");
         if let Some((_, rest)) = guard {
             let rows = rest.chars().take_while(char::is_ascii_digit).collect();
-            return self.row_missing(draft, at, rows);
+            return self.row_missing(flight, at, rows);
         }
-        let Some(culprit) = self.culprit(draft, at) else { return error.into() };
+        let Some(culprit) = self.culprit(flight, at) else { return error.into() };
         Error::Refused {
             culprit: Box::new(culprit),
             said: error::said(server),
@@ -304,15 +402,15 @@ impl Writer {
         }
     }
 
-    fn row_missing(&self, draft: &Draft<'_>, at: usize, rows: String) -> Error {
-        match self.culprit(draft, at) {
+    fn row_missing(&self, flight: &Flight, at: usize, rows: String) -> Error {
+        match self.culprit(flight, at) {
             Some(culprit) => Error::RowMissing { culprit: Box::new(culprit), rows },
             None => Error::Broken(format!("step {at} met {rows} rows")),
         }
     }
 
-    fn culprit(&self, draft: &Draft<'_>, at: usize) -> Option<Culprit> {
-        let (chunk, change) = draft.admitted.steps.get(at)?.of(draft.batch)?;
+    fn culprit(&self, flight: &Flight, at: usize) -> Option<Culprit> {
+        let (chunk, change) = flight.admitted.steps.get(at)?.of(&flight.batch)?;
         let route = self.routes.get(relations(change).next()?)?;
         Some(culprit(route, &chunk.begin, change))
     }
@@ -328,23 +426,20 @@ fn has_rows(batch: &Batch) -> bool {
 
 /// Whether row order may succeed where this refused set order: not where the connection is the
 /// cause, or somebody who cancels, or what is not a change of the batch.
-fn falls_back(error: &pg::Error, replies: &Replies, roles: &[Role]) -> bool {
+fn falls_back(error: &pg::Error, flight: &Flight) -> bool {
+    let roles = &flight.request.roles;
     let answered = error.server().is_some_and(|e| e.code != "57014");
-    let of_batch = matches!(
-        replies.failed(roles),
-        Some(Role::Set { .. } | Role::Step { .. } | Role::Aside)
-    );
-    answered && of_batch && !error.is_closed() && error.fault() != Fault::Retry
+    let of_set = roles.iter().any(|r| matches!(r, Role::Set { .. }))
+        && matches!(flight.replies.failed(roles), Some(Role::Set { .. } | Role::Step { .. }));
+    answered && of_set && !error.is_closed() && error.fault() != Fault::Retry
 }
 
-async fn exchange(
-    session: &mut Session,
-    request: &mut Request,
-    replies: &mut Replies,
-) -> pg::Result<()> {
-    let pipeline = std::mem::take(&mut request.pipeline);
-    if pipeline.is_empty() {
-        return Ok(());
+/// Gives an event to the oldest batch that is not over.
+fn deliver(flights: &mut VecDeque<Flight>, event: Event) {
+    let Some(flight) = flights.iter_mut().find(|f| !f.over) else { return };
+    match event {
+        Event::Reply(reply) => flight.replies.take(&flight.request.roles, reply),
+        Event::Failed(error) => flight.failure = flight.failure.take().or(Some(error)),
+        Event::Over => flight.over = true,
     }
-    session.exchange(pipeline, |reply| replies.take(&request.roles, reply)).await
 }

@@ -134,6 +134,17 @@ fn patch(out: &mut BytesMut, at: usize, bytes: &[u8]) {
     }
 }
 
+/// What comes back for requests that were posted.
+#[derive(Debug)]
+pub enum Event {
+    /// A statement's answer.
+    Reply(Reply),
+    /// A statement failed; the rest of its request is skipped.
+    Failed(Error),
+    /// The oldest request is over.
+    Over,
+}
+
 impl Session {
     /// Sends the collected requests and one Sync, giving each reply to `on_reply` in order.
     ///
@@ -145,32 +156,75 @@ impl Session {
         pipeline: Pipeline,
         mut on_reply: impl FnMut(Reply),
     ) -> Result<()> {
+        let mut failure: Option<Error> = None;
+        let mut take = |event| match event {
+            Event::Reply(reply) => on_reply(reply),
+            Event::Failed(error) => failure = failure.take().or(Some(error)),
+            Event::Over => {}
+        };
+        if self.posted > 0 {
+            return Err(self.abandoned());
+        }
+        self.post(pipeline, &mut take).await?;
+        while self.posted > 0 {
+            take(self.next_event().await?);
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// Sends the collected requests and one Sync, and returns when all is written; requests posted
+    /// before may still be unanswered. What comes meanwhile is given to `on_event`, which must not
+    /// block. An error of the session itself, not of a statement, is returned.
+    ///
+    /// Until every request is over by [`Session::next_event`], the session takes nothing else.
+    pub async fn post(
+        &mut self,
+        pipeline: Pipeline,
+        mut on_event: impl FnMut(Event),
+    ) -> Result<()> {
         let mut out = pipeline.out;
         frontend::sync(&mut out);
         let mut out: Bytes = out.freeze();
         let mut flushed = false;
-        self.begin_exchange()?;
-        let mut failure: Option<Error> = None;
-        loop {
-            let frame = match self.frame_or_write(&mut out, &mut flushed).await? {
-                Some(frame) => frame,
-                None => continue,
-            };
-            match self.absorb(frame) {
-                Ok(None) => {}
-                Ok(Some(Message::DataRow(body))) => on_reply(Reply::Row(self.row(&body)?)),
-                Ok(Some(Message::CommandComplete(body))) => {
-                    on_reply(Reply::Done(body.tag().unwrap_or_default().to_string()));
-                }
-                Ok(Some(Message::ReadyForQuery(body))) => {
-                    self.end_exchange(body.status());
-                    return failure.map_or(Ok(()), Err);
-                }
-                Ok(Some(_)) => {}
-                Err(error) if error.is_closed() => return Err(error),
-                Err(error) => failure = failure.or(Some(error)),
+        if self.posted == 0 {
+            self.begin_exchange()?;
+        }
+        self.posted += 1;
+        while !flushed {
+            let Some(frame) = self.frame_or_write(&mut out, &mut flushed).await? else { continue };
+            if let Some(event) = self.event(frame)? {
+                on_event(event);
             }
         }
+        Ok(())
+    }
+
+    /// The next event of the requests posted, waiting for it. Cancel-safe.
+    pub async fn next_event(&mut self) -> Result<Event> {
+        loop {
+            let frame = self.reader.next().await.map_err(|e| self.lost(e))?;
+            if let Some(event) = self.event(frame)? {
+                return Ok(event);
+            }
+        }
+    }
+
+    fn event(&mut self, frame: Frame) -> Result<Option<Event>> {
+        Ok(match self.absorb(frame) {
+            Ok(Some(Message::DataRow(body))) => Some(Event::Reply(Reply::Row(self.row(&body)?))),
+            Ok(Some(Message::CommandComplete(body))) => {
+                let tag = body.tag().unwrap_or_default().to_string();
+                Some(Event::Reply(Reply::Done(tag)))
+            }
+            Ok(Some(Message::ReadyForQuery(body))) => {
+                self.posted = self.posted.saturating_sub(1);
+                self.end_exchange(body.status());
+                Some(Event::Over)
+            }
+            Ok(_) => None,
+            Err(error) if error.is_closed() => return Err(error),
+            Err(error) => Some(Event::Failed(error)),
+        })
     }
 
     /// One step of writing while reading: a frame that came in, or `None` after some bytes (or,
