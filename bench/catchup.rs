@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use walferry::apply::{self, Applied, Applier, Mode};
 use walferry::buffer::memory;
-use walferry::change::{Feed, Item};
+use walferry::change::{Change, Feed, Item};
 use walferry::demo::server::Server;
 use walferry::limit;
 use walferry::lsn::Lsn;
@@ -25,9 +25,7 @@ struct Scenario {
     ddl: &'static str,
     /// `:n` is the scale.
     fill: &'static str,
-    /// pgbench script and clients, or plain SQL.
     load: Load,
-    /// Under FULL without a key, native is given a part of the changes only.
     tables: &'static [&'static str],
 }
 
@@ -129,8 +127,13 @@ const SLOT: &str = "bench_base";
 impl Bench {
     async fn new(scenario: &Scenario, slots: &[String], scale: u64) -> Bench {
         let bin = Server::default_bin().unwrap();
-        let settings = ["max_replication_slots = 60", "max_wal_size = 16GB",
-            "checkpoint_timeout = 1h", "autovacuum = off", "shared_buffers = 512MB"];
+        let settings = [
+            "max_replication_slots = 60",
+            "max_wal_size = 16GB",
+            "checkpoint_timeout = 1h",
+            "autovacuum = off",
+            "shared_buffers = 512MB",
+        ];
         let source = Server::start(&bin, &settings).unwrap();
         let target = Server::start(&bin, &settings).unwrap();
         let fill = scenario.fill.replace(":n", &scale.to_string());
@@ -146,15 +149,16 @@ impl Bench {
         let mut sql = session(&source, "postgres").await;
         let tables = [scenario.tables, &["mark"]].concat().join(", ");
         sql.execute(&format!("create publication bench for table {tables}")).await.unwrap();
-        let made = format!(
-            "select lsn from pg_create_logical_replication_slot('{SLOT}', 'pgoutput')"
-        );
+        let made =
+            format!("select lsn from pg_create_logical_replication_slot('{SLOT}', 'pgoutput')");
         let start_lsn = sql.query(&made).await.unwrap()[0].lsn(0).unwrap();
         for slot in slots {
             let copy = format!("select pg_copy_logical_replication_slot('{SLOT}', '{slot}')");
             sql.execute(&copy).await.unwrap();
         }
-        let system = source::identify(&mut sql).await.unwrap();
+        let config = Config::parse(&source.uri("postgres")).unwrap();
+        let mut reading = Session::connect(&config, Purpose::Replication).await.unwrap();
+        let system = source::identify(&mut reading).await.unwrap();
         let recorded = Recorded {
             system_identifier: system.system_identifier,
             timeline: system.timeline,
@@ -189,7 +193,7 @@ impl Bench {
     async fn finish(&self, mut sql: Session, name: &str) -> String {
         let sum = "select md5(string_agg(s, ',' order by s)) from (\
              select c.oid::regclass::text || (xpath('//t/text()', query_to_xml(format(\
-             'select coalesce(sum((hashtextextended(x::text, 0) % 1000003)), 0) as t from %s x', \
+             'select coalesce(sum((hashtextextended(x::text, 0) / 1000003)), 0) as t from %s x', \
              c.oid::regclass), true, true, '')))[1]::text as s from pg_class c \
              where relkind = 'r' and relnamespace = 'public'::regnamespace) q";
         let sum = sql.query(sum).await.unwrap()[0].string(0).unwrap();
@@ -232,20 +236,20 @@ impl Bench {
             Some(mode) => (mode, true),
             None => (way, false),
         };
-        options.mode = match mode {
+        options.tuning.mode = match mode {
             "rows" => Mode::Rows,
             "sets" => Mode::Sets,
             _ => Mode::Auto,
         };
         let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse().ok());
         if let Some(bytes) = number("BATCH_BYTES") {
-            options.limits.bytes = bytes;
+            options.tuning.limits.bytes = bytes;
         }
         if let Some(transactions) = number("BATCH_TRANSACTIONS") {
-            options.limits.transactions = transactions;
+            options.tuning.limits.transactions = transactions;
         }
         if let Some(count) = number("IN_FLIGHT") {
-            options.in_flight_max = count;
+            options.tuning.in_flight_max = count;
         }
         let decoded = if from_memory { Some(self.decoded(slot).await) } else { None };
         let (own, begun) = (own_cpu(), Instant::now());
@@ -299,8 +303,7 @@ impl Bench {
         let (mut feed, reader) = self.reader(slot, stopping).await;
         let mut items = VecDeque::new();
         while let Some(item) = feed.pop().await {
-            let marked = matches!(&item, Item::Chunk(c) if c.changes.iter().any(|c| matches!(c,
-                walferry::change::Change::Insert { relation, .. } if relation.name.name == "mark")));
+            let marked = matches!(&item, Item::Chunk(c) if c.changes.iter().any(is_mark));
             items.push_back(item);
             if marked {
                 break;
@@ -311,6 +314,11 @@ impl Bench {
         reader.await.unwrap();
         items
     }
+}
+
+/// The row that ends every backlog.
+fn is_mark(change: &Change) -> bool {
+    matches!(change, Change::Insert { relation, .. } if relation.name.name == "mark")
 }
 
 /// CPU seconds of this process.

@@ -48,12 +48,13 @@ pub(super) fn admit(routes: &mut Routes, batch: &Batch) -> Result<Admitted> {
     for (chunk_at, chunk) in batch.chunks.iter().enumerate() {
         for (change_at, change) in chunk.changes.iter().enumerate() {
             match change {
-                Change::Message { lsn, prefix, content, .. } => {
-                    if prefix.starts_with(MESSAGE_PREFIX) {
-                        let (prefix, content) = (prefix.clone(), content.clone());
-                        admitted.messages.push(Message { prefix, content, lsn: *lsn });
-                    }
+                Change::Message { lsn, prefix, content, .. }
+                    if prefix.starts_with(MESSAGE_PREFIX) =>
+                {
+                    let (prefix, content) = (prefix.clone(), content.clone());
+                    admitted.messages.push(Message { prefix, content, lsn: *lsn });
                 }
+                Change::Message { .. } => {}
                 Change::Truncate { relations, .. } => {
                     let written = truncated(routes, &chunk.begin, relations);
                     if !written.is_empty() {

@@ -8,20 +8,28 @@
 //! 2. [`Applier::run`] takes what the feed has without waiting and makes a batch of it: small when
 //!    the source is quiet, so that a change is on the target after one round trip, large when it is
 //!    busy. `batch` decides, and cannot do I/O.
-//! 3. `writer` turns a batch into one request: BEGIN, a prepared statement a row, one statement for
-//!    all counters, progress, COMMIT, and the question where the target's log stands; one Sync.
-//! 4. The answers are held against the request: every row statement met one row, COMMIT said
+//! 3. `admit` decides and counts what of it is written. `writer` makes one request of that: BEGIN,
+//!    the changes, one statement for all counters, progress, COMMIT, and the question where the
+//!    target's log stands; one Sync. A full batch is sent behind the one that is under way.
+//! 4. The answers are held against the request: every statement met the rows it had to, COMMIT said
 //!    COMMIT. Positions go out by a watch channel.
 //!
-//! `routing` and `target` know the tables, `shape` and `statement` (pure) the SQL, `progress` where
-//! the position is kept, `durable` what a crash of the target can take back, `count` law 10's
-//! books.
+//! `routing` and `target` know the tables, `progress` where the position is kept, `durable` what a
+//! crash of the target can take back, `count` law 10's books.
+//!
+//! # Two orders
+//! Row order (`rows`; SQL by `shape` and `statement`) is a prepared statement a change, as the
+//! source made them. Set order (`sets`; SQL by `setwise`, parameters by `encode`) writes what
+//! becomes of each row in the end, folded by `plan`, as one DELETE, UPDATE and INSERT a table. A
+//! reader sees no difference, as a batch is one transaction in both. What only row order does right
+//! (a trigger that fires, a column that SET cannot write) is written in row order from the start;
+//! what the target refuses as a set is rolled back and written in row order, and counted.
 //!
 //! # A row that is not there
 //! An UPDATE that meets no row means that source and target differ, and must roll the batch back;
 //! but COMMIT is already on its way in the same request. So each UPDATE and DELETE is wrapped in a
-//! WITH whose count is cast to an error on the server when it is not 1. The rejected alternative,
-//! to look at the counts before sending COMMIT, costs a second round trip a batch.
+//! WITH whose count is cast to an error on the server when it is not what it must be. The rejected
+//! alternative, to look at the counts before sending COMMIT, costs a second round trip a batch.
 //!
 //! # What survives a crash
 //! Progress commits with the rows, so after any crash of either side [`Applier::progress`] is
@@ -39,8 +47,8 @@
 //! durable_lsn      (flush) T3                    (flush) T4 idle   <- what the slot may be told
 //! ```
 //!
-//! Left out on purpose: net-change folding and set-wise writing, several target sessions, and
-//! setting single rows aside (`quarantined` is counted, and always 0).
+//! Left out on purpose: several target sessions, COPY for long runs of inserts, and setting single
+//! rows aside (`quarantined` is counted, and always 0).
 //!
 //! [`Item::Idle`]: crate::change::Item::Idle
 
@@ -132,6 +140,41 @@ pub enum Mode {
     Auto,
 }
 
+impl std::str::FromStr for Mode {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Mode, String> {
+        match text {
+            "row" => Ok(Mode::Rows),
+            "set" => Ok(Mode::Sets),
+            "auto" => Ok(Mode::Auto),
+            other => Err(format!("\"{other}\" is not an order of applying: use row, set or auto")),
+        }
+    }
+}
+
+/// What may be turned off or sized, for measuring and in trouble; the defaults are for everybody.
+#[derive(Clone, Copy, Debug)]
+pub struct Tuning {
+    /// In which order a batch is written.
+    pub mode: Mode,
+    /// Bounds of a batch.
+    pub limits: Limits,
+    /// How many batches may be on their way to the target at once; at least 1. The second is made
+    /// and sent while the server works on the first.
+    pub in_flight_max: usize,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Tuning {
+            mode: Mode::default(),
+            limits: Limits::default(),
+            in_flight_max: limit::BATCHES_IN_FLIGHT,
+        }
+    }
+}
+
 /// How to apply one stream.
 #[derive(Clone)]
 pub struct Options {
@@ -156,13 +199,8 @@ pub struct Options {
     /// How long to wait for an origin that a predecessor's backend still holds. The server notices
     /// a peer that is gone within about 25 s, see [`Applier::connect`].
     pub busy_wait: Duration,
-    /// Bounds of a batch.
-    pub limits: Limits,
-    /// In which order a batch is written.
-    pub mode: Mode,
-    /// How many batches may be on their way to the target at once; at least 1. The second is made
-    /// and sent while the server works on the first.
-    pub in_flight_max: usize,
+    /// Sizes and switches.
+    pub tuning: Tuning,
 }
 
 impl Options {
@@ -177,9 +215,7 @@ impl Options {
             gate: None,
             on_message: None,
             busy_wait: Duration::from_secs(40),
-            limits: Limits::default(),
-            mode: Mode::default(),
-            in_flight_max: limit::BATCHES_IN_FLIGHT,
+            tuning: Tuning::default(),
         }
     }
 }
@@ -218,6 +254,8 @@ pub struct Applier {
     writer: Writer,
     batcher: Batcher,
     in_flight_max: usize,
+    /// What was under way has been canceled, for a shutdown.
+    canceled: bool,
     durable: Durable,
     applied: Applied,
     on_message: Option<MessageHook>,
@@ -245,8 +283,9 @@ impl Applier {
             progress_lsn,
             recorded_at: Instant::now(),
             writer,
-            batcher: Batcher::new(progress_lsn, options.limits),
-            in_flight_max: options.in_flight_max.max(1),
+            batcher: Batcher::new(progress_lsn, options.tuning.limits),
+            in_flight_max: options.tuning.in_flight_max.max(1),
+            canceled: false,
             durable: Durable::new(progress_lsn),
             applied: Applied {
                 applied_lsn: progress_lsn,

@@ -340,7 +340,8 @@ mod tests {
         let relation = relation.clone();
         match *op {
             Op::Insert(k, v, w) => {
-                (rows.insert(k, (v, w)).is_none()).then_some(())?;
+                (!rows.contains_key(&k)).then_some(())?;
+                rows.insert(k, (v, w));
                 Some(Change::Insert { relation, new: row(k, v, Some(w)) })
             }
             Op::Delete(k) => {
@@ -465,7 +466,8 @@ mod tests {
     fn what_has_no_net_change_is_refused() {
         let relation = relation();
         let insert = |k| Change::Insert { relation: relation.clone(), new: row(k, 1, Some(1)) };
-        let update = |k| Change::Update { relation: relation.clone(), old: None, new: row(k, 2, None) };
+        let update =
+            |k| Change::Update { relation: relation.clone(), old: None, new: row(k, 2, None) };
         let rekey = Change::Update {
             relation: relation.clone(),
             old: Some(OldRow::Key(row(1, 0, Some(0)))),
@@ -474,7 +476,9 @@ mod tests {
         let twice = [insert(1), insert(1)];
         assert_eq!(keyed(&RULES, twice.iter()), None);
         assert_eq!(keyed(&Rules { settable: false, ..RULES }, [update(1)].iter()), None);
-        assert!(keyed(&Rules { settable: false, ..RULES }, [insert(1), update(1)].iter()).is_some());
+        assert!(
+            keyed(&Rules { settable: false, ..RULES }, [insert(1), update(1)].iter()).is_some()
+        );
         assert_eq!(keyed(&Rules { full: true, ..RULES }, [update(1)].iter()), None);
         assert_eq!(keyed(&Rules { complete: false, ..RULES }, [rekey].iter()), None);
         assert_eq!(keyed(&Rules { width: 2, ..RULES }, [insert(1)].iter()), None);

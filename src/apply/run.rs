@@ -68,8 +68,7 @@ impl Applier {
                 0 => true,
                 count => count < self.in_flight_max && !self.batcher.wants_more(),
             };
-            let work =
-                if room && !stopping { self.batcher.take(hold_lsn) } else { None };
+            let work = if room && !stopping { self.batcher.take(hold_lsn) } else { None };
             if work.is_some() || under_way > 0 {
                 let stopped = self.work(work, &mut shutdown).await?;
                 self.publish(positions);
@@ -144,9 +143,11 @@ impl Applier {
             let _ = cancel.cancel().await;
         })
         .await;
+        self.canceled |= canceled;
         match outcome {
-            // The batch is not on the target; that is no error of anybody's.
-            Err(_) if canceled => Ok(true),
+            // The batch is not on the target; that is no error of anybody's. The cancel may have
+            // met the batch behind.
+            Err(_) if self.canceled => Ok(true),
             outcome => outcome.map(|()| false),
         }
     }

@@ -91,9 +91,8 @@ impl Writer {
             if let Some(route) = route
                 && let Some(mapping) = &route.mapping
                 && !(few && mapping.locator != Locator::Whole)
-                && let Some(sets) = fold(route, mapping, || {
-                    chosen().filter_map(|step| Some(step.of(batch)?.1))
-                })
+                && let Some(sets) =
+                    fold(route, mapping, || chosen().filter_map(|step| Some(step.of(batch)?.1)))
             {
                 write(request, &mut self.names, route, sets);
                 continue;
@@ -205,10 +204,7 @@ fn is_set<'a>(
     })
 }
 
-fn encode_whole(
-    mapping: &Mapping,
-    entries: &[Copies<'_>],
-) -> std::result::Result<Sets, NoValue> {
+fn encode_whole(mapping: &Mapping, entries: &[Copies<'_>]) -> std::result::Result<Sets, NoValue> {
     let columns: Vec<usize> = mapping.written().collect();
     let mut deletes = Arrays::new(mapping, &columns);
     let mut inserts = Arrays::new(mapping, &columns);

@@ -29,7 +29,8 @@ pub(super) fn delete(mapping: &Mapping, keys: &[usize]) -> String {
     let (found, rows) = (found(mapping, keys), rows(mapping, keys));
     let guard = guard(keys.len(), !is_unique(mapping, keys));
     format!(
-        "with u as (delete from {only}{table} as t using {rows} where {found} returning v.n) {guard}"
+        "with u as (delete from {only}{table} as t using {rows} where {found} returning v.n) \
+         {guard}"
     )
 }
 

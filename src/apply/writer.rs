@@ -104,8 +104,8 @@ impl Writer {
         }
         Ok(Writer {
             stream: options.stream.clone(),
-            mode: options.mode,
-            always_sets: options.mode == Mode::Sets,
+            mode: options.tuning.mode,
+            always_sets: options.tuning.mode == Mode::Sets,
             routes: Routes::new(options),
             names: Names::default(),
             messages: Vec::new(),

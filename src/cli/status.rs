@@ -52,9 +52,11 @@ fn show(status: &Status) {
         println!("error    {error}");
     }
     show_stream("forward", &status.positions);
+    show_fallbacks(status.fallbacks);
     show_tables(&status.tables);
     if let Some(reverse) = &status.reverse {
         show_stream("reverse", &reverse.positions);
+        show_fallbacks(reverse.fallbacks);
         show_tables(&reverse.tables);
     }
 }
@@ -70,6 +72,12 @@ fn show_stream(name: &str, row: &StreamRow) {
         text(&row.durable_lsn),
         text(&row.confirmed_lsn),
     );
+}
+
+fn show_fallbacks(batches: i64) {
+    if batches > 0 {
+        println!("         {batches} batches refused as sets, and written in row order");
+    }
 }
 
 fn show_tables(tables: &[TableStatus]) {

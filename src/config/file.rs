@@ -24,8 +24,24 @@ pub struct File {
     pub schema_only: Vec<String>,
     /// `--jobs`.
     pub jobs: Option<usize>,
+    /// `--apply`.
+    pub apply: Option<String>,
     /// `[cutover]`.
     pub cutover: Cutover,
+    /// `[tuning]`.
+    pub tuning: Tuning,
+}
+
+/// `[tuning]`: sizes that have good defaults, for measuring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Tuning {
+    /// A batch closes at so many bytes of changes.
+    pub batch_bytes: Option<usize>,
+    /// A batch closes at so many source transactions.
+    pub batch_transactions: Option<usize>,
+    /// So many batches may be on their way to the target.
+    pub batches_in_flight: Option<usize>,
 }
 
 /// `[cutover]`: defaults for cutover and rollback.

@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 
 use super::Result;
 use super::error::Error;
-use crate::apply::{self, Applied, Applier};
+use crate::apply::{self, Applied, Applier, Tuning};
 use crate::buffer::memory;
 use crate::change::Snapshot;
 use crate::clock::Backoff;
@@ -48,6 +48,8 @@ pub struct PipeOptions {
     pub visibility: HashMap<QualifiedName, (Snapshot, Lsn)>,
     /// While false, only walferry's own tables are applied.
     pub gate: Option<Arc<AtomicBool>>,
+    /// How they are applied.
+    pub tuning: Tuning,
 }
 
 /// A running stream. Dropping it stops it at once; [`Pipe::stop`] at a batch boundary.
@@ -154,6 +156,7 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
         tables: Some(options.tables.clone()),
         visibility: options.visibility.clone(),
         gate: options.gate.clone(),
+        tuning: options.tuning,
         ..apply::Options::new(name.as_str())
     };
     let mut applier = Applier::connect(&options.to, wanted).await?;

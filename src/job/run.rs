@@ -18,6 +18,7 @@ use super::state::{Command, Event, Phase, step};
 use super::store::{JobOptions, JobRow, Store};
 use super::vigil::Vigil;
 use super::{Error, Result, client};
+use crate::apply::Tuning;
 use crate::catalog::{Selection, Table, tables};
 use crate::change::Snapshot;
 use crate::clock::Backoff;
@@ -49,6 +50,8 @@ pub struct JobConfig {
     pub owners: bool,
     /// Limit of the wait for the slot's consistent point.
     pub slot_timeout: Duration,
+    /// How changes are applied.
+    pub tuning: Tuning,
 }
 
 /// When the runner returns.
@@ -370,6 +373,7 @@ impl Runner {
             tables,
             visibility,
             gate,
+            tuning: self.config.tuning,
         }))
     }
 

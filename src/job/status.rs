@@ -46,6 +46,8 @@ pub struct ReverseStatus {
     pub positions: StreamRow,
     /// Its counters by table.
     pub tables: Vec<TableStatus>,
+    /// Batches that were refused as sets, and written in row order.
+    pub fallbacks: i64,
 }
 
 /// All of it, as `status --json` prints it.
@@ -66,6 +68,8 @@ pub struct Status {
     pub positions: StreamRow,
     /// By table.
     pub tables: Vec<TableStatus>,
+    /// Batches that were refused as sets, and written in row order.
+    pub fallbacks: i64,
     /// The reverse stream, once armed.
     pub reverse: Option<ReverseStatus>,
     /// What stopped the job, or keeps a stream from flowing.
@@ -91,17 +95,18 @@ pub async fn read(config: &JobConfig) -> Result<Status> {
     }
     let name = config.job.object(Stream::Forward);
     let tables = tables(&mut store.session, config.job.as_str(), &name).await?;
+    let forward_fallbacks = fallbacks(&mut store.session, &name).await?;
     let reverse = if row.armed {
         let mut positions = store.load_stream(Stream::Reverse).await?.unwrap_or_default();
         if runner.is_none() && open {
             refresh(config, Stream::Reverse, &mut store.session, &mut positions).await?;
         }
         let name = config.job.object(Stream::Reverse);
-        let tables = match &mut source {
-            Some(source) => counters(source, &name).await?,
-            None => Vec::new(),
+        let (tables, fallbacks) = match &mut source {
+            Some(source) => (counters(source, &name).await?, fallbacks(source, &name).await?),
+            None => (Vec::new(), 0),
         };
-        Some(ReverseStatus { positions, tables })
+        Some(ReverseStatus { positions, tables, fallbacks })
     } else {
         None
     };
@@ -114,6 +119,7 @@ pub async fn read(config: &JobConfig) -> Result<Status> {
         error: row.error.or_else(|| positions.error.clone()),
         positions,
         tables,
+        fallbacks: forward_fallbacks,
         reverse,
     })
 }
@@ -136,6 +142,15 @@ async fn refresh(
     let applied_lsn = applied.unwrap_or(confirmed_lsn).max(confirmed_lsn);
     positions.lag_bytes = Some(end_lsn.bytes_since(applied_lsn) as i64);
     Ok(())
+}
+
+async fn fallbacks(session: &mut Session, stream: &str) -> Result<i64> {
+    let there = "select pg_catalog.to_regclass('walferry.stream_fallback') is not null";
+    if !session.query_one(there, &[]).await?.bool(0)? {
+        return Ok(0);
+    }
+    let sql = "select coalesce(max(batches), 0) from walferry.stream_fallback where stream = $1";
+    Ok(session.query_one(sql, &[Some(stream)]).await?.parse(0)?)
 }
 
 async fn counters(session: &mut Session, stream: &str) -> Result<Vec<TableStatus>> {

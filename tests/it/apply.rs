@@ -175,14 +175,21 @@ impl Running {
     }
 }
 
-/// Everything of the stream. WALFERRY_APPLY=rows or sets has these tests see that order only.
+/// WALFERRY_APPLY=row or set has these tests see that order only.
+fn order() -> Mode {
+    std::env::var("WALFERRY_APPLY").map_or(Mode::Auto, |order| order.parse().unwrap())
+}
+
+/// Everything of the stream.
 fn options() -> Options {
+    tuned(order(), None)
+}
+
+/// The same in one order, and with other bounds.
+fn tuned(mode: Mode, limits: Option<Limits>) -> Options {
     let mut options = Options::new(STREAM);
-    options.mode = match std::env::var("WALFERRY_APPLY").as_deref() {
-        Ok("rows") => Mode::Rows,
-        Ok("sets") => Mode::Sets,
-        _ => Mode::Auto,
-    };
+    options.tuning.mode = mode;
+    options.tuning.limits = limits.unwrap_or_default();
     options
 }
 
@@ -540,10 +547,8 @@ async fn truncate_empties_tables_linked_by_foreign_keys_and_only_those_of_the_jo
     .await;
     let [a, b] = ["a", "b"].map(|n| table(n, ByKey, &["id*"]));
     let [parent, part, outside] = ["parent", "part", "outside"].map(|n| table(n, Nothing, &["x"]));
-    let options = Options {
-        tables: Some(Arc::new(|t: &QualifiedName| t.name != "outside")),
-        ..options()
-    };
+    let options =
+        Options { tables: Some(Arc::new(|t: &QualifiedName| t.name != "outside")), ..options() };
     let change = vec![truncate(&[&a, &b, &outside], true), truncate(&[&parent, &part], false)];
     apply_with(&server, options, vec![transaction(100, change)]).await.unwrap();
     assert_eq!(rows(&mut session, "select * from public.b, public.a, public.part").await, "");
@@ -816,8 +821,7 @@ async fn a_refused_row_names_table_key_and_position_and_leaves_nothing() {
 async fn a_transaction_larger_than_a_batch_is_invisible_until_its_commit() {
     let (server, mut session) = target("create table public.t (id int primary key)").await;
     let t = table("t", ByKey, &["id*"]);
-    let options =
-        Options { limits: Limits { bytes: 256 << 10, transactions: 100 }, ..options() };
+    let options = tuned(order(), Some(Limits { bytes: 256 << 10, transactions: 100 }));
     let mut running = Running::start(Applier::connect(&config(&server), options).await.unwrap());
     let rows_of = |number: u32| -> Vec<Change> {
         (0..10_000).map(|i| t.insert(&[&(number * 10_000 + i).to_string()])).collect()
@@ -852,8 +856,7 @@ async fn a_transaction_larger_than_a_batch_is_invisible_until_its_commit() {
 async fn a_stream_that_begins_again_inside_an_open_transaction_is_exact() {
     let (server, mut session) = target("create table public.t (id int primary key)").await;
     let t = table("t", ByKey, &["id*"]);
-    let options =
-        Options { limits: Limits { bytes: 1, transactions: 100 }, ..options() };
+    let options = tuned(order(), Some(Limits { bytes: 1, transactions: 100 }));
     let mut running = Running::start(Applier::connect(&config(&server), options).await.unwrap());
     running.send(transaction(100, vec![t.insert(&["1"])]));
     running.send(chunk(200, 0, false, vec![t.insert(&["2"])]));
@@ -913,8 +916,7 @@ async fn progress_is_never_ahead_of_rows_after_a_crash_of_the_target() {
             (1..=500).map(|n| transaction(n * 100, vec![t.insert(&[&n.to_string()])])).collect();
         let options = || Options {
             progress: kind,
-            limits: Limits { bytes: 1, transactions: 1 },
-            ..options()
+            ..tuned(order(), Some(Limits { bytes: 1, transactions: 1 }))
         };
         let applier = Applier::connect(&config(&server), options()).await.unwrap();
         let mut running = Running::start(applier);
@@ -1196,7 +1198,7 @@ async fn statements_beyond_the_limit_are_dropped_and_made_again() {
     let values = |mask: u32| -> Vec<&str> {
         (0..11).map(|i| if mask >> i & 1 == 1 { "1" } else { N }).collect()
     };
-    let options = Options { limits: Limits { bytes: 1, transactions: 1 }, ..options() };
+    let options = tuned(order(), Some(Limits { bytes: 1, transactions: 1 }));
     let mut stream = vec![transaction(50, vec![f.insert(&values(0))])];
     for mask in 0..1100_u32 {
         let change = f.update_full(&values(mask), &values(mask + 1));

@@ -139,9 +139,9 @@ impl Model {
         let (kind, table) = (&KINDS[t], self.tables[t].clone());
         let moves = self.rng.u32(0..4) == 0;
         let mut new = old.clone();
-        for c in 0..new.len() {
+        for (c, value) in new.iter_mut().enumerate() {
             if (moves || !kind.keys.contains(&c)) && self.rng.bool() {
-                new[c] = self.text(kind, c);
+                *value = self.text(kind, c);
             }
         }
         self.fits(t, &new, Some(at)).then_some(())?;
@@ -217,19 +217,26 @@ async fn both_orders_leave_what_the_source_has() {
         let mut model = Model::new(seed);
         let items = model.items(300);
         let wanted = model.wanted();
-        let changes: usize = items.iter().map(|i| match i {
-            Item::Chunk(chunk) => chunk.changes.len(),
-            Item::Idle { .. } => 0,
-        }).sum();
+        let changes: usize = items
+            .iter()
+            .map(|i| match i {
+                Item::Chunk(chunk) => chunk.changes.len(),
+                Item::Idle { .. } => 0,
+            })
+            .sum();
         let mut books = Vec::new();
         for mode in [Mode::Rows, Mode::Sets, Mode::Auto] {
-            session.execute("truncate public.k, public.c, public.i, public.u, public.f, public.g, \
+            session
+                .execute(
+                    "truncate public.k, public.c, public.i, public.u, public.f, public.g, \
                 public.p, public.n; delete from walferry.progress; \
-                delete from walferry.stream_table").await.unwrap();
+                delete from walferry.stream_table",
+                )
+                .await
+                .unwrap();
             let mut rng = Rng::with_seed(seed);
-            let limits =
-                Limits { bytes: rng.usize(200..40_000), transactions: rng.usize(1..100) };
-            let wish = Options { mode, limits, ..options() };
+            let limits = Limits { bytes: rng.usize(200..40_000), transactions: rng.usize(1..100) };
+            let wish = tuned(mode, Some(limits));
             let applied = apply_with(&server, wish, items.clone()).await.unwrap();
             println!("{mode:?} {limits:?}: {} fallbacks, {changes} changes", applied.fallbacks);
             assert_eq!(found(&mut session).await, wanted, "seed {seed} {mode:?}");

@@ -1,10 +1,9 @@
 //! Set order against row order: the same end state, and back to row order where it will not do.
 
-
 use super::*;
 
 async fn in_order(server: &Server, mode: Mode, items: Vec<Item>) -> Result<Applied> {
-    apply_with(server, Options { mode, ..options() }, items).await
+    apply_with(server, tuned(mode, None), items).await
 }
 
 async fn fallbacks(session: &mut Session) -> String {
@@ -31,8 +30,10 @@ async fn a_unique_value_that_changes_hands_is_written_in_row_order() {
     assert_eq!((applied.fallbacks, applied.rows, applied.transactions), (1, 5, 2));
     assert_eq!(rows(&mut session, "select * from public.u order by 1").await, "1|b\n2|a");
     assert_eq!(rows(&mut session, "select * from public.k").await, "1|y");
-    assert_eq!((counts(&mut session, "u").await, counts(&mut session, "k").await),
-        ("3/0".to_string(), "2/0".to_string()));
+    assert_eq!(
+        (counts(&mut session, "u").await, counts(&mut session, "k").await),
+        ("3/0".to_string(), "2/0".to_string())
+    );
     assert_eq!(fallbacks(&mut session).await, "1");
     // The session goes on with statements made anew.
     let more = vec![transaction(300, vec![u.update(&["1", "c"]), u.insert(&["3", "b"])])];
@@ -52,14 +53,13 @@ async fn a_session_that_fell_back_goes_on_in_set_order() {
     let mut items = Vec::new();
     for at in 1..=9u64 {
         let (a, b) = ((2 * at).to_string(), (2 * at + 1).to_string());
-        let swap = |x: &str, y: &str| {
-            vec![u.update(&[x, "held"]), u.update(&[y, x]), u.update(&[x, y])]
-        };
+        let swap =
+            |x: &str, y: &str| vec![u.update(&[x, "held"]), u.update(&[y, x]), u.update(&[x, y])];
         let quiet = vec![u.delete(&["1", N]), u.insert(&["1", "one"])];
         items.push(transaction(at * 100, if at % 2 == 0 { swap(&a, &b) } else { quiet }));
     }
     let limits = Limits { bytes: 1 << 20, transactions: 1 };
-    let wanted = Options { mode: Mode::Sets, limits, ..options() };
+    let wanted = tuned(Mode::Sets, Some(limits));
     let applied = apply_with(&server, wanted, items).await.unwrap();
     assert_eq!((applied.fallbacks, applied.transactions), (4, 9));
     let swapped = "select count(*) from public.u where v <> id::text and id > 1";
@@ -78,7 +78,7 @@ async fn deferrable_unique_constraints_are_met_with_and_without_the_replica_role
     for (at, replica_role, end) in [(100, true, "1|b\n2|a"), (200, false, "1|a\n2|b")] {
         let (one, two) = if replica_role { ("b", "a") } else { ("a", "b") };
         let swap = vec![u.update(&["1", one]), u.update(&["2", two])];
-        let wanted = Options { mode: Mode::Sets, replica_role, ..options() };
+        let wanted = Options { replica_role, ..tuned(Mode::Sets, None) };
         apply_with(&server, wanted, vec![transaction(at, swap)]).await.unwrap();
         assert_eq!(rows(&mut session, "select * from public.u order by 1").await, end);
     }
@@ -119,11 +119,8 @@ async fn rows_move_between_partitions_as_sets_and_one_by_one_where_that_fails() 
     let rest = "public.pa|4|4\npublic.pa|5|5\npublic.pa|6|6";
     assert_eq!(rows(&mut session, tables).await, format!("{ids}{rest}"));
     // Two rows change places, and their value with them.
-    let swap = vec![
-        p.update(&["1", "b", "held"]),
-        p.update(&["4", "b", "1"]),
-        p.update(&["1", "a", "4"]),
-    ];
+    let swap =
+        vec![p.update(&["1", "b", "held"]), p.update(&["4", "b", "1"]), p.update(&["1", "a", "4"])];
     let applied = in_order(&server, Mode::Sets, vec![transaction(200, swap)]).await.unwrap();
     let ids = "public.pa|1|4\npublic.pb|2|2\npublic.pb|3|3\npublic.pb|4|1\n";
     let rest = "public.pa|5|5\npublic.pa|6|6";
@@ -183,8 +180,10 @@ async fn duplicate_keys_on_the_target_are_not_mistaken_for_several_rows() {
     )
     .await;
     let k = table("k", ByKey, &["id*", "v"]);
-    let both = [vec![k.update(&["1", "y"]), k.update(&["2", "y"])],
-        vec![k.delete(&["1", N]), k.delete(&["2", N])]];
+    let both = [
+        vec![k.update(&["1", "y"]), k.update(&["2", "y"])],
+        vec![k.delete(&["1", N]), k.delete(&["2", N])],
+    ];
     for changes in both {
         let error =
             in_order(&server, Mode::Sets, vec![transaction(100, changes)]).await.unwrap_err();
@@ -212,7 +211,7 @@ async fn a_part_of_a_large_transaction_falls_back_alone() {
         chunk(100, 3, true, inserts(30)),
     ];
     let limits = Limits { bytes: 1, transactions: 1 };
-    let wanted = Options { mode: Mode::Sets, limits, ..options() };
+    let wanted = tuned(Mode::Sets, Some(limits));
     let applied = apply_with(&server, wanted, items).await.unwrap();
     assert_eq!((applied.fallbacks, applied.rows, applied.transactions), (1, 18, 1));
     assert_eq!(counts(&mut session, "u").await, "18/0");
@@ -279,7 +278,7 @@ async fn a_cast_of_somebodys_own_does_not_stand_in_for_input() {
         let at = if mode == Mode::Rows { 100 } else { 300 };
         let items = vec![transaction(at, all), transaction(at + 100, then)];
         let limits = Limits { bytes: 1, transactions: 1 };
-        let wanted = Options { mode, limits, ..options() };
+        let wanted = tuned(mode, Some(limits));
         let applied = apply_with(&server, wanted, items).await.unwrap();
         assert_eq!(applied.fallbacks, 0);
         let wanted = "1|a\"b\\c,{}|-|{|NULL|-\n2|a\"b\\c,{}|a\"b\\c,{}|\"|\\|<b/>\n\
@@ -318,8 +317,111 @@ async fn rows_without_a_key_go_exactly_as_often_as_they_should() {
     );
     assert_eq!(rows(&mut session, &by_kind).await, wanted);
     // Equal but read otherwise: found by row order.
-    let other = vec![f.delete_full(&["0", N, "1.000", N]), f.delete_full(&["5", "v1", "1.0", json])];
+    let other =
+        vec![f.delete_full(&["0", N, "1.000", N]), f.delete_full(&["5", "v1", "1.0", json])];
     let applied = in_order(&server, Mode::Sets, vec![transaction(200, other)]).await.unwrap();
     assert_eq!(applied.fallbacks, 1);
-    assert_eq!(rows(&mut session, "select count(*) from public.f where n::text = '1.00'").await, "0");
+    assert_eq!(
+        rows(&mut session, "select count(*) from public.f where n::text = '1.00'").await,
+        "0"
+    );
+}
+
+#[tokio::test]
+async fn a_reader_of_the_target_sees_only_states_that_the_source_had() {
+    let (server, mut session) = target(
+        "create table public.branch (id int primary key, balance int not null); \
+         create table public.teller (id int primary key, balance int not null); \
+         create table public.history (n int, delta int); \
+         insert into public.branch select i, 0 from generate_series(0, 4) i; \
+         insert into public.teller select i, 0 from generate_series(0, 49) i;",
+    )
+    .await;
+    let branch = table("branch", ByKey, &["id*", "balance"]);
+    let teller = table("teller", ByKey, &["id*", "balance"]);
+    let history = table("history", Nothing, &["n", "delta"]);
+    let (mut branches, mut tellers) = ([0i32; 5], [0i32; 50]);
+    let mut rng = fastrand::Rng::with_seed(5);
+    let items: Vec<Item> = (1..=3000u64)
+        .map(|n| {
+            let (b, t, delta) = (rng.usize(0..5), rng.usize(0..50), rng.i32(-500..500));
+            branches[b] += delta;
+            tellers[t] += delta;
+            let text = |n: i32| n.to_string();
+            let changes = vec![
+                branch.update(&[&text(b as i32), &text(branches[b])]),
+                teller.update(&[&text(t as i32), &text(tellers[t])]),
+                history.insert(&[&n.to_string(), &text(delta)]),
+            ];
+            transaction(n * 100, changes)
+        })
+        .collect();
+    let wanted = tuned(Mode::Auto, Some(Limits { bytes: 1 << 20, transactions: 60 }));
+    let mut running = Running::start(Applier::connect(&config(&server), wanted).await.unwrap());
+    let sums = "select (select sum(balance) from public.branch), \
+        (select sum(balance) from public.teller), \
+        (select coalesce(sum(delta), 0) from public.history), \
+        (select count(*) from public.history)";
+    let (mut seen, mut states) = (0, 0);
+    let mut left = items.into_iter();
+    while seen < 3000 {
+        left.by_ref().take(100).for_each(|item| running.send(item));
+        let row = session.query_one(sums, &[]).await.unwrap();
+        let sum = row.str(0).unwrap();
+        assert_eq!((row.str(1).unwrap(), row.str(2).unwrap()), (sum, sum), "after {seen}");
+        let count = row.parse(3).unwrap();
+        states += usize::from(count != seen);
+        assert!(count >= seen);
+        seen = count;
+    }
+    assert!(states > 5, "only {states} states were seen");
+    running.wait(|a| a.transactions == 3000).await;
+    running.end().await.unwrap();
+}
+
+#[tokio::test]
+async fn batches_behind_one_that_is_refused_are_sent_again() {
+    let (server, mut session) = target(
+        "create table public.u (id int primary key, v text unique); \
+         create table public.k (id int primary key, v text); \
+         insert into public.u select i, 'v' || i from generate_series(1, 40) i;",
+    )
+    .await;
+    let (u, k) = (table("u", ByKey, &["id*", "v"]), table("k", ByKey, &["id*", "v"]));
+    // Every batch is full at once, so that two are under way; every third is refused as sets.
+    let items: Vec<Item> = (1..=60u64)
+        .map(|n| {
+            let mut changes = vec![k.insert(&[&n.to_string(), "x"])];
+            if n % 3 == 0 {
+                let (a, b) = ((n % 39 + 1).to_string(), (n % 39 + 2).to_string());
+                let held = |id: &str| format!("held {n} {id}");
+                changes.push(u.update(&[&a, &held(&a)]));
+                changes.push(u.update(&[&b, &held(&b)]));
+                changes.push(u.update(&[&a, "passing"]));
+                changes.push(u.update(&[&b, &held(&a)]));
+                changes.push(u.update(&[&a, &held(&b)]));
+            }
+            transaction(n * 100, changes)
+        })
+        .collect();
+    let swap = |x: &str, y: &str, at| {
+        let passing =
+            vec![u.update(&[x, "passing"]), u.update(&[y, "first"]), u.update(&[x, "second"])];
+        transaction(at, passing)
+    };
+    let mut items = items;
+    items.push(transaction(6100, vec![u.update(&["1", "first"]), u.update(&["2", "second"])]));
+    items.push(swap("1", "2", 6200));
+    items.push(transaction(6300, vec![k.update(&["1", "after"])]));
+    items.push(swap("2", "1", 6400));
+    items.push(transaction(6500, vec![k.delete(&["2", N])]));
+    let wanted = tuned(Mode::Sets, Some(Limits { bytes: 1, transactions: 1 }));
+    let applied = apply_with(&server, wanted, items).await.unwrap();
+    assert_eq!((applied.fallbacks, applied.transactions), (2, 65));
+    assert_eq!(counts(&mut session, "k").await, "62/0");
+    assert_eq!(counts(&mut session, "u").await, "108/0");
+    let first = "select id, v from public.u where id < 3 order by 1";
+    assert_eq!(rows(&mut session, first).await, "1|first\n2|second");
+    assert_eq!(rows(&mut session, "select v from public.k where id = 1").await, "after");
+    assert_eq!(rows(&mut session, "select count(*) from public.k").await, "59");
 }
