@@ -259,13 +259,22 @@ fn run(
 }
 
 /// Adds the DELETE by whole rows. It is planned anew each time, as the best way depends on how
-/// many rows there are, and by a hash join, which the session forbids otherwise.
+/// many rows there are, and by what the session forbids otherwise.
 fn search(request: &mut Request, route: &Route, deletes: &mut Arrays) {
     let Some(mapping) = route.mapping.as_ref().filter(|_| deletes.rows() > 0) else { return };
-    request.aside("set local enable_hashjoin = on");
+    request.aside(&search_plans("on"));
     request.pipeline.parse("", &setwise::delete_whole(mapping), &[]);
     bind(request, "", deletes, true);
-    request.aside("set local enable_hashjoin = off");
+    request.aside(&search_plans("off"));
+}
+
+/// Scans and hash joins for the rest of the transaction. Both: the cost of a forbidden scan is so
+/// high that next to it every join looks the same, a nested loop over both sides too.
+fn search_plans(state: &str) -> String {
+    format!(
+        "select pg_catalog.set_config('enable_seqscan', '{state}', true), \
+         pg_catalog.set_config('enable_hashjoin', '{state}', true)"
+    )
 }
 
 fn bind(request: &mut Request, name: &str, arrays: &mut Arrays, guarded: bool) {
