@@ -1,10 +1,11 @@
 # `make demo` shows it, `make test` proves it. Both install what they need, and say so first.
 
-.PHONY: help demo test kill faults cutover-bench setup check-style build clean
+.PHONY: help demo test fuzz kill faults cutover-bench setup check-style build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
 	@echo "make test             everything a change must pass: style, lints, all tests"
+	@echo "make fuzz [FUZZ=1000000]  that many mutated messages through each decoder"
 	@echo "make kill [KILLS=200]  kill -9 at random moments; the end is exact each time"
 	@echo "make faults           restarts and network faults in every phase"
 	@echo "make cutover-bench    stalls of writers through pgbouncer, release binary [ROUNDS=5]"
@@ -24,6 +25,10 @@ test: setup check-style
 cutover-bench: build
 	WALFERRY_ROUNDS=$(or $(ROUNDS),5) WALFERRY_BINARY=$(CURDIR)/target/release/walferry \
 		cargo test --locked --test pooler -- --nocapture
+
+# Optimised, as a million runs of a debug build take many minutes. WALFERRY_SEED repeats a run.
+fuzz:
+	WALFERRY_FUZZ=$(or $(FUZZ),1000000) cargo test --release --locked --lib -- --nocapture mutated
 
 setup:
 	@sh tests/setup.sh test

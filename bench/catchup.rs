@@ -12,7 +12,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
-use walferry::apply::{self, Applied, Applier, Mode};
+use walferry::apply::{self, Applied, Applier, Mode, ProgressKind};
 use walferry::buffer::memory;
 use walferry::change::{Change, Feed, Item};
 use walferry::demo::server::Server;
@@ -230,7 +230,7 @@ impl Bench {
     async fn walferry(&self, slot: &str, way: &str) -> (Duration, f64, String) {
         let mut sql = self.fresh(slot).await;
         sql.execute(apply::DDL).await.unwrap();
-        apply::begin_at(&mut sql, slot, self.start_lsn).await.unwrap();
+        apply::begin_at(&mut sql, slot, ProgressKind::Origin, self.start_lsn).await.unwrap();
         let mut options = apply::Options::new(slot);
         let (mode, from_memory) = match way.strip_prefix("memory-") {
             Some(mode) => (mode, true),

@@ -23,6 +23,21 @@ impl PgTimestamp {
         ((PgTimestamp::now().0 - self.0) as f64 / 1e6).max(0.0)
     }
 
+    /// From `timestamptz` output text under DateStyle ISO, exact to the microsecond, whatever its
+    /// offset: `2026-11-21 04:18:20.123456+05:30`. `None` for another text.
+    pub fn from_iso(text: &str) -> Option<Self> {
+        let sign = text.rfind(['+', '-']).filter(|at| *at > 10)?;
+        let (local, offset) = text.split_at(sign);
+        let local: jiff::civil::DateTime = local.parse().ok()?;
+        let mut seconds = 0;
+        for (part, unit) in offset.get(1..)?.splitn(3, ':').zip([3600, 60, 1]) {
+            seconds += part.parse::<u16>().ok().map(i64::from)? * unit;
+        }
+        let east = if offset.starts_with('-') { -seconds } else { seconds };
+        let utc = local.to_zoned(jiff::tz::TimeZone::UTC).ok()?.timestamp().as_microsecond();
+        Some(PgTimestamp(utc - (POSTGRES_EPOCH_SECONDS as i64 + east) * 1_000_000))
+    }
+
     /// The timestamp as `timestamptz` input text, exact to the microsecond, for SQL.
     pub fn to_sql(self) -> String {
         let unix = self.0.saturating_add(POSTGRES_EPOCH_SECONDS as i64 * 1_000_000);
@@ -79,6 +94,18 @@ impl Backoff {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn timestamps_are_read_to_the_microsecond_in_any_offset() {
+        let read = |text: &str| PgTimestamp::from_iso(text).map(|t| t.0);
+        assert_eq!(read("2000-01-01 00:00:00+00"), Some(0));
+        assert_eq!(read("2000-01-01 00:00:01.5+00"), Some(1_500_000));
+        assert_eq!(read("2000-01-01 05:30:00.000001+05:30"), Some(1));
+        assert_eq!(read("1999-12-31 20:29:45-03:30:15"), Some(0));
+        for bad in ["", "2000-01-01 00:00:00", "2000-13-01 00:00:00+00", "now+00", "+", "x+y"] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
+    }
 
     #[test]
     fn postgres_epoch_is_the_year_2000() {

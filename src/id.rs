@@ -56,6 +56,12 @@ impl JobName {
         format!("walferry_{}_{}", self.0, stream)
     }
 
+    /// The job's canary table, on both sides. Each job has its own: a row of another's would travel
+    /// along every stream between the two databases and arrive twice.
+    pub fn canary(&self) -> QualifiedName {
+        QualifiedName::new("walferry", format!("canary_{}", self.0))
+    }
+
     /// The channel on which commands are announced with NOTIFY.
     pub fn channel(&self) -> String {
         format!("walferry_{}", self.0)

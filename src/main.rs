@@ -10,7 +10,7 @@ use walferry::cli::{self, Cli};
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(cli::command_first(std::env::args_os().collect()));
     let level = match cli.verbose {
         0 => "walferry=error",
         1 => "walferry=info",

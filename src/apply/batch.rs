@@ -133,7 +133,7 @@ impl Batcher {
             self.forget_incomplete();
         }
         if chunk.begin.commit_lsn < self.seen_lsn {
-            return Ok(());
+            return self.skip(&chunk);
         }
         if chunk.number != self.next_number {
             return Err(Error::Broken(format!(
@@ -152,6 +152,20 @@ impl Batcher {
             self.complete = self.queue.len();
         }
         Ok(())
+    }
+
+    /// Chunks of a transaction seen before. Where the decoder learns of the commit only at the end,
+    /// the chunks before it carry a lower bound: a stream that began below what was seen here may
+    /// make a new transaction look old. Better stopped than lost.
+    fn skip(&self, chunk: &Chunk) -> Result<()> {
+        match chunk.commit {
+            Some(commit) if commit.end_lsn > self.seen_lsn => Err(Error::Broken(format!(
+                "transaction {} looked as if it had committed before {}, and ended at {}; the \
+                 stream must start at the target's progress",
+                chunk.begin.xid, self.seen_lsn, commit.end_lsn
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// The reader connected again: what it had sent of an unfinished transaction comes once more.
@@ -345,6 +359,23 @@ mod tests {
     fn a_missing_chunk_is_an_error() {
         let mut b = batcher([]);
         assert!(b.push(chunk(100, 1, true, 1)).is_err());
+    }
+
+    #[test]
+    fn a_transaction_that_looked_old_and_was_not_is_an_error() {
+        let early = |number, end: Option<u64>| match chunk(40, number, end.is_some(), 1) {
+            Item::Chunk(mut chunk) => {
+                chunk.commit = chunk.commit.map(|c| Commit { end_lsn: Lsn(end.unwrap()), ..c });
+                Item::Chunk(chunk)
+            }
+            idle => idle,
+        };
+        let mut b = batcher([early(0, None)]);
+        b.push(early(1, Some(50))).unwrap();
+        b.push(early(0, None)).unwrap();
+        let error = b.push(early(1, Some(51))).unwrap_err().to_string();
+        assert!(error.contains("transaction 40"), "{error}");
+        assert_eq!(take(&mut b, None), "-");
     }
 
     #[test]

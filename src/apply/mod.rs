@@ -94,8 +94,10 @@ use crate::limit;
 use crate::lsn::Lsn;
 use crate::pg::{self, Config, Purpose, Session};
 
-/// Makes the tables that applying writes beside the rows. May be run again and again.
-pub const DDL: &str = "create schema if not exists walferry; \
+/// Makes the tables that applying writes beside the rows. May be run again and again. A schema
+/// that is there is used as it is: `if not exists` would ask for CREATE on the database even then.
+pub const DDL: &str = "do $$ begin if pg_catalog.to_regnamespace('walferry') is null then \
+     create schema walferry; end if; end $$; \
      create table if not exists walferry.progress (\
      stream text primary key, end_lsn pg_lsn not null); \
      create table if not exists walferry.stream_table (\
@@ -315,6 +317,9 @@ async fn set_up(session: &mut Session, replica_role: bool) -> Result<()> {
             };
             return Err(refused(session, error, "set session_replication_role", grant).await);
         }
+    } else {
+        // The seal of a fence lets this session through by it, as it does the replica role.
+        session.execute("set walferry.applying = 'on'").await?;
     }
     // An index is used wherever there is one, even if the planner saw the table when it was small;
     // the cost that this adds to scans must not start the JIT compiler. Sets are joined to a table
@@ -326,6 +331,11 @@ async fn set_up(session: &mut Session, replica_role: bool) -> Result<()> {
         .to_string();
     if session.major_version() >= 11 {
         settings.push_str("; set jit = off");
+    }
+    // Such a database takes bytes as they are, and refuses what is no UTF-8 of a session that says
+    // it talks that.
+    if session.parameter("server_encoding") == Some("SQL_ASCII") {
+        settings.push_str("; set client_encoding = 'SQL_ASCII'");
     }
     session.execute(&settings).await?;
     if session.major_version() >= 14 {

@@ -9,6 +9,11 @@
 //! after `pg_replication_origin_xact_setup` (a COMMIT refused by a deferred constraint, a backend
 //! ended between the two) moves the origin all the same, and the batch would be taken for applied.
 //!
+//! Where it may not, the row itself is the tag: it is written before anything else in every
+//! transaction, and whoever reads the written side knows by a first change to `walferry.progress`
+//! that the rest is ours. A row is shown by every decoder of every version, as a logical message is
+//! not.
+//!
 //! <https://www.postgresql.org/docs/current/replication-origins.html>
 
 use std::time::Duration;
@@ -22,12 +27,13 @@ use crate::id::quote_literal;
 use crate::lsn::Lsn;
 use crate::pg::{self, Pipeline, Session};
 
-/// Whether what is written is tagged.
+/// How what is written is told from what applications write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProgressKind {
     /// By a replication origin of the stream's name.
     Origin,
-    /// Not at all: the role may not use origins.
+    /// By its first change, which is to the stream's row of `walferry.progress`: the role may not
+    /// use origins.
     Table,
 }
 
@@ -35,10 +41,14 @@ pub enum ProgressKind {
 #[derive(Clone, Debug)]
 pub(super) struct Progress {
     stream: String,
+    kind: ProgressKind,
 }
 
 /// Name of the prepared statement that records progress.
 const RECORD: &str = "walferry_progress";
+
+/// Name of the prepared statement that marks a transaction whose end is not known yet.
+const MARK: &str = "walferry_mark";
 
 /// How often an origin that is in use is asked for again.
 const BUSY_STEP: Duration = Duration::from_millis(50);
@@ -55,7 +65,7 @@ impl Progress {
         kind: ProgressKind,
         busy_wait: Duration,
     ) -> Result<(Progress, Lsn)> {
-        let progress = Progress { stream: stream.to_string() };
+        let progress = Progress { stream: stream.to_string(), kind };
         if kind == ProgressKind::Origin {
             progress.claim_origin(session, busy_wait).await?;
         }
@@ -115,7 +125,19 @@ impl Progress {
              else pg_catalog.concat('{GUARD_PREFIX}', pg_catalog.count(*))::int end from u"
         );
         pipeline.parse(RECORD, &sql, &[]);
+        let mark = "update walferry.progress set end_lsn = end_lsn where stream = $1::text";
+        pipeline.parse(MARK, mark, &[]);
         session.exchange(pipeline, |_| {}).await.map_err(no_state)
+    }
+
+    /// True if a transaction's first statement has to be to the stream's row.
+    pub fn is_marker(&self) -> bool {
+        self.kind == ProgressKind::Table
+    }
+
+    /// Adds the statement, one, that tags a transaction whose end is in a later batch.
+    pub fn mark(&self, pipeline: &mut Pipeline) {
+        pipeline.run(MARK, [Some(self.stream.as_bytes())].into_iter());
     }
 
     /// Adds the statement, one, that moves progress from `previous_lsn` to the commit's end when
@@ -164,7 +186,7 @@ async fn denied(session: &mut Session, error: pg::Error) -> Error {
              pg_replication_origin_session_setup(text), \
              pg_replication_origin_session_progress(boolean), \
              pg_replication_origin_xact_setup(pg_lsn, timestamptz) to {role} (as a superuser, in \
-             the target database), or keep progress in a table"
+             the database that is written to)"
         )
     };
     refused(session, error, "use replication origins", grants).await
@@ -187,11 +209,18 @@ fn pid_of(error: &pg::Error) -> String {
 /// Sets the progress of a stream whose slot was just made, forgetting what an earlier stream of the
 /// same name left (law 4: a new slot never meets old progress). `end_lsn` is the slot's consistent
 /// point, exclusive: everything that commits below it is in the snapshot.
-pub async fn begin_at(session: &mut Session, stream: &str, end_lsn: Lsn) -> Result<()> {
+pub async fn begin_at(
+    session: &mut Session,
+    stream: &str,
+    kind: ProgressKind,
+    end_lsn: Lsn,
+) -> Result<()> {
     forget(session, stream).await?;
-    let create = "select pg_catalog.pg_replication_origin_create($1)";
-    if let Err(error) = session.query_params(create, &[Some(stream)]).await {
-        return Err(denied(session, error).await);
+    if kind == ProgressKind::Origin {
+        let create = "select pg_catalog.pg_replication_origin_create($1)";
+        if let Err(error) = session.query_params(create, &[Some(stream)]).await {
+            return Err(denied(session, error).await);
+        }
     }
     let row = "insert into walferry.progress (stream, end_lsn) values ($1, $2::pg_lsn)";
     session.query_params(row, &[Some(stream), Some(&*end_lsn.to_string())]).await?;
@@ -201,10 +230,13 @@ pub async fn begin_at(session: &mut Session, stream: &str, end_lsn: Lsn) -> Resu
 /// Drops a stream's progress and its counters. Harmless if there are none. The stream must not be
 /// running.
 pub async fn forget(session: &mut Session, stream: &str) -> Result<()> {
-    let known = "select pg_catalog.pg_replication_origin_drop(roname) \
-         from pg_catalog.pg_replication_origin where roname = $1";
-    if let Err(error) = session.query_params(known, &[Some(stream)]).await {
-        return Err(denied(session, error).await);
+    // Asked first: who may not call the function may not call it for no rows either.
+    let known = "select 1 from pg_catalog.pg_replication_origin where roname = $1";
+    if session.query_opt(known, &[Some(stream)]).await?.is_some() {
+        let drop = "select pg_catalog.pg_replication_origin_drop($1)";
+        if let Err(error) = session.query_params(drop, &[Some(stream)]).await {
+            return Err(denied(session, error).await);
+        }
     }
     for table in ["progress", "stream_table", "stream_fallback"] {
         let there = format!("select pg_catalog.to_regclass('walferry.{table}') is not null");

@@ -122,10 +122,15 @@ fn found(mapping: &Mapping, keys: &[usize]) -> String {
         .iter()
         .filter_map(|c| {
             let target = mapping.target(*c)?;
-            let (name, base) = (quote_ident(&target.name), &target.base_type_name);
+            let base = &target.base_type_name;
+            let mut name = format!("t.{}", quote_ident(&target.name));
+            // As for single rows: a polymorphic operator does not look through a domain.
+            if target.type_name != *base {
+                name = format!("{name}::{base}");
+            }
             Some(match &target.equality {
-                Some(operator) => format!("t.{name} {operator} v.c{c}::{base}"),
-                None => format!("t.{name}::text = v.c{c}::{base}::text"),
+                Some(operator) => format!("{name} {operator} v.c{c}::{base}"),
+                None => format!("{name}::text = v.c{c}::{base}::text"),
             })
         })
         .collect();

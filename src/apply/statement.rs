@@ -349,7 +349,12 @@ impl<'a> Writer<'a> {
             return ("false".to_string(), "false".to_string());
         };
         self.binds.push(bind);
-        let name = format!("{alias}.{}", quote_ident(&target.name));
+        let mut name = format!("{alias}.{}", quote_ident(&target.name));
+        // A polymorphic operator (of enums) does not look through a domain. The cast costs no
+        // index: it is a relabelling, which the planner sees through.
+        if target.type_name != target.base_type_name {
+            name = format!("{name}::{}", target.base_type_name);
+        }
         let value = format!("${}::{}", self.binds.len(), target.base_type_name);
         let text_equal = format!("{name}::text = {value}::text");
         match &target.equality {
@@ -360,11 +365,13 @@ impl<'a> Writer<'a> {
 }
 
 /// One TRUNCATE of all tables, as the source's statement was. RESTRICT, as the source listed every
-/// table that its CASCADE reached.
+/// table that its CASCADE reached. Only an owner may restart sequences, and needs not: those of the
+/// side that is written count for nothing until a flip sets them.
 pub(super) fn truncate(tables: &[&Table], restart_identity: bool) -> String {
     let list: Vec<String> =
         tables.iter().map(|t| format!("{}{}", t.only(), t.name.quoted())).collect();
-    let identity = if restart_identity { "restart" } else { "continue" };
+    let restarts = restart_identity && tables.iter().all(|table| table.owned);
+    let identity = if restarts { "restart" } else { "continue" };
     format!("truncate {} {identity} identity restrict", list.join(", "))
 }
 
@@ -393,6 +400,7 @@ mod tests {
             kind: kind.to_string(),
             counts_inserts: false,
             acts: false,
+            owned: true,
             key: key.iter().map(|k| k.to_string()).collect(),
             columns: vec![
                 column("id", "integer", Some(EQUAL)),

@@ -16,6 +16,8 @@ pub(super) struct Table {
     /// A trigger or rule fires in this session on a change of the table or a partition: it may
     /// depend on the order of changes.
     pub acts: bool,
+    /// The role may do what only its owner may.
+    pub owned: bool,
     /// Names of the columns of the primary key, or else of the smallest unique index over NOT NULL
     /// columns; empty if there is neither.
     pub key: Vec<String>,
@@ -91,15 +93,16 @@ impl Table {
             kind: row.string(1)?,
             counts_inserts: row.bool(2)?,
             acts: row.bool(4)?,
+            owned: row.bool(5)?,
             key,
             columns,
         }))
     }
 }
 
-/// Oid, kind, whether INSERT may lose rows, key, whether something acts on changes. For the first
-/// question a partition's own triggers are not looked for, so inserts into partitioned tables are
-/// always counted.
+/// Oid, kind, whether INSERT may lose rows, key, whether something acts on changes, whether it is
+/// ours. For the first question a partition's own triggers are not looked for, so inserts into
+/// partitioned tables are always counted.
 const TABLE: &str = "select c.oid, c.relkind, \
      c.relhasrules or c.relkind = 'p' or exists (select from pg_catalog.pg_trigger g \
          where g.tgrelid = c.oid and not g.tgisinternal and g.tgenabled <> 'D'), \
@@ -123,7 +126,8 @@ const TABLE: &str = "select c.oid, c.relkind, \
          select from pg_catalog.pg_trigger g join tree on g.tgrelid = tree.oid \
              join on_here on g.tgenabled::text = letter \
          union all select from pg_catalog.pg_rewrite r join tree on r.ev_class = tree.oid \
-             join on_here on r.ev_enabled::text = letter where r.ev_type <> '1') \
+             join on_here on r.ev_enabled::text = letter where r.ev_type <> '1'), \
+     pg_catalog.pg_has_role(c.relowner, 'usage') \
      from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
      where n.nspname = $1 and c.relname = $2";
 

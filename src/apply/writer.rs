@@ -308,9 +308,7 @@ impl Writer {
     ) -> Result<Request> {
         let mut request = Request::default();
         self.forget_discarded(&mut request);
-        if flight.opens {
-            request.run("walferry_begin", Role::Aside);
-        }
+        let recorded = head(&mut request, progress, flight);
         // Earlier parts of the transaction must outlive a refusal of this one.
         let saves = order == Order::Sets && !flight.batch.opens;
         if saves {
@@ -339,8 +337,10 @@ impl Writer {
                 request.pipeline.run("walferry_counts", params);
                 request.roles.push(Role::Aside);
             }
-            progress.record(&mut request.pipeline, flight.previous_lsn, commit);
-            request.roles.push(Role::Progress);
+            if !recorded {
+                progress.record(&mut request.pipeline, flight.previous_lsn, commit);
+                request.roles.push(Role::Progress);
+            }
             request.run("walferry_commit", Role::Commit);
             request.run("walferry_position", Role::Position);
         }
@@ -414,6 +414,29 @@ impl Writer {
         let route = self.routes.get(relations(change).next()?)?;
         Some(culprit(route, &chunk.begin, change))
     }
+}
+
+/// BEGIN, if the batch opens and has something to write, and the transaction's tag where no origin
+/// is one: true if that is progress itself.
+fn head(request: &mut Request, progress: &Progress, flight: &Flight) -> bool {
+    if !flight.opens {
+        return false;
+    }
+    request.run("walferry_begin", Role::Aside);
+    if !progress.is_marker() {
+        return false;
+    }
+    match &flight.batch.commit {
+        Some(commit) => {
+            progress.record(&mut request.pipeline, flight.previous_lsn, commit);
+            request.roles.push(Role::Progress);
+        }
+        None => {
+            progress.mark(&mut request.pipeline);
+            request.roles.push(Role::Aside);
+        }
+    }
+    flight.batch.commit.is_some()
 }
 
 /// A target transaction is worth its while for row changes, filtered ones included as they are

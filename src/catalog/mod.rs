@@ -4,10 +4,12 @@
 //! import each other, so the answers live here, a floor below them. Queries run on PostgreSQL 10
 //! to 18 and name every schema, as sessions have an empty search_path. Nothing here writes.
 
+pub mod describe;
 pub mod select;
 pub mod sequence;
 pub mod table;
 
+pub use describe::describe;
 pub use select::{PatternError, Selection};
 pub use sequence::{Sequence, sequences};
 pub use table::{Column, Table, TableKind, tables};

@@ -121,19 +121,37 @@ fn measure(bytes: &[u8]) -> Result<usize, RowError> {
     Ok(bytes.len() - left.len())
 }
 
-/// Makes a [`Row`] column by column, for decoders whose messages are not in this layout.
-#[derive(Debug, Default)]
+/// Makes [`Row`]s column by column, for decoders whose messages are not in this layout. One builder
+/// serves any number of rows.
+#[derive(Debug)]
 pub struct RowBuilder {
     bytes: BytesMut,
     columns: u16,
 }
 
+/// A row of up to so many bytes is copied into memory of just its size; a larger one takes the
+/// builder's memory with it, so that no builder keeps what one huge value needed.
+const COPIED_BYTES: usize = 16 << 10;
+
+impl Default for RowBuilder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl RowBuilder {
     /// An empty row.
     pub fn new() -> Self {
-        let mut bytes = BytesMut::with_capacity(64);
-        bytes.put_u16(0);
-        RowBuilder { bytes, columns: 0 }
+        let mut builder = RowBuilder { bytes: BytesMut::with_capacity(64), columns: 0 };
+        builder.clear();
+        builder
+    }
+
+    /// An empty row again.
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+        self.bytes.put_u16(0);
+        self.columns = 0;
     }
 
     /// Appends one column. Values longer than `u32::MAX` cannot occur: PostgreSQL stops at 1 GiB.
@@ -152,12 +170,42 @@ impl RowBuilder {
         }
     }
 
-    /// The finished row.
-    pub fn finish(mut self) -> Row {
+    /// Appends one text column that `write` writes in pieces.
+    pub fn push_text_with<T>(&mut self, write: impl FnOnce(&mut BytesMut) -> T) -> T {
+        self.columns = self.columns.saturating_add(1);
+        self.bytes.put_u8(b't');
+        let at = self.bytes.len();
+        self.bytes.put_u32(0);
+        let written = write(&mut self.bytes);
+        let len = (self.bytes.len().saturating_sub(at + 4)) as u32;
+        if let Some(place) = self.bytes.get_mut(at..).and_then(|b| b.first_chunk_mut::<4>()) {
+            *place = len.to_be_bytes();
+        }
+        written
+    }
+
+    /// The columns so far.
+    pub fn values(&self) -> Values<'_> {
+        Values { left: self.bytes.get(2..).unwrap_or_default() }
+    }
+
+    /// The finished row; the builder is empty again.
+    pub fn take(&mut self) -> Row {
         if let Some(count) = self.bytes.first_chunk_mut::<2>() {
             *count = self.columns.to_be_bytes();
         }
-        Row { bytes: self.bytes.freeze() }
+        let bytes = if self.bytes.len() <= COPIED_BYTES {
+            Bytes::copy_from_slice(&self.bytes)
+        } else {
+            self.bytes.split().freeze()
+        };
+        self.clear();
+        Row { bytes }
+    }
+
+    /// The finished row.
+    pub fn finish(mut self) -> Row {
+        self.take()
     }
 }
 
@@ -184,6 +232,21 @@ mod tests {
         let mut bytes = row.as_bytes().clone();
         assert_eq!(Row::split_from(&mut bytes).unwrap(), row);
         assert!(bytes.is_empty());
+    }
+
+    #[test]
+    fn a_builder_serves_many_rows_and_keeps_no_huge_one() {
+        let mut builder = RowBuilder::new();
+        for len in [0, 10, COPIED_BYTES * 3, 5] {
+            builder.push(Value::Null);
+            builder.push_text_with(|bytes| bytes.put_bytes(b'x', len));
+            assert_eq!(builder.values().count(), 2);
+            let row = builder.take();
+            let text = vec![b'x'; len];
+            assert_eq!(row.values().collect::<Vec<_>>(), [Value::Null, Value::Text(&text)]);
+            assert!(builder.bytes.capacity() < COPIED_BYTES * 2, "{}", builder.bytes.capacity());
+        }
+        assert!(builder.take().is_empty());
     }
 
     #[test]

@@ -98,8 +98,14 @@ pub struct Begin {
     pub xid: u32,
     /// Start of the commit record. A transaction is already applied if this is below the stored
     /// progress, as progress is an end position and commit records do not overlap.
+    ///
+    /// test_decoding never tells it. There it is the last byte of the commit record, which compares
+    /// with every end position as its start does; and in a transaction of several chunks, which
+    /// begin to arrive before the commit is known, a position that it is certainly not below: the
+    /// end of the transaction before it, or the position that the stream was asked to start at.
     pub commit_lsn: Lsn,
-    /// When the source committed it.
+    /// When the source committed it; PostgreSQL's epoch in a transaction of several chunks from
+    /// test_decoding. [`Commit::commit_time`] is always right.
     pub commit_time: PgTimestamp,
     /// Name of the replication origin it was tagged with on the source, if any.
     pub origin: Option<String>,
@@ -108,7 +114,7 @@ pub struct Begin {
 /// A transaction's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Commit {
-    /// Start of the commit record.
+    /// Start of the commit record; from test_decoding its last byte.
     pub commit_lsn: Lsn,
     /// First byte after the commit record: what progress becomes, and what the slot is told.
     pub end_lsn: Lsn,

@@ -21,9 +21,10 @@ mod run;
 mod status;
 mod verify;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Arg, CommandFactory, Parser, Subcommand};
 
 pub use options::JobArgs;
 
@@ -64,6 +65,33 @@ pub enum Command {
     Cancel(cancel::Args),
 }
 
+/// The arguments with the command moved before the options given ahead of it, so that
+/// `walferry --source URI run` means the same as `walferry run --source URI`.
+pub fn command_first(mut arguments: Vec<OsString>) -> Vec<OsString> {
+    let cli = Cli::command();
+    let mut at = 1;
+    while let Some(text) = arguments.get(at).and_then(|argument| argument.to_str()) {
+        if cli.find_subcommand(text).is_some() {
+            let command = arguments.remove(at);
+            arguments.insert(1, command);
+            return arguments;
+        }
+        let is = |arg: &&Arg| {
+            let long = text.strip_prefix("--").is_some_and(|name| arg.get_long() == Some(name));
+            let mut letters = text.strip_prefix('-').unwrap_or_default().chars();
+            long || (letters.next().is_some_and(|c| arg.get_short() == Some(c))
+                && letters.next().is_none())
+        };
+        let mut known = cli.get_subcommands().flat_map(clap::Command::get_arguments);
+        let has_value = known.find(is).is_some_and(|arg| arg.get_action().takes_values());
+        if !text.starts_with('-') {
+            return arguments;
+        }
+        at += if has_value { 2 } else { 1 };
+    }
+    arguments
+}
+
 /// Runs the command. Prints its error.
 pub async fn run(cli: Cli) -> ExitCode {
     let outcome = match cli.command {
@@ -87,5 +115,26 @@ pub async fn run(cli: Cli) -> ExitCode {
                 || matches!(error.downcast_ref(), Some(job::Error::Pattern(_)));
             ExitCode::from(if usage { 2 } else { 1 })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_may_stand_before_the_command() {
+        let moved = |line: &str| {
+            let words = line.split(' ').map(OsString::from).collect();
+            let moved = command_first(words);
+            let words: Vec<_> = moved.iter().map(|word| word.to_str().unwrap()).collect();
+            words.join(" ")
+        };
+        assert_eq!(moved("walferry --source run run"), "walferry run --source run");
+        assert_eq!(moved("walferry -c f -v check --json"), "walferry check -c f -v --json");
+        assert_eq!(moved("walferry --include=a status"), "walferry status --include=a");
+        assert_eq!(moved("walferry --version"), "walferry --version");
+        assert_eq!(moved("walferry nonsense run"), "walferry nonsense run");
+        assert_eq!(moved("walferry run --source x"), "walferry run --source x");
     }
 }

@@ -9,6 +9,7 @@ use crate::apply::{Mode, Tuning};
 use crate::catalog::Selection;
 use crate::config::{self, File, parse_duration};
 use crate::id::JobName;
+use crate::job::reading::Wanted;
 use crate::job::store::JobOptions;
 use crate::job::{self, JobConfig};
 use crate::pg::Config;
@@ -47,6 +48,15 @@ pub struct JobArgs {
     /// [default: auto]
     #[arg(long, value_name = "ORDER", value_parser = str::parse::<Mode>)]
     pub apply: Option<Mode>,
+    /// What decodes the source's log: pgoutput, wal2json, test_decoding or auto [default: auto]
+    #[arg(long, value_name = "PLUGIN")]
+    pub decoder: Option<String>,
+    /// How it is read: stream (replication protocol), pull (SQL) or auto [default: auto]
+    #[arg(long, value_name = "KIND")]
+    pub transport: Option<String>,
+    /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL
+    #[arg(long)]
+    pub no_nan: bool,
     /// Leave owners and grants behind
     #[arg(long)]
     pub no_owner: bool,
@@ -56,6 +66,26 @@ impl JobArgs {
     /// The options file.
     pub fn file(&self) -> Result<File, config::Error> {
         config::load(self.config.as_deref())
+    }
+
+    /// The job, its home, and the source if it is given: what status needs.
+    pub fn home(&self) -> anyhow::Result<(JobName, Config, Option<Config>)> {
+        let file = self.file()?;
+        let (option, variable) = ("target", "WALFERRY_TARGET");
+        let missing = config::Error::Missing { what: "the target", option, variable };
+        let target = self.target.clone().or(file.target).ok_or(missing)?;
+        let source = self.source.clone().or(file.source);
+        let source = source.map(|text| Config::parse(&text)).transpose()?;
+        Ok((
+            self.job_name(file.name)?,
+            Config::parse(&target)?.labelled("target"),
+            source.map(|source| source.labelled("source")),
+        ))
+    }
+
+    fn job_name(&self, in_file: Option<String>) -> Result<JobName, config::Error> {
+        let name = self.name.clone().or(in_file).unwrap_or_else(|| DEFAULT_NAME.to_string());
+        name.parse().map_err(|e| config::Error::Value { option: "--name", message: format!("{e}") })
     }
 
     /// Everything put together; a missing source or target is an error of usage.
@@ -73,10 +103,7 @@ impl JobArgs {
             "target",
             "WALFERRY_TARGET",
         ))?;
-        let name = self.name.clone().or(file.name).unwrap_or_else(|| DEFAULT_NAME.to_string());
-        let job: JobName = name
-            .parse()
-            .map_err(|e| config::Error::Value { option: "--name", message: format!("{e}") })?;
+        let job = self.job_name(file.name)?;
         let given = |own: &[String], file: Vec<String>| {
             if own.is_empty() { file } else { own.to_vec() }
         };
@@ -88,8 +115,14 @@ impl JobArgs {
         // A typo is told before any server is asked.
         Selection::parse(&options.include, &options.exclude, &options.schema_only)
             .map_err(job::Error::from)?;
+        let wanted = Wanted {
+            decoder: choice("--decoder", self.decoder.clone().or(file.decoder))?,
+            plain_numbers: self.no_nan || file.no_nan,
+            transport: choice("--transport", self.transport.clone().or(file.transport))?,
+        };
         Ok(JobConfig {
             job,
+            wanted,
             source: Config::parse(&source)?.labelled("source"),
             target: Config::parse(&target)?.labelled("target"),
             options,
@@ -117,6 +150,16 @@ fn tuning(apply: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
     limits.transactions = sizes.batch_transactions.unwrap_or(limits.transactions).max(1);
     tuning.in_flight_max = sizes.batches_in_flight.unwrap_or(tuning.in_flight_max).max(1);
     Ok(tuning)
+}
+
+/// `None` for `auto`, or for nothing given.
+fn choice<T>(option: &'static str, given: Option<String>) -> Result<Option<T>, config::Error>
+where
+    T: std::str::FromStr<Err: std::fmt::Display>,
+{
+    let given = given.filter(|text| text != "auto").map(|text| text.parse());
+    let value = |e: T::Err| config::Error::Value { option, message: format!("{e} or auto") };
+    given.transpose().map_err(value)
 }
 
 /// Options of cutover and rollback.

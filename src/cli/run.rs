@@ -1,6 +1,7 @@
 //! `walferry run`.
 
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use tokio::sync::watch;
 use super::options::JobArgs;
 use super::print;
 use crate::copy::CopyProgress;
-use crate::job::{self, Notice, Phase, Runner, Until};
+use crate::job::{self, Notice, Runner, Until};
 
 /// Where `--until` ends a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -50,7 +51,8 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     screen.clear();
     match outcome {
         Ok(phase) => {
-            if args.until.is_none() && !matches!(phase, Phase::Finished | Phase::Canceled) {
+            let over = screen.ended.load(Ordering::SeqCst);
+            if args.until.is_none() && !over {
                 eprintln!("stopped in phase {phase}; the same command goes on from here");
             }
             Ok(ExitCode::SUCCESS)
@@ -93,6 +95,8 @@ struct Screen {
     bar: Mutex<Option<ProgressBar>>,
     copy: Mutex<Option<(Arc<CopyProgress>, Instant)>>,
     said: Mutex<Said>,
+    /// The job was ended by another command.
+    ended: AtomicBool,
 }
 
 /// What was said last, so that it is not said again.
@@ -110,6 +114,10 @@ impl Screen {
                 self.line(&format!("phase {phase}"));
             }
             Notice::Said(text) => self.line(&text),
+            Notice::Ended => {
+                self.ended.store(true, Ordering::SeqCst);
+                self.line("stopped: the job is ended by finish or cancel");
+            }
             Notice::Copying(progress) => self.copying(progress),
             Notice::Building(done, total, statement) => self.building(done, total, &statement),
             Notice::Trouble(text) => {

@@ -23,9 +23,9 @@ pub struct Args {
 
 /// Shows where the job stands. 0, or 1 if there is no such job.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let config = args.job.job()?;
+    let (job, home, source) = args.job.home()?;
     loop {
-        let status = status::read(&config).await?;
+        let status = status::read(&job, &home, source.as_ref()).await?;
         if args.json {
             print::json(&status)?;
         } else {
@@ -44,8 +44,15 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 fn show(status: &Status) {
     println!("job      {} ({} -> {})", status.job, status.source, status.target);
     println!("phase    {}", status.phase);
+    if let Some(reading) = &status.reading {
+        println!("reading  {} by {}", reading.decoder, reading.transport);
+    }
     match &status.runner {
         Some(pid) => println!("runner   alive (backend {pid} on the target)"),
+        None if status.held_clients => println!(
+            "runner   none, in the middle of a flip: clients may be held until `walferry run`, \
+             which undoes or finishes it at once"
+        ),
         None => println!("runner   none; `walferry run` goes on from here"),
     }
     if let Some(error) = &status.error {

@@ -7,7 +7,7 @@ use super::ask::Asker;
 use super::options::JobArgs;
 use super::print;
 use crate::config::parse_duration;
-use crate::id::Stream;
+use crate::id::{QualifiedName, Stream};
 use crate::job::store::Store;
 use crate::job::{self, JobConfig, Phase, align};
 use crate::pg::{Config, Purpose, Session};
@@ -42,11 +42,32 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     Ok(if report.equal { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// How often tables that are truncated or rewritten while they are compared are tried again.
+const ROUNDS: usize = 10;
+
 async fn compare(asker: &mut Asker, timeout: Duration) -> anyhow::Result<Report> {
-    let config = asker.config().clone();
-    let stream = flowing(&config).await?;
+    let stream = flowing(asker.config()).await?;
     // A runner of our own may still be connecting its streams.
     asker.ask("ping", &serde_json::Value::Null, Duration::from_secs(60)).await?;
+    let mut report = compare_once(asker, stream, timeout, None).await?;
+    for _ in 0..ROUNDS {
+        if report.rewritten.is_empty() {
+            return Ok(report);
+        }
+        let tables = report.rewritten.clone();
+        report = report.amend(compare_once(asker, stream, timeout, Some(tables)).await?);
+    }
+    Err(verify::Error::Rewritten { tables: report.rewritten }.into())
+}
+
+/// Compares `tables`, or all, at one point of the stream.
+async fn compare_once(
+    asker: &mut Asker,
+    stream: Stream,
+    timeout: Duration,
+    tables: Option<Vec<QualifiedName>>,
+) -> anyhow::Result<Report> {
+    let config = asker.config().clone();
     let (from, to) = match stream {
         Stream::Forward => (&config.source, &config.target),
         Stream::Reverse => (&config.target, &config.source),
@@ -66,6 +87,7 @@ async fn compare(asker: &mut Asker, timeout: Duration) -> anyhow::Result<Report>
         Stream::Reverse => verify::Options::new(to, from),
     };
     wanted.selection = selection;
+    wanted.tables = tables;
     wanted.parallelism = config.jobs;
     Ok(verify::run(wanted).await?)
 }

@@ -26,6 +26,12 @@ pub struct File {
     pub jobs: Option<usize>,
     /// `--apply`.
     pub apply: Option<String>,
+    /// `--decoder`.
+    pub decoder: Option<String>,
+    /// `--transport`.
+    pub transport: Option<String>,
+    /// `--no-nan`.
+    pub no_nan: bool,
     /// `[cutover]`.
     pub cutover: Cutover,
     /// `[tuning]`.

@@ -12,6 +12,12 @@ use crate::clock::Deadline;
 use crate::id::{JobName, Stream};
 use crate::pg::{Config, Purpose, Session};
 
+/// The job's canary table, on both sides.
+pub fn ddl(job: &JobName) -> String {
+    let table = job.canary().quoted();
+    format!("create table if not exists {table} (leg text primary key, token text not null)")
+}
+
 /// Sends a canary from `live` to `dest` along `flip`, and one back. Each must arrive within `wait`.
 pub async fn prove(
     job: &JobName,
@@ -34,18 +40,21 @@ async fn send(
     wait: Duration,
 ) -> Result<()> {
     let token = format!("{:016x}", fastrand::u64(..));
+    let table = job.canary().quoted();
     from.query_params(
-        "insert into walferry.canary values ($1, $2, $3) \
-         on conflict (job, leg) do update set token = excluded.token",
-        &[Some(job.as_str()), Some(leg.as_str()), Some(&token)],
+        &format!(
+            "insert into {table} values ($1, $2) \
+             on conflict (leg) do update set token = excluded.token"
+        ),
+        &[Some(leg.as_str()), Some(&token)],
     )
     .await?;
     let deadline = Deadline::after(wait);
     loop {
         let arrived = to
             .query_opt(
-                "select 1 from walferry.canary where job = $1 and leg = $2 and token = $3",
-                &[Some(job.as_str()), Some(leg.as_str()), Some(&token)],
+                &format!("select 1 from {table} where leg = $1 and token = $2"),
+                &[Some(leg.as_str()), Some(&token)],
             )
             .await?;
         if arrived.is_some() {

@@ -7,20 +7,15 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use super::fence::{self, Fence, FenceKind};
-use super::{Error, Result, barrier, canary, undo};
+use super::sequences::{self, Stood};
+use super::{Error, Result, Rules, barrier, canary, undo};
 use crate::apply::Applied;
-use crate::catalog::{self, Selection};
+use crate::catalog::Selection;
 use crate::clock::{Backoff, Deadline};
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
 use crate::route::{self, Route};
-use crate::schema;
-
-/// Increments added to every sequence: values taken between our reading it and a client's arrival
-/// on the other side must not be given again, and nextval asks no fence. Enough for 20,000 a second
-/// over the 50 ms that it takes. Gaps in sequences are normal; collisions are not.
-const SEQUENCE_MARGIN: u32 = 1000;
 
 /// How long the home database may take to commit the point of no return. Until it has answered,
 /// nobody knows on which side applications belong, and clients are let go on neither.
@@ -58,6 +53,8 @@ pub struct Plan {
     pub timeout: Duration,
     /// Longest time writers are held for the drain.
     pub max_hold: Duration,
+    /// Triggers, rules and foreign keys of either side.
+    pub rules: Rules,
     /// How far the stream from live to dest is.
     pub carry: watch::Receiver<Applied>,
     /// Stop after the gates.
@@ -107,6 +104,8 @@ struct Flight<'a, J> {
     plan: &'a mut Plan,
     journal: &'a mut J,
     steps: Vec<Step>,
+    /// Where the live side's sequences stood when the gates were checked.
+    stood: Option<Stood>,
 }
 
 /// Runs the choreography. On an error everything has been undone, unless it is
@@ -115,7 +114,7 @@ pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome
     // Routes that hold clients flip while nobody can pass; a hook may let clients through at once,
     // so nothing that can fail may come after it.
     plan.routes.sort_by_key(|route| !route.holds());
-    let mut flight = Flight { plan, journal, steps: Vec::new() };
+    let mut flight = Flight { plan, journal, steps: Vec::new(), stood: None };
     flight.gates().await?;
     if flight.plan.dry_run {
         flight.end_last().await?;
@@ -130,7 +129,8 @@ pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome
         Err(unknown @ Error::Unknown { .. }) => Err(unknown),
         Err(cause) => {
             let plan = &*flight.plan;
-            match undo::withdraw(&plan.live, fence, &plan.routes, &plan.context).await {
+            match undo::withdraw(&plan.live, fence, &plan.routes, &plan.context, &plan.rules).await
+            {
                 Ok(()) => Err(cause),
                 Err(undo) => {
                     Err(Error::NotUndone { cause: cause.to_string(), undo: undo.to_string() })
@@ -162,6 +162,7 @@ impl<J: Journal> Flight<'_, J> {
         step!(self, "lag", {
             let plan = &mut *self.plan;
             let mut session = Session::connect(&plan.live, Purpose::Sql).await?;
+            self.stood = Some(Stood::read(&mut session).await?);
             barrier::gate(&mut session, &mut plan.carry, plan.max_lag).await
         });
         Ok(())
@@ -184,7 +185,8 @@ impl<J: Journal> Flight<'_, J> {
     async fn fly(&mut self, slot: &mut Option<Fence>) -> Result<Outcome> {
         let plan = &*self.plan;
         // All sessions are opened before anybody is held.
-        let fence = Fence::prepare(plan.fence, &plan.live, &plan.tables, plan.max_hold).await?;
+        let fence =
+            Fence::prepare(plan.fence, &plan.job, &plan.live, &plan.tables, plan.max_hold).await?;
         let fence = slot.insert(fence);
         let mut live = Session::connect(&plan.live, Purpose::Sql).await?;
         let mut dest = Session::connect(&plan.dest, Purpose::Sql).await?;
@@ -227,10 +229,16 @@ impl<J: Journal> Flight<'_, J> {
     ) -> Result<Lsn> {
         let barrier_lsn = step!(self, "barrier", barrier::mark(live, "barrier").await);
         step!(self, "drain", self.drain(barrier_lsn, held).await);
-        step!(self, "sequences", carry_sequences(live, dest, &self.plan.selection).await);
+        if self.plan.rules.dest {
+            step!(self, "rules", self.plan.rules.wake_dest(dest).await);
+        }
+        step!(self, "sequences", {
+            let (plan, stood) = (&*self.plan, self.stood.as_ref());
+            sequences::carry(live, dest, &plan.selection, stood, plan.max_hold).await
+        });
         step!(self, "seal", {
-            match fence.seal().await {
-                Ok(()) => fence::open(dest).await,
+            match fence.seal(&self.plan.rules, &self.plan.tables).await {
+                Ok(()) => fence::open(dest, &self.plan.job).await,
                 Err(error) => Err(error),
             }
         });
@@ -337,27 +345,4 @@ impl<J: Journal> Flight<'_, J> {
         }
         Ok(())
     }
-}
-
-/// Sets every sequence of `dest` past what `live` handed out. The commit is synchronous and so
-/// makes
-/// everything that was applied before it durable too.
-///
-/// One that should be there and is not is an error; that of a table left out need not be there, but
-/// may, as another table may use it.
-async fn carry_sequences(
-    live: &mut Session,
-    dest: &mut Session,
-    selection: &Selection,
-) -> Result<()> {
-    let mut sequences = catalog::sequences(live).await?;
-    let there: Vec<QualifiedName> =
-        catalog::sequences(dest).await?.into_iter().map(|sequence| sequence.name).collect();
-    sequences.retain(|sequence| {
-        sequence.owner.as_ref().is_none_or(|table| selection.has_schema(table))
-            || there.contains(&sequence.name)
-    });
-    schema::set_sequences(dest, &sequences, SEQUENCE_MARGIN).await?;
-    dest.query("select pg_catalog.pg_logical_emit_message(true, 'walferry', 'flush')").await?;
-    Ok(())
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::fault::{Fault, Faulty};
+use crate::id::QualifiedName;
 use crate::lsn::Lsn;
 use crate::{pg, route, schema};
 
@@ -61,6 +62,17 @@ pub enum Error {
         waited: Duration,
         /// Who held locks.
         blockers: String,
+    },
+    /// The fence of locks is not for a role that does not own the tables.
+    #[error(
+        "--fence lock needs the owner of every table, as only owners can open its seal again, and \
+         {table} belongs to another role: use --fence none with a route that holds clients, or let \
+         an administrator run \"grant <owner of {table}> to <walferry's role>\"; nothing was \
+         switched and writers go on"
+    )]
+    NotOwned {
+        /// The first of them.
+        table: QualifiedName,
     },
     /// The stream did not reach the barrier in time.
     #[error(

@@ -9,19 +9,25 @@
 //!
 //! *read-only*: default_transaction_read_only on the database, and every other client session
 //! ended. For roles that own the database but not its tables. Not airtight: a session may set it
-//! off.
+//! off. What the database had before is kept in walferry.read_only, in the same transaction, and
+//! given back by whoever takes the fence down.
+//!
+//! Several jobs may move tables of one database: each has seals of its own name, and a database
+//! stays read-only until the last job that made it so lets go.
 //!
 //! <https://www.postgresql.org/docs/current/explicit-locking.html#LOCKING-TABLES>
 
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::{Error, Result};
-use crate::id::{QualifiedName, quote_ident};
+use super::{Error, Result, Rules};
+use crate::id::{JobName, QualifiedName, quote_ident, quote_literal};
 use crate::pg::{Config, Purpose, Session};
 
-/// Name of the trigger that seals a table.
-pub const SEAL: &str = "walferry_seal";
+/// Name of the trigger with which a job seals a table: 54 bytes at most.
+pub fn seal_name(job: &JobName) -> String {
+    format!("walferry_seal_{job}")
+}
 
 /// `--fence`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +66,7 @@ impl FromStr for FenceKind {
 #[derive(Debug)]
 pub struct Fence {
     kind: FenceKind,
+    job: JobName,
     session: Session,
     lock_sql: String,
     trigger_sql: String,
@@ -72,6 +79,7 @@ impl Fence {
     /// after `max_hold`.
     pub async fn prepare(
         kind: FenceKind,
+        job: &JobName,
         live: &Config,
         tables: &[QualifiedName],
         max_hold: Duration,
@@ -84,13 +92,15 @@ impl Fence {
         let _ = session.execute("set deadlock_timeout = '20ms'").await;
         let mut trigger_sql = String::new();
         if kind == FenceKind::Lock {
-            let sealed = sealed_tables(&mut session).await?;
+            refuse_not_owned(&mut session, tables).await?;
+            let seal = seal_name(job);
+            let sealed = seals(&mut session, job, "").await?;
             for table in tables {
                 trigger_sql.push_str(&if sealed.contains(table) {
-                    format!("alter table {} enable trigger {SEAL};", table.quoted())
+                    format!("alter table {} enable trigger {seal};", table.quoted())
                 } else {
                     format!(
-                        "create trigger {SEAL} before insert or update or delete or truncate on {} \
+                        "create trigger {seal} before insert or update or delete or truncate on {} \
                          for each statement execute procedure walferry.seal();",
                         table.quoted()
                     )
@@ -99,7 +109,7 @@ impl Fence {
         }
         let names: Vec<String> = tables.iter().map(|t| format!("only {}", t.quoted())).collect();
         let lock_sql = names.join(", ");
-        Ok(Fence { kind, session, lock_sql, trigger_sql })
+        Ok(Fence { kind, job: job.clone(), session, lock_sql, trigger_sql })
     }
 
     /// One try to stop writers, for at most `wait`. `Ok(false)`: somebody holds a lock; nobody
@@ -147,10 +157,7 @@ impl Fence {
     }
 
     async fn raise_read_only(&mut self) -> Result<bool> {
-        let row = self.session.query_one("select pg_catalog.current_database()", &[]).await?;
-        let database = quote_ident(row.str(0)?);
-        let sql = format!("alter database {database} set default_transaction_read_only = on");
-        self.session.execute(&sql).await?;
+        shut_database(&mut self.session, &self.job).await?;
         // Sessions that are open keep their own setting: they must go. One that was just starting
         // may show itself late, so it takes two looks that find none.
         let mut empty = 0;
@@ -162,7 +169,7 @@ impl Fence {
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        open(&mut self.session).await?;
+        open(&mut self.session, &self.job).await?;
         Ok(false)
     }
 
@@ -195,8 +202,10 @@ impl Fence {
         }
     }
 
-    /// Makes a raised fence outlive this session.
-    pub async fn seal(&mut self) -> Result<()> {
+    /// Makes a raised fence outlive this session. What would act on rows that the stream writes
+    /// here from now on goes with the same commit.
+    pub async fn seal(&mut self, rules: &Rules, tables: &[QualifiedName]) -> Result<()> {
+        rules.silence_live(&mut self.session, tables).await?;
         if self.kind == FenceKind::Lock {
             self.session.execute("commit").await?;
         }
@@ -211,7 +220,7 @@ impl Fence {
                 self.session.execute("rollback").await?;
                 Ok(())
             }
-            FenceKind::ReadOnly => open(&mut self.session).await,
+            FenceKind::ReadOnly => open(&mut self.session, &self.job).await,
         }
     }
 
@@ -265,88 +274,154 @@ const HOLDS_LOCK: &str = "exists (select 1 from pg_catalog.pg_locks l where l.pi
 
 const OLDEST: &str = "order by a.xact_start limit 5";
 
-/// Tables that carry the seal's trigger, enabled or not.
-async fn sealed_tables(session: &mut Session) -> Result<Vec<QualifiedName>> {
-    seals(session, "").await
-}
-
-/// Those whose seal is shut.
-async fn closed_tables(session: &mut Session) -> Result<Vec<QualifiedName>> {
-    seals(session, "and t.tgenabled <> 'D'").await
-}
-
-async fn seals(session: &mut Session, which: &str) -> Result<Vec<QualifiedName>> {
+/// Whoever has the right TRIGGER may seal a table, but only its owner may open it again.
+async fn refuse_not_owned(session: &mut Session, tables: &[QualifiedName]) -> Result<()> {
     let rows = session
-        .query(&format!(
-            "select n.nspname, c.relname from pg_catalog.pg_trigger t \
-             join pg_catalog.pg_class c on c.oid = t.tgrelid \
+        .query(
+            "select n.nspname, c.relname from pg_catalog.pg_class c \
              join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-             where t.tgname = '{SEAL}' and not t.tgisinternal {which}"
-        ))
+             where c.relkind in ('r', 'p') and not pg_catalog.pg_has_role(c.relowner, 'usage')",
+        )
         .await?;
+    for row in &rows {
+        let table = QualifiedName::new(row.str(0)?, row.str(1)?);
+        if tables.contains(&table) {
+            return Err(Error::NotOwned { table });
+        }
+    }
+    Ok(())
+}
+
+/// Tables that carry the job's seal, of those that `which` allows.
+async fn seals(session: &mut Session, job: &JobName, which: &str) -> Result<Vec<QualifiedName>> {
+    let sql = format!(
+        "select n.nspname, c.relname from pg_catalog.pg_trigger t \
+         join pg_catalog.pg_class c on c.oid = t.tgrelid \
+         join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+         where t.tgname = $1 and not t.tgisinternal {which}"
+    );
+    let rows = session.query_params(&sql, &[Some(&seal_name(job))]).await?;
     let names = rows.iter().map(|row| Ok(QualifiedName::new(row.str(0)?, row.str(1)?)));
     names.collect()
 }
 
-/// Opens whatever seal an earlier flip left on a database: its triggers are disabled (which locks
-/// out writers for a moment, not readers), and the database may be written again. Idempotent.
-pub async fn open(session: &mut Session) -> Result<()> {
-    let shut: Vec<String> = closed_tables(session)
+/// Opens whatever seal an earlier flip of the job left on a database: its triggers are disabled
+/// (which locks out writers for a moment, not readers), and the database may be written again.
+/// Idempotent.
+pub async fn open(session: &mut Session, job: &JobName) -> Result<()> {
+    let seal = seal_name(job);
+    let shut: Vec<String> = seals(session, job, "and t.tgenabled <> 'D'")
         .await?
         .iter()
-        .map(|table| format!("alter table {} disable trigger {SEAL}", table.quoted()))
+        .map(|table| format!("alter table {} disable trigger {seal}", table.quoted()))
         .collect();
     // All in one message, as writers may be waiting; where a lock is in the way, one by one.
     if shut.len() > 1 && retry_once(session, &shut.join("; ")).await? {
-        return writable(session).await;
+        return open_database(session, job).await;
     }
     for sql in &shut {
         retry_locks(session, sql).await?;
     }
-    writable(session).await
+    open_database(session, job).await
 }
 
 /// Shuts the seals that [`open`] opened. Idempotent; makes none.
-pub async fn shut(session: &mut Session) -> Result<()> {
-    for table in seals(session, "and t.tgenabled = 'D'").await? {
-        retry_locks(session, &format!("alter table {} enable trigger {SEAL}", table.quoted()))
+pub async fn shut(session: &mut Session, job: &JobName) -> Result<()> {
+    let seal = seal_name(job);
+    for table in seals(session, job, "and t.tgenabled = 'D'").await? {
+        retry_locks(session, &format!("alter table {} enable trigger {seal}", table.quoted()))
             .await?;
     }
     Ok(())
 }
 
-/// Takes the default of a read-only fence back from the database.
-async fn writable(session: &mut Session) -> Result<()> {
-    let read_only = session
-        .query(
-            "select 1 from pg_catalog.pg_db_role_setting s \
-             join pg_catalog.pg_database d on d.oid = s.setdatabase \
-             where d.datname = pg_catalog.current_database() and s.setrole = 0 \
-             and 'default_transaction_read_only=on' = any (s.setconfig)",
+/// Makes the database read-only and keeps what it had before, which another job may know already.
+async fn shut_database(session: &mut Session, job: &JobName) -> Result<()> {
+    session.execute("begin; lock table walferry.read_only in exclusive mode").await?;
+    let outcome = async {
+        let (database, now) = default_of(session).await?;
+        session
+            .query_params(
+                "insert into walferry.read_only select $1, case \
+                    when exists (select 1 from walferry.read_only) \
+                    then (select before from walferry.read_only limit 1) else $2 end \
+                 on conflict (job) do nothing",
+                &[Some(job.as_str()), now.as_deref()],
+            )
+            .await?;
+        let sql = format!("alter database {database} set default_transaction_read_only = on");
+        session.execute(&format!("{sql}; commit")).await?;
+        Ok(())
+    };
+    let outcome = outcome.await;
+    tidy(session).await?;
+    outcome
+}
+
+/// Gives the database the default back that it had before a read-only fence of the job, unless
+/// another job's stands there. Idempotent.
+async fn open_database(session: &mut Session, job: &JobName) -> Result<()> {
+    let there = "select pg_catalog.to_regclass('walferry.read_only') is not null";
+    if !session.query_one(there, &[]).await?.bool(0)? {
+        return Ok(());
+    }
+    session.execute("begin; lock table walferry.read_only in exclusive mode").await?;
+    let outcome = async {
+        let kept = session
+            .query_opt(
+                "delete from walferry.read_only where job = $1 returning before, \
+                 (select count(*) from walferry.read_only) = 1",
+                &[Some(job.as_str())],
+            )
+            .await?;
+        if let Some(kept) = kept.filter(|kept| kept.bool(1).unwrap_or(true)) {
+            let sql = match kept.opt(0)? {
+                Some(before) => format!("set {SETTING} = {}", quote_literal(before)),
+                None => format!("reset {SETTING}"),
+            };
+            let (database, _) = default_of(session).await?;
+            session.execute(&format!("alter database {database} {sql}")).await?;
+        }
+        session.execute("commit").await?;
+        Ok(())
+    };
+    let outcome = outcome.await;
+    tidy(session).await?;
+    outcome
+}
+
+const SETTING: &str = "default_transaction_read_only";
+
+/// The database's quoted name, and its own default of [`SETTING`] if it has one.
+async fn default_of(session: &mut Session) -> Result<(String, Option<String>)> {
+    let row = session
+        .query_one(
+            "select d.datname, (select pg_catalog.split_part(c.s, '=', 2) \
+                from pg_catalog.pg_db_role_setting r, pg_catalog.unnest(r.setconfig) c(s) \
+                where r.setdatabase = d.oid and r.setrole = 0 \
+                and pg_catalog.split_part(c.s, '=', 1) = $1) \
+             from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()",
+            &[Some(SETTING)],
         )
         .await?;
-    if !read_only.is_empty() {
-        let row = session.query_one("select pg_catalog.current_database()", &[]).await?;
-        let database = quote_ident(row.str(0)?);
-        let sql = format!("alter database {database} reset default_transaction_read_only");
-        session.execute(&sql).await?;
+    Ok((quote_ident(row.str(0)?), row.opt(1)?.map(str::to_string)))
+}
+
+/// Ends a transaction that an error left open.
+async fn tidy(session: &mut Session) -> Result<()> {
+    if session.in_transaction() {
+        session.execute("rollback").await?;
     }
     Ok(())
 }
 
-/// Drops the seal's triggers on a job's tables for good, for finish and cancel. `read_only`: its
-/// fence was of that kind; a default of the database that someone else set stays. Idempotent.
-pub async fn remove(
-    session: &mut Session,
-    read_only: bool,
-    is_ours: impl Fn(&QualifiedName) -> bool,
-) -> Result<()> {
-    if read_only {
-        writable(session).await?;
-    }
-    for table in sealed_tables(session).await?.into_iter().filter(is_ours) {
-        let sql = format!("drop trigger if exists {SEAL} on {}", table.quoted());
-        retry_locks(session, &sql).await?;
+/// Drops the job's seals for good, for finish and cancel. Idempotent.
+pub async fn remove(session: &mut Session, job: &JobName) -> Result<()> {
+    open_database(session, job).await?;
+    let seal = seal_name(job);
+    for table in seals(session, job, "").await? {
+        retry_locks(session, &format!("drop trigger if exists {seal} on {}", table.quoted()))
+            .await?;
     }
     Ok(())
 }

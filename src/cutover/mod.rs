@@ -12,7 +12,9 @@
 //!    transaction delays the cutover, never the application.
 //! 3. *barrier*: the end of WAL, read after the fence holds (vitess#16563). *drain*: the other side
 //!    has applied up to it.
-//! 4. *sequences*: set past every value handed out.
+//! 4. *rules*: where a role may not set session_replication_role, what acts on written rows comes
+//!    back on the side that becomes live (`rules`). *sequences*: set past every value handed out
+//!    (`sequences`).
 //! 5. *seal*: the fence is made to outlive our session, so that stragglers that were connected
 //!    before cannot write to the old side afterwards (vitess#9453). The new side's own seal, if it
 //!    had one from an earlier flip, is opened.
@@ -32,11 +34,14 @@ pub mod canary;
 pub mod choreography;
 pub mod error;
 pub mod fence;
+mod rules;
+pub mod sequences;
 pub mod undo;
 
 pub use choreography::{Journal, Outcome, Plan, Step, run};
 pub use error::Error;
 pub use fence::FenceKind;
+pub use rules::Rules;
 pub use undo::{release, undo};
 
 /// Result with this room's error.

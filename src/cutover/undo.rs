@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::fence::{self, Fence, FenceKind};
-use super::{Error, Result};
+use super::{Error, Result, Rules};
 use crate::id::Stream;
 use crate::pg::{Config, Purpose, Session};
 use crate::route::{Context, Route};
@@ -21,7 +21,10 @@ pub async fn withdraw(
     fence: Option<Fence>,
     routes: &[Route],
     context: &Context,
+    rules: &Rules,
 ) -> Result<()> {
+    // Before writers go on, as what they write is carried there at once.
+    let silenced = silence_dest(context, rules).await;
     let kind = fence.as_ref().map_or(FenceKind::None, Fence::kind);
     let lowered = async {
         match fence {
@@ -30,7 +33,8 @@ pub async fn withdraw(
         }
     };
     let lowered = tokio::time::timeout(OPEN_WAIT, lowered).await;
-    let undone = undo(live, kind, routes, context).await;
+    let undone = undo(live, kind, routes, context, rules).await;
+    silenced?;
     lowered.map_err(|_| Error::NoAnswer { waited: OPEN_WAIT })??;
     undone
 }
@@ -45,11 +49,14 @@ pub async fn undo(
     kind: FenceKind,
     routes: &[Route],
     context: &Context,
+    rules: &Rules,
 ) -> Result<()> {
+    let silenced = silence_dest(context, rules).await;
     let opened = async {
+        rules.wake_live(live).await?;
         if kind != FenceKind::None {
             let mut session = Session::connect(live, Purpose::Sql).await?;
-            fence::open(&mut session).await?;
+            fence::open(&mut session, &context.job).await?;
         }
         Ok(())
     };
@@ -65,7 +72,13 @@ pub async fn undo(
     }
     undone?;
     opened?;
+    silenced?;
     if kind == FenceKind::Lock { shut_other(context).await } else { Ok(()) }
+}
+
+async fn silence_dest(context: &Context, rules: &Rules) -> Result<()> {
+    let silenced = tokio::time::timeout(OPEN_WAIT, rules.silence_dest(context)).await;
+    silenced.unwrap_or(Err(Error::NoAnswer { waited: OPEN_WAIT }))
 }
 
 /// A flip opens the seal of the side it leads to, if an earlier one had shut it. That side is not
@@ -76,7 +89,7 @@ async fn shut_other(context: &Context) -> Result<()> {
         Stream::Reverse => &context.source,
     };
     let mut session = Session::connect(other, Purpose::Sql).await?;
-    fence::shut(&mut session).await
+    fence::shut(&mut session, &context.job).await
 }
 
 /// Lets clients through, on whichever side the routes now point to.

@@ -19,6 +19,8 @@ pub struct Assembler {
 #[derive(Debug)]
 struct Open {
     begin: Begin,
+    /// `begin` has a lower bound in place of its commit position.
+    unplaced: bool,
     /// Made at the first change, when the origin is known.
     shared: Option<Arc<Begin>>,
     number: u32,
@@ -28,7 +30,24 @@ struct Open {
 
 impl Open {
     fn new(begin: Begin) -> Self {
-        Open { begin, shared: None, number: 0, changes: Vec::new(), bytes: 0 }
+        let (changes, bytes) = (Vec::new(), 0);
+        Open { begin, unplaced: false, shared: None, number: 0, changes, bytes }
+    }
+
+    /// The transaction's end is known. Chunks that went out before it keep what they said.
+    fn place(&mut self, commit: &Commit) {
+        if self.unplaced && self.number == 0 {
+            self.begin.commit_lsn = commit.commit_lsn;
+            self.begin.commit_time = commit.commit_time;
+        }
+    }
+
+    /// True if this commit can be the open transaction's.
+    fn fits(&self, commit: &Commit) -> bool {
+        match self.unplaced {
+            true => commit.commit_lsn >= self.begin.commit_lsn,
+            false => commit.commit_lsn == self.begin.commit_lsn,
+        }
     }
 
     fn is_full(&self) -> bool {
@@ -77,7 +96,8 @@ impl Assembler {
     /// by at most one change. Errors for events out of their place.
     pub fn event(&mut self, event: Event) -> Result<Option<Item>> {
         match event {
-            Event::Begin(begin) => self.begin(begin),
+            Event::Begin(begin) => self.begin(begin, false),
+            Event::Start { xid, first_lsn } => self.start(xid, first_lsn),
             Event::Origin { name, .. } => self.origin(name),
             Event::UnknownOrigin => self.origin(String::new()),
             Event::Relation(_) | Event::Type { .. } => Ok(None),
@@ -109,12 +129,21 @@ impl Assembler {
         Some(Item::Idle { lsn: end_lsn })
     }
 
-    fn begin(&mut self, begin: Begin) -> Result<Option<Item>> {
+    fn begin(&mut self, begin: Begin, unplaced: bool) -> Result<Option<Item>> {
         if self.open.is_some() {
             return Err(self.out_of_place("BEGIN", "inside a transaction"));
         }
-        self.open = Some(Open::new(begin));
+        self.open = Some(Open { unplaced, ..Open::new(begin) });
         Ok(None)
+    }
+
+    /// A transaction whose commit position comes only with its COMMIT. One that fits into a chunk
+    /// waits for it. The chunks of a larger one must go out before; what they say instead is the
+    /// largest position that the commit record cannot be below. Transactions come in commit order,
+    /// and none that committed before the position asked for, so the end of the last one is such.
+    fn start(&mut self, xid: u32, first_lsn: Lsn) -> Result<Option<Item>> {
+        let commit_lsn = first_lsn.max(self.decoded_lsn);
+        self.begin(Begin { xid, commit_lsn, commit_time: Default::default(), origin: None }, true)
     }
 
     fn origin(&mut self, name: String) -> Result<Option<Item>> {
@@ -170,7 +199,7 @@ impl Assembler {
         let Some(open) = &mut self.open else {
             return Err(self.out_of_place("COMMIT", "outside a transaction"));
         };
-        if commit.commit_lsn != open.begin.commit_lsn {
+        if !open.fits(&commit) {
             return Err(Error::WrongCommit {
                 xid: open.begin.xid,
                 begin_lsn: open.begin.commit_lsn,
@@ -184,6 +213,7 @@ impl Assembler {
                 after: self.decoded_lsn,
             });
         }
+        open.place(&commit);
         let chunk = open.cut(Some(commit));
         self.open = None;
         self.decoded_lsn = commit.end_lsn;

@@ -109,6 +109,124 @@ pub enum Error {
         /// What is wrong with it.
         source: RowError,
     },
+    /// A message of wal2json does not read.
+    #[error(
+        "wal2json message at {lsn}: byte {at} is not {what}; report it with the plugin's version"
+    )]
+    Json {
+        /// Where.
+        lsn: Lsn,
+        /// What was expected.
+        what: &'static str,
+        /// In the message, counted from 0.
+        at: usize,
+    },
+    /// A whole transaction in one message, which breaks at 1 GB.
+    #[error(
+        "wal2json message at {lsn} holds a whole transaction; format 1 is read only with \
+         write-in-chunks, as the server cannot build such a message past 1 GB"
+    )]
+    NotInChunks {
+        /// Where.
+        lsn: Lsn,
+    },
+    /// A message larger than any that a server can send.
+    #[error("message at {lsn} has {bytes} bytes, more than the {most} that PostgreSQL can make")]
+    TooLong {
+        /// Where.
+        lsn: Lsn,
+        /// How many.
+        bytes: usize,
+        /// How many are possible.
+        most: usize,
+    },
+    /// A name is not UTF-8.
+    #[error(
+        "a message at {lsn} has a name that is not UTF-8; rename the object, \
+         or read the slot with pg_logical_slot_peek_changes, which converts"
+    )]
+    NameNotUtf8 {
+        /// Where.
+        lsn: Lsn,
+    },
+    /// wal2json wrote null for a number that may be NaN or an infinity.
+    #[error(
+        "{relation} at {lsn}: column \"{column}\" is null, NaN or an infinity, which wal2json \
+         before 2.6 writes alike; install 2.6, or use --decoder test_decoding"
+    )]
+    LostNumber {
+        /// The table.
+        relation: QualifiedName,
+        /// The column.
+        column: String,
+        /// Where.
+        lsn: Lsn,
+    },
+    /// A row fits neither the catalog nor itself.
+    #[error("a row of {relation} at {lsn} has columns twice or out of order; report it")]
+    Unfitting {
+        /// The table.
+        relation: QualifiedName,
+        /// Where.
+        lsn: Lsn,
+    },
+    /// The plugin says that it left out a change.
+    #[error(
+        "a change was not sent (\"{notice}\"): give the table a primary key or \
+         ALTER TABLE ... REPLICA IDENTITY FULL, and copy it again"
+    )]
+    Dropped {
+        /// The server's WARNING.
+        notice: String,
+    },
+    /// Text that test_decoding does not write.
+    #[error(
+        "the message at {lsn} is not test_decoding's: {expected} was expected {left} bytes before \
+         its end; check the slot's plugin, and report it with the server's version"
+    )]
+    Text {
+        /// Where.
+        lsn: Lsn,
+        /// What should have come.
+        expected: &'static str,
+        /// How much of the message was left.
+        left: usize,
+    },
+    /// A row that fits neither the table nor what can be guessed of how the table was.
+    #[error(
+        "a change of {relation} at {lsn} does not fit the table's columns or replica identity, \
+         which changed after it was written; set them back (ALTER TABLE {relation} REPLICA \
+         IDENTITY ..., RENAME COLUMN ...) until the stream has passed that position"
+    )]
+    Reshaped {
+        /// The table.
+        relation: QualifiedName,
+        /// Where.
+        lsn: Lsn,
+    },
+    /// A DELETE or UPDATE that does not say of which row.
+    #[error(
+        "a change of {relation} at {lsn} carries no row, as the table has no replica identity: \
+         leave the table out, or give it a primary key or ALTER TABLE {relation} REPLICA IDENTITY \
+         FULL and copy it again"
+    )]
+    NoRow {
+        /// The table.
+        relation: QualifiedName,
+        /// Where.
+        lsn: Lsn,
+    },
+    /// COMMIT names another transaction than the open one.
+    #[error(
+        "COMMIT of transaction {xid} at {lsn} does not end the open one; report it with the \
+         server's version"
+    )]
+    OtherCommit {
+        /// The transaction.
+        xid: u32,
+        /// Where.
+        lsn: Lsn,
+    },
     /// A message where the protocol does not allow it.
     #[error("{event} {place}, after position {after}; report it with the server's version")]
     OutOfPlace {

@@ -30,8 +30,12 @@ pub struct Prepared {
 pub enum Step {
     /// The message says this.
     Event(Event),
+    /// An event that was held back until this message showed that it is complete (wal2json writes
+    /// a TRUNCATE of several tables as several messages). Give the same message again for its own.
+    Before(Event),
     /// The message changes this table, which the decoder does not know, or no longer as it knew it.
-    /// It remembers nothing of the message: describe the table, then give the message again.
+    /// It remembers nothing of the message: describe the table, or tell the decoder to ignore it,
+    /// then give the message again.
     Describe(QualifiedName),
     /// The message says nothing that anybody needs.
     Nothing,
@@ -45,6 +49,13 @@ pub enum Step {
 pub enum Event {
     /// A committed transaction starts; its origin is not known yet.
     Begin(Begin),
+    /// A committed transaction starts, and where and when it committed is told only at its end.
+    Start {
+        /// The top-level transaction.
+        xid: u32,
+        /// Its first record: the commit record does not start before this.
+        first_lsn: Lsn,
+    },
     /// The open transaction was replicated from elsewhere.
     Origin {
         /// Commit position on the origin.

@@ -19,6 +19,9 @@
 //! keepalive end 0/200                    nothing new: gives nothing
 //! ```
 //!
+//! [`test_decoding`] writes text: what it leaves out is asked of the caller ([`Step::Describe`]),
+//! and its transactions [`Event::Start`] without a position, which their COMMIT brings.
+//!
 //! Laws kept here: any bytes give a value or an error, never a panic (law 12); a transaction of any
 //! size passes in chunks (law 9); a position is given only for what came before it (law 1). An
 //! empty transaction gives a chunk too, or the slot would stand still under a load that publishes
@@ -32,14 +35,23 @@
 //!
 //! [`Item`]: crate::change::Item
 
+mod any;
 mod assemble;
+pub mod described;
 mod error;
 mod event;
+mod json;
+#[cfg(test)]
+mod mutate;
 pub mod pgoutput;
+pub mod test_decoding;
 #[cfg(test)]
 mod tests;
+pub mod wal2json;
 
+pub use any::{AnyDecoder, Plugin, UnknownPlugin};
 pub use assemble::Assembler;
+pub use described::{Described, DescribedColumn};
 pub use error::Error;
 pub use event::{Event, Prepared, Step};
 pub use pgoutput::Decoder;

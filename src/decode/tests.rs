@@ -303,6 +303,18 @@ proptest! {
 }
 
 #[test]
+fn mutated_messages_give_an_event_or_an_error() {
+    let seeds = every_kind();
+    let seeds: Vec<&[u8]> = seeds.iter().map(|seed| &seed[..]).collect();
+    super::mutate::each(&seeds, |data| {
+        let mut assembler = Assembler::new(Lsn(0));
+        if let Ok(event) = knowing().decode(Bytes::copy_from_slice(data), Lsn(1)) {
+            let _ = assembler.event(event);
+        }
+    });
+}
+
+#[test]
 fn a_small_transaction_is_one_chunk_with_its_origin() {
     let (mut assembler, mut decoder) = (Assembler::new(Lsn(50)), Decoder::new());
     let origin = wire(b'O').u64(5).text("walferry_shop_reverse").end();

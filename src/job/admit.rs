@@ -1,11 +1,13 @@
 //! Who may run which job: what a run, a finish and a cancel hold against what is stored before they
 //! touch anything, and how servers are told apart.
 
+use super::ability::{Abilities, Ability};
 use super::run::{JobConfig, Report};
 use super::state::{Event, step};
 use super::store::{DDL_BOTH, JobRow, Store, ensure};
 use super::{Error, Result};
 use crate::catalog::Selection;
+use crate::cutover::canary;
 use crate::pg::{Config, Session};
 use crate::source::Recorded;
 use crate::{apply, copy, schema};
@@ -41,11 +43,17 @@ pub(super) async fn make_tables(
     store: &mut Store,
     source: &mut Session,
 ) -> Result<()> {
-    store.ensure(&[apply::DDL, copy::DDL, schema::DDL]).await?;
-    ensure(source, &[DDL_BOTH, apply::DDL]).await?;
+    store.ensure(&[apply::DDL, copy::DDL, schema::DDL, schema::ASIDE_DDL]).await?;
+    let canary = canary::ddl(&config.job);
+    ensure(source, &[DDL_BOTH, &canary, apply::DDL, schema::ASIDE_DDL]).await?;
     let systems = (system_of(source).await?, system_of(&mut store.session).await?);
     let places = (place(&config.source), place(&config.target));
-    store.create(&places.0, &places.1, (&systems.0, &systems.1), &config.options).await
+    let abilities = Abilities {
+        source: Ability::probe(source).await?,
+        target: Ability::probe(&mut store.session).await?,
+    };
+    let systems = (systems.0.as_str(), systems.1.as_str());
+    store.create((&places.0, &places.1), systems, &config.options, abilities).await
 }
 
 /// What tells one cluster, and one of its histories, from another: `identifier/timeline`.
@@ -60,13 +68,13 @@ fn identifier(system: &str) -> &str {
 }
 
 /// A side's server and slot as they were recorded.
-pub(super) fn recorded(side: &Config, system: Option<&str>) -> Recorded {
+pub(super) fn recorded(side: &Config, system: Option<&str>, plugin: &str) -> Recorded {
     let (identifier, timeline) = system.and_then(|s| s.split_once('/')).unwrap_or_default();
     Recorded {
         system_identifier: identifier.to_string(),
         timeline: timeline.parse().unwrap_or(1),
         database: side.dbname.clone(),
-        plugin: "pgoutput".to_string(),
+        plugin: plugin.to_string(),
     }
 }
 

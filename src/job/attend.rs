@@ -38,6 +38,7 @@ impl Runner {
         if matches!(phase, Phase::Finished | Phase::Canceled) {
             return Ok(None);
         }
+        self.validate_beside().await?;
         let mut probes = Probes::default();
         loop {
             if *self.stop.borrow() {
@@ -113,7 +114,7 @@ impl Runner {
         while let Some(asked) = client::take(&mut self.store.session, &self.config.job).await? {
             let outcome = match asked.verb.as_str() {
                 "stop" => {
-                    self.say(Notice::Said("another command asks this run to stop".to_string()));
+                    self.say(Notice::Ended);
                     client::answer(&mut self.store.session, &asked.id, Ok(Value::Null)).await?;
                     return Ok(Some(None));
                 }

@@ -11,11 +11,11 @@ use super::run::JobConfig;
 use super::state::{Event, Phase, step};
 use super::store::{JobRow, Store};
 use super::{Error, Result, lease};
-use crate::apply;
 use crate::cutover::{self, fence};
 use crate::id::Stream;
 use crate::pg::{Purpose, Session};
 use crate::source::{publication, slot};
+use crate::{apply, schema};
 
 /// Tables of the home database with the column that names the job, the job's own row last.
 const HOME_TABLES: [(&str, &str); 7] = [
@@ -72,9 +72,9 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, _lease: &Lease) -> Res
     store.set_phase(phase).await?;
     let mut dropped = Vec::new();
     if let Some(source) = &mut source {
-        drop_objects(source, config, &row, Stream::Forward, &mut dropped).await?;
+        drop_objects(source, config, Stream::Forward, &mut dropped).await?;
     }
-    drop_objects(&mut store.session, config, &row, Stream::Reverse, &mut dropped).await?;
+    drop_objects(&mut store.session, config, Stream::Reverse, &mut dropped).await?;
     forget_routes(config, &row).await?;
     if let Some(source) = &mut source {
         drop_schema(source, config, &mut dropped, false).await?;
@@ -88,7 +88,6 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, _lease: &Lease) -> Res
 async fn drop_objects(
     session: &mut Session,
     config: &JobConfig,
-    row: &JobRow,
     reads: Stream,
     dropped: &mut Vec<String>,
 ) -> Result<()> {
@@ -97,11 +96,11 @@ async fn drop_objects(
         dropped.push(format!("replication slot {name}"));
     }
     slot::drop(session, &name).await?;
+    schema::restore(session, config.job.as_str()).await?;
+    schema::validate(session, config.job.as_str()).await?;
     publication::drop(session, &name).await?;
     apply::forget(session, &config.job.object(reads.opposite())).await?;
-    let selection = row.options.selection(session).await?;
-    let read_only = row.flip.as_ref().is_some_and(|flip| flip.fence == "read-only");
-    fence::remove(session, read_only, |table| selection.has_rows(table)).await?;
+    fence::remove(session, &config.job).await?;
     Ok(())
 }
 
@@ -123,7 +122,7 @@ async fn forget_job(store: &mut Store, config: &JobConfig, keep_history: bool) -
 async fn forget_routes(config: &JobConfig, row: &JobRow) -> Result<()> {
     let Some(record) = &row.flip else { return Ok(()) };
     let context = context(config, stream_of(&record.flip));
-    for route in parse_routes(&record.routes)? {
+    for route in parse_routes(&[&*record.routes, &*record.earlier_routes].concat())? {
         route.forget(&context).await.map_err(cutover::Error::from)?;
     }
     Ok(())
@@ -139,7 +138,7 @@ async fn drop_schema(
     let others = session
         .query_one(
             "select (select count(*) from pg_catalog.pg_publication \
-                where pubname like 'walferry\\_%') \
+                where pubname like 'walferry\\_%' and pg_catalog.pg_has_role(pubowner, 'usage')) \
              + (select count(*) from pg_catalog.pg_replication_slots \
                 where slot_name like 'walferry\\_%' \
                 and database = pg_catalog.current_database())",
@@ -147,17 +146,46 @@ async fn drop_schema(
         )
         .await?;
     if keep_history || others.parse::<i64>(0)? > 0 {
-        session
-            .query_params(
-                "delete from walferry.canary where job = $1",
-                &[Some(config.job.as_str())],
-            )
-            .await?;
+        let canary = config.job.canary().quoted();
+        let sql = format!(
+            "set client_min_messages = error; drop table if exists {canary}; \
+             reset client_min_messages"
+        );
+        session.execute(&sql).await?;
         return Ok(());
     }
-    session
-        .execute("set client_min_messages = error; drop schema if exists walferry cascade")
-        .await?;
-    dropped.push(format!("schema walferry on {}", session.peer()));
+    let said =
+        if empty_or_drop(session).await? { "schema walferry" } else { "all in schema walferry" };
+    dropped.push(format!("{said} on {}", session.peer()));
     Ok(())
+}
+
+/// A schema that an administrator made for a role that may make none stays, empty; it could not be
+/// made again. Nor does a table go that his publication shows. False if the schema stays.
+async fn empty_or_drop(session: &mut Session) -> Result<bool> {
+    session.execute("set client_min_messages = error").await?;
+    let sql = "select pg_catalog.obj_description(oid, 'pg_namespace') \
+         is not distinct from 'made by walferry' \
+         from pg_catalog.pg_namespace where nspname = 'walferry'";
+    let Some(row) = session.query_opt(sql, &[]).await? else { return Ok(true) };
+    if row.bool(0)? {
+        session.execute("drop schema walferry cascade").await?;
+        return Ok(true);
+    }
+    let ours = session
+        .query(
+            "select case when exists \
+                 (select from pg_catalog.pg_publication_rel where prrelid = c.oid) \
+               then 'delete from ' || oid::regclass \
+               else 'drop table if exists ' || oid::regclass || ' cascade' end \
+             from pg_catalog.pg_class c where relnamespace = 'walferry'::regnamespace \
+             and relkind = 'r' union all \
+             select 'drop function if exists ' || oid::regprocedure || ' cascade' \
+             from pg_catalog.pg_proc where pronamespace = 'walferry'::regnamespace",
+        )
+        .await?;
+    for row in &ours {
+        session.execute(row.str(0)?).await?;
+    }
+    Ok(false)
 }

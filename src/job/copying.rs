@@ -18,7 +18,7 @@ use crate::source::{ExportedSnapshot, HeldSlot, snapshot};
 impl Runner {
     /// Copies what is not yet copied and builds what is not yet built.
     pub(super) async fn copy(&mut self) -> Result<Event> {
-        let tables = self.tables(&self.config.source).await?;
+        let tables = self.tables_with_rows(&self.config.source).await?;
         let progress = Arc::new(CopyProgress::new(&tables));
         self.say(Notice::Copying(progress.clone()));
         let (config, job) = (&self.config, self.config.job.as_str());
@@ -90,10 +90,17 @@ impl Runner {
         Ok((Holder::Fresh(fresh), source))
     }
 
-    async fn build(&mut self, phase: PostPhase) -> Result<()> {
+    /// The schema as it was read when the job was made.
+    pub(super) async fn dump(&mut self) -> Result<schema::Dump> {
         let dump = self.store.load_dump().await?;
         let (pre, post) =
             dump.ok_or_else(|| Error::State("the schema dump is gone".to_string()))?;
+        Ok(schema::Dump { pre, post })
+    }
+
+    async fn build(&mut self, phase: PostPhase) -> Result<()> {
+        let dump = self.dump().await?;
+        let postpone_acting = !self.row().await?.abilities.target.replica_role;
         let report = self.report.clone();
         let mut progress = move |at: PostProgress<'_>| {
             report(Notice::Building(at.done, at.total, at.statement.to_string()));
@@ -101,10 +108,10 @@ impl Runner {
         let options = PostOptions {
             job: self.config.job.to_string(),
             phase,
+            postpone_acting,
             parallel: self.config.jobs,
             maintenance_work_mem: None,
         };
-        let dump = schema::Dump { pre, post };
         schema::apply_post(&self.config.target, &dump, &options, &mut progress).await?;
         Ok(())
     }

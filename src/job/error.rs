@@ -39,6 +39,15 @@ pub enum Error {
     /// Check found errors.
     #[error("not ready: {0} (walferry check lists all, each with what mends it)")]
     NotReady(String),
+    /// The way back would find itself without rights when it is needed.
+    #[error(
+        "the way back may not write to all that moves: run on the source, as an administrator, \
+         \"{}\"; nothing was switched and writers go on", grants.join(" ")
+    )]
+    NoWayBack {
+        /// What mends it.
+        grants: Vec<String>,
+    },
     /// Another runner has the job.
     #[error(
         "job {job} is being run by another process (backend {pid} on the target); one runner at a \
@@ -103,6 +112,29 @@ pub enum Error {
         job: String,
         /// What it was planned with.
         planned: String,
+    },
+    /// A decoder other than the slot's.
+    #[error(
+        "--decoder {decoder} cannot be had for this job: its slot was made for {bound}, and a slot \
+         is bound to its decoder; leave the option out, or give another --name for a new job"
+    )]
+    OtherDecoder {
+        /// What was asked for.
+        decoder: String,
+        /// The slot's plugin.
+        bound: String,
+    },
+    /// No decoder that the side lets us use.
+    #[error(
+        "decoder {decoder} cannot be used: {reason}; choose another by --decoder, or install the \
+         wal2json package on the server, or let the role publish (GRANT CREATE ON DATABASE and \
+         ownership of the tables)"
+    )]
+    NoDecoder {
+        /// Which.
+        decoder: String,
+        /// Why not.
+        reason: String,
     },
     /// A stream stopped for good.
     #[error("the {stream} stream stopped: {message}")]

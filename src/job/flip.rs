@@ -7,11 +7,13 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::prepare::publish;
 use super::run::{JobConfig, Notice, Runner, published};
 use super::state::{Event, Phase};
 use super::store::{FlipRecord, Store};
 use super::{Error, Result};
-use crate::cutover::{self, FenceKind, Journal, Plan, Step, barrier};
+use crate::cutover::{self, FenceKind, Journal, Plan, Rules, Step, barrier};
+use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
 use crate::pg::{Config, Purpose, Session};
 use crate::route::{self, Route};
@@ -45,9 +47,16 @@ pub struct FlipRequest {
 }
 
 impl FlipRequest {
-    /// What is stored before the flip begins.
-    pub fn record(&self, from: Phase) -> FlipRecord {
+    /// What is stored before the flip begins; `last` is the record of the one before.
+    pub fn record(&self, from: Phase, last: Option<&FlipRecord>) -> FlipRecord {
+        let mut earlier_routes: Vec<String> = Vec::new();
+        for route in last.iter().flat_map(|last| last.routes.iter().chain(&last.earlier_routes)) {
+            if !self.routes.contains(route) && !earlier_routes.contains(route) {
+                earlier_routes.push(route.clone());
+            }
+        }
         FlipRecord {
+            earlier_routes,
             from: from.to_string(),
             attempt: self.attempt.clone(),
             flip: self.flip.clone(),
@@ -110,13 +119,23 @@ impl Runner {
         let tables = self.tables(&self.config.target).await?;
         let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
+        // A canary proves the way, not the right to every table (law 8).
+        let names: Vec<QualifiedName> = tables.iter().map(|table| table.name.clone()).collect();
+        let grants = super::ability::missing_grants(&mut source, &names).await?;
+        if !grants.is_empty() {
+            return Err(Error::NoWayBack { grants });
+        }
         slot::drop(&mut target, &name).await?;
-        publication::ensure(&mut target, &name, &published(&tables)).await?;
+        let marked = !self.row().await?.abilities.target.origin;
+        let tables = published(&self.config.job, &tables, marked);
+        let reading = self.choose_reading(Stream::Reverse, &tables).await?;
+        publish(&mut target, &name, &tables, &reading).await?;
         let mut maker = Session::connect(&self.config.target, Purpose::Sql).await?;
-        let options = slot::CreateOptions { wait, ..self.slot_options(&name) };
+        let options = slot::CreateOptions { wait, ..self.slot_options(&name, &reading) };
         let waiting = self.tell_blockers();
         let lsn = slot::create_plain(&mut maker, &mut target, &options, waiting).await?;
-        apply::begin_at(&mut source, &name, lsn).await?;
+        let kind = self.row().await?.abilities.source.progress();
+        apply::begin_at(&mut source, &name, kind, lsn).await?;
         Ok(())
     }
 
@@ -196,10 +215,13 @@ impl Runner {
             self.refuse_rogue_writes().await?;
         }
         self.refuse_new_tables(flip).await?;
+        self.stop_validating().await;
         let mut plan = self.flight_plan(flip, request).await?;
         let row = self.row().await?;
-        let stored = row.flip.filter(|record| record.attempt == request.attempt);
-        let record = stored.unwrap_or_else(|| request.record(row.phase));
+        let record = match row.flip {
+            Some(record) if record.attempt == request.attempt => record,
+            last => request.record(row.phase, last.as_ref()),
+        };
         let mut journal = HomeJournal {
             store: &mut self.store,
             record,
@@ -234,9 +256,28 @@ impl Runner {
             lock_timeout: millis(request.lock_timeout_ms),
             timeout: millis(request.timeout_ms),
             max_hold: millis(request.max_hold_ms),
+            rules: self.rules(flip).await?,
             carry,
             dry_run: request.dry_run,
             stop: self.stop.clone(),
+        })
+    }
+
+    /// What a flip has to do about triggers and foreign keys.
+    pub(super) async fn rules(&mut self, flip: Stream) -> Result<Rules> {
+        let abilities = self.row().await?.abilities;
+        let (live, dest) = match flip {
+            Stream::Forward => (abilities.source, abilities.target),
+            Stream::Reverse => (abilities.target, abilities.source),
+        };
+        let unbuilt = flip == Stream::Forward && !dest.replica_role;
+        let dump = if unbuilt { Some(self.dump().await?) } else { None };
+        Ok(Rules {
+            live: !live.replica_role,
+            dest: !dest.replica_role,
+            job: self.config.job.to_string(),
+            selection: self.selection.clone(),
+            dump,
         })
     }
 
@@ -252,6 +293,8 @@ impl Runner {
     /// and nothing would say so. A new partition of an old table is published with its parent, and
     /// must be on the other side.
     async fn refuse_new_tables(&mut self, flip: Stream) -> Result<()> {
+        let reading = self.reading(flip).await?;
+        let unfollowed = self.unfollowed(flip).await?;
         let (live, dest, names) = match flip {
             Stream::Forward => (&self.config.source, &self.config.target, ("source", "target")),
             Stream::Reverse => (&self.config.target, &self.config.source, ("target", "source")),
@@ -259,7 +302,10 @@ impl Runner {
         let publication = self.config.job.object(flip);
         let tables: Vec<_> = self.tables(live).await?.into_iter().map(|t| t.name).collect();
         let mut session = Session::connect(live, Purpose::Sql).await?;
-        let unpublished = publication::missing(&mut session, &publication, &tables).await?;
+        let unpublished = match reading.plugin()? == Plugin::Pgoutput {
+            true => publication::missing(&mut session, &publication, &tables).await?,
+            false => unfollowed,
+        };
         let there = self.fenced_tables(dest).await?;
         let here = self.fenced_tables(live).await?;
         let mut wrong: Vec<String> = unpublished
@@ -272,6 +318,33 @@ impl Runner {
             return Ok(());
         }
         Err(cutover::Error::NotFollowed { tables: wrong }.into())
+    }
+
+    /// Tables that a decoder without a publication passes over: made since, and no partition of one
+    /// that takes part.
+    async fn unfollowed(&mut self, flip: Stream) -> Result<Vec<QualifiedName>> {
+        let live = match flip {
+            Stream::Forward => self.config.source.clone(),
+            Stream::Reverse => self.config.target.clone(),
+        };
+        let mut followed = self.store.load_readings().await?.tables(flip);
+        let tables = self.tables(&live).await?;
+        let mut unfollowed = tables.len();
+        loop {
+            for table in &tables {
+                let parent = table.partition_of.as_ref();
+                if parent.is_some_and(|parent| followed.contains(parent)) {
+                    followed.insert(table.name.clone());
+                }
+            }
+            let left = tables.iter().map(|t| &t.name).filter(|name| !followed.contains(name));
+            let left: Vec<QualifiedName> = left.cloned().collect();
+            // A partition of a partition may have been looked at before its parent.
+            if left.is_empty() || left.len() == unfollowed {
+                return Ok(left);
+            }
+            unfollowed = left.len();
+        }
     }
 
     /// Before the switch the reverse stream applies canaries only and counts the rest as filtered:
@@ -299,13 +372,14 @@ impl Runner {
         };
         self.say(Notice::Said(format!("undoing the {} flip that was cut short", record.flip)));
         let flip = stream_of(&record.flip);
+        let rules = self.rules(flip).await?;
         let live = match flip {
             Stream::Forward => &self.config.source,
             Stream::Reverse => &self.config.target,
         };
         let routes = parse_routes(&record.routes)?;
         let fence = record.fence.parse()?;
-        cutover::undo(live, fence, &routes, &context(&self.config, flip)).await?;
+        cutover::undo(live, fence, &routes, &context(&self.config, flip), &rules).await?;
         if flip == Stream::Forward && self.switch_had_begun(&record).await? {
             self.drain_reverse().await?;
         }
@@ -359,7 +433,7 @@ impl Runner {
 /// What routes are told.
 pub(super) fn context(config: &JobConfig, flip: Stream) -> route::Context {
     route::Context {
-        job: config.job.to_string(),
+        job: config.job.clone(),
         flip,
         source: config.source.clone(),
         target: config.target.clone(),

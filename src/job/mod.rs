@@ -4,12 +4,14 @@
 //! them, keeps the job's state in the home database (the target), and sees to it that exactly one
 //! process runs it.
 //!
-//! - `state`: the pure step function. `store`: its tables. `lease`: one runner at a time.
+//! - `state`: the pure step function. `store`, `ddl`: its tables. `lease`: one runner at a time.
 //! - `admit`: who may run it. `run`: the runner, a loop of step and execute. `prepare`: check,
 //!   publication, slot, tables. `copying`: rows, then indexes and constraints. `pipeline`: one
 //!   stream, kept going. `attend`: what a runner does while it follows: commands, positions.
 //!   `vigil`: the lease, and servers that fall silent. `flip`: arming the way back, and the
 //!   choreography with its journal. `cleanup`: finish and cancel.
+//! - `ability`: what the roles may do, and so how each side is written. `validating`: foreign keys
+//!   that came back at a switch.
 //! - `client`: commands from other processes. `align`: both sides held at one point, for verify.
 //!   `status`: what people and scripts see.
 //!
@@ -19,6 +21,7 @@
 //!
 //! Left out here: more than one task in a job (shard groups); they are built on the same runner.
 
+pub mod ability;
 mod admit;
 pub mod align;
 mod attend;
@@ -26,15 +29,18 @@ pub mod check;
 pub mod cleanup;
 pub mod client;
 mod copying;
+mod ddl;
 pub mod error;
 mod flip;
 pub mod lease;
 pub mod pipeline;
 mod prepare;
+pub mod reading;
 pub mod run;
 pub mod state;
 pub mod status;
 pub mod store;
+mod validating;
 mod vigil;
 
 pub use error::Error;

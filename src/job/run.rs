@@ -14,8 +14,10 @@ use super::admit::{admit, make_tables, recorded};
 use super::flip::FlipRequest;
 use super::lease::{self, Holder};
 use super::pipeline::{Pipe, PipeOptions, TableFilter};
+use super::reading::Wanted;
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobOptions, JobRow, Store};
+use super::validating::Validating;
 use super::vigil::Vigil;
 use super::{Error, Result, client};
 use crate::apply::Tuning;
@@ -48,6 +50,8 @@ pub struct JobConfig {
     pub jobs: usize,
     /// Copy owners and grants too.
     pub owners: bool,
+    /// Decoder and transport, where they are not left to be chosen.
+    pub wanted: Wanted,
     /// Limit of the wait for the slot's consistent point.
     pub slot_timeout: Duration,
     /// How changes are applied.
@@ -72,6 +76,8 @@ pub enum Notice {
     Phase(Phase),
     /// Something worth a line.
     Said(String),
+    /// `finish` or `cancel` ends the job: there is nothing to go on with.
+    Ended,
     /// Rows are being copied; look at the counters from time to time.
     Copying(Arc<CopyProgress>),
     /// Indexes and constraints: done, total, what is being built.
@@ -112,6 +118,8 @@ pub struct Runner {
     pub(super) level_at: Option<Lsn>,
     /// See [`Vigil`].
     pub(super) busy: Arc<AtomicBool>,
+    /// Foreign keys that are looked at after a flip.
+    pub(super) validating: Option<Validating>,
     /// Check has passed in this session already, before the job was written down.
     pub(super) checked: bool,
 }
@@ -244,6 +252,7 @@ impl Runner {
             unreleased: false,
             level_at: None,
             busy,
+            validating: None,
             checked,
         };
         Ok((runner, vigil))
@@ -282,9 +291,9 @@ impl Runner {
 
     /// Stores a phase. One that begins a flip is stored with the flip's record.
     async fn enter(&mut self, from: Phase, phase: Phase) -> Result<()> {
-        match (&self.asked, phase) {
+        match (self.asked.clone(), phase) {
             (Some((_, request)), Phase::CuttingOver) => {
-                let record = request.record(from);
+                let record = request.record(from, self.row().await?.flip.as_ref());
                 self.store.set_phase_and_flip(phase, &record).await?;
             }
             _ => self.store.set_phase(phase).await?,
@@ -298,7 +307,10 @@ impl Runner {
             Command::Check => Some(self.check().await?),
             Command::MakeSchema => Some(self.make_schema().await?),
             Command::Copy => Some(self.copy().await?),
-            Command::FollowForward => self.follow_forward().await?,
+            Command::FollowForward => {
+                self.silence_written().await?;
+                self.follow_forward().await?
+            }
             Command::FollowReverse => self.follow_reverse().await?,
             Command::CatchUp => self.measure_level().await?,
             Command::Flip(_) | Command::UndoFlip | Command::ReleaseClients => {
@@ -329,6 +341,20 @@ impl Runner {
         Ok(None)
     }
 
+    /// A flip that was cut short may have left triggers and foreign keys at work on the side that
+    /// the streams, which start before it is undone, go on writing to.
+    async fn silence_written(&mut self) -> Result<()> {
+        let row = self.row().await?;
+        if row.phase == Phase::CuttingOver
+            && let Some(record) = row.flip
+        {
+            let flip = super::flip::stream_of(&record.flip);
+            let context = super::flip::context(&self.config, flip);
+            self.rules(flip).await?.silence_dest(&context).await?;
+        }
+        Ok(())
+    }
+
     async fn follow_reverse(&mut self) -> Result<Option<Event>> {
         let row = self.row().await?;
         let open = match (row.phase, &row.flip) {
@@ -352,6 +378,7 @@ impl Runner {
         visibility: HashMap<QualifiedName, (Snapshot, Lsn)>,
     ) -> Result<Pipe> {
         let row = self.row().await?;
+        let reading = self.reading(stream).await?;
         let (from, to, system) = match stream {
             Stream::Forward => (&self.config.source, &self.config.target, row.source_system),
             Stream::Reverse => (&self.config.target, &self.config.source, row.target_system),
@@ -359,18 +386,27 @@ impl Runner {
         // A partition made since is of a published table, or it would not be in the stream: only
         // tables known to be left out are filtered, the rest must be applied or refused by name.
         let left_out = self.left_out(from).await?;
+        let canary = self.config.job.canary();
         let tables: TableFilter = Arc::new(move |table: &QualifiedName| match &*table.schema {
-            "walferry" => table.name == "canary",
+            "walferry" => *table == canary,
             _ => !left_out.contains(table),
         });
+        let ability = match stream {
+            Stream::Forward => row.abilities.target,
+            Stream::Reverse => row.abilities.source,
+        };
         let gate = (stream == Stream::Reverse).then(|| self.reverse_open.clone());
         Ok(Pipe::start(PipeOptions {
             job: self.config.job.clone(),
             stream,
             from: from.clone(),
             to: to.clone(),
-            recorded: recorded(from, system.as_deref()),
+            transport: reading.transport()?,
+            plain_numbers: self.config.wanted.plain_numbers,
+            followed: Arc::new(self.store.load_readings().await?.tables(stream)),
+            recorded: recorded(from, system.as_deref(), &reading.decoder),
             tables,
+            ability,
             visibility,
             gate,
             tuning: self.config.tuning,
@@ -397,12 +433,19 @@ impl Runner {
         (self.report)(notice);
     }
 
-    /// Tables of the source whose rows take part, parents included.
+    /// Tables of a side whose rows are followed, parents included.
     pub(super) async fn tables(&self, side: &Config) -> Result<Vec<Table>> {
+        let mut tables = self.tables_with_rows(side).await?;
+        tables.retain(|table| !table.unlogged);
+        Ok(tables)
+    }
+
+    /// The same and unlogged ones, which are copied and cannot be followed.
+    pub(super) async fn tables_with_rows(&self, side: &Config) -> Result<Vec<Table>> {
         let mut session = Session::connect(side, Purpose::Sql).await?;
-        let all = tables(&mut session, &self.selection).await?;
-        let keep = |t: &Table| self.selection.has_rows(&t.name) && !t.unlogged;
-        Ok(all.into_iter().filter(keep).collect())
+        let mut all = tables(&mut session, &self.selection).await?;
+        all.retain(|table| self.selection.has_rows(&table.name));
+        Ok(all)
     }
 
     /// Tables of a side whose rows take no part.
@@ -424,10 +467,11 @@ impl Runner {
     }
 }
 
-/// Names of what is published: every table with rows, and the canary.
-pub(super) fn published(tables: &[Table]) -> Vec<QualifiedName> {
-    let names = tables.iter().map(|t| t.name.clone());
-    names.chain([QualifiedName::new("walferry", "canary")]).collect()
+/// Names of what is published: every table with rows, the canary, and where what the other stream
+/// writes here is `marked` by it, the row that does so.
+pub(super) fn published(job: &JobName, tables: &[Table], marked: bool) -> Vec<QualifiedName> {
+    let names = tables.iter().map(|t| t.name.clone()).chain([job.canary()]);
+    names.chain(marked.then(|| QualifiedName::new("walferry", "progress"))).collect()
 }
 
 /// A stream that has not reached a batch boundary by then is cut off, as a crash would.

@@ -5,13 +5,13 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::admit::place;
-use super::run::JobConfig;
+use super::reading::Reading;
 use super::state::Phase;
 use super::store::{Store, StreamRow};
 use super::{Error, Result, lease};
-use crate::id::Stream;
+use crate::id::{JobName, Stream};
 use crate::lsn::Lsn;
-use crate::pg::{Purpose, Session};
+use crate::pg::{Config, Purpose, Session};
 use crate::source::slot;
 
 /// A source that is silent must not keep status waiting for long.
@@ -41,6 +41,9 @@ pub struct TableStatus {
 /// The reverse stream's part.
 #[derive(Clone, Debug, Serialize)]
 pub struct ReverseStatus {
+    /// How it is read.
+    #[serde(flatten)]
+    pub reading: Option<Reading>,
     /// Its positions.
     #[serde(flatten)]
     pub positions: StreamRow,
@@ -63,6 +66,12 @@ pub struct Status {
     pub target: String,
     /// Backend of the runner that lives, if one does.
     pub runner: Option<String>,
+    /// How the forward stream is read, once that is chosen.
+    #[serde(flatten)]
+    pub reading: Option<Reading>,
+    /// A cutover or rollback is under way, or was cut short: clients may be waiting. With no
+    /// runner alive, `run` undoes or finishes it.
+    pub held_clients: bool,
     /// The forward stream's positions.
     #[serde(flatten)]
     pub positions: StreamRow,
@@ -76,46 +85,56 @@ pub struct Status {
     pub error: Option<String>,
 }
 
-/// Reads a job's status. The source is asked too, where it answers: a runner that is not alive
-/// leaves stale positions, and the slot knows better.
-pub async fn read(config: &JobConfig) -> Result<Status> {
-    let home = Session::connect(&config.target, Purpose::Sql).await?;
-    let mut store = Store::new(home, config.job.clone());
+/// Reads a job's status from its home. The source is asked too, if it is known and answers: a
+/// runner that is not alive leaves stale positions, and the slot knows better.
+pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Result<Status> {
+    let session = Session::connect(home, Purpose::Sql).await?;
+    let mut store = Store::new(session, job.clone());
     let row = store.load().await?;
-    let row = row
-        .ok_or_else(|| Error::NoJob { job: config.job.to_string(), peer: place(&config.target) })?;
-    let runner = lease::holder(&mut store.session, &config.job).await?;
+    let row = row.ok_or_else(|| Error::NoJob { job: job.to_string(), peer: place(home) })?;
+    let readings = store.load_readings().await?;
+    let runner = lease::holder(&mut store.session, job).await?;
     let mut positions = store.load_stream(Stream::Forward).await?.unwrap_or_default();
-    let connecting = Session::connect(&config.source, Purpose::Sql);
-    let connected = tokio::time::timeout(SOURCE_PATIENCE, connecting).await;
-    let mut source = connected.ok().and_then(std::result::Result::ok);
+    let mut source = match source {
+        Some(source) => {
+            let connecting = Session::connect(source, Purpose::Sql);
+            let connected = tokio::time::timeout(SOURCE_PATIENCE, connecting).await;
+            connected.ok().and_then(std::result::Result::ok)
+        }
+        None => None,
+    };
+    let unreleased = row.flip.as_ref().is_some_and(|flip| !flip.released);
+    let flipped = matches!(row.phase, Phase::Switched | Phase::RolledBack);
+    let held_clients = row.phase == Phase::CuttingOver || (flipped && unreleased);
     let open = !matches!(row.phase, Phase::Finished | Phase::Canceled);
     if let (Some(source), true, true) = (&mut source, runner.is_none(), open) {
-        refresh(config, Stream::Forward, source, &mut positions).await?;
+        refresh(job, Stream::Forward, source, &mut positions).await?;
     }
-    let name = config.job.object(Stream::Forward);
-    let tables = tables(&mut store.session, config.job.as_str(), &name).await?;
+    let name = job.object(Stream::Forward);
+    let tables = tables(&mut store.session, job.as_str(), &name).await?;
     let forward_fallbacks = fallbacks(&mut store.session, &name).await?;
     let reverse = if row.armed {
         let mut positions = store.load_stream(Stream::Reverse).await?.unwrap_or_default();
         if runner.is_none() && open {
-            refresh(config, Stream::Reverse, &mut store.session, &mut positions).await?;
+            refresh(job, Stream::Reverse, &mut store.session, &mut positions).await?;
         }
-        let name = config.job.object(Stream::Reverse);
+        let name = job.object(Stream::Reverse);
         let (tables, fallbacks) = match &mut source {
             Some(source) => (counters(source, &name).await?, fallbacks(source, &name).await?),
             None => (Vec::new(), 0),
         };
-        Some(ReverseStatus { positions, tables, fallbacks })
+        Some(ReverseStatus { reading: readings.reverse, positions, tables, fallbacks })
     } else {
         None
     };
     Ok(Status {
-        job: config.job.to_string(),
+        job: job.to_string(),
+        held_clients,
         phase: row.phase.to_string(),
         source: row.source,
         target: row.target,
         runner,
+        reading: readings.forward,
         error: row.error.or_else(|| positions.error.clone()),
         positions,
         tables,
@@ -126,12 +145,12 @@ pub async fn read(config: &JobConfig) -> Result<Status> {
 
 /// Without a runner: what the slot was told, and how far the side's WAL has gone since.
 async fn refresh(
-    config: &JobConfig,
+    job: &JobName,
     stream: Stream,
     session: &mut Session,
     positions: &mut StreamRow,
 ) -> Result<()> {
-    let Some(status) = slot::status(session, &config.job.object(stream)).await? else {
+    let Some(status) = slot::status(session, &job.object(stream)).await? else {
         return Ok(());
     };
     let row = session.query_one("select pg_catalog.pg_current_wal_insert_lsn()", &[]).await?;

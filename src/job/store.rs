@@ -7,54 +7,15 @@
 use serde::{Deserialize, Serialize};
 
 use super::Result;
+use super::ability::Abilities;
+pub use super::ddl::DDL_BOTH;
+use super::ddl::DDL_HOME;
 use super::error::Error;
 use super::state::Phase;
 use crate::catalog::Selection;
 use crate::id::{JobName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Row, Session};
-
-/// Tables of both sides: the canary that proves a stream, and the seal of a fence.
-///
-/// The seal's trigger function raises always; whether it stands is decided by the trigger's
-/// presence and state, because catalogs are read as they are now even by a transaction whose
-/// snapshot is old.
-pub const DDL_BOTH: &str = "
-create schema if not exists walferry;
-create table if not exists walferry.canary (
-    job text not null, leg text not null, token text not null, primary key (job, leg));
-create or replace function walferry.seal() returns trigger language plpgsql as $seal$
-begin
-    raise exception 'this database has moved: table %.% takes no writes here any more',
-        tg_table_schema, tg_table_name
-        using errcode = 'read_only_sql_transaction',
-              hint = 'Connect to the new server. (A walferry cutover switched it.)';
-end $seal$;
-";
-
-/// Tables of the home database only.
-pub const DDL_HOME: &str = "
-create table if not exists walferry.job (
-    name text primary key, phase text not null, error text, source_system text, target_system text,
-    source text not null, target text not null, options jsonb not null default '{}',
-    slot_lsn pg_lsn, armed boolean not null default false, flip jsonb,
-    created_at timestamptz not null default now(), updated_at timestamptz not null default now());
-create table if not exists walferry.schema_dump (
-    job text primary key, pre text not null, post text not null);
-create table if not exists walferry.stream (
-    job text not null, stream text not null, received_lsn pg_lsn, decoded_lsn pg_lsn,
-    buffered_lsn pg_lsn, applied_lsn pg_lsn, durable_lsn pg_lsn, confirmed_lsn pg_lsn,
-    lag_bytes bigint, lag_seconds float8, error text, updated_at timestamptz not null default now(),
-    primary key (job, stream));
-create table if not exists walferry.journal (
-    id bigint generated always as identity primary key, job text not null, attempt text not null,
-    flip text not null, step text not null, ms float8,
-    at timestamptz not null default clock_timestamp());
-create table if not exists walferry.command (
-    id bigint generated always as identity primary key, job text not null, verb text not null,
-    args jsonb not null, state text not null default 'queued', result jsonb, error text,
-    created_at timestamptz not null default now(), seen_at timestamptz not null default now());
-";
 
 /// A row of `walferry.job`.
 #[derive(Clone, Debug)]
@@ -79,6 +40,8 @@ pub struct JobRow {
     pub armed: bool,
     /// The cutover or rollback under way, or the last one.
     pub flip: Option<FlipRecord>,
+    /// What the roles could do when the job was made, which decides how each side is written.
+    pub abilities: Abilities,
 }
 
 /// What a job was planned with; a resume must not silently differ.
@@ -129,6 +92,9 @@ pub struct FlipRecord {
     pub fence: String,
     /// Routes as given on the command line.
     pub routes: Vec<String>,
+    /// Routes of earlier flips that are not among these: what they kept on disk goes with the job.
+    #[serde(default)]
+    pub earlier_routes: Vec<String>,
     /// Clients were let through after the point of no return.
     pub released: bool,
 }
@@ -188,7 +154,8 @@ impl Store {
 
     /// Makes schema and tables where they are missing. `more` is DDL of the rooms below.
     pub async fn ensure(&mut self, more: &[&str]) -> Result<()> {
-        ensure(&mut self.session, &[&[DDL_BOTH, DDL_HOME], more].concat()).await
+        let canary = crate::cutover::canary::ddl(&self.job);
+        ensure(&mut self.session, &[&[DDL_BOTH, &canary, DDL_HOME], more].concat()).await
     }
 
     /// True if the job's tables exist here.
@@ -209,7 +176,7 @@ impl Store {
             .session
             .query_opt(
                 "select phase, error, source_system, target_system, source, target, options, \
-                 slot_lsn, armed, flip from walferry.job where name = $1",
+                 slot_lsn, armed, flip, abilities from walferry.job where name = $1",
                 &[Some(self.job.as_str())],
             )
             .await?;
@@ -228,16 +195,17 @@ impl Store {
     /// Writes a new job down, in phase planned. Harmless if it exists.
     pub async fn create(
         &mut self,
-        source: &str,
-        target: &str,
+        (source, target): (&str, &str),
         systems: (&str, &str),
         options: &JobOptions,
+        abilities: Abilities,
     ) -> Result<()> {
-        let options = json(options)?;
+        let (options, abilities) = (json(options)?, json(&abilities)?);
         self.session
             .query_params(
                 "insert into walferry.job (name, phase, source, target, source_system, \
-                 target_system, options) values ($1, 'planned', $2, $3, $4, $5, $6::jsonb) \
+                 target_system, options, abilities) \
+                 values ($1, 'planned', $2, $3, $4, $5, $6::jsonb, $7::jsonb) \
                  on conflict (name) do nothing",
                 &[
                     Some(self.job.as_str()),
@@ -246,6 +214,7 @@ impl Store {
                     Some(systems.0),
                     Some(systems.1),
                     Some(&options),
+                    Some(&abilities),
                 ],
             )
             .await?;
@@ -484,6 +453,8 @@ fn read_job(row: &Row) -> Result<JobRow> {
         slot_lsn: row.parse_opt(7)?,
         armed: row.bool(8)?,
         flip: flip.map_err(|e| Error::State(format!("walferry.job.flip: {e}")))?,
+        abilities: serde_json::from_str(row.str(10)?)
+            .map_err(|e| Error::State(format!("walferry.job.abilities: {e}")))?,
     })
 }
 

@@ -25,7 +25,12 @@ const SETTINGS: &str = "-c DateStyle=ISO -c IntervalStyle=postgres -c extra_floa
      -c idle_in_transaction_session_timeout=0 -c default_transaction_read_only=off \
      -c default_transaction_isolation=read\\ committed -c row_security=off -c array_nulls=on \
      -c xmloption=content -c standard_conforming_strings=on -c quote_all_identifiers=off \
-     -c exit_on_error=off -c search_path=";
+     -c exit_on_error=off -c search_path= \
+     -c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3";
+
+/// How often a server looks, in the middle of a statement, whether we are still there. With the
+/// keepalives above, locks of a client that vanished are held for half a minute and not for hours.
+const CHECK_EVERY: &str = "set client_connection_check_interval = '5s'";
 
 /// One place behind a host's name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -239,6 +244,13 @@ async fn settle(session: &mut Session, purpose: Purpose) -> Result<()> {
         }
     }
     session.query(&sql).await?;
+    if session.major_version() >= 14 && purpose == Purpose::Sql {
+        // Not every platform of a server can do it, and refuses then.
+        match session.execute(CHECK_EVERY).await {
+            Err(error) if error.is_closed() => return Err(error),
+            _ => {}
+        }
+    }
     Ok(())
 }
 

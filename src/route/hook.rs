@@ -103,7 +103,7 @@ fn environment(phase: &str, context: &Context, wait: Option<Duration>) -> Vec<(S
     };
     let mut variables = vec![
         ("WALFERRY_PHASE".to_string(), phase.to_string()),
-        ("WALFERRY_JOB".to_string(), context.job.clone()),
+        ("WALFERRY_JOB".to_string(), context.job.to_string()),
         ("WALFERRY_FLIP".to_string(), flip.to_string()),
     ];
     if let Some(wait) = wait {

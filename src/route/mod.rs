@@ -50,7 +50,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Clone, Debug)]
 pub struct Context {
     /// The job's name.
-    pub job: String,
+    pub job: crate::id::JobName,
     /// `Forward` is the cutover to the target, `Reverse` the rollback to the source.
     pub flip: Stream,
     /// Where rows come from in the forward direction.

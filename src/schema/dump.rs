@@ -192,6 +192,25 @@ async fn run(
 /// lowest version that is not below the source's. Lowest, because a later pg_dump may write what
 /// an older target does not understand.
 async fn find(major: u32) -> Result<PgDump> {
+    let found = on_this_machine().await;
+    pick(&found, major).cloned().ok_or_else(|| {
+        let list: Vec<String> =
+            found.iter().map(|d| format!("{} {}", d.path.display(), d.major)).collect();
+        let found = if list.is_empty() { "none".to_string() } else { list.join(", ") };
+        Error::NoPgDump { major, found }
+    })
+}
+
+/// Major versions of the pg_dump programs of this machine, ascending, each once.
+pub async fn pg_dump_versions() -> Vec<u32> {
+    let mut versions: Vec<u32> = on_this_machine().await.iter().map(|d| d.major).collect();
+    versions.sort_unstable();
+    versions.dedup();
+    versions
+}
+
+/// The one in WALFERRY_PG_DUMP alone, else Debian's and those on the PATH.
+async fn on_this_machine() -> Vec<PgDump> {
     let chosen = std::env::var_os("WALFERRY_PG_DUMP").map(PathBuf::from);
     let paths = match chosen {
         Some(path) => vec![path],
@@ -203,12 +222,7 @@ async fn find(major: u32) -> Result<PgDump> {
             found.push(PgDump { path, major });
         }
     }
-    pick(&found, major).cloned().ok_or_else(|| {
-        let list: Vec<String> =
-            found.iter().map(|d| format!("{} {}", d.path.display(), d.major)).collect();
-        let found = if list.is_empty() { "none".to_string() } else { list.join(", ") };
-        Error::NoPgDump { major, found }
-    })
+    found
 }
 
 /// Of equals the first: Debian's versioned directories come before the wrapper on the PATH, which

@@ -16,6 +16,9 @@
 //!    views filled, event triggers last.
 //! 6. `set_sequences` at the cutover.
 //!
+//! Where the role may not keep triggers and foreign keys from acting on applied rows, step 5 leaves
+//! them out and `aside` makes them in the cutover.
+//!
 //! After a crash: each statement of post-data commits together with a row of
 //! `walferry.schema_step`, and pre-data as a whole with another, so a run begun again leaves out
 //! exactly what is done. An index half built is gone with its transaction.
@@ -28,8 +31,9 @@
 //! job runs, indexes built CONCURRENTLY (nobody else works on the target yet).
 //!
 //! - `lex`, `script`, `plan`: pure; tokens, statements, order. - `depend`: views of the source.
-//! - `dump`, `pre`, `post`, `sequence`: the steps above. - `error`: what can go wrong.
+//! - `dump`, `pre`, `post`, `aside`, `sequence`: the steps above. - `error`: what can go wrong.
 
+pub mod aside;
 pub mod depend;
 pub mod dump;
 pub mod error;
@@ -40,7 +44,8 @@ pub mod pre;
 pub mod script;
 pub mod sequence;
 
-pub use dump::{Dump, Options, dump};
+pub use aside::{ASIDE_DDL, build_acting, restore, set_aside, validate};
+pub use dump::{Dump, Options, dump, pg_dump_versions};
 pub use error::Error;
 pub use plan::PostPhase;
 pub use post::{PostOptions, PostProgress, apply_post};

@@ -201,6 +201,43 @@ pub fn other_tables(sql: &str) -> Vec<QualifiedName> {
     other.map_or(Vec::new(), |other| vec![table, other])
 }
 
+/// True for what acts on rows as they are written, or is said of something that does: what must not
+/// be there while rows are applied without the replica role.
+pub fn acts(sql: &str) -> bool {
+    let mut cursor = Cursor::new(sql);
+    if cursor.eat("create") {
+        cursor.eat("or replace");
+        return ["trigger", "constraint trigger", "rule"].iter().any(|what| cursor.eat(what));
+    }
+    if ["trigger", "rule", "constraint"]
+        .iter()
+        .any(|what| Cursor::new(sql).eat(&format!("comment on {what}")))
+    {
+        return true;
+    }
+    if !(cursor.eat("alter table only") || cursor.eat("alter table")) || cursor.name().is_none() {
+        return false;
+    }
+    if cursor.eat("enable") || cursor.eat("disable") {
+        return true;
+    }
+    cursor.eat("add constraint") && cursor.ident().is_some() && cursor.eat("foreign key")
+}
+
+/// Table, name and definition of a foreign key that can be made NOT VALID first: one that is not so
+/// anyway, and not of a partitioned table, which cannot have such before 18.
+pub fn foreign_key(sql: &str) -> Option<(QualifiedName, String, &str)> {
+    let mut cursor = Cursor::new(sql);
+    cursor.eat("alter table only").then_some(())?;
+    let table = cursor.name()?;
+    cursor.eat("add constraint").then_some(())?;
+    let name = cursor.ident()?;
+    let definition = sql.get(cursor.peek()?.start..)?;
+    cursor.eat("foreign key").then_some(())?;
+    let ends = |words: &str| sql.trim_end().to_ascii_uppercase().ends_with(words);
+    (!ends("NOT VALID") && !ends("NOT ENFORCED")).then_some((table, name, definition))
+}
+
 /// Matviews and functions that pg_dump held back to post-data because they need a primary key.
 /// What is built on them has to come after them.
 #[derive(Default)]
@@ -312,6 +349,37 @@ mod tests {
         assert!(steps[0].is_free_of(&steps[1]), "two CREATE INDEX on one table");
         assert!(!steps[0].is_free_of(&steps[2]), "CREATE INDEX beside ADD CONSTRAINT");
         assert!(steps[2].is_free_of(&steps[3]), "different tables");
+    }
+
+    #[test]
+    fn what_acts_on_written_rows_is_told_from_the_rest() {
+        let key =
+            "ALTER TABLE ONLY a.t\n    ADD CONSTRAINT \"f k\" FOREIGN KEY (x) REFERENCES b.u(y)";
+        for sql in [
+            key,
+            "CREATE TRIGGER r BEFORE UPDATE ON public.t EXECUTE FUNCTION f()",
+            "CREATE CONSTRAINT TRIGGER r AFTER UPDATE ON public.t EXECUTE FUNCTION f()",
+            "CREATE RULE r AS ON INSERT TO public.t DO INSTEAD NOTHING",
+            "ALTER TABLE public.t DISABLE TRIGGER r",
+            "ALTER TABLE public.t ENABLE ROW LEVEL SECURITY",
+            "COMMENT ON TRIGGER r ON public.t IS 'x'",
+        ] {
+            assert!(acts(sql), "{sql}");
+        }
+        for sql in [
+            "CREATE POLICY p ON public.t",
+            "CREATE EVENT TRIGGER e ON ddl_command_end EXECUTE FUNCTION f()",
+            "ALTER TABLE public.t ADD CONSTRAINT c CHECK ((a > 0)) NOT VALID",
+            "REFRESH MATERIALIZED VIEW public.m",
+            "COMMENT ON TABLE public.t IS 'x'",
+        ] {
+            assert!(!acts(sql), "{sql}");
+        }
+        let (table, name, definition) = foreign_key(key).unwrap();
+        assert_eq!((table.to_string(), &*name), ("a.t".to_string(), "f k"));
+        assert_eq!(definition, "FOREIGN KEY (x) REFERENCES b.u(y)");
+        assert_eq!(foreign_key(&format!("{key} NOT VALID")), None);
+        assert_eq!(foreign_key(&key.replace(" ONLY", "")), None);
     }
 
     #[test]

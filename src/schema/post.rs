@@ -22,6 +22,8 @@ pub struct PostOptions {
     pub job: String,
     /// Which half.
     pub phase: PostPhase,
+    /// Leave out what acts on written rows; [`super::build_acting`] makes it later.
+    pub postpone_acting: bool,
     /// Sessions at most; 0 counts as 1.
     pub parallel: usize,
     /// maintenance_work_mem of each, in PostgreSQL's notation (`1GB`); the server's own if `None`.
@@ -56,7 +58,10 @@ pub async fn apply_post(
     let bytes = table_bytes(&mut session).await?;
     let known = known_settings(&mut session).await?;
     let mut steps = plan::steps(&dump.post, &bytes)?;
-    steps.retain(|step| step.wave.phase() == options.phase);
+    steps.retain(|step| {
+        let postponed = options.postpone_acting && plan::acts(&step.statement.sql);
+        step.wave.phase() == options.phase && !postponed
+    });
     let total = steps.len();
     steps.retain(|step| !done.contains(&step.id));
     let mut crew = Crew {

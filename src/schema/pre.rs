@@ -15,29 +15,31 @@ const STEP: &str = "pre-data";
 /// nothing if an earlier call for this job did it.
 ///
 /// Schemas that exist are used as they are, settings that the target does not know are left out,
-/// and so are comments on extensions that the role does not own. A refused statement is shown
-/// whole, and nothing of the dump is left behind. Missing roles are named before anything is tried.
-pub async fn apply_pre(session: &mut Session, dump: &Dump, job: &str) -> Result<()> {
+/// and so are comments on extensions, and owners, grants and comments of schemas that were there,
+/// where the role may not change them: those are given back, for someone to be told. Any other
+/// refused statement is shown whole, and nothing of the dump is left behind. Missing roles are
+/// named before anything is tried.
+pub async fn apply_pre(session: &mut Session, dump: &Dump, job: &str) -> Result<Vec<String>> {
     let done = format!(
         "select 1 from walferry.schema_step where job = {} and id = {}",
         quote_literal(job),
         quote_literal(STEP)
     );
     if !session.query(&done).await?.is_empty() {
-        return Ok(());
+        return Ok(Vec::new());
     }
     check_roles(session, dump).await?;
     let known = known_settings(session).await?;
     let schemas = texts(session, "select nspname from pg_catalog.pg_namespace").await?;
     let mut statements = Vec::new();
-    let mut comments = Vec::new();
+    let mut courtesies = Vec::new();
     for statement in script::statements(&dump.pre)? {
         let mut cursor = Cursor::new(&statement.sql);
         if cursor.eat("create schema") && cursor.ident().is_some_and(|s| schemas.contains(&s)) {
             continue;
         }
-        if cursor.eat("comment on extension") {
-            comments.push(statement.sql);
+        if is_courtesy(&statement.sql, &schemas) {
+            courtesies.push(statement.sql);
         } else {
             statements.push(statement);
         }
@@ -45,15 +47,30 @@ pub async fn apply_pre(session: &mut Session, dump: &Dump, job: &str) -> Result<
     let mut sqls = with_settings(statements, &known);
     sqls.push(record(job, STEP));
     transaction(session, &sqls).await?;
-    for comment in comments {
-        // A comment says nothing to a program; owning the extension is too much to ask for it.
-        match session.execute(&comment).await {
-            Err(error) if error.code() == Some("42501") => {}
-            Err(error) => return Err(Error::statement(&comment, error)),
+    let mut refused = Vec::new();
+    for sql in courtesies {
+        match session.execute(&sql).await {
+            Err(error) if error.code() == Some("42501") => refused.push(sql),
+            Err(error) => return Err(Error::statement(&sql, error)),
             Ok(_) => {}
         }
     }
-    Ok(())
+    Ok(refused)
+}
+
+/// What is said of an extension, or of a schema that was there (`public`): nothing that is moved
+/// depends on it, and owning those is too much to ask for it.
+fn is_courtesy(sql: &str, schemas: &HashSet<String>) -> bool {
+    let mut cursor = Cursor::new(sql);
+    if cursor.eat("comment on extension") {
+        return true;
+    }
+    let is_of_schema = if cursor.eat("grant") || cursor.eat("revoke") {
+        cursor.find("on") && cursor.eat("schema")
+    } else {
+        cursor.eat("alter schema") || cursor.eat("comment on schema")
+    };
+    is_of_schema && cursor.ident().is_some_and(|schema| schemas.contains(&schema))
 }
 
 /// `insert` that marks a step as done.

@@ -5,12 +5,12 @@ use crate::catalog::Sequence;
 use crate::id::quote_literal;
 use crate::pg::Session;
 
-/// Sets each sequence on this session's server to where `sequences` stood, and up to `margin`
+/// Sets each sequence on this session's server to where `sequences` stood, and up to `margin` of it
 /// increments further, in its own direction: no more than a 64th of what it has left, so that one
 /// that is nearly used up still gives its last values. Cycling ones exactly, as nothing lies past
 /// every value there.
 ///
-/// `margin` is for values that may be handed out after the position was read; 0 where that cannot
+/// The margin is for values that may be handed out after the position was read; 0 where that cannot
 /// happen. Not transactional, may be repeated, one round trip. If any is missing, none is set and
 /// all missing ones are named.
 ///
@@ -18,7 +18,7 @@ use crate::pg::Session;
 pub async fn set_sequences(
     session: &mut Session,
     sequences: &[Sequence],
-    margin: u32,
+    margin: impl Fn(&Sequence) -> u64,
 ) -> Result<()> {
     if sequences.is_empty() {
         return Ok(());
@@ -29,7 +29,7 @@ pub async fn set_sequences(
             format!(
                 "({}::pg_catalog.text, ({})::pg_catalog.int8, {})",
                 quote_literal(&sequence.name.quoted()),
-                position(sequence, margin),
+                position(sequence, margin(sequence)),
                 sequence.is_called
             )
         })
@@ -59,7 +59,7 @@ pub async fn set_sequences(
 
 /// `last_value` moved on by up to `margin` increments and no more than a 64th of the way to the
 /// bound.
-fn position(sequence: &Sequence, margin: u32) -> i64 {
+fn position(sequence: &Sequence, margin: u64) -> i64 {
     if sequence.cycle || sequence.increment == 0 {
         return sequence.last_value;
     }
@@ -108,7 +108,7 @@ mod tests {
     proptest! {
         #[test]
         fn positions_are_ones_that_the_sequence_can_reach(
-            last in any::<i64>(), increment in any::<i64>(), margin in any::<u32>()
+            last in any::<i64>(), increment in any::<i64>(), margin in any::<u64>()
         ) {
             prop_assume!(increment != 0);
             let moved = position(&sequence(last, increment, i64::MIN, i64::MAX), margin);

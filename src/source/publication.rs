@@ -31,6 +31,8 @@ pub struct Ensured {
 
 /// Makes the publication cover exactly `tables`, all operations, and nothing else.
 ///
+/// One that the role does not own is left as it is if it covers `tables` at least.
+///
 /// A partition may be listed with or without its parents, and a parent stands for all its
 /// partitions. Idempotent: a second call changes nothing. Errors before changing anything:
 /// `Unlogged`, `TablesMissing`, `PublicationForeign`; and `PublicationRefused` for missing rights.
@@ -56,6 +58,12 @@ pub async fn ensure(
         }
         Some(flags) if flags.all_tables => {
             return Err(Error::PublicationForeign { publication: publication.to_string() });
+        }
+        // An administrator's does if it shows enough: what it shows besides is filtered.
+        Some(flags) if flags.as_wanted && !flags.owned => {
+            if missing(session, publication, tables).await?.is_empty() {
+                return Ok(ensured);
+            }
         }
         Some(flags) if flags.as_wanted => {}
         Some(_) => {
@@ -102,9 +110,14 @@ pub async fn missing(
     Ok(wanted.difference(&present).cloned().collect())
 }
 
-/// Drops the publication; `false` if there was none.
+/// Drops the publication; `false` if there was none, or an administrator made it, whose it stays.
 pub async fn drop(session: &mut Session, publication: &str) -> Result<bool> {
-    if flags(session, publication).await?.is_none() {
+    let sql = format!(
+        "select 1 from pg_catalog.pg_publication where pubname = {} \
+         and pg_catalog.pg_has_role(pubowner, 'usage')",
+        quote_literal(publication)
+    );
+    if session.query(&sql).await?.is_empty() {
         return Ok(false);
     }
     let sql = format!("drop publication if exists {}", quote_ident(publication));
@@ -157,18 +170,24 @@ fn set_tables(
 struct Flags {
     all_tables: bool,
     as_wanted: bool,
+    owned: bool,
 }
 
 async fn flags(session: &mut Session, publication: &str) -> Result<Option<Flags>> {
     let sql = format!(
         "select p.puballtables, p.pubinsert and p.pubupdate and p.pubdelete \
            and coalesce((pg_catalog.to_jsonb(p) ->> 'pubtruncate')::bool, true) \
-           and not coalesce((pg_catalog.to_jsonb(p) ->> 'pubviaroot')::bool, false) \
+           and not coalesce((pg_catalog.to_jsonb(p) ->> 'pubviaroot')::bool, false), \
+           pg_catalog.pg_has_role(p.pubowner, 'usage') \
          from pg_catalog.pg_publication p where p.pubname = {}",
         quote_literal(publication)
     );
     match session.query(&sql).await?.first() {
-        Some(row) => Ok(Some(Flags { all_tables: row.bool(0)?, as_wanted: row.bool(1)? })),
+        Some(row) => Ok(Some(Flags {
+            all_tables: row.bool(0)?,
+            as_wanted: row.bool(1)?,
+            owned: row.bool(2)?,
+        })),
         None => Ok(None),
     }
 }

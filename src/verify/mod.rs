@@ -22,6 +22,10 @@
 //! connection), with md5() otherwise (a quarter of that). Either way a bucket's sum is of 64-bit
 //! hashes: the chance that it hides a difference is 1 in 2^64.
 //!
+//! A snapshot does not outlive its table's file: of a table truncated or rewritten since it shows
+//! no rows, and no error. So each scan locks its table and compares the file the snapshot knows
+//! with the one there; a table whose file is new is handed back to the caller for new snapshots.
+//!
 //! "Equal" is what COPY would print, not what `=` says: 1.0 and 1.00 differ, 0 and -0 too.
 //!
 //! Nothing is written, so nothing survives a crash: run it again. Table locks (ACCESS SHARE) are
@@ -187,6 +191,16 @@ pub enum Error {
         /// The table.
         table: QualifiedName,
     },
+    /// New snapshots do not help: the tables are rewritten faster than they are read.
+    #[error(
+        "truncated or rewritten on either side again and again while it was compared: {}; run \
+         verify again when that has ended, everything else was compared",
+        .tables.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+    )]
+    Rewritten {
+        /// The tables.
+        tables: Vec<QualifiedName>,
+    },
     /// A worker task ended without an answer.
     #[error("a comparing task failed: {0}")]
     Task(String),
@@ -198,6 +212,7 @@ impl Faulty for Error {
             Error::Pg(error) => error.fault(),
             Error::Table { source, .. } => source.fault(),
             Error::Snapshot { .. } => Fault::Retry,
+            Error::Rewritten { .. } => Fault::Stop,
             Error::Inconsistent { .. } | Error::Task(_) => Fault::Bug,
         }
     }

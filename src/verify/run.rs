@@ -10,7 +10,7 @@ use crate::fault::{Fault, Faulty};
 use crate::id::{QualifiedName, quote_literal};
 use crate::pg::{self, Purpose, Session};
 
-use super::family::{Catalog, Family, Piece, families, pieces};
+use super::family::{Catalog, Family, Piece, Scan, families, pieces};
 use super::fingerprint::{Expressions, Fingerprint, scan};
 use super::render::{Dialect, Types};
 use super::report::{Report, TableReport};
@@ -43,6 +43,8 @@ struct FamilyState {
     pending: usize,
     source: Fingerprint,
     target: Fingerprint,
+    /// One of its tables has another file than the snapshot knows.
+    rewritten: bool,
     report: Option<TableReport>,
 }
 
@@ -84,8 +86,8 @@ async fn work(shared: Arc<Shared>, pair: Option<Pair>) -> Result<()> {
     };
     loop {
         let Some(piece) = shared.lock().queue.pop_front() else { return Ok(()) };
-        let (source, target) = pair.scan(&shared, &piece).await?;
-        if let Some((source, target)) = shared.add(&piece, source, target) {
+        let scanned = pair.scan(&shared, &piece).await?;
+        if let Some((source, target)) = shared.add(&piece, scanned) {
             let report = pair.judge(&shared, piece.family, &source, &target).await?;
             shared.finish(piece.family, report);
         }
@@ -132,13 +134,15 @@ impl Shared {
         Some(Expressions::new(family, family.half(end)?, types, dialect))
     }
 
-    /// Adds the result of a piece; gives the sums once the family has no piece left.
+    /// Adds the result of a piece (`None`: the table was rewritten); gives the sums once the family
+    /// has no piece left, if they are of all rows.
     fn add(
         &self,
         piece: &Piece,
-        source: Fingerprint,
-        target: Fingerprint,
+        scanned: Option<(Fingerprint, Fingerprint)>,
     ) -> Option<(Fingerprint, Fingerprint)> {
+        let rewritten = scanned.is_none();
+        let (source, target) = scanned.unwrap_or_default();
         let (progress, sums) = {
             let mut state = self.lock();
             state.progress.rows += source.rows();
@@ -149,9 +153,10 @@ impl Shared {
             let progress = state.progress.clone();
             let family = state.families.get_mut(piece.family)?;
             family.pending -= 1;
+            family.rewritten |= rewritten;
             family.source.add(source);
             family.target.add(target);
-            let sums = (family.pending == 0)
+            let sums = (family.pending == 0 && !family.rewritten)
                 .then(|| (std::mem::take(&mut family.source), std::mem::take(&mut family.target)));
             (progress, sums)
         };
@@ -159,11 +164,12 @@ impl Shared {
         sums
     }
 
-    fn finish(&self, family: usize, report: TableReport) {
+    fn finish(&self, family: usize, report: Option<TableReport>) {
         let progress = {
             let mut state = self.lock();
             if let Some(state) = state.families.get_mut(family) {
-                state.report = Some(report);
+                state.rewritten = report.is_none();
+                state.report = report;
             }
             state.progress.tables += 1;
             if let Some(family) = self.families.get(family) {
@@ -181,7 +187,12 @@ impl Shared {
     }
 
     fn report(&self) -> Report {
-        Report::new(self.lock().families.iter_mut().filter_map(|f| f.report.take()).collect())
+        let mut state = self.lock();
+        let ended = self.families.iter().zip(&state.families);
+        let rewritten = ended.filter(|(_, f)| f.rewritten).map(|(family, _)| family.name.clone());
+        let rewritten = rewritten.collect();
+        let tables = state.families.iter_mut().filter_map(|f| f.report.take()).collect();
+        Report::new(tables, rewritten)
     }
 }
 
@@ -220,22 +231,48 @@ impl Pair {
         Ok((dialect(&encodings.0), dialect(&encodings.1)))
     }
 
-    async fn scan(&mut self, shared: &Shared, piece: &Piece) -> Result<(Fingerprint, Fingerprint)> {
-        let run = async |session: &mut Session, end, scan_of: Option<&_>, snapshot: bool| {
+    /// `None` where a table was rewritten since the snapshot.
+    async fn scan(
+        &mut self,
+        shared: &Shared,
+        piece: &Piece,
+    ) -> Result<Option<(Fingerprint, Fingerprint)>> {
+        let run = async |session: &mut Session, end, scan_of: Option<&Scan>, snapshot: bool| {
             let (Some(expressions), Some(of)) = (shared.expressions(piece.family, end), scan_of)
             else {
-                return Ok(Fingerprint::default());
+                return Ok::<_, Error>(Some(Fingerprint::default()));
             };
-            let fingerprint = scan(session, end, &expressions, of).await?;
+            let whole = !snapshot || is_whole(session, end, &of.table).await?;
+            let fingerprint = match whole {
+                true => Some(scan(session, end, &expressions, of).await?),
+                false => None,
+            };
             release(session, snapshot).await?;
             Ok(fingerprint)
         };
         let snapshots =
             (shared.options.source.snapshot.is_some(), shared.options.target.snapshot.is_some());
-        tokio::try_join!(
+        let (source, target) = tokio::try_join!(
             run(&mut self.source, End::Source, piece.source.as_ref(), snapshots.0),
             run(&mut self.target, End::Target, piece.target.as_ref(), snapshots.1),
-        )
+        )?;
+        Ok(source.zip(target))
+    }
+
+    /// Locks all tables of a family; false if one of them was rewritten since the snapshot.
+    async fn are_whole(&mut self, shared: &Shared, family: &Family) -> Result<bool> {
+        let options = &shared.options;
+        for (session, end, side) in [
+            (&mut self.source, End::Source, &options.source),
+            (&mut self.target, End::Target, &options.target),
+        ] {
+            for leaf in family.half(end).into_iter().flat_map(|half| &half.leaves) {
+                if side.snapshot.is_some() && !is_whole(session, end, &leaf.name).await? {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
     }
 
     async fn judge(
@@ -244,7 +281,7 @@ impl Pair {
         index: usize,
         source: &Fingerprint,
         target: &Fingerprint,
-    ) -> Result<TableReport> {
+    ) -> Result<Option<TableReport>> {
         let Some(family) = shared.families.get(index) else {
             return Err(Error::Task(format!("no family {index}")));
         };
@@ -266,6 +303,10 @@ impl Pair {
         let buckets = source.differing(target);
         match &ends {
             (Some(ours), Some(theirs)) if !buckets.is_empty() => {
+                if !self.are_whole(shared, family).await? {
+                    self.release(&shared.options).await?;
+                    return Ok(None);
+                }
                 let sessions = (&mut self.source, &mut self.target);
                 let limit = shared.options.keys_limit;
                 let expressions = (ours, theirs);
@@ -287,13 +328,33 @@ impl Pair {
         }
         report.sort_keys();
         report.equal = report.differing == 0 && report.problems.is_empty();
-        Ok(report)
+        Ok(Some(report))
     }
 
     async fn release(&mut self, options: &Options) -> Result<()> {
         release(&mut self.source, options.source.snapshot.is_some()).await?;
         release(&mut self.target, options.target.snapshot.is_some()).await
     }
+}
+
+/// Locks the table, so that nobody can rewrite it any more, and looks whether somebody has since
+/// the snapshot was taken (TRUNCATE, ALTER TYPE, CLUSTER). In the new file the snapshot may see no
+/// rows, and no error says so; pg_class as the snapshot sees it names the file before.
+async fn is_whole(session: &mut Session, end: End, table: &QualifiedName) -> Result<bool> {
+    let sql = format!(
+        "lock table only {0} in access share mode; \
+         select c.relfilenode = pg_catalog.pg_relation_filenode(c.oid) \
+         from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+         where n.nspname = {1} and c.relname = {2}",
+        table.quoted(),
+        quote_literal(&table.schema),
+        quote_literal(&table.name)
+    );
+    let rows = session.query(&sql).await.map_err(|e| table_error(table, end, e))?;
+    Ok(match rows.first() {
+        Some(row) => row.opt(0)? == Some("t"),
+        None => false,
+    })
 }
 
 /// Gives table locks back while the transaction goes on, so that a comparison of hours does not
@@ -323,10 +384,6 @@ async fn open(side: &Side, end: End) -> Result<Session> {
         settings.push_str("set client_encoding = 'SQL_ASCII';");
     }
     session.execute(&settings).await?;
-    if major_version >= 14 {
-        // Not available on every platform, and not needed for a right answer.
-        let _ = session.execute("set client_connection_check_interval = '5s'").await;
-    }
     if let Some(snapshot) = &side.snapshot {
         let begin = format!(
             "begin isolation level repeatable read read only; set transaction snapshot {}; \

@@ -226,10 +226,11 @@ async fn every_missing_right_is_found_with_its_grant() {
             .map(|f| f.code)
             .collect();
         errors.sort_unstable();
-        let both = ["create-right", "origin-right", "replica-role-right", "replication-right"];
+        let both = ["create-right", "replication-right"];
         let mut expected: Vec<&str> = both.to_vec();
         if side == Source {
-            expected.extend(["owner-right", "row-security", "select-right", "sequence-right"]);
+            expected = vec!["publication-right", "replication-right", "row-security"];
+            expected.extend(["select-right", "sequence-right"]);
         }
         expected.sort_unstable();
         assert_eq!(errors, expected, "{side}");
@@ -237,7 +238,7 @@ async fn every_missing_right_is_found_with_its_grant() {
     let profile = find(&report, "profile", "role mover").message.clone();
     assert!(profile.contains("neither"), "{profile}");
     find(&report, "stats-right", "pg_read_all_stats");
-    find(&report, "owner-right", "role owner");
+    find(&report, "write-right", "role mover");
     // Everything printed, run once, makes it ready.
     for finding in report.findings.iter().filter(|f| f.fix.is_some() && f.side != Side::Here) {
         world.mend(finding).await;
@@ -250,7 +251,7 @@ async fn every_missing_right_is_found_with_its_grant() {
 }
 
 #[tokio::test]
-async fn a_refused_replication_connection_is_told_from_a_missing_right() {
+async fn peerdb_1118_a_refused_replication_connection_is_told_from_a_missing_right() {
     let world = World::new(&[], &[]);
     // All walsenders taken.
     let config = world.config(Source, "postgres");

@@ -12,6 +12,9 @@ use walferry::pg::Session;
 
 use crate::support;
 
+mod beside;
+mod wal2json;
+
 /// The messages a slot holds, as pgoutput gives them with these options.
 async fn peek(session: &mut Session, options: &str) -> Vec<(Lsn, Bytes)> {
     let sql = format!(

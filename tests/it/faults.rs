@@ -184,7 +184,7 @@ async fn flows(job: &Move, from: &Server, to: &Server, id: u32) {
 /// Writers are not stopped on this side.
 fn no_fence(server: &Server) {
     let seals =
-        "select count(*) from pg_trigger where tgname = 'walferry_seal' and tgenabled <> 'D'";
+        "select count(*) from pg_trigger where tgname ~ '^walferry_seal' and tgenabled <> 'D'";
     assert_eq!(server.psql("app", seals).unwrap(), "0");
     server
         .psql(

@@ -17,14 +17,14 @@ async fn moving(majors: (u32, u32), rate: f64) -> (Ends, Writer) {
     (ends, writer)
 }
 
-async fn writer(uri: &str, rate: f64, first_writer: i32) -> Writer {
+pub async fn writer(uri: &str, rate: f64, first_writer: i32) -> Writer {
     let options = Options { tx_per_second: Some(rate), first_writer, ..Options::new(uri) };
     Writer::start(options).await.unwrap()
 }
 
 /// Both sides are the same row by row, the application's own promises hold, and each acknowledged
 /// transaction is there once.
-async fn assert_exact(ends: &Ends, reports: &[&Report]) {
+pub async fn assert_exact(ends: &Ends, reports: &[&Report]) {
     let comparison = compare(&ends.source_uri(), &ends.target_uri()).await.unwrap();
     // Sequences are set at a flip; until then, and after one, the idle side's are behind.
     let rows = comparison.differences.iter().filter(|line| !line.starts_with("sequence "));
@@ -40,7 +40,7 @@ async fn assert_exact(ends: &Ends, reports: &[&Report]) {
 }
 
 /// No sequence of `live` gives a value that `old` has given.
-async fn sequences_are_past(old: &str, live: &str) {
+pub async fn sequences_are_past(old: &str, live: &str) {
     let comparison = compare(old, live).await.unwrap();
     let behind = comparison.differences.iter().filter(|line| line.starts_with("sequence "));
     assert_eq!(behind.collect::<Vec<_>>(), Vec::<&String>::new());

@@ -135,6 +135,7 @@ fn post(phase: PostPhase) -> PostOptions {
     PostOptions {
         job: "j".to_string(),
         phase,
+        postpone_acting: false,
         parallel: 3,
         maintenance_work_mem: Some("32MB".to_string()),
     }
@@ -364,9 +365,9 @@ async fn sequences_are_set_past_every_value_handed_out() {
         .unwrap();
     let mut source = support::session(&server, "source").await;
     let read = sequences(&mut source).await.unwrap();
-    schema::set_sequences(&mut target, &read, 0).await.unwrap();
+    schema::set_sequences(&mut target, &read, |_| 0).await.unwrap();
     assert_eq!(sequences(&mut target).await.unwrap(), read);
-    schema::set_sequences(&mut target, &read, 10).await.unwrap();
+    schema::set_sequences(&mut target, &read, |_| 10).await.unwrap();
     let next = |name: &str| server.psql("target", &format!("select nextval('{name}')"));
     assert_eq!(next("up").unwrap(), "37");
     assert_eq!(next("fresh").unwrap(), "17");
@@ -376,7 +377,7 @@ async fn sequences_are_set_past_every_value_handed_out() {
     assert!(next("full").unwrap_err().to_string().contains("reached maximum value"));
     let before = sequences(&mut target).await.unwrap();
     target.execute("drop sequence public.fresh").await.unwrap();
-    let error = schema::set_sequences(&mut target, &read, 0).await.unwrap_err().to_string();
+    let error = schema::set_sequences(&mut target, &read, |_| 0).await.unwrap_err().to_string();
     assert!(error.contains("lacks sequences: \"public\".\"fresh\""), "{error}");
     let after = sequences(&mut target).await.unwrap();
     assert!(after.iter().all(|sequence| before.contains(sequence)), "none may be set");

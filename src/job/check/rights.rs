@@ -1,5 +1,9 @@
 //! What the roles may do, and the GRANT for each thing they may not.
 //!
+//! What cannot be done without is an error. Replication origins and session_replication_role can:
+//! then what is written is marked by a row, and triggers and foreign keys are set aside by their
+//! owner, of which this tells.
+//!
 //! Three profiles (see the design's table of rights): superuser; owner with REPLICATION; a managed
 //! service's role that is neither. Since the way back is armed before the switch, each side needs
 //! the rights of both ends of a stream.
@@ -44,7 +48,7 @@ impl Check<'_> {
         }
         for side in [Side::Source, Side::Target] {
             let end = self.end(side);
-            let mut found = database(end).await?;
+            let mut found = Vec::new();
             // The one that writes: the target, and the source on the way back.
             if side == Side::Target || reverse {
                 found.extend(replica_role(end).await?);
@@ -54,10 +58,10 @@ impl Check<'_> {
         }
         let names: Vec<String> =
             self.tables.iter().map(|t| quote_literal(&t.oid.to_string())).collect();
-        if !self.source.facts.superuser && !names.is_empty() {
-            let found = tables(&mut self.source, &names.join(","), reverse).await;
-            self.take(Side::Source, "rights on tables", found)?;
-        }
+        let found = self.source_objects(&names.join(",")).await;
+        self.take(Side::Source, "rights on tables", found)?;
+        let found = database(&mut self.target).await;
+        self.take(Side::Target, "rights on the database", found)?;
         if !self.source.facts.superuser {
             let found = sequences(&mut self.source).await;
             self.take(Side::Source, "rights on sequences", found)?;
@@ -65,6 +69,29 @@ impl Check<'_> {
             self.take(Side::Source, "pg_stat_activity", found)?;
         }
         Ok(())
+    }
+
+    /// Publication and schema walferry, by the role's own rights where it owns the tables, given by
+    /// an administrator where it does not.
+    async fn source_objects(&mut self, oids: &str) -> pg::Result<Vec<Finding>> {
+        if self.source.facts.superuser {
+            return Ok(Vec::new());
+        }
+        let reverse = self.options.reverse;
+        let oids = if oids.is_empty() { "null" } else { oids };
+        let (not_owned, mut findings) = tables(&mut self.source, oids, reverse).await?;
+        let given = self.given(oids).await?;
+        // Only their owners can set aside what would act on the way back's rows.
+        let owns = not_owned.is_empty();
+        if owns || !given.acting.is_empty() {
+            findings.extend(not_owned);
+            if !(given.schema && given.published) {
+                findings.extend(database(&mut self.source).await?);
+            }
+        } else {
+            findings.extend(self.not_given(&given).await?);
+        }
+        Ok(findings)
     }
 
     pub(super) fn end(&mut self, side: Side) -> &mut End {
@@ -123,7 +150,7 @@ async fn replication(end: &End) -> Option<Finding> {
     })
 }
 
-/// Schema `walferry` on both sides, the moved schemas on the target, a publication on the source.
+/// For schema `walferry`, the moved schemas on the target, a publication on the source.
 async fn database(end: &mut End) -> pg::Result<Vec<Finding>> {
     let sql = "select pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create')";
     if end.session.query_one(sql, &[]).await?.bool(0)? {
@@ -150,18 +177,23 @@ async fn replica_role(end: &mut End) -> pg::Result<Option<Finding>> {
     };
     end.session.execute("rollback").await?;
     let role = quote_ident(&end.facts.role);
-    let fix = if end.major_version() >= 15 {
-        format!("GRANT SET ON PARAMETER session_replication_role TO {role};")
-    } else {
-        format!("ALTER ROLE {role} SUPERUSER;")
+    // So that they do not act on applied changes.
+    let how = match end.side {
+        Side::Source => {
+            "from the cutover on, and for as long as it is the old side, its triggers and rules \
+             are disabled and its foreign keys dropped; rollback and finish bring them back as \
+             they were"
+        }
+        _ => "triggers, rules and foreign keys are made there in the cutover only",
     };
-    let message = format!(
-        "role {} may not set it, so triggers and foreign keys would act on applied changes: \
-         {error}",
-        end.facts.role
-    );
+    let message = format!("role {} may not set it ({error}): {how}", end.facts.role);
     let name = "session_replication_role";
-    Ok(Some(Finding::error(end.side, "replica-role-right", name, message).fix(fix)))
+    let finding = Finding::info(end.side, "replica-role-right", name, message);
+    Ok(Some(if end.major_version() >= 15 {
+        finding.fix(format!("GRANT SET ON PARAMETER session_replication_role TO {role};"))
+    } else {
+        finding
+    }))
 }
 
 async fn origins(end: &mut End) -> pg::Result<Option<Finding>> {
@@ -171,13 +203,13 @@ async fn origins(end: &mut End) -> pg::Result<Option<Finding>> {
     let role = quote_ident(&end.facts.role);
     let object = "replication origin functions";
     let message = format!(
-        "role {} may not use them: they keep progress exact, and what walferry writes apart from \
-         what the application writes",
+        "role {} may not use them: what walferry writes is told from what applications write by a \
+         row of walferry.progress at the head of each transaction",
         end.facts.role
     );
-    let finding = Finding::error(end.side, "origin-right", object, message);
+    let finding = Finding::info(end.side, "origin-right", object, message);
     if end.major_version() < 14 {
-        return Ok(Some(finding.fix(format!("ALTER ROLE {role} SUPERUSER;"))));
+        return Ok(Some(finding));
     }
     let list: Vec<String> = ORIGIN_FUNCTIONS.iter().map(|f| quote_literal(f)).collect();
     let sql = format!(
@@ -194,8 +226,13 @@ async fn origins(end: &mut End) -> pg::Result<Option<Finding>> {
     Ok((!grants.is_empty()).then(|| finding.fix(grants.join("\n"))))
 }
 
-/// Publishing a table takes its owner's rights, copying it SELECT.
-async fn tables(end: &mut End, oids: &str, reverse: bool) -> pg::Result<Vec<Finding>> {
+/// Publishing a table takes its owner's rights, copying it SELECT. What is missing of the first,
+/// and of the second.
+async fn tables(
+    end: &mut End,
+    oids: &str,
+    reverse: bool,
+) -> pg::Result<(Vec<Finding>, Vec<Finding>)> {
     let sql = format!(
         "select n.nspname, c.relname, o.rolname, pg_catalog.pg_has_role(c.relowner, 'usage'), \
          pg_catalog.has_schema_privilege(n.oid, 'usage') \
@@ -222,15 +259,13 @@ async fn tables(end: &mut End, oids: &str, reverse: bool) -> pg::Result<Vec<Find
             hidden.push(name);
         }
     }
-    Ok(judge_tables(end, &not_owned, &not_read, &hidden, reverse))
+    Ok((judge_owners(end, &not_owned, reverse), judge_tables(end, &not_read, &hidden)))
 }
 
-/// Tables not owned by owner, tables not readable by schema, and tables with rows hidden.
-fn judge_tables(
+/// Tables not owned, by owner.
+fn judge_owners(
     end: &End,
     not_owned: &BTreeMap<String, Vec<String>>,
-    not_read: &BTreeMap<String, Vec<String>>,
-    hidden: &[String],
     reverse: bool,
 ) -> Vec<Finding> {
     let role = quote_ident(&end.facts.role);
@@ -242,6 +277,17 @@ fn judge_tables(
         let object = format!("role {owner}");
         findings.push(Finding::error(end.side, "owner-right", object, message).fix(fix));
     }
+    findings
+}
+
+/// Tables not readable by schema, and tables with rows hidden.
+fn judge_tables(
+    end: &End,
+    not_read: &BTreeMap<String, Vec<String>>,
+    hidden: &[String],
+) -> Vec<Finding> {
+    let role = quote_ident(&end.facts.role);
+    let mut findings = Vec::new();
     for (schema, names) in not_read {
         let message = format!("no SELECT on {}", some(names));
         let schema_quoted = quote_ident(schema);

@@ -42,6 +42,7 @@ const LEFTOVERS: &str = "select 'slot', slot_name::text, coalesce(active_pid, 0)
      union all select 'publication', pubname::text, 0, \
      'DROP PUBLICATION ' || pg_catalog.quote_ident(pubname) || ';' \
      from pg_catalog.pg_publication where pubname = any (array[$names$]) \
+     and pg_catalog.pg_has_role(pubowner, 'usage') \
      union all select 'replication origin', roname, 0, \
      'SELECT pg_replication_origin_drop(' || pg_catalog.quote_literal(roname) || ');' \
      from pg_catalog.pg_replication_origin where roname = any (array[$names$])";

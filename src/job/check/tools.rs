@@ -1,20 +1,12 @@
 //! Programs walferry runs on this machine.
 
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
-
 use super::{Check, Finding, Side};
 
 impl Check<'_> {
     /// A pg_dump that can read the source: of the same major version or newer.
     pub(super) async fn tools(&mut self) {
         let source = self.source.major_version();
-        let mut versions = Vec::new();
-        for path in candidates() {
-            versions.extend(version_of(&path).await);
-        }
-        versions.sort_unstable();
-        versions.dedup();
+        let versions = crate::schema::pg_dump_versions().await;
         self.findings.extend(judge(&versions, source));
     }
 }
@@ -34,35 +26,6 @@ fn judge(versions: &[u32], source: u32) -> Option<Finding> {
         list.join(", ")
     );
     Some(Finding::error(Side::Here, "pg-dump-old", "pg_dump", message).fix(fix))
-}
-
-/// The one in WALFERRY_PG_DUMP alone, else Debian's and those on the PATH.
-fn candidates() -> Vec<PathBuf> {
-    if let Some(path) = std::env::var_os("WALFERRY_PG_DUMP") {
-        return vec![PathBuf::from(path)];
-    }
-    let mut paths = Vec::new();
-    if let Ok(entries) = std::fs::read_dir("/usr/lib/postgresql") {
-        paths.extend(entries.flatten().map(|entry| entry.path().join("bin/pg_dump")));
-    }
-    if let Some(path) = std::env::var_os("PATH") {
-        paths.extend(std::env::split_paths(&path).map(|dir| dir.join("pg_dump")));
-    }
-    paths.retain(|path| path.is_file());
-    paths
-}
-
-async fn version_of(path: &Path) -> Option<u32> {
-    let output = tokio::process::Command::new(path)
-        .arg("--version")
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output()
-        .await
-        .ok()?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let version = text.split_once("(PostgreSQL)")?.1.trim_start();
-    version.chars().take_while(char::is_ascii_digit).collect::<String>().parse().ok()
 }
 
 #[cfg(test)]

@@ -166,3 +166,40 @@ async fn akingundogdu_no_sequence_gives_a_value_twice() {
     assert_eq!(take(&stage.ends.target_uri(), "round", 4).await, [9, 10, 1, 2]);
     stage.end().await;
 }
+
+/// Clients that only take values are held by no fence; those of a large CACHE take a block each.
+#[tokio::test(flavor = "multi_thread")]
+async fn sequences_are_past_every_value_taken_during_a_long_switch() {
+    let ends = super::Ends::start(15, 15);
+    let sequences = "create sequence public.busy; create sequence public.blocks cache 5000";
+    ends.source.psql("app", sequences).unwrap();
+    let stage = Stage::of(ends).await;
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let mut clients = Vec::new();
+    for name in ["busy", "busy", "blocks", "blocks"] {
+        let (stopped, mut client) = (stop.clone(), session(&stage.ends.source_uri()).await);
+        let sql = format!("select max(nextval('public.{name}')) from generate_series(1, 100)");
+        clients.push(tokio::spawn(async move {
+            let mut last = 0_i64;
+            while !stopped.load(std::sync::atomic::Ordering::SeqCst) {
+                last = client.query(&sql).await.unwrap()[0].parse(0).unwrap();
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+            (name, last)
+        }));
+    }
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    let hook = "hook:if [ $WALFERRY_PHASE = switch ]; then sleep 1; fi";
+    stage.ends.done(&["cutover", "--route", hook]).await;
+    stop.store(true, std::sync::atomic::Ordering::SeqCst);
+    let mut last: std::collections::BTreeMap<&str, i64> = Default::default();
+    for client in clients {
+        let (name, value) = client.await.unwrap();
+        last.entry(name).and_modify(|last| *last = value.max(*last)).or_insert(value);
+    }
+    for (name, last) in last {
+        let next = take(&stage.ends.target_uri(), name, 1).await[0];
+        assert!(next > last, "{name}: the source gave {last}, the target {next}");
+    }
+    stage.end().await;
+}

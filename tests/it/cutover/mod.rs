@@ -4,6 +4,7 @@ mod fence;
 mod gates;
 mod kills;
 mod modes;
+mod neighbours;
 mod stragglers;
 mod undo;
 

@@ -186,9 +186,9 @@ async fn vitess_16794_a_way_back_that_does_not_work_is_found_before_the_switch()
     load.more(5).await;
     let refuse = "create function public.no() returns trigger language plpgsql as \
                   'begin raise exception ''may not''; end'; \
-                  create trigger no before insert or update on walferry.canary \
+                  create trigger no before insert or update on walferry.canary_main \
                   for each row execute function public.no(); \
-                  alter table walferry.canary enable replica trigger no";
+                  alter table walferry.canary_main enable replica trigger no";
     stage.ends.source.psql("app", refuse).unwrap();
     let said = fails(&mut stage, &load, &["cutover"], "the reverse stream is not proven").await;
     assert!(said.contains("walferry status"), "{said}");

@@ -132,27 +132,6 @@ async fn transactions_of_a_skipped_origin_leave_only_their_position() {
 }
 
 #[tokio::test]
-async fn origin_none_leaves_out_at_the_server_all_that_was_replicated_to_it() {
-    let mut rig = Rig::new(&[], "create table public.t (id int primary key)", &["t"]).await;
-    if rig.sql.major_version() < 16 {
-        return; // Not offered; skip_origins does it in the reader.
-    }
-    let options = StreamOptions { origin_none: true, ..rig.options() };
-    let counters = options.counters.clone();
-    let mut reader = Reader::start(&rig.config, options, BUFFER).await;
-    rig.sql.execute("select pg_replication_origin_create('elsewhere')").await.unwrap();
-    rig.sql.execute("select pg_replication_origin_session_setup('elsewhere')").await.unwrap();
-    rig.sql.execute("insert into public.t values (1)").await.unwrap();
-    rig.sql.execute("select pg_replication_origin_session_reset()").await.unwrap();
-    rig.sql.execute("insert into public.t values (2)").await.unwrap();
-    rig.mark().await;
-    assert_eq!(shown(&reader.until_mark().await), [["I t (2)"]]);
-    let table = counters.tables()[&walferry::id::QualifiedName::new("public", "t")];
-    assert_eq!((table.decoded, table.filtered), (1, 0));
-    reader.end().await.unwrap();
-}
-
-#[tokio::test]
 async fn etl_429_the_slot_moves_on_while_only_unpublished_tables_change() {
     let ddl = "create table public.t (id int primary key); create table public.other (id int)";
     let mut rig = Rig::new(&[], ddl, &["t"]).await;

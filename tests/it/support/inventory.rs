@@ -28,6 +28,7 @@ const QUERIES: &[&str] = &[
     "'trigger', tgrelid::regclass, tgname, tgenabled from pg_trigger where not tgisinternal",
     "'internal trigger', tgrelid::regclass, tgfoid::regproc, tgtype, tgenabled from pg_trigger \
      where tgisinternal",
+    "'rule', ev_class::regclass, rulename, ev_enabled from pg_rewrite where rulename <> '_RETURN'",
     "'event trigger', evtname, evtenabled from pg_event_trigger",
     "'constraint', conrelid::regclass, conname, convalidated from pg_constraint \
      where conrelid <> 0",
@@ -76,10 +77,27 @@ impl Inventory {
         gone.chain(come).collect()
     }
 
+    /// What acts on rows as they are written: triggers, a foreign key's own among them, and
+    /// constraints. The same on both sides of a move. (18 has constraints for NOT NULL.)
+    fn acting(&self) -> BTreeSet<&str> {
+        let kinds = ["rule ", "trigger ", "internal trigger ", "constraint "];
+        let things = self.things.iter().map(String::as_str);
+        let acting = things.filter(|thing| kinds.iter().any(|kind| thing.starts_with(kind)));
+        acting.filter(|t| !t.starts_with("constraint pg_") && !t.ends_with("_not_null t")).collect()
+    }
+
+    /// Where `other` differs in what acts, walferry's own (its tables, a fence's seal) left out.
+    pub fn acts_unlike(&self, other: &Inventory) -> Vec<String> {
+        let (ours, theirs) = (self.acting(), other.acting());
+        let differ = ours.symmetric_difference(&theirs);
+        differ.filter(|t| !t.contains("walferry")).map(ToString::to_string).collect()
+    }
+
     /// What a job may leave on a target: without the moved tables and their kin, which are the
     /// point. Only what names walferry, and whatever belongs to the whole server.
     pub fn leftovers(&self, after: &Inventory) -> Vec<String> {
-        let moved = ["relation", "trigger", "internal", "constraint", "function", "type", "schema"];
+        let moved =
+            ["relation", "rule", "trigger", "internal", "constraint", "function", "type", "schema"];
         let mut found = self.diff(after);
         found.retain(|thing| {
             let kind = thing.split(' ').nth(1).unwrap_or_default();

@@ -1,0 +1,84 @@
+//! Triggers, rules and foreign keys around a switch, on a side whose role cannot keep them from
+//! acting on applied rows (see `schema::aside`). The side that becomes live gets its own back
+//! before the switch, the side that will be written by the stream has its set aside in the fence's
+//! own transaction, and undoing turns both round.
+
+use std::time::Duration;
+
+use super::Result;
+use crate::catalog::{self, Selection};
+use crate::id::{QualifiedName, Stream};
+use crate::pg::{Config, Purpose, Session};
+use crate::route::Context;
+use crate::schema::{self, Dump};
+
+/// A reader that keeps a foreign key from being dropped is waited for so long.
+const READER_WAIT: Duration = Duration::from_secs(3);
+
+/// What a flip has to do about them. Nothing, where both roles may set the replica role.
+#[derive(Clone, Debug, Default)]
+pub struct Rules {
+    /// The live side's have to be set aside before the stream writes there.
+    pub live: bool,
+    /// The other side's are set aside, or not built yet.
+    pub dest: bool,
+    /// The job they are noted under.
+    pub job: String,
+    /// Its tables.
+    pub selection: Selection,
+    /// Where those that are not built yet are found.
+    pub dump: Option<Dump>,
+}
+
+impl Rules {
+    /// Everything acts on `dest` as its owner wants it. Foreign keys are validated later.
+    pub(super) async fn wake_dest(&self, dest: &mut Session) -> Result<()> {
+        if self.dest {
+            schema::restore(dest, &self.job).await?;
+            if let Some(dump) = &self.dump {
+                schema::build_acting(dest, dump, &self.job).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing acts on the live side any more, once the session's transaction has committed.
+    pub(super) async fn silence_live(
+        &self,
+        live: &mut Session,
+        tables: &[QualifiedName],
+    ) -> Result<()> {
+        if self.live {
+            schema::set_aside(live, &self.job, tables).await?;
+        }
+        Ok(())
+    }
+
+    /// The stream goes on writing to the other side: nothing may act there.
+    pub async fn silence_dest(&self, context: &Context) -> Result<()> {
+        let dest = match context.flip {
+            Stream::Forward => &context.target,
+            Stream::Reverse => &context.source,
+        };
+        if self.dest { silence(dest, &self.job, &self.selection).await } else { Ok(()) }
+    }
+
+    /// Applications go on writing to the live side.
+    pub(super) async fn wake_live(&self, live: &Config) -> Result<()> {
+        if self.live {
+            let mut session = Session::connect(live, Purpose::Sql).await?;
+            schema::restore(&mut session, &self.job).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Sets aside what would act on rows that a stream writes to this side.
+async fn silence(side: &Config, job: &str, selection: &Selection) -> Result<()> {
+    let mut session = Session::connect(side, Purpose::Sql).await?;
+    session.execute(&format!("set lock_timeout = {}", READER_WAIT.as_millis())).await?;
+    let tables = catalog::tables(&mut session, selection).await?;
+    let tables: Vec<QualifiedName> = tables.into_iter().map(|table| table.name).collect();
+    schema::set_aside(&mut session, job, &tables).await?;
+    Ok(())
+}

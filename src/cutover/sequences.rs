@@ -1,0 +1,116 @@
+//! Sequences of the side to come, past every value that the live side hands out.
+//!
+//! nextval asks no fence: a client that only takes values goes on taking them while writers wait,
+//! up to the moment it is led to the other side. So each sequence is set further than it stood when
+//! it was read, by what clients may take in the longest time that a switch may last: as many as at
+//! the rate of the last moments, and a few of the blocks that sessions take at once (CACHE). Gaps
+//! in sequences are normal; collisions are not.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use super::Result;
+use crate::catalog::{self, Selection, Sequence};
+use crate::id::QualifiedName;
+use crate::pg::Session;
+use crate::schema;
+
+/// Increments added at least: for 20,000 a second, all of a sudden, over 50 ms.
+const MARGIN: u64 = 1000;
+
+/// Sessions that may each take another block of CACHE values meanwhile.
+const BLOCKS: u64 = 100;
+
+/// Times the rate seen: traffic has peaks.
+const PEAK: f64 = 4.0;
+
+/// Where sequences stood, and when.
+#[derive(Debug)]
+pub struct Stood {
+    at: Instant,
+    values: HashMap<QualifiedName, i64>,
+}
+
+impl Stood {
+    /// Reads all of a side.
+    pub async fn read(session: &mut Session) -> Result<Stood> {
+        let sequences = catalog::sequences(session).await?;
+        let values = sequences.into_iter().map(|s| (s.name, s.last_value)).collect();
+        Ok(Stood { at: Instant::now(), values })
+    }
+
+    /// Increments a second since then.
+    fn rate(&self, now: &Sequence) -> f64 {
+        let Some(then) = self.values.get(&now.name) else { return 0.0 };
+        let moved = i128::from(now.last_value) - i128::from(*then);
+        let increments = moved.checked_div(i128::from(now.increment)).unwrap_or(0);
+        // A probe takes milliseconds: counted over less, one block would be a flood.
+        let seconds = self.at.elapsed().as_secs_f64().max(0.05);
+        increments.max(0) as f64 / seconds
+    }
+}
+
+/// Increments by which a sequence is set further than it was read.
+fn margin(sequence: &Sequence, rate: f64, hold: Duration) -> u64 {
+    let blocks = u64::try_from(sequence.cache).unwrap_or(1).saturating_mul(BLOCKS);
+    let taken = (rate * PEAK * hold.as_secs_f64()) as u64;
+    MARGIN.max(blocks).saturating_add(taken)
+}
+
+/// Sets every sequence of `dest` past what `live` hands out within `hold`. The commit is
+/// synchronous and so makes everything that was applied before it durable too.
+///
+/// One that should be there and is not is an error; that of a table left out need not be there, but
+/// may, as another table may use it.
+pub async fn carry(
+    live: &mut Session,
+    dest: &mut Session,
+    selection: &Selection,
+    stood: Option<&Stood>,
+    hold: Duration,
+) -> Result<()> {
+    let mut sequences = catalog::sequences(live).await?;
+    let there: Vec<QualifiedName> =
+        catalog::sequences(dest).await?.into_iter().map(|sequence| sequence.name).collect();
+    sequences.retain(|sequence| {
+        sequence.owner.as_ref().is_none_or(|table| selection.has_schema(table))
+            || there.contains(&sequence.name)
+    });
+    let margin = |sequence: &Sequence| {
+        let rate = stood.map_or(0.0, |stood| stood.rate(sequence));
+        margin(sequence, rate, hold)
+    };
+    schema::set_sequences(dest, &sequences, margin).await?;
+    dest.query("select pg_catalog.pg_logical_emit_message(true, 'walferry', 'flush')").await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_margin_covers_blocks_of_cache_and_the_rate_of_the_last_moments() {
+        let mut sequence = Sequence {
+            name: QualifiedName::new("s", "q"),
+            last_value: 10_000,
+            is_called: true,
+            increment: 1,
+            min_value: 1,
+            max_value: i64::MAX,
+            cache: 1,
+            cycle: false,
+            owner: None,
+        };
+        let hold = Duration::from_secs(5);
+        assert_eq!(margin(&sequence, 0.0, hold), 1000);
+        assert_eq!(margin(&sequence, 20_000.0, hold), 401_000);
+        sequence.cache = 5000;
+        assert_eq!(margin(&sequence, 0.0, hold), 500_000);
+        let values = HashMap::from([(sequence.name.clone(), 30_000)]);
+        let at = Instant::now() - Duration::from_secs(1);
+        sequence.increment = -2;
+        let rate = Stood { at, values }.rate(&sequence);
+        assert!((9_000.0..=10_000.0).contains(&rate), "{rate}");
+    }
+}

@@ -1,0 +1,361 @@
+//! INSERT, UPDATE and DELETE: rows in column order.
+
+use std::collections::HashSet;
+
+use bytes::{BufMut, BytesMut};
+
+use super::message::{Action, number};
+use super::table::{Expected, Kind, Seen, Table};
+use super::{Numbers, Outcome, plain};
+use crate::change::{Change, OldRow, ReplicaIdentity, RowBuilder, Value};
+use crate::decode::Error;
+use crate::decode::json::{Reader, Result, Text, Token, Wrong};
+use crate::lsn::Lsn;
+
+/// `MaxHeapAttributeNumber`.
+const COLUMNS_AT_MOST: usize = 1600;
+
+/// Where a message's columns stand.
+#[derive(Clone, Copy, Debug)]
+pub enum Cells<'a> {
+    /// Format 2, at the bracket: `[{"name":..,"typeoid":..,"value":..},..]`.
+    Objects(Reader<'a>),
+    /// Format 1, each at its bracket: lists of names, types and values.
+    Lists {
+        /// `["id",..]`
+        names: Reader<'a>,
+        /// `[23,..]`
+        oids: Option<Reader<'a>>,
+        /// `[1,..]`
+        values: Reader<'a>,
+    },
+}
+
+/// One column of a message.
+struct Cell<'a> {
+    /// It is the column that was expected; name and type are not read then.
+    expected: bool,
+    name: Text<'a>,
+    type_oid: Option<u32>,
+    value: Token<'a>,
+}
+
+/// The rows of one message.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a> {
+    pub new: Option<Cells<'a>>,
+    pub old: Option<Cells<'a>>,
+    /// Old rows leave out what is NULL (format 1).
+    pub nulls_left_out: bool,
+}
+
+/// Which row is being read; decides what a missing column means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    /// All columns are there.
+    Inserted,
+    /// Unchanged TOAST values are left out.
+    Updated,
+    /// Key columns are there.
+    Key,
+    /// All columns are there, but for NULL where that is left out.
+    Full { nulls_left_out: bool },
+}
+
+impl Part {
+    /// The value of a column that is not there; `None` if it should be.
+    fn missing(self, column: &Expected) -> Option<Value<'static>> {
+        match self {
+            Part::Inserted => None,
+            Part::Updated => Some(Value::Unchanged),
+            // A key value too large for its row, of a key that did not change, is left out too.
+            Part::Key if column.key => Some(Value::Unchanged),
+            Part::Key => Some(Value::Null),
+            Part::Full { nulls_left_out } => nulls_left_out.then_some(Value::Null),
+        }
+    }
+
+    /// The column that comes next, if none is missing.
+    fn next(self, columns: &[Expected], from: usize) -> Option<&Expected> {
+        let mut rest = columns.get(from..)?.iter();
+        if self == Part::Key { rest.find(|column| column.key) } else { rest.next() }
+    }
+}
+
+impl<'a> Cells<'a> {
+    fn next(&mut self, first: bool, expected: Option<&Expected>) -> Result<Option<Cell<'a>>> {
+        match self {
+            Cells::Objects(reader) => next_object(reader, first, expected),
+            Cells::Lists { names, oids, values } => next_of_lists(names, oids, values, first),
+        }
+    }
+
+    /// All columns with their types.
+    fn seen(mut self) -> Result<Option<Vec<Seen>>> {
+        let mut all = Vec::new();
+        while let Some(cell) = self.next(all.is_empty(), None)? {
+            let Some(name) = cell.name.name()? else { return Ok(None) };
+            all.push(Seen { name, type_oid: cell.type_oid });
+        }
+        Ok(Some(all))
+    }
+}
+
+/// True if a list has another element.
+fn begun(reader: &mut Reader<'_>, first: bool) -> Result<bool> {
+    if !first {
+        return reader.more(b']');
+    }
+    reader.expect(b'[', "a list")?;
+    Ok(!reader.eat(b']'))
+}
+
+fn next_object<'a>(
+    reader: &mut Reader<'a>,
+    first: bool,
+    expected: Option<&Expected>,
+) -> Result<Option<Cell<'a>>> {
+    if !begun(reader, first)? {
+        return Ok(None);
+    }
+    let mut cell = Cell {
+        expected: expected.is_some_and(|column| reader.eat_exact(&column.head)),
+        name: Text { raw: b"", escaped: false },
+        type_oid: None,
+        value: Token::Null,
+    };
+    let mut has_value = cell.expected;
+    let mut more = true;
+    if cell.expected {
+        cell.value = reader.token()?;
+        more = reader.more(b'}')?;
+    } else {
+        reader.expect(b'{', "a column")?;
+    }
+    while more {
+        match reader.key()?.raw {
+            b"name" => cell.name = reader.string()?,
+            b"typeoid" => cell.type_oid = number(reader)?,
+            b"value" => {
+                cell.value = reader.token()?;
+                has_value = true;
+            }
+            _ => reader.skip()?,
+        }
+        more = reader.more(b'}')?;
+    }
+    if has_value { Ok(Some(cell)) } else { reader.wrong("a value in a column") }
+}
+
+fn next_of_lists<'a>(
+    names: &mut Reader<'a>,
+    oids: &mut Option<Reader<'a>>,
+    values: &mut Reader<'a>,
+    first: bool,
+) -> Result<Option<Cell<'a>>> {
+    let more = begun(names, first)?;
+    let mut even = begun(values, first)? == more;
+    if let Some(oids) = oids {
+        even &= begun(oids, first)? == more;
+    }
+    if !even {
+        return values.wrong("as many values and types as names");
+    }
+    if !more {
+        return Ok(None);
+    }
+    let name = names.string()?;
+    let type_oid = match oids {
+        Some(oids) => number(oids)?,
+        None => None,
+    };
+    Ok(Some(Cell { expected: false, name, type_oid, value: values.token()? }))
+}
+
+/// Reads the rows of one change of one table.
+pub struct Reading<'r> {
+    pub table: &'r mut Table,
+    pub numbers: Numbers,
+    pub new: &'r mut RowBuilder,
+    pub old: &'r mut RowBuilder,
+    pub lsn: Lsn,
+}
+
+impl Reading<'_> {
+    /// The change; `None` if the table has to be described (again) first.
+    pub fn change(&mut self, action: Action, rows: &Rows<'_>) -> Outcome<Option<Change>> {
+        if self.fits(action, rows)? {
+            self.table.fresh = false;
+            return self.made(action, rows).map(Some);
+        }
+        if !self.table.fresh {
+            return Ok(None);
+        }
+        let seen = |cells: Option<Cells<'_>>| match cells {
+            Some(cells) => cells.seen(),
+            None => Ok(Some(Vec::new())),
+        };
+        let (Some(new), Some(old)) = (seen(rows.new)?, seen(rows.old)?) else {
+            return Err(Error::NameNotUtf8 { lsn: self.lsn }.into());
+        };
+        // What leaves NULL out does not show which columns the identity has.
+        let key = if rows.nulls_left_out { &[] } else { old.as_slice() };
+        let possible = possible(&new) && possible(&old);
+        if possible {
+            self.table.believe(&new, action == Action::Insert, key);
+        }
+        if possible && self.fits(action, rows)? {
+            self.table.fresh = false;
+            return self.made(action, rows).map(Some);
+        }
+        let relation = self.table.relation.name.clone();
+        Err(Error::Unfitting { relation, lsn: self.lsn }.into())
+    }
+
+    /// Reads the rows into the builders; false if they are not rows of the table as it is known.
+    fn fits(&mut self, action: Action, rows: &Rows<'_>) -> Outcome<bool> {
+        self.new.clear();
+        self.old.clear();
+        let part = if action == Action::Insert { Part::Inserted } else { Part::Updated };
+        if let Some(cells) = rows.new
+            && !self.row(cells, part)?
+        {
+            return Ok(false);
+        }
+        let part = match self.table.relation.identity {
+            ReplicaIdentity::Full => Part::Full { nulls_left_out: rows.nulls_left_out },
+            _ => Part::Key,
+        };
+        match rows.old {
+            Some(cells) if action != Action::Insert => self.row(cells, part),
+            _ => Ok(true),
+        }
+    }
+
+    fn row(&mut self, mut cells: Cells<'_>, part: Part) -> Outcome<bool> {
+        let old = matches!(part, Part::Key | Part::Full { .. });
+        let (table, numbers, lsn) = (&*self.table, self.numbers, self.lsn);
+        let out = if old { &mut *self.old } else { &mut *self.new };
+        let mut at = 0;
+        let mut first = true;
+        let mut scratch = BytesMut::new();
+        while let Some(cell) = cells.next(first, part.next(&table.columns, at))? {
+            first = false;
+            let found = match cell.expected {
+                true => table.columns.iter().skip(at).position(|c| part != Part::Key || c.key),
+                false => {
+                    let name = plain(&mut scratch, cell.name)?;
+                    table.find(at, name, cell.type_oid).map(|found| found - at)
+                }
+            };
+            let rest = table.columns.get(at..).unwrap_or_default();
+            let Some((column, skipped)) = found.and_then(|n| Some((rest.get(n)?, rest.get(..n)?)))
+            else {
+                return Ok(false);
+            };
+            if !left_out(skipped, part, out) || part == Part::Key && column.carried && !column.key {
+                return Ok(false);
+            }
+            at += skipped.len() + 1;
+            if column.carried && !push(out, column, cell.value, numbers, part)? {
+                let (relation, column) = (table.relation.name.clone(), column.name.clone());
+                return Err(Error::LostNumber { relation, column, lsn }.into());
+            }
+        }
+        Ok(left_out(table.columns.get(at..).unwrap_or_default(), part, out))
+    }
+
+    fn made(&mut self, action: Action, rows: &Rows<'_>) -> Outcome<Change> {
+        let relation = self.table.relation.clone();
+        let wrong = |what| Err(Wrong { what, left: 0 }.into());
+        if action == Action::Delete {
+            if rows.old.is_none() {
+                return wrong("the deleted row's identity");
+            }
+            let old = self.old_row();
+            return Ok(Change::Delete { relation, old });
+        }
+        if rows.new.is_none() {
+            return wrong("the new row's columns");
+        }
+        if action == Action::Insert {
+            return Ok(Change::Insert { relation, new: self.new.take() });
+        }
+        let full = relation.identity == ReplicaIdentity::Full;
+        if full && rows.old.is_none() {
+            return wrong("the old row, all of it");
+        }
+        // Without a change of the key, the identity is a copy out of the new row.
+        let key_changed = || {
+            let mut both = self.old.values().zip(self.new.values()).zip(&relation.columns);
+            both.any(|((old, new), column)| column.key && old != new)
+        };
+        let old = (rows.old.is_some() && (full || key_changed())).then(|| self.old_row());
+        Ok(Change::Update { relation, old, new: self.new.take() })
+    }
+
+    fn old_row(&mut self) -> OldRow {
+        match self.table.relation.identity {
+            ReplicaIdentity::Full => OldRow::Full(self.old.take()),
+            _ => OldRow::Key(self.old.take()),
+        }
+    }
+}
+
+/// True if a table can have these columns: no more than PostgreSQL's limit, and none twice.
+fn possible(columns: &[Seen]) -> bool {
+    let names: HashSet<_> = columns.iter().take(COLUMNS_AT_MOST + 1).map(|c| &c.name).collect();
+    columns.len() <= COLUMNS_AT_MOST && names.len() == columns.len()
+}
+
+/// Pushes what missing columns mean; false if one of them should be there.
+fn left_out(columns: &[Expected], part: Part, out: &mut RowBuilder) -> bool {
+    for column in columns.iter().filter(|column| column.carried) {
+        match part.missing(column) {
+            Some(value) => out.push(value),
+            None => return false,
+        }
+    }
+    true
+}
+
+/// Pushes a value as the type's output text; false if it has been lost.
+fn push(
+    out: &mut RowBuilder,
+    column: &Expected,
+    value: Token<'_>,
+    numbers: Numbers,
+    part: Part,
+) -> Result<bool> {
+    match value {
+        Token::Null => {
+            let never_null = part == Part::Full { nulls_left_out: true } || part == Part::Key;
+            let special = column.kind == Kind::Special
+                && match numbers {
+                    Numbers::Text => false,
+                    Numbers::Ambiguous => true,
+                    Numbers::Plain => column.not_null || never_null,
+                };
+            if special {
+                return Ok(false);
+            }
+            out.push(Value::Null);
+        }
+        Token::Bool(value) => out.push(Value::Text(if value { b"t" } else { b"f" })),
+        Token::Number(text) => out.push(Value::Text(text)),
+        Token::Text(text) if column.kind == Kind::Bytea => {
+            let hex = text.raw.len() % 2 == 0 && text.raw.iter().all(u8::is_ascii_hexdigit);
+            if !hex {
+                let what = "hexadecimal digits of a bytea (the session needs bytea_output = hex)";
+                return Err(Wrong { what, left: 0 });
+            }
+            out.push_text_with(|bytes| {
+                bytes.put_slice(b"\\x");
+                bytes.put_slice(text.raw);
+            });
+        }
+        Token::Text(text) if text.escaped => out.push_text_with(|bytes| text.write(bytes))?,
+        Token::Text(text) => out.push(Value::Text(text.raw)),
+    }
+    Ok(true)
+}

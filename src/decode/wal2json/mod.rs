@@ -1,0 +1,297 @@
+//! wal2json, formats 2 and 1, giving the events that pgoutput would give.
+//!
+//! Format 2 writes one JSON object for each change, and for BEGIN and COMMIT. Format 1, all that
+//! wal2json 1.0 has, writes one object for a whole transaction, which the server cannot build past
+//! 1 GB (wal2json#46, #183); [`options`] therefore always asks for it in chunks: a head, one object
+//! a change, a tail. Which of the two a message is shows in its first bytes.
+//!
+//! What the plugin does not say, and where it comes from instead:
+//! - a table's whole list of columns, its order and its key: the catalog ([`Step::Describe`]). A
+//!   message that does not fit asks again; one that does not fit the catalog either was written
+//!   before an ALTER TABLE, and its own word is taken;
+//! - unchanged TOAST values: columns of the table that an UPDATE leaves out;
+//! - whether an UPDATE changed the key: `identity` is always there, so it is compared;
+//! - the commit's position in format 1: the byte before its end, which is all that is given.
+//!
+//! What it cannot say: NaN and infinities of columns that are `real`, `double precision` or
+//! `numeric` are `null` like NULL, before 2.6 ([`Numbers`]); TRUNCATE in format 1; RESTART IDENTITY
+//! and CASCADE (cascaded tables are listed); a logical message behind its first NUL byte; a change
+//! of a column's modifier alone; in an UPDATE written before ADD COLUMN, that the column was not
+//! there (it comes as unchanged, which writes nothing). UPDATE and DELETE of a table without an
+//! identity are dropped by the server with a WARNING: [`warned`] knows it.
+//!
+//! Over the replication protocol textual output comes in the server's encoding, unconverted; from
+//! `pg_logical_slot_peek_changes` in the client's. A database in another encoding than UTF8 has to
+//! be read that way.
+
+mod change;
+mod first;
+mod message;
+mod options;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+
+use super::described::{Described, Known, Tables};
+use super::json::{self, Reader, Text, Wrong};
+use super::{Error, Event, Result, Step};
+use crate::change::{Change, Relation, RowBuilder};
+use crate::id::QualifiedName;
+use crate::limit::MESSAGE_BYTES;
+use crate::lsn::Lsn;
+
+use change::Rows;
+use message::{Action, Fields};
+use table::Table;
+
+pub use options::{Plugin, options, table_list};
+
+/// What a `null` in a column of type `real`, `double precision` or `numeric` means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Numbers {
+    /// NULL: numbers come as strings, NaN and infinities too (wal2json 2.6).
+    Text,
+    /// NULL or NaN or an infinity, and nobody can tell: an error.
+    Ambiguous,
+    /// NULL, as whoever runs the job says that these columns hold nothing else. In a column that is
+    /// NOT NULL it is an error all the same.
+    Plain,
+}
+
+/// Turns messages of one connection into steps.
+#[derive(Debug)]
+pub struct Decoder {
+    tables: Tables<Table>,
+    numbers: Numbers,
+    origins: HashMap<u32, String>,
+    truncated: Option<Truncated>,
+    /// Format 1: the transaction whose head has come.
+    open: Option<first::Open>,
+    scratch: Scratch,
+}
+
+/// Memory used again for each message.
+#[derive(Debug, Default)]
+struct Scratch {
+    new: RowBuilder,
+    old: RowBuilder,
+    schema: BytesMut,
+    name: BytesMut,
+}
+
+/// The tables of one TRUNCATE so far.
+#[derive(Debug)]
+struct Truncated {
+    lsn: Option<Lsn>,
+    relations: Vec<Arc<Relation>>,
+}
+
+/// What went wrong with a message, before its place is known.
+#[derive(Debug)]
+enum Fault {
+    Json(Wrong),
+    Other(Box<Error>),
+}
+
+impl From<Wrong> for Fault {
+    fn from(wrong: Wrong) -> Self {
+        Fault::Json(wrong)
+    }
+}
+
+impl From<Error> for Fault {
+    fn from(error: Error) -> Self {
+        Fault::Other(Box::new(error))
+    }
+}
+
+type Outcome<T> = std::result::Result<T, Fault>;
+
+impl Decoder {
+    /// Knows no table yet.
+    pub fn new(numbers: Numbers) -> Self {
+        Decoder {
+            tables: Tables::default(),
+            numbers,
+            origins: HashMap::new(),
+            truncated: None,
+            open: None,
+            scratch: Scratch::default(),
+        }
+    }
+
+    /// What [`Step::Describe`] asked for: the table as the catalog has it now.
+    pub fn describe(&mut self, described: Described) {
+        let name = described.name.clone();
+        let known = self.tables.get_mut(name.schema.as_bytes(), name.name.as_bytes());
+        let relation = match known {
+            Some(Known::Table(table)) => Some(table.relation.clone()),
+            _ => None,
+        };
+        self.tables.describe(&name, Table::new(described, relation.as_ref()));
+    }
+
+    /// The other answer: the table takes no part in the job, or is gone. Its changes are passed
+    /// over without a word.
+    pub fn ignore(&mut self, table: &QualifiedName) {
+        self.tables.ignore(table);
+    }
+
+    /// The name of a replication origin of the source (`pg_replication_origin`): wal2json gives its
+    /// number only. A transaction of an origin not named here has the name "".
+    pub fn name_origin(&mut self, id: u32, name: impl Into<String>) {
+        self.origins.insert(id, name.into());
+    }
+
+    /// Decodes one message. `lsn` is where the transport said it stands; of a COMMIT that does not
+    /// tell it itself, that is taken as the commit's end.
+    ///
+    /// Errors for bytes that are not exactly one message, and for values that wal2json has lost.
+    /// Never panics; needs no more memory than the message has bytes.
+    pub fn decode(&mut self, data: Bytes, lsn: Lsn) -> Result<Step> {
+        let len = data.len();
+        if len > MESSAGE_BYTES {
+            return Err(Error::TooLong { lsn, bytes: len, most: MESSAGE_BYTES });
+        }
+        self.message(&data, lsn).map_err(|fault| match fault {
+            Fault::Json(wrong) => {
+                Error::Json { lsn, what: wrong.what, at: len.saturating_sub(wrong.left) }
+            }
+            Fault::Other(error) => *error,
+        })
+    }
+
+    fn message(&mut self, data: &[u8], lsn: Lsn) -> Outcome<Step> {
+        let mut reader = Reader::new(data);
+        if !reader.eat_exact(b"{\"action\":") {
+            return self.first_format(data, lsn);
+        }
+        let action = Action::read(&mut reader)?;
+        let fields = Fields::read(&mut reader)?;
+        if action == Action::Truncate {
+            return self.truncate(&fields, lsn);
+        }
+        if let Some(step) = self.truncated() {
+            return Ok(step);
+        }
+        match action {
+            Action::Begin => {
+                let origin = self.origin(fields.origin);
+                fields.begin(origin).map(|begin| Step::Event(Event::Begin(begin)))
+            }
+            Action::Commit => fields.commit(lsn).map(|commit| Step::Event(Event::Commit(commit))),
+            Action::Message => fields.message(lsn),
+            Action::Insert | Action::Update | Action::Delete => self.change(action, &fields, lsn),
+            Action::Truncate => Ok(Step::Nothing),
+        }
+    }
+
+    fn origin(&self, id: Option<u32>) -> Option<String> {
+        let id = id.filter(|id| *id != 0)?;
+        Some(self.origins.get(&id).cloned().unwrap_or_default())
+    }
+
+    /// The TRUNCATE held back, once a message shows that it is complete.
+    fn truncated(&mut self) -> Option<Step> {
+        let Truncated { relations, .. } = self.truncated.take()?;
+        let change = Change::Truncate { relations, cascade: false, restart_identity: false };
+        Some(Step::Before(Event::Change { xid: None, change }))
+    }
+
+    /// One table of a TRUNCATE. The statement's tables come one by one with the same position, and
+    /// must be emptied by one statement again, or foreign keys among them forbid it.
+    fn truncate(&mut self, fields: &Fields<'_>, lsn: Lsn) -> Outcome<Step> {
+        let other = |held: &Truncated| held.lsn != fields.lsn;
+        if self.truncated.as_ref().is_some_and(other)
+            && let Some(step) = self.truncated()
+        {
+            return Ok(step);
+        }
+        let (schema, name) = names(&mut self.scratch.schema, &mut self.scratch.name, fields)?;
+        match self.tables.get_mut(schema, name) {
+            None => Ok(Step::Describe(qualified(schema, name, lsn)?)),
+            Some(Known::Ignored) => Ok(Step::Nothing),
+            Some(Known::Table(table)) => {
+                let held = Truncated { lsn: fields.lsn, relations: Vec::new() };
+                let held = self.truncated.get_or_insert(held);
+                held.relations.push(table.relation.clone());
+                Ok(Step::Nothing)
+            }
+        }
+    }
+
+    fn change(&mut self, action: Action, fields: &Fields<'_>, lsn: Lsn) -> Outcome<Step> {
+        let rows = Rows { new: fields.columns, old: fields.identity, nulls_left_out: false };
+        self.rows(action, fields, rows, lsn)
+    }
+
+    /// The change that `rows` make of a table.
+    fn rows(
+        &mut self,
+        action: Action,
+        fields: &Fields<'_>,
+        rows: Rows<'_>,
+        lsn: Lsn,
+    ) -> Outcome<Step> {
+        let Scratch { new, old, schema, name } = &mut self.scratch;
+        let (schema, name) = names(schema, name, fields)?;
+        let table = match self.tables.get_mut(schema, name) {
+            None => return Ok(Step::Describe(qualified(schema, name, lsn)?)),
+            Some(Known::Ignored) => return Ok(Step::Nothing),
+            Some(Known::Table(table)) => table,
+        };
+        let mut reading = change::Reading { table, numbers: self.numbers, new, old, lsn };
+        match reading.change(action, &rows)? {
+            Some(change) => Ok(Step::Event(Event::Change { xid: None, change })),
+            None => Ok(Step::Describe(qualified(schema, name, lsn)?)),
+        }
+    }
+}
+
+/// The two names of a message's table, without escapes.
+fn names<'a>(
+    schema: &'a mut BytesMut,
+    name: &'a mut BytesMut,
+    fields: &Fields<'a>,
+) -> Outcome<(&'a [u8], &'a [u8])> {
+    let (Some(schema_text), Some(name_text)) = (fields.schema, fields.table) else {
+        return Err(Wrong { what: "a schema and a table", left: 0 }.into());
+    };
+    Ok((plain(schema, schema_text)?, plain(name, name_text)?))
+}
+
+fn plain<'a>(scratch: &'a mut BytesMut, text: Text<'a>) -> json::Result<&'a [u8]> {
+    if !text.escaped {
+        return Ok(text.raw);
+    }
+    scratch.clear();
+    text.write(scratch)?;
+    Ok(scratch)
+}
+
+fn qualified(schema: &[u8], name: &[u8], lsn: Lsn) -> Result<QualifiedName> {
+    match (std::str::from_utf8(schema), std::str::from_utf8(name)) {
+        (Ok(schema), Ok(name)) => Ok(QualifiedName::new(schema, name)),
+        _ => Err(Error::NameNotUtf8 { lsn }),
+    }
+}
+
+/// Looks at a WARNING of the server: an error if it says that wal2json has dropped a change, as it
+/// does with UPDATE and DELETE of a table without a replica identity.
+pub fn warned(notice: &str) -> Result<()> {
+    let dropped = [
+        "no tuple identifier for ",
+        "no tuple data for ",
+        "no old tuple data for ",
+        "without primary key or replica identity is nothing",
+    ];
+    match dropped.iter().any(|text| notice.contains(text)) {
+        true => Err(Error::Dropped { notice: notice.to_string() }),
+        false => Ok(()),
+    }
+}

@@ -1,0 +1,124 @@
+//! A source whose tables belong to others and whose database lets the role make nothing: what an
+//! administrator gives it once. Schema walferry, a publication of just what the job would publish,
+//! and the right to write to the tables on the way back.
+//!
+//! Left out: the fence of locks. Its seal is a trigger, and only a table's owner can take one away
+//! again; clients are held by a route instead.
+
+use crate::cutover::canary;
+use crate::id::{QualifiedName, Stream, quote_ident, quote_literal};
+use crate::pg;
+
+use super::super::ability;
+use super::end::End;
+use super::{Check, Finding};
+
+/// How a role that owns nothing stands with the source's tables.
+pub(super) struct Given {
+    /// Triggers, rules or foreign keys would act on what the way back writes, and only owners could
+    /// set them aside.
+    pub acting: Vec<String>,
+    /// The publication that the job would make is there, made by somebody else or an earlier run.
+    pub published: bool,
+    /// Schema walferry is there, and tables can be made in it.
+    pub schema: bool,
+}
+
+impl Check<'_> {
+    /// Looks at what there is. `oids`: the job's tables.
+    pub(super) async fn given(&mut self, oids: &str) -> pg::Result<Given> {
+        let name = self.options.job.object(Stream::Forward);
+        let session = &mut self.source.session;
+        let sql = "select coalesce((select pg_catalog.has_schema_privilege(oid, 'create, usage') \
+             from pg_catalog.pg_namespace where nspname = 'walferry'), false)";
+        let schema = session.query_one(sql, &[]).await?.bool(0)?;
+        let sql = format!(
+            "select exists (select from pg_catalog.pg_publication where pubname = {})",
+            quote_literal(&name)
+        );
+        let published = session.query_one(&sql, &[]).await?.bool(0)?;
+        let mut acting = Vec::new();
+        if self.options.reverse && !may_be_replica(&mut self.source).await? {
+            let sql = format!(
+                "select distinct c.oid::regclass::text from pg_catalog.pg_class c \
+                 where c.oid in ({oids}) and ( \
+                 exists (select from pg_catalog.pg_trigger g where g.tgrelid = c.oid \
+                    and g.tgenabled = 'O' and g.tgname not like 'walferry\\_%') \
+                 or exists (select from pg_catalog.pg_rewrite w where w.ev_class = c.oid \
+                    and w.ev_enabled = 'O' and w.rulename <> '_RETURN')) order by 1"
+            );
+            for row in self.source.session.query(&sql).await? {
+                acting.push(row.string(0)?);
+            }
+        }
+        Ok(Given { acting, published, schema })
+    }
+
+    /// What is to be given where the tables belong to others.
+    pub(super) async fn not_given(&mut self, given: &Given) -> pg::Result<Vec<Finding>> {
+        let mut findings = Vec::new();
+        if !(given.schema && given.published) {
+            findings.push(self.publication(given));
+        }
+        if self.options.reverse {
+            findings.extend(self.writable().await?);
+        }
+        let message = "its seal is a trigger, which only owners of the tables can open again: give \
+             cutover a route that holds clients, and --fence none";
+        findings.push(Finding::warning(self.source.side, "fence-lock", "--fence lock", message));
+        Ok(findings)
+    }
+
+    fn publication(&self, given: &Given) -> Finding {
+        let role = quote_ident(&self.source.facts.role);
+        let name = self.options.job.object(Stream::Forward);
+        let mut fix = Vec::new();
+        if !given.schema {
+            fix.push(format!("CREATE SCHEMA walferry AUTHORIZATION {role};"));
+            fix.push(format!(
+                "SET ROLE {role};\n{};\nCREATE TABLE walferry.progress \
+                 (stream text PRIMARY KEY, end_lsn pg_lsn NOT NULL);\n\
+                 RESET ROLE;",
+                canary::ddl(&self.options.job)
+            ));
+        }
+        if !given.published {
+            let names = self.tables.iter().filter(|table| !table.unlogged).map(|t| t.name.clone());
+            let own = [self.options.job.canary(), QualifiedName::new("walferry", "progress")];
+            let names = names.chain(own).map(|name| format!("ONLY {}", name.quoted()));
+            let names: Vec<String> = names.collect();
+            let with = match self.source.major_version() {
+                0..11 => "publish = 'insert, update, delete'",
+                _ => "publish = 'insert, update, delete, truncate'",
+            };
+            let name = quote_ident(&name);
+            let names = names.join(", ");
+            fix.push(format!("CREATE PUBLICATION {name} FOR TABLE {names} WITH ({with});"));
+        }
+        let message = format!(
+            "role {} may make neither schema walferry nor a publication of tables that it does not \
+             own: an administrator makes them once",
+            self.source.facts.role
+        );
+        let object = format!("publication {name}");
+        Finding::error(self.source.side, "publication-right", object, message).fix(fix.join("\n"))
+    }
+
+    /// No error, as following needs none of it; arming the way back does.
+    async fn writable(&mut self) -> pg::Result<Option<Finding>> {
+        let names: Vec<QualifiedName> = self.tables.iter().map(|t| t.name.clone()).collect();
+        let grants = ability::missing_grants(&mut self.source.session, &names).await?;
+        if grants.is_empty() {
+            return Ok(None);
+        }
+        let message = "may not write to all tables and sequences, as the way back does: a cutover \
+             will be refused";
+        let object = format!("role {}", self.source.facts.role);
+        let finding = Finding::warning(self.source.side, "write-right", object, message);
+        Ok(Some(finding.fix(grants.join("\n"))))
+    }
+}
+
+async fn may_be_replica(end: &mut End) -> pg::Result<bool> {
+    Ok(ability::Ability::probe(&mut end.session).await?.replica_role)
+}

@@ -1,0 +1,51 @@
+//! The job's tables as SQL, and what both sides have. May be run again and again; a schema that is
+//! there, made by an administrator perhaps, is used as it is.
+
+/// What both sides have, beside each job's canary: seals, and what a read-only fence replaced.
+///
+/// The seal's trigger function raises always; whether it stands is decided by the trigger's
+/// presence and state, because catalogs are read as they are now even by a transaction whose
+/// snapshot is old.
+pub const DDL_BOTH: &str = "
+do $do$ begin
+    if pg_catalog.to_regnamespace('walferry') is null then
+        create schema walferry;
+        comment on schema walferry is 'made by walferry';
+    end if;
+end $do$;
+create table if not exists walferry.read_only (job text primary key, before text);
+create or replace function walferry.seal() returns trigger language plpgsql as $seal$
+begin
+    -- A stream's session that may not set session_replication_role says so.
+    if pg_catalog.current_setting('walferry.applying', true) = 'on' then return null; end if;
+    raise exception 'this database has moved: table %.% takes no writes here any more',
+        tg_table_schema, tg_table_name
+        using errcode = 'read_only_sql_transaction',
+              hint = 'Connect to the new server. (A walferry cutover switched it.)';
+end $seal$;
+";
+
+/// Tables of the home database only.
+pub const DDL_HOME: &str = "
+create table if not exists walferry.job (
+    name text primary key, phase text not null, error text, source_system text, target_system text,
+    source text not null, target text not null, options jsonb not null default '{}',
+    slot_lsn pg_lsn, armed boolean not null default false, flip jsonb,
+    abilities jsonb not null, reading jsonb not null default '{}',
+    created_at timestamptz not null default now(), updated_at timestamptz not null default now());
+create table if not exists walferry.schema_dump (
+    job text primary key, pre text not null, post text not null);
+create table if not exists walferry.stream (
+    job text not null, stream text not null, received_lsn pg_lsn, decoded_lsn pg_lsn,
+    buffered_lsn pg_lsn, applied_lsn pg_lsn, durable_lsn pg_lsn, confirmed_lsn pg_lsn,
+    lag_bytes bigint, lag_seconds float8, error text, updated_at timestamptz not null default now(),
+    primary key (job, stream));
+create table if not exists walferry.journal (
+    id bigint generated always as identity primary key, job text not null, attempt text not null,
+    flip text not null, step text not null, ms float8,
+    at timestamptz not null default clock_timestamp());
+create table if not exists walferry.command (
+    id bigint generated always as identity primary key, job text not null, verb text not null,
+    args jsonb not null, state text not null default 'queued', result jsonb, error text,
+    created_at timestamptz not null default now(), seen_at timestamptz not null default now());
+";

@@ -1,0 +1,11 @@
+//! Whatever a table can hold or be arrives as it was: by copy, by insert, update and delete in the
+//! stream, there and back, between versions.
+
+use crate::stories::{Story, servers, told};
+use crate::support::session;
+
+mod identity;
+mod objects;
+mod tables;
+mod types;
+mod values;
