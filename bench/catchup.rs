@@ -80,7 +80,8 @@ fn scenario(name: &str) -> Scenario {
             fill: "insert into t select i, md5(i::text), 0 from generate_series(1, :n) i",
             load: Load::Sql(
                 "do $$ begin for k in 0..(:n / 1000 - 1) loop update t set n = 1 \
-                 where a between k * 1000 + 1 and k * 1000 + 1000; commit; end loop; end $$",
+                 where a between k * 1000 + 1 and k * 1000 + 1000 and a % 20 = 0; commit; \
+                 end loop; end $$",
             ),
             tables: &["t"],
         },

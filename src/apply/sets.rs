@@ -262,18 +262,21 @@ fn run(
 /// many rows there are, and by what the session forbids otherwise.
 fn search(request: &mut Request, route: &Route, deletes: &mut Arrays) {
     let Some(mapping) = route.mapping.as_ref().filter(|_| deletes.rows() > 0) else { return };
-    request.aside(&search_plans("on"));
+    request.aside(&search_plans(true));
     request.pipeline.parse("", &setwise::delete_whole(mapping), &[]);
     bind(request, "", deletes, true);
-    request.aside(&search_plans("off"));
+    request.aside(&search_plans(false));
 }
 
-/// Scans and hash joins for the rest of the transaction. Both: the cost of a forbidden scan is so
-/// high that next to it every join looks the same, a nested loop over both sides too.
-fn search_plans(state: &str) -> String {
+/// Scans and hash joins, and nothing else, or what the session has otherwise. All three: the cost
+/// of a forbidden scan is so high that next to it every join looks the same, and of a table that
+/// was never analyzed the planner may think that it is small enough for a nested loop.
+fn search_plans(whole: bool) -> String {
+    let (scans, loops) = if whole { ("on", "off") } else { ("off", "on") };
     format!(
-        "select pg_catalog.set_config('enable_seqscan', '{state}', true), \
-         pg_catalog.set_config('enable_hashjoin', '{state}', true)"
+        "select pg_catalog.set_config('enable_seqscan', '{scans}', true), \
+         pg_catalog.set_config('enable_hashjoin', '{scans}', true), \
+         pg_catalog.set_config('enable_nestloop', '{loops}', true)"
     )
 }
 

@@ -63,14 +63,18 @@ pub(super) fn delete_whole(mapping: &Mapping) -> String {
     let given = values(mapping, &columns);
     let there = list(&columns, |c| format!("t.{}", name(mapping, c)));
     let guard = guard(columns.len(), false);
+    // One file's rows are fetched by their places; those of partitions take a second pass.
+    let places = match mapping.table.is_partitioned() {
+        true => "using s where d.ctid = s.i and d.tableoid = s.o and s.k <= s.m",
+        false => "where d.ctid = any (array(select s.i from s where s.k <= s.m))",
+    };
     // The order by which one of equals is chosen does not matter: they are equal.
     format!(
         "with w as (select row({given})::text as r, pg_catalog.count(*) as m from {rows} \
          group by 1), \
          s as (select t.tableoid as o, t.ctid as i, w.m, pg_catalog.row_number() over \
          (partition by w.r) as k from {only}{table} as t join w on row({there})::text = w.r), \
-         u as (delete from {only}{table} as d using s where d.ctid = s.i and d.tableoid = s.o \
-         and s.k <= s.m returning 1) {guard}"
+         u as (delete from {only}{table} as d {places} returning 1) {guard}"
     )
 }
 

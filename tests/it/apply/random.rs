@@ -240,7 +240,9 @@ async fn both_orders_leave_what_the_source_has() {
             let applied = apply_with(&server, wish, items.clone()).await.unwrap();
             println!("{mode:?} {limits:?}: {} fallbacks, {changes} changes", applied.fallbacks);
             assert_eq!(found(&mut session).await, wanted, "seed {seed} {mode:?}");
-            assert_eq!((applied.rows, applied.transactions), (changes as u64, 300), "{mode:?}");
+            assert_eq!(applied.rows, changes as u64, "{mode:?}");
+            // A batch of empty transactions alone is not written.
+            assert!((290..=300).contains(&applied.transactions), "{mode:?} {applied:?}");
             books.push(
                 rows(&mut session, "select * from walferry.stream_table order by 1, 2, 3").await,
             );

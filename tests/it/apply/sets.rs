@@ -172,6 +172,49 @@ async fn a_row_missing_from_a_set_is_named_and_nothing_of_the_batch_stays() {
     assert_eq!(rows(&mut session, "select count(*) from walferry.stream_table").await, "0");
 }
 
+/// A nested loop would begin a scan for every row; the statistics count them.
+#[tokio::test]
+async fn rows_without_a_key_cost_one_scan_a_batch_and_not_one_each() {
+    let (server, mut session) = target(
+        "create table public.f (a int, v text); create table public.fresh (a int, v text); \
+         create table public.p (a int, v text) partition by range (a); \
+         create table public.pa partition of public.p for values from (1) to (500); \
+         create table public.pb partition of public.p for values from (500) to (3001); \
+         insert into public.f select i, md5(i::text) from generate_series(1, 3000) i; \
+         insert into public.p select * from public.f; analyze public.f; analyze public.p; \
+         insert into public.fresh select * from public.f;",
+    )
+    .await;
+    let names = ["f", "fresh", "p"];
+    let scans = "select relname, seq_scan + coalesce(idx_scan, 0) from pg_stat_user_tables \
+         where relname in ('f', 'fresh', 'pa', 'pb') and n_tup_del > 0 order by 1";
+    let mut texts = Vec::new();
+    for row in session.query("select a, v from public.f").await.unwrap() {
+        texts.push((row.string(0).unwrap(), row.string(1).unwrap()));
+    }
+    session.execute("select pg_stat_reset()").await.unwrap();
+    for (at, name) in names.into_iter().enumerate() {
+        let f = table(name, Full, &["a", "v"]);
+        let changes: Vec<Change> =
+            texts.iter().map(|(a, v)| f.update_full(&[a, v], &[a, "new"])).collect();
+        let batch = vec![transaction(100 * (at as u64 + 1), changes)];
+        let applied = in_order(&server, Mode::Auto, batch).await.unwrap();
+        assert_eq!((applied.rows, applied.fallbacks), (3000, 0));
+    }
+    // What a session did is told at the latest when it ends.
+    let mut told = String::new();
+    for _ in 0..100 {
+        told = rows(&mut session, scans).await;
+        if told.lines().count() == 4 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(told, "f|1\nfresh|1\npa|2\npb|2");
+    let left = "select count(*) from public.f where v <> 'new'";
+    assert_eq!(rows(&mut session, left).await, "0");
+}
+
 #[tokio::test]
 async fn duplicate_keys_on_the_target_are_not_mistaken_for_several_rows() {
     // Two rows have key 1 and none has key 2: as many rows as keys, and still wrong.
