@@ -244,7 +244,7 @@ pub async fn forget(session: &mut Session, stream: &str) -> Result<()> {
             return Err(denied(session, error).await);
         }
     }
-    for table in ["progress", "stream_table"] {
+    for table in ["progress", "stream_table", "stream_fallback"] {
         let there = format!("select pg_catalog.to_regclass('walferry.{table}') is not null");
         if session.query_one(&there, &[]).await?.bool(0)? {
             let sql = format!("delete from walferry.{table} where stream = $1");

@@ -4,6 +4,7 @@
 //! exactly one row is wrapped so that any other count is an error on the server: the batch travels
 //! in one round trip, COMMIT included, and nobody could look at a row count before that.
 
+use super::encode::Carrier;
 use super::target::Table;
 use crate::change::{Relation, ReplicaIdentity};
 use crate::id::quote_ident;
@@ -88,13 +89,30 @@ impl Mapping {
         self.target(column).is_some_and(|c| !c.generated)
     }
 
+    /// The columns of the relation that may be written, in order.
+    pub fn written(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..self.places.len()).filter(|c| self.is_written(*c))
+    }
+
+    /// Whether the stream has every column that the target's rows hold.
+    pub fn is_complete(&self) -> bool {
+        let mut places = self.table.columns.iter().enumerate().filter(|(_, c)| !c.generated);
+        places.all(|(place, _)| self.places.contains(&place))
+    }
+
     /// The relation's column that is GENERATED ALWAYS AS IDENTITY on the target, if any. A table
     /// has one at most.
     pub fn identity_always(&self) -> Option<usize> {
         (0..self.places.len()).find(|i| self.target(*i).is_some_and(|c| c.identity_always))
     }
 
-    fn target(&self, column: usize) -> Option<&super::target::Column> {
+    /// How a column's values travel in sets.
+    pub fn carrier(&self, column: usize) -> Carrier {
+        self.target(column).map_or(Carrier::None, |c| c.carrier)
+    }
+
+    /// The target's column that a column of the relation is written to.
+    pub fn target(&self, column: usize) -> Option<&super::target::Column> {
         self.places.get(column).and_then(|place| self.table.columns.get(*place))
     }
 
@@ -373,6 +391,7 @@ mod tests {
             type_name: type_name.to_string(),
             base_type_name: type_name.to_string(),
             equality: equality.map(str::to_string),
+            carrier: Carrier::Text,
             generated: name == "g",
             identity_always: name == "id",
         };
@@ -380,6 +399,7 @@ mod tests {
             name: QualifiedName::new("s", "t"),
             kind: kind.to_string(),
             counts_inserts: false,
+            acts: false,
             owned: true,
             key: key.iter().map(|k| k.to_string()).collect(),
             columns: vec![

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+use crate::apply::{Mode, Tuning};
 use crate::catalog::Selection;
 use crate::config::{self, File, parse_duration, parse_size};
 use crate::id::JobName;
@@ -44,6 +45,10 @@ pub struct JobArgs {
     /// Tables copied, and indexes built, at the same time [default: 4]
     #[arg(short, long, value_name = "N")]
     pub jobs: Option<usize>,
+    /// How changes are written: row (one by one), set (the net change of a batch), or auto
+    /// [default: auto]
+    #[arg(long, value_name = "ORDER", value_parser = str::parse::<Mode>)]
+    pub apply: Option<Mode>,
     /// What decodes the source's log: pgoutput, wal2json, test_decoding or auto [default: auto]
     #[arg(long, value_name = "PLUGIN")]
     pub decoder: Option<String>,
@@ -98,6 +103,7 @@ impl JobArgs {
     /// Everything put together; a missing source or target is an error of usage.
     pub fn job(&self) -> anyhow::Result<JobConfig> {
         let file = self.file()?;
+        let tuning = tuning(self.apply, &file)?;
         let missing = |what, option, variable| config::Error::Missing { what, option, variable };
         let source = self.source.clone().or(file.source).ok_or(missing(
             "the source",
@@ -144,6 +150,7 @@ impl JobArgs {
                     self.wal_budget.clone().or(file.wal_budget),
                 )?,
             },
+            tuning,
         })
     }
 }
@@ -171,6 +178,24 @@ fn state_dir() -> PathBuf {
 fn size(option: &'static str, text: Option<String>) -> Result<Option<u64>, config::Error> {
     let read = text.map(|text| parse_size(&text)).transpose();
     read.map_err(|message| config::Error::Value { option, message })
+}
+
+fn tuning(apply: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
+    let mut tuning = Tuning::default();
+    let in_file = || {
+        let parsed = file.apply.as_deref().map(str::parse).transpose();
+        parsed.map_err(|message| config::Error::Value { option: "apply", message })
+    };
+    tuning.mode = match apply {
+        Some(mode) => mode,
+        None => in_file()?.unwrap_or_default(),
+    };
+    let sizes = file.tuning;
+    let limits = &mut tuning.limits;
+    limits.bytes = sizes.batch_bytes.unwrap_or(limits.bytes).max(1);
+    limits.transactions = sizes.batch_transactions.unwrap_or(limits.transactions).max(1);
+    tuning.in_flight_max = sizes.batches_in_flight.unwrap_or(tuning.in_flight_max).max(1);
+    Ok(tuning)
 }
 
 /// `None` for `auto`, or for nothing given.

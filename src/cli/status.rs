@@ -65,9 +65,11 @@ fn show(status: &Status) {
         );
     }
     show_stream("forward", &status.positions);
+    show_fallbacks(status.fallbacks);
     show_tables(&status.tables);
     if let Some(reverse) = &status.reverse {
         show_stream("reverse", &reverse.positions);
+        show_fallbacks(reverse.fallbacks);
         show_tables(&reverse.tables);
     }
 }
@@ -95,6 +97,12 @@ fn show_spool(row: &StreamRow) {
         row.spooled_lsn.as_deref().unwrap_or("-"),
         row.retained_bytes.map_or("-".to_string(), size)
     );
+}
+
+fn show_fallbacks(batches: i64) {
+    if batches > 0 {
+        println!("         {batches} batches refused as sets, and written in row order");
+    }
 }
 
 fn show_tables(tables: &[TableStatus]) {

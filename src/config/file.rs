@@ -30,6 +30,8 @@ pub struct File {
     pub spool_limit: Option<String>,
     /// `--wal-budget`.
     pub wal_budget: Option<String>,
+    /// `--apply`.
+    pub apply: Option<String>,
     /// `--decoder`.
     pub decoder: Option<String>,
     /// `--transport`.
@@ -38,6 +40,20 @@ pub struct File {
     pub no_nan: bool,
     /// `[cutover]`.
     pub cutover: Cutover,
+    /// `[tuning]`.
+    pub tuning: Tuning,
+}
+
+/// `[tuning]`: sizes that have good defaults, for measuring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Tuning {
+    /// A batch closes at so many bytes of changes.
+    pub batch_bytes: Option<usize>,
+    /// A batch closes at so many source transactions.
+    pub batch_transactions: Option<usize>,
+    /// So many batches may be on their way to the target.
+    pub batches_in_flight: Option<usize>,
 }
 
 /// `[cutover]`: defaults for cutover and rollback.

@@ -19,7 +19,7 @@ use super::Result;
 use super::ability::Ability;
 use super::error::Error;
 use super::spooling::{self, SpoolOptions};
-use crate::apply::{self, Applied, Applier};
+use crate::apply::{self, Applied, Applier, Tuning};
 use crate::buffer::memory;
 use crate::change::Snapshot;
 use crate::clock::Backoff;
@@ -78,6 +78,8 @@ pub struct PipeOptions {
     pub spool: Option<SpoolOptions>,
     /// While false, only walferry's own tables are applied.
     pub gate: Option<Arc<AtomicBool>>,
+    /// How they are applied.
+    pub tuning: Tuning,
 }
 
 /// Both ways of keeping a stream going, through memory and through a spool, open their ends by
@@ -89,6 +91,7 @@ impl PipeOptions {
             tables: Some(self.tables.clone()),
             visibility,
             gate: self.gate.clone(),
+            tuning: self.tuning,
             progress: self.ability.progress(),
             replica_role: self.ability.replica_role,
             ..apply::Options::new(self.job.object(self.stream).as_str())

@@ -21,6 +21,7 @@ use super::streams::STREAM_PATIENCE;
 use super::validating::Validating;
 use super::vigil::Vigil;
 use super::{Error, Result, client};
+use crate::apply::Tuning;
 use crate::catalog::{Selection, Table, tables};
 use crate::clock::Backoff;
 use crate::copy::CopyProgress;
@@ -54,6 +55,8 @@ pub struct JobConfig {
     pub slot_timeout: Duration,
     /// Where changes wait.
     pub buffer: BufferOptions,
+    /// How changes are applied.
+    pub tuning: Tuning,
 }
 
 /// When the runner returns.

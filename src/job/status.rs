@@ -50,6 +50,8 @@ pub struct ReverseStatus {
     pub positions: StreamRow,
     /// Its counters by table.
     pub tables: Vec<TableStatus>,
+    /// Batches that were refused as sets, and written in row order.
+    pub fallbacks: i64,
 }
 
 /// All of it, as `status --json` prints it.
@@ -76,6 +78,8 @@ pub struct Status {
     pub positions: StreamRow,
     /// By table.
     pub tables: Vec<TableStatus>,
+    /// Batches that were refused as sets, and written in row order.
+    pub fallbacks: i64,
     /// The reverse stream, once armed.
     pub reverse: Option<ReverseStatus>,
     /// Where the spool is, and what its loss would cost.
@@ -143,17 +147,18 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
     }
     let name = job.object(Stream::Forward);
     let tables = tables(&mut store.session, job.as_str(), &name).await?;
+    let forward_fallbacks = fallbacks(&mut store.session, &name).await?;
     let reverse = if row.armed {
         let mut positions = store.load_stream(Stream::Reverse).await?.unwrap_or_default();
         if runner.is_none() && open {
             refresh(job, Stream::Reverse, &mut store.session, &mut positions).await?;
         }
         let name = job.object(Stream::Reverse);
-        let tables = match &mut source {
-            Some(source) => counters(source, &name).await?,
-            None => Vec::new(),
+        let (tables, fallbacks) = match &mut source {
+            Some(source) => (counters(source, &name).await?, fallbacks(source, &name).await?),
+            None => (Vec::new(), 0),
         };
-        Some(ReverseStatus { reading: readings.reverse, positions, tables })
+        Some(ReverseStatus { reading: readings.reverse, positions, tables, fallbacks })
     } else {
         None
     };
@@ -172,6 +177,7 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
         error: row.error.or_else(|| positions.error.clone()),
         positions,
         tables,
+        fallbacks: forward_fallbacks,
         reverse,
         spool,
     })
@@ -196,6 +202,15 @@ async fn refresh(
     let applied_lsn = applied.unwrap_or(confirmed_lsn).max(confirmed_lsn);
     positions.lag_bytes = Some(end_lsn.bytes_since(applied_lsn) as i64);
     Ok(())
+}
+
+async fn fallbacks(session: &mut Session, stream: &str) -> Result<i64> {
+    let there = "select pg_catalog.to_regclass('walferry.stream_fallback') is not null";
+    if !session.query_one(there, &[]).await?.bool(0)? {
+        return Ok(0);
+    }
+    let sql = "select coalesce(max(batches), 0) from walferry.stream_fallback where stream = $1";
+    Ok(session.query_one(sql, &[Some(stream)]).await?.parse(0)?)
 }
 
 async fn counters(session: &mut Session, stream: &str) -> Result<Vec<TableStatus>> {

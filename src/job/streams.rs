@@ -100,6 +100,7 @@ impl Runner {
                 made_lsn: row.slot_lsn.filter(|_| stream == Stream::Forward).unwrap_or(Lsn::ZERO),
             }),
             gate,
+            tuning: self.config.tuning,
         }))
     }
 
