@@ -1170,7 +1170,7 @@ async fn missing_rights_and_tables_are_named_with_what_mends_them() {
     let end = message.find(" (as a superuser").unwrap();
     session.execute(&message[start..end]).await.unwrap();
     let Err(error) = Applier::connect(&config, options()).await else { panic!() };
-    assert!(error.to_string().contains("create schema walferry"), "{error}");
+    assert!(error.to_string().contains("create schema walferry;"), "{error}");
     session.execute(DDL).await.unwrap();
     session
         .execute(
