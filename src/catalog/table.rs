@@ -115,7 +115,8 @@ const TABLES: &str = concat!(
      (select pg_catalog.json_agg(a.attname order by k.n) from pg_catalog.pg_index i, \
         pg_catalog.unnest(i.indkey::int2[]) with ordinality k(attnum, n) \
         join pg_catalog.pg_attribute a on a.attnum = k.attnum \
-        where i.indrelid = c.oid and a.attrelid = c.oid and k.n <= ",
+        where i.indrelid = c.oid and a.attrelid = c.oid and i.indisvalid and i.indimmediate \
+        and k.n <= ",
     "(case when pg_catalog.current_setting('server_version_num')::int >= 110000 \
         then (pg_catalog.to_jsonb(i) ->> 'indnkeyatts')::int else i.indnatts end) \
         and case c.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident \

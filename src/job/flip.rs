@@ -11,7 +11,7 @@ use super::prepare::publish;
 use super::run::{JobConfig, Notice, Runner, published};
 use super::state::{Event, Phase};
 use super::store::{FlipRecord, Store};
-use super::{Error, Result};
+use super::{Error, Result, admit};
 use crate::cutover::{self, FenceKind, Journal, Plan, Rules, Step, barrier};
 use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
@@ -121,10 +121,15 @@ impl Runner {
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
         // A canary proves the way, not the right to every table (law 8).
         let names: Vec<QualifiedName> = tables.iter().map(|table| table.name.clone()).collect();
-        let grants = super::ability::missing_grants(&mut source, &names).await?;
+        let mut grants = super::ability::missing_grants(&mut source, &names).await?;
+        if !admit::may_have_tables(&mut source).await? {
+            let row = source.query_one("select current_user", &[]).await?;
+            grants.insert(0, admit::schema_grant(row.str(0)?));
+        }
         if !grants.is_empty() {
             return Err(Error::NoWayBack { grants });
         }
+        admit::make_source_tables(&self.config, &mut source).await?;
         slot::drop(&mut target, &name).await?;
         if let Some(place) = &self.spool {
             super::place::remove(place, &name).await?;

@@ -129,10 +129,11 @@ impl Runner {
             return self.reading(stream).await;
         }
         let wanted = &self.config.wanted;
-        let chosen = match choose(side, tables, wanted).await {
+        let name = self.config.job.object(stream);
+        let chosen = match choose(side, &name, tables, wanted).await {
             // What was asked for is for the source; the target may be another kind of server.
             Err(Error::NoDecoder { .. }) if stream == Stream::Reverse => {
-                choose(side, tables, &Wanted { decoder: None, ..wanted.clone() }).await?
+                choose(side, &name, tables, &Wanted { decoder: None, ..wanted.clone() }).await?
             }
             chosen => chosen?,
         };

@@ -13,7 +13,7 @@ use super::{Error, Result};
 use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
 use crate::pg::{Config, Purpose, Session};
-use crate::source::{Transport, choice};
+use crate::source::{Transport, choice, publication};
 
 /// What was asked for; `None` is `auto`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -157,11 +157,17 @@ impl std::fmt::Display for Chosen {
     }
 }
 
-/// Chooses for one side, whose `tables` are to be read. Looks and tries; changes nothing.
+/// Chooses for one side, whose `tables` are to be read, by publication `name` if by any. Looks and
+/// tries; changes nothing.
 ///
 /// Errors: `NoDecoder` where the side has none that may be used, or not the one asked for.
-pub async fn choose(side: &Config, tables: &[QualifiedName], wanted: &Wanted) -> Result<Chosen> {
-    let (decoder, decoder_reason) = choose_decoder(side, tables, wanted.decoder).await?;
+pub async fn choose(
+    side: &Config,
+    name: &str,
+    tables: &[QualifiedName],
+    wanted: &Wanted,
+) -> Result<Chosen> {
+    let (decoder, decoder_reason) = choose_decoder(side, name, tables, wanted).await?;
     let (transport, transport_reason) = match wanted.transport {
         Some(transport) => (transport, "asked for".to_string()),
         None => match choice::refused_replication(side).await {
@@ -207,12 +213,14 @@ async fn blind(side: &Config, decoder: Plugin) -> Result<Option<String>> {
     }))
 }
 
-async fn choose_decoder(
+/// The decoder alone, and why.
+pub(super) async fn choose_decoder(
     side: &Config,
+    name: &str,
     tables: &[QualifiedName],
-    wanted: Option<Plugin>,
+    wanted: &Wanted,
 ) -> Result<(Plugin, String)> {
-    if let Some(decoder) = wanted {
+    if let Some(decoder) = wanted.decoder {
         if !choice::has_plugin(side, decoder).await? {
             let reason = format!("the server does not have {decoder}");
             return Err(Error::NoDecoder { decoder: decoder.to_string(), reason });
@@ -226,6 +234,9 @@ async fn choose_decoder(
     let Some(refused) = choice::refused_publication(&mut session, tables).await? else {
         return Ok((Plugin::Pgoutput, "a publication may be made".to_string()));
     };
+    if publication::covers(&mut session, name, tables).await? {
+        return Ok((Plugin::Pgoutput, format!("publication {name} is there")));
+    }
     for decoder in Plugin::ALL.into_iter().filter(|plugin| plugin.is_textual()) {
         if choice::has_plugin(side, decoder).await? && blind(side, decoder).await?.is_none() {
             return Ok((decoder, format!("no publication may be made: {refused}")));

@@ -49,6 +49,7 @@ mod error;
 mod intake;
 mod marker;
 mod options;
+mod order;
 mod pace;
 mod peek;
 pub mod publication;
@@ -63,6 +64,7 @@ pub use continuity::{Recorded, System, check_continuity, identify, identify_by_s
 pub use count::{Counters, TableCount};
 pub use error::Error;
 pub use options::{End, Positions, StreamOptions};
+pub use order::{Order, Place};
 pub use pull::Pull;
 pub use reader::{Reader, Transport, UnknownTransport};
 pub use slot::{Blocker, CreateOptions, HeldSlot, SlotStatus};

@@ -35,7 +35,12 @@ pub async fn owner_of(majors: (u32, u32), sql: &str) -> Ends {
 /// the target owner of the database, with REPLICATION. No foreign keys and triggers on the source:
 /// who neither owns its tables nor may set the replica role cannot lead a way back to those.
 pub async fn managed(majors: (u32, u32)) -> Ends {
-    let ends = ends(majors);
+    managed_of(Ends::start(majors.0, majors.1)).await
+}
+
+/// The same on servers that run already.
+pub async fn managed_of(ends: Ends) -> Ends {
+    let ends = with_role(ends);
     let may = |may: &str| ends.source.psql("app", may).unwrap();
     may("create role owner login; grant create on database app to owner");
     create_schema(&ends.source.uri_as("owner", "app"), 1).await.unwrap();
@@ -54,7 +59,10 @@ pub async fn managed(majors: (u32, u32)) -> Ends {
 }
 
 fn ends(majors: (u32, u32)) -> Ends {
-    let mut ends = Ends::start(majors.0, majors.1);
+    with_role(Ends::start(majors.0, majors.1))
+}
+
+fn with_role(mut ends: Ends) -> Ends {
     let make = format!("create role {ROLE} login replication");
     for server in [&ends.source, &ends.target] {
         server.psql("postgres", &make).unwrap();
@@ -67,7 +75,17 @@ fn ends(majors: (u32, u32)) -> Ends {
 
 /// What `check` prints as mending findings of these levels (and, if any, codes), by side.
 pub async fn printed(ends: &Ends, levels: &[&str], codes: &[&str]) -> Vec<(String, String)> {
-    let report = ends.walferry(&["check", "--json"]).await.json();
+    printed_by(ends, &[], levels, codes).await
+}
+
+/// The same of a check that is asked for more.
+pub async fn printed_by(
+    ends: &Ends,
+    asked: &[&str],
+    levels: &[&str],
+    codes: &[&str],
+) -> Vec<(String, String)> {
+    let report = ends.walferry(&[&["check", "--json"], asked].concat()).await.json();
     let findings = report["findings"].as_array().unwrap().clone();
     let text = |finding: &Value, key: &str| finding[key].as_str().unwrap_or_default().to_string();
     let wanted = findings.iter().filter(|finding| {
