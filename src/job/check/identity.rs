@@ -85,7 +85,7 @@ impl Check<'_> {
             // PostgreSQL 18 refuses them; earlier ones leave the column out of the stream.
             let so = match code == "generated-key" && self.source.major_version() < 18 {
                 true => {
-                    "which is not in the stream, so UPDATE and DELETE find no row on the target"
+                    "the stream leaves that out, so UPDATE and DELETE find no row on the target"
                 }
                 false => "once it is published the application's own UPDATE and DELETE of it fail",
             };
