@@ -439,7 +439,8 @@ mod tests {
                 "with u as (delete from \"s\".\"t\" as t where (t.tableoid, t.ctid) = \
                  (select s.tableoid, s.ctid from \"s\".\"t\" as s \
                  where s.\"j\"::text = $1::json::text and s.\"n\" {EQUAL} $2::numeric \
-                 and s.\"id\" is not distinct from null order by (s.\"n\"::text = $2::numeric::text) desc limit 1) \
+                 and s.\"id\" is not distinct from null \
+                 order by (s.\"n\"::text = $2::numeric::text) desc limit 1) \
                  returning 1) {GUARD}"
             )
         );
