@@ -1,6 +1,6 @@
 # `make demo` shows it, `make test` proves it. Both install what they need, and say so first.
 
-.PHONY: help demo test fuzz kill faults spool-bench cutover-bench setup check-style build clean
+.PHONY: help demo test fuzz kill faults regress spool-bench cutover-bench setup check-style build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -9,6 +9,7 @@ help:
 	@echo "make kill [KILLS=200] [BUFFER=spool]  kill -9 at random moments; the end is exact each time"
 	@echo "make spool-bench      throughput of the spool beside dd, release build"
 	@echo "make faults           restarts and network faults in every phase"
+	@echo "make regress          PostgreSQL's own regression suite as the workload (a download first)"
 	@echo "make cutover-bench    stalls of writers through pgbouncer, release binary [ROUNDS=5]"
 	@echo "make check-style      only formatting and lints"
 	@echo "make build            the release binary, target/release/walferry"
@@ -58,3 +59,8 @@ kill: setup
 # Servers restarted, and networks cut, silently cut and stalled, in every phase.
 faults: setup
 	WALFERRY_FAULTS=long WALFERRY_TEST_BUFFER=$(BUFFER) cargo test --locked --test it -- --nocapture --test-threads 2 faults::
+
+# The suite is fetched and built in the cache; the servers are those of the other tests.
+regress: setup
+	@suite=$$(sh tests/regress/fetch.sh) && WALFERRY_REGRESS=$$suite cargo test --locked --test it -- \
+		--ignored --nocapture --test-threads 1 regress::

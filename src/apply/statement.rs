@@ -317,7 +317,9 @@ impl<'a> Writer<'a> {
         let (mut parts, mut reads) = (Vec::new(), Vec::new());
         for column in (0..self.mapping.places.len()).filter(|c| self.mapping.is_written(*c)) {
             if is_null(column) {
-                parts.push(format!("s.{} is null", self.name(column)));
+                // IS NULL is also true of a composite value that holds nothing but NULLs. This is
+                // not, and PostgreSQL makes the same test of it, which can use an index.
+                parts.push(format!("s.{} is not distinct from null", self.name(column)));
                 continue;
             }
             let (equal, text_equal) = self.equal("s", source.bind(column));
@@ -457,7 +459,8 @@ mod tests {
                 "with u as (delete from \"s\".\"t\" as t where (t.tableoid, t.ctid) = \
                  (select s.tableoid, s.ctid from \"s\".\"t\" as s \
                  where s.\"j\"::text = $1::json::text and s.\"n\" {EQUAL} $2::numeric \
-                 and s.\"id\" is null order by (s.\"n\"::text = $2::numeric::text) desc limit 1) \
+                 and s.\"id\" is not distinct from null \
+                 order by (s.\"n\"::text = $2::numeric::text) desc limit 1) \
                  returning 1) {GUARD}"
             )
         );

@@ -14,6 +14,7 @@ mod input;
 mod job;
 mod pg;
 mod readings;
+mod regress;
 mod rights;
 mod route;
 mod schema;
