@@ -13,7 +13,7 @@ use fastrand::Rng;
 use tokio::sync::{RwLock, watch};
 use tokio::task::JoinHandle;
 
-pub use super::dataset::{broken_invariants, create_schema};
+pub use super::dataset::{broken_invariants, create_schema, create_schema_for};
 use super::ledger::{Account, Ledger};
 use super::stalls::Stalls;
 use super::transactions::{self, Kind, Plan, Turn, World};

@@ -12,6 +12,7 @@ mod faults;
 mod fidelity;
 mod input;
 mod job;
+mod matrix;
 mod pg;
 mod rights;
 mod route;
