@@ -30,6 +30,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut wanted = CheckOptions::new(config.job.clone());
     wanted.selection = selection;
     wanted.copy_jobs = config.jobs;
+    wanted.wanted = config.wanted.clone();
     let report = check::run(&config.source, &config.target, wanted).await?;
     if args.json {
         print::json(&report)?;

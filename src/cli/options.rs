@@ -8,6 +8,7 @@ use clap::Args;
 use crate::catalog::Selection;
 use crate::config::{self, File, parse_duration};
 use crate::id::JobName;
+use crate::job::reading::Wanted;
 use crate::job::store::JobOptions;
 use crate::job::{self, JobConfig};
 use crate::pg::Config;
@@ -42,6 +43,15 @@ pub struct JobArgs {
     /// Tables copied, and indexes built, at the same time [default: 4]
     #[arg(short, long, value_name = "N")]
     pub jobs: Option<usize>,
+    /// What decodes the source's log: pgoutput, wal2json, test_decoding or auto [default: auto]
+    #[arg(long, value_name = "PLUGIN")]
+    pub decoder: Option<String>,
+    /// How it is read: stream (replication protocol), pull (SQL) or auto [default: auto]
+    #[arg(long, value_name = "KIND")]
+    pub transport: Option<String>,
+    /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL
+    #[arg(long)]
+    pub no_nan: bool,
     /// Leave owners and grants behind
     #[arg(long)]
     pub no_owner: bool,
@@ -99,8 +109,14 @@ impl JobArgs {
         // A typo is told before any server is asked.
         Selection::parse(&options.include, &options.exclude, &options.schema_only)
             .map_err(job::Error::from)?;
+        let wanted = Wanted {
+            decoder: choice("--decoder", self.decoder.clone().or(file.decoder))?,
+            plain_numbers: self.no_nan || file.no_nan,
+            transport: choice("--transport", self.transport.clone().or(file.transport))?,
+        };
         Ok(JobConfig {
             job,
+            wanted,
             source: Config::parse(&source)?.labelled("source"),
             target: Config::parse(&target)?.labelled("target"),
             options,
@@ -109,6 +125,16 @@ impl JobArgs {
             slot_timeout: Duration::from_secs(3600),
         })
     }
+}
+
+/// `None` for `auto`, or for nothing given.
+fn choice<T>(option: &'static str, given: Option<String>) -> Result<Option<T>, config::Error>
+where
+    T: std::str::FromStr<Err: std::fmt::Display>,
+{
+    let given = given.filter(|text| text != "auto").map(|text| text.parse());
+    let value = |e: T::Err| config::Error::Value { option, message: format!("{e} or auto") };
+    given.transpose().map_err(value)
 }
 
 /// Options of cutover and rollback.

@@ -44,6 +44,9 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 fn show(status: &Status) {
     println!("job      {} ({} -> {})", status.job, status.source, status.target);
     println!("phase    {}", status.phase);
+    if let Some(reading) = &status.reading {
+        println!("reading  {} by {}", reading.decoder, reading.transport);
+    }
     match &status.runner {
         Some(pid) => println!("runner   alive (backend {pid} on the target)"),
         None if status.held_clients => println!(

@@ -24,6 +24,12 @@ pub struct File {
     pub schema_only: Vec<String>,
     /// `--jobs`.
     pub jobs: Option<usize>,
+    /// `--decoder`.
+    pub decoder: Option<String>,
+    /// `--transport`.
+    pub transport: Option<String>,
+    /// `--no-nan`.
+    pub no_nan: bool,
     /// `[cutover]`.
     pub cutover: Cutover,
 }

@@ -35,6 +35,7 @@
 //!
 //! [`Item`]: crate::change::Item
 
+mod any;
 mod assemble;
 pub mod described;
 mod error;
@@ -48,6 +49,7 @@ pub mod test_decoding;
 mod tests;
 pub mod wal2json;
 
+pub use any::{AnyDecoder, Plugin, UnknownPlugin};
 pub use assemble::Assembler;
 pub use described::{Described, DescribedColumn};
 pub use error::Error;

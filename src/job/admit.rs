@@ -68,13 +68,13 @@ fn identifier(system: &str) -> &str {
 }
 
 /// A side's server and slot as they were recorded.
-pub(super) fn recorded(side: &Config, system: Option<&str>) -> Recorded {
+pub(super) fn recorded(side: &Config, system: Option<&str>, plugin: &str) -> Recorded {
     let (identifier, timeline) = system.and_then(|s| s.split_once('/')).unwrap_or_default();
     Recorded {
         system_identifier: identifier.to_string(),
         timeline: timeline.parse().unwrap_or(1),
         database: side.dbname.clone(),
-        plugin: "pgoutput".to_string(),
+        plugin: plugin.to_string(),
     }
 }
 

@@ -113,6 +113,29 @@ pub enum Error {
         /// What it was planned with.
         planned: String,
     },
+    /// A decoder other than the slot's.
+    #[error(
+        "--decoder {decoder} cannot be had for this job: its slot was made for {bound}, and a slot \
+         is bound to its decoder; leave the option out, or give another --name for a new job"
+    )]
+    OtherDecoder {
+        /// What was asked for.
+        decoder: String,
+        /// The slot's plugin.
+        bound: String,
+    },
+    /// No decoder that the side lets us use.
+    #[error(
+        "decoder {decoder} cannot be used: {reason}; choose another by --decoder, or install the \
+         wal2json package on the server, or let the role publish (GRANT CREATE ON DATABASE and \
+         ownership of the tables)"
+    )]
+    NoDecoder {
+        /// Which.
+        decoder: String,
+        /// Why not.
+        reason: String,
+    },
     /// A stream stopped for good.
     #[error("the {stream} stream stopped: {message}")]
     Stream {

@@ -7,11 +7,13 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::prepare::publish;
 use super::run::{JobConfig, Notice, Runner, published};
 use super::state::{Event, Phase};
 use super::store::{FlipRecord, Store};
 use super::{Error, Result};
 use crate::cutover::{self, FenceKind, Journal, Plan, Rules, Step, barrier};
+use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
 use crate::pg::{Config, Purpose, Session};
 use crate::route::{self, Route};
@@ -125,10 +127,11 @@ impl Runner {
         }
         slot::drop(&mut target, &name).await?;
         let marked = !self.row().await?.abilities.target.origin;
-        let wanted = published(&self.config.job, &tables, marked);
-        publication::ensure(&mut target, &name, &wanted).await?;
+        let tables = published(&self.config.job, &tables, marked);
+        let reading = self.choose_reading(Stream::Reverse, &tables).await?;
+        publish(&mut target, &name, &tables, &reading).await?;
         let mut maker = Session::connect(&self.config.target, Purpose::Sql).await?;
-        let options = slot::CreateOptions { wait, ..self.slot_options(&name) };
+        let options = slot::CreateOptions { wait, ..self.slot_options(&name, &reading) };
         let waiting = self.tell_blockers();
         let lsn = slot::create_plain(&mut maker, &mut target, &options, waiting).await?;
         let kind = self.row().await?.abilities.source.progress();
@@ -290,6 +293,8 @@ impl Runner {
     /// and nothing would say so. A new partition of an old table is published with its parent, and
     /// must be on the other side.
     async fn refuse_new_tables(&mut self, flip: Stream) -> Result<()> {
+        let reading = self.reading(flip).await?;
+        let unfollowed = self.unfollowed(flip).await?;
         let (live, dest, names) = match flip {
             Stream::Forward => (&self.config.source, &self.config.target, ("source", "target")),
             Stream::Reverse => (&self.config.target, &self.config.source, ("target", "source")),
@@ -297,7 +302,10 @@ impl Runner {
         let publication = self.config.job.object(flip);
         let tables: Vec<_> = self.tables(live).await?.into_iter().map(|t| t.name).collect();
         let mut session = Session::connect(live, Purpose::Sql).await?;
-        let unpublished = publication::missing(&mut session, &publication, &tables).await?;
+        let unpublished = match reading.plugin()? == Plugin::Pgoutput {
+            true => publication::missing(&mut session, &publication, &tables).await?,
+            false => unfollowed,
+        };
         let there = self.fenced_tables(dest).await?;
         let here = self.fenced_tables(live).await?;
         let mut wrong: Vec<String> = unpublished
@@ -310,6 +318,33 @@ impl Runner {
             return Ok(());
         }
         Err(cutover::Error::NotFollowed { tables: wrong }.into())
+    }
+
+    /// Tables that a decoder without a publication passes over: made since, and no partition of one
+    /// that takes part.
+    async fn unfollowed(&mut self, flip: Stream) -> Result<Vec<QualifiedName>> {
+        let live = match flip {
+            Stream::Forward => self.config.source.clone(),
+            Stream::Reverse => self.config.target.clone(),
+        };
+        let mut followed = self.store.load_readings().await?.tables(flip);
+        let tables = self.tables(&live).await?;
+        let mut unfollowed = tables.len();
+        loop {
+            for table in &tables {
+                let parent = table.partition_of.as_ref();
+                if parent.is_some_and(|parent| followed.contains(parent)) {
+                    followed.insert(table.name.clone());
+                }
+            }
+            let left = tables.iter().map(|t| &t.name).filter(|name| !followed.contains(name));
+            let left: Vec<QualifiedName> = left.cloned().collect();
+            // A partition of a partition may have been looked at before its parent.
+            if left.is_empty() || left.len() == unfollowed {
+                return Ok(left);
+            }
+            unfollowed = left.len();
+        }
     }
 
     /// Before the switch the reverse stream applies canaries only and counts the rest as filtered:

@@ -35,6 +35,7 @@ mod flip;
 pub mod lease;
 pub mod pipeline;
 mod prepare;
+pub mod reading;
 pub mod run;
 pub mod state;
 pub mod status;

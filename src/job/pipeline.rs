@@ -5,7 +5,7 @@
 //! themselves (a restart, a cut network) are tried again for ever with growing pauses, and shown in
 //! status meanwhile; any other ends the pipe and the job stops with its message.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -25,7 +25,7 @@ use crate::id::{JobName, QualifiedName, Stream};
 use crate::limit;
 use crate::lsn::Lsn;
 use crate::pg::Config;
-use crate::source::{self, Positions, Recorded, StreamOptions};
+use crate::source::{self, Positions, Recorded, StreamOptions, Transport};
 
 /// Decides whether a table is part of the stream. Asked once for each description of it.
 pub type TableFilter = Arc<dyn Fn(&QualifiedName) -> bool + Send + Sync>;
@@ -41,6 +41,12 @@ pub struct PipeOptions {
     pub from: Config,
     /// The side that is written.
     pub to: Config,
+    /// The tables that are read, where the decoder gives every table of the database.
+    pub followed: Arc<HashSet<QualifiedName>>,
+    /// See [`StreamOptions::plain_numbers`].
+    pub plain_numbers: bool,
+    /// How the slot is read.
+    pub transport: Transport,
     /// The read side's server and slot, as recorded when the slot was made.
     pub recorded: Recorded,
     /// Which tables are applied.
@@ -168,9 +174,11 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
         // (it may itself be fed by a subscription), and would be left out without a trace.
         skip_origins: vec![options.job.object(options.stream.opposite())],
         skip_markers: vec![options.job.object(options.stream.opposite())],
+        followed: options.followed.clone(),
+        plain_numbers: options.plain_numbers,
         ..StreamOptions::new(&name, &name, progress_lsn, options.recorded.clone())
     };
-    let reader = source::Stream::open(&options.from, wanted).await?;
+    let reader = source::Reader::open(&options.from, options.transport, wanted).await?;
     let _ = ends.trouble.send(None);
     let (mut queue, feed) = memory::queue(limit::BUFFER_BYTES);
     let (durable_tx, durable) = watch::channel(progress_lsn);

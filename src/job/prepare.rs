@@ -4,13 +4,15 @@
 //! after the dump is in the stream, where it is noticed. The slot's snapshot stays open for the
 //! copy; a run that comes later reads under a fresh one.
 
+use super::reading::{Reading, Wanted, choose};
 use super::run::{JobConfig, Notice, Report, Runner, published};
 use super::state::Event;
 use super::{Error, Result, check};
 use crate::catalog::Selection;
-use crate::id::Stream;
+use crate::decode::Plugin;
+use crate::id::{QualifiedName, Stream};
 use crate::pg::{Purpose, Session};
-use crate::source::{Blocker, publication, slot};
+use crate::source::{Blocker, Transport, publication, slot};
 use crate::{apply, schema};
 
 impl Runner {
@@ -28,9 +30,10 @@ impl Runner {
         let tables = self.tables(&self.config.source).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
         let marked = !self.row().await?.abilities.source.origin;
-        let wanted = published(&self.config.job, &tables, marked);
-        publication::ensure(&mut source, &name, &wanted).await?;
-        self.make_slot(&mut source, &name).await?;
+        let tables = published(&self.config.job, &tables, marked);
+        let reading = self.choose_reading(Stream::Forward, &tables).await?;
+        publish(&mut source, &name, &tables, &reading).await?;
+        self.make_slot(&mut source, &name, &reading).await?;
         let dump = match self.store.load_dump().await? {
             Some((pre, post)) => schema::Dump { pre, post },
             None => {
@@ -56,28 +59,91 @@ impl Runner {
     /// Nothing has been applied yet in this phase, so a slot that is already there (from a run that
     /// died here) may go on being used, and progress of an earlier life under the same name is
     /// forgotten together with making a new one (law 4).
-    async fn make_slot(&mut self, source: &mut Session, name: &str) -> Result<()> {
+    ///
+    /// A slot made by SQL comes without a snapshot: the copy then takes one of its own, and exact
+    /// visibility tells which of the slot's transactions are in it.
+    async fn make_slot(
+        &mut self,
+        source: &mut Session,
+        name: &str,
+        reading: &Reading,
+    ) -> Result<()> {
         let made = self.row().await?.slot_lsn.is_some();
         if made && slot::status(source, name).await?.is_some() {
             return Ok(());
         }
         slot::drop(source, name).await?;
         self.say(Notice::Said("creating the replication slot".to_string()));
-        let maker = Session::connect(&self.config.source, Purpose::Replication).await?;
-        let options = self.slot_options(name);
-        let held = slot::create(maker, source, &options, self.tell_blockers()).await?;
+        let options = self.slot_options(name, reading);
+        let waiting = self.tell_blockers();
+        let lsn = match reading.transport()? {
+            Transport::Stream => {
+                let maker = Session::connect(&self.config.source, Purpose::Replication).await?;
+                let held = slot::create(maker, source, &options, waiting).await?;
+                self.slot.insert(held).consistent_lsn
+            }
+            Transport::Pull => {
+                let mut maker = Session::connect(&self.config.source, Purpose::Sql).await?;
+                slot::create_plain(&mut maker, source, &options, waiting).await?
+            }
+        };
         let kind = self.row().await?.abilities.target.progress();
-        apply::begin_at(&mut self.store.session, name, kind, held.consistent_lsn).await?;
-        self.store.set_slot_lsn(held.consistent_lsn).await?;
-        self.slot = Some(held);
+        apply::begin_at(&mut self.store.session, name, kind, lsn).await?;
+        self.store.set_slot_lsn(lsn).await?;
         Ok(())
     }
 
+    /// How a stream is read: as stored, with another transport where one is asked for now.
+    pub(super) async fn reading(&mut self, stream: Stream) -> Result<Reading> {
+        let mut readings = self.store.load_readings().await?;
+        let reading = readings.of(stream).get_or_insert_default();
+        let mut wanted = self.config.wanted.clone();
+        if stream == Stream::Reverse {
+            wanted.decoder = None; // Its own, which may differ.
+        }
+        if reading.follow(&wanted)? {
+            let reading = reading.clone();
+            self.store.save_readings(&readings).await?;
+            return Ok(reading);
+        }
+        Ok(reading.clone())
+    }
+
+    /// The same before the stream's slot is made: chosen now, unless a slot was made already.
+    pub(super) async fn choose_reading(
+        &mut self,
+        stream: Stream,
+        tables: &[QualifiedName],
+    ) -> Result<Reading> {
+        let made = self.row().await?.slot_lsn.is_some();
+        let mut readings = self.store.load_readings().await?;
+        let side = match stream {
+            Stream::Forward => &self.config.source,
+            Stream::Reverse => &self.config.target,
+        };
+        if stream == Stream::Forward && made && readings.forward.is_some() {
+            return self.reading(stream).await;
+        }
+        let wanted = &self.config.wanted;
+        let chosen = match choose(side, tables, wanted).await {
+            // What was asked for is for the source; the target may be another kind of server.
+            Err(Error::NoDecoder { .. }) if stream == Stream::Reverse => {
+                choose(side, tables, &Wanted { decoder: None, ..wanted.clone() }).await?
+            }
+            chosen => chosen?,
+        };
+        *readings.of(stream) = Some(chosen.reading.clone());
+        readings.follow_tables(stream, tables);
+        self.store.save_readings(&readings).await?;
+        self.say(Notice::Said(format!("{stream} stream: {chosen}")));
+        Ok(chosen.reading)
+    }
+
     /// How this job makes a slot.
-    pub(super) fn slot_options(&self, name: &str) -> slot::CreateOptions {
+    pub(super) fn slot_options(&self, name: &str, reading: &Reading) -> slot::CreateOptions {
         slot::CreateOptions {
             name: name.to_string(),
-            plugin: "pgoutput".to_string(),
+            plugin: reading.decoder.clone(),
             temporary: false,
             wait: self.config.slot_timeout,
         }
@@ -97,6 +163,19 @@ impl Runner {
     }
 }
 
+/// Only pgoutput needs a publication.
+pub(super) async fn publish(
+    session: &mut Session,
+    name: &str,
+    tables: &[QualifiedName],
+    reading: &Reading,
+) -> Result<()> {
+    if reading.plugin()? == Plugin::Pgoutput {
+        publication::ensure(session, name, tables).await?;
+    }
+    Ok(())
+}
+
 /// Looks at both sides; warnings are told, errors are one error.
 pub(super) async fn check_ready(
     config: &JobConfig,
@@ -106,6 +185,7 @@ pub(super) async fn check_ready(
     let mut options = check::CheckOptions::new(config.job.clone());
     options.selection = selection.clone();
     options.copy_jobs = config.jobs;
+    options.wanted = config.wanted.clone();
     let mut found = check::run(&config.source, &config.target, options.clone()).await?;
     while found.findings.iter().any(|finding| finding.code == "unreachable") {
         // To a person this is a finding; the runner was there a moment ago, and knows from the

@@ -14,6 +14,7 @@ use super::admit::{admit, make_tables, recorded};
 use super::flip::FlipRequest;
 use super::lease::{self, Holder};
 use super::pipeline::{Pipe, PipeOptions, TableFilter};
+use super::reading::Wanted;
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobOptions, JobRow, Store};
 use super::validating::Validating;
@@ -48,6 +49,8 @@ pub struct JobConfig {
     pub jobs: usize,
     /// Copy owners and grants too.
     pub owners: bool,
+    /// Decoder and transport, where they are not left to be chosen.
+    pub wanted: Wanted,
     /// Limit of the wait for the slot's consistent point.
     pub slot_timeout: Duration,
 }
@@ -372,6 +375,7 @@ impl Runner {
         visibility: HashMap<QualifiedName, (Snapshot, Lsn)>,
     ) -> Result<Pipe> {
         let row = self.row().await?;
+        let reading = self.reading(stream).await?;
         let (from, to, system) = match stream {
             Stream::Forward => (&self.config.source, &self.config.target, row.source_system),
             Stream::Reverse => (&self.config.target, &self.config.source, row.target_system),
@@ -394,7 +398,10 @@ impl Runner {
             stream,
             from: from.clone(),
             to: to.clone(),
-            recorded: recorded(from, system.as_deref()),
+            transport: reading.transport()?,
+            plain_numbers: self.config.wanted.plain_numbers,
+            followed: Arc::new(self.store.load_readings().await?.tables(stream)),
+            recorded: recorded(from, system.as_deref(), &reading.decoder),
             tables,
             ability,
             visibility,

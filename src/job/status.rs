@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::admit::place;
+use super::reading::Reading;
 use super::state::Phase;
 use super::store::{Store, StreamRow};
 use super::{Error, Result, lease};
@@ -40,6 +41,9 @@ pub struct TableStatus {
 /// The reverse stream's part.
 #[derive(Clone, Debug, Serialize)]
 pub struct ReverseStatus {
+    /// How it is read.
+    #[serde(flatten)]
+    pub reading: Option<Reading>,
     /// Its positions.
     #[serde(flatten)]
     pub positions: StreamRow,
@@ -60,6 +64,9 @@ pub struct Status {
     pub target: String,
     /// Backend of the runner that lives, if one does.
     pub runner: Option<String>,
+    /// How the forward stream is read, once that is chosen.
+    #[serde(flatten)]
+    pub reading: Option<Reading>,
     /// A cutover or rollback is under way, or was cut short: clients may be waiting. With no
     /// runner alive, `run` undoes or finishes it.
     pub held_clients: bool,
@@ -81,6 +88,7 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
     let mut store = Store::new(session, job.clone());
     let row = store.load().await?;
     let row = row.ok_or_else(|| Error::NoJob { job: job.to_string(), peer: place(home) })?;
+    let readings = store.load_readings().await?;
     let runner = lease::holder(&mut store.session, job).await?;
     let mut positions = store.load_stream(Stream::Forward).await?.unwrap_or_default();
     let mut source = match source {
@@ -110,7 +118,7 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
             Some(source) => counters(source, &name).await?,
             None => Vec::new(),
         };
-        Some(ReverseStatus { positions, tables })
+        Some(ReverseStatus { reading: readings.reverse, positions, tables })
     } else {
         None
     };
@@ -121,6 +129,7 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
         source: row.source,
         target: row.target,
         runner,
+        reading: readings.forward,
         error: row.error.or_else(|| positions.error.clone()),
         positions,
         tables,

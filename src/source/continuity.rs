@@ -6,7 +6,7 @@
 
 use crate::id::quote_literal;
 use crate::lsn::Lsn;
-use crate::pg::{self, Session};
+use crate::pg::{self, Config, Purpose, Session};
 
 use super::slot::SlotStatus;
 use super::{Error, Result};
@@ -32,6 +32,21 @@ pub async fn identify(session: &mut Session) -> Result<System> {
     Ok(System { system_identifier, timeline, flush_lsn: row.lsn(2)? })
 }
 
+/// The same on an ordinary session of a primary. The timeline is that of the WAL being written, as
+/// the control file learns of a promotion only at the next checkpoint.
+pub async fn identify_by_sql(session: &mut Session) -> Result<System> {
+    let sql = "select s.system_identifier, w.lsn, pg_catalog.pg_walfile_name(w.lsn) \
+         from pg_catalog.pg_control_system() s, \
+           (select pg_catalog.pg_current_wal_flush_lsn() as lsn) w";
+    let row = session.query_one(sql, &[]).await?;
+    let timeline = row.str(2)?.get(..8).and_then(|digits| u32::from_str_radix(digits, 16).ok());
+    Ok(System {
+        system_identifier: row.string(0)?,
+        timeline: timeline.ok_or_else(|| pg::Error::Result("no timeline".to_string()))?,
+        flush_lsn: row.lsn(1)?,
+    })
+}
+
 /// What the job recorded when it made the slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recorded {
@@ -55,6 +70,44 @@ pub async fn check_system(
     progress_lsn: Lsn,
 ) -> Result<System> {
     let system = identify(session).await?;
+    let fork_lsn = match system.timeline == recorded.timeline {
+        true => None,
+        false => Some(fork(session, system.timeline, recorded.timeline).await?),
+    };
+    compare(session, system, fork_lsn, recorded, progress_lsn)
+}
+
+/// The same on an ordinary session. What another timeline forked off is in a file that only a
+/// superuser reads, or said on a replication connection; who has neither cannot know that nothing
+/// was lost, and is refused.
+async fn check_system_by_sql(
+    session: &mut Session,
+    config: &Config,
+    recorded: &Recorded,
+    progress_lsn: Lsn,
+) -> Result<System> {
+    let system = identify_by_sql(session).await?;
+    let mut fork_lsn = None;
+    if system.timeline != recorded.timeline {
+        let asking = Session::connect(config, Purpose::Replication);
+        fork_lsn = Some(match asking.await {
+            Ok(mut asked) => fork(&mut asked, system.timeline, recorded.timeline).await?,
+            Err(error) => {
+                tracing::warn!(%error, "the timeline's history cannot be read");
+                Lsn::ZERO
+            }
+        });
+    }
+    compare(session, system, fork_lsn, recorded, progress_lsn)
+}
+
+fn compare(
+    session: &Session,
+    system: System,
+    fork_lsn: Option<Lsn>,
+    recorded: &Recorded,
+    progress_lsn: Lsn,
+) -> Result<System> {
     let peer = session.peer().to_string();
     if system.system_identifier != recorded.system_identifier {
         return Err(Error::AnotherSystem {
@@ -63,17 +116,14 @@ pub async fn check_system(
             expected: recorded.system_identifier.clone(),
         });
     }
-    if system.timeline != recorded.timeline {
-        let fork_lsn = fork(session, system.timeline, recorded.timeline).await?;
-        if fork_lsn < progress_lsn {
-            return Err(Error::AnotherTimeline {
-                peer,
-                found_timeline: system.timeline,
-                expected_timeline: recorded.timeline,
-                fork_lsn,
-                progress_lsn,
-            });
-        }
+    if let Some(fork_lsn) = fork_lsn.filter(|fork_lsn| *fork_lsn < progress_lsn) {
+        return Err(Error::AnotherTimeline {
+            peer,
+            found_timeline: system.timeline,
+            expected_timeline: recorded.timeline,
+            fork_lsn,
+            progress_lsn,
+        });
     }
     if system.flush_lsn < progress_lsn {
         return Err(Error::Behind { peer, flush_lsn: system.flush_lsn, progress_lsn });
@@ -142,6 +192,20 @@ pub async fn check_continuity(
     progress_lsn: Lsn,
 ) -> Result<SlotStatus> {
     check_system(session, recorded, progress_lsn).await?;
+    let status = super::slot::status(session, slot).await?;
+    check_slot(slot, status.as_ref(), recorded, progress_lsn)?;
+    status.ok_or(Error::SlotMissing { slot: slot.to_string(), progress_lsn })
+}
+
+/// The same over an ordinary session of the slot's database, on a primary.
+pub async fn check_continuity_by_sql(
+    session: &mut Session,
+    config: &Config,
+    slot: &str,
+    recorded: &Recorded,
+    progress_lsn: Lsn,
+) -> Result<SlotStatus> {
+    check_system_by_sql(session, config, recorded, progress_lsn).await?;
     let status = super::slot::status(session, slot).await?;
     check_slot(slot, status.as_ref(), recorded, progress_lsn)?;
     status.ok_or(Error::SlotMissing { slot: slot.to_string(), progress_lsn })

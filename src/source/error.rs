@@ -24,6 +24,14 @@ pub enum Error {
         /// What is wrong with them.
         source: decode::Error,
     },
+    /// The slot's plugin is none that can be read.
+    #[error("slot {slot}: {unknown}")]
+    Plugin {
+        /// The slot.
+        slot: String,
+        /// Its plugin.
+        unknown: decode::UnknownPlugin,
+    },
     /// Slot creation waited too long and was given up; nothing of it is left.
     #[error(
         "slot {slot} could not be made within {seconds} s, as PostgreSQL waits for every \

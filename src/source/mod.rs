@@ -14,6 +14,9 @@
 //!    the target has ([`continuity`], law 4), then starts the stream at the target's progress.
 //! 5. [`Stream::run`] decodes, filters, and pushes items until told to stop.
 //!
+//! Where the replication protocol does not reach, [`Pull`] takes the part of [`Stream`], by SQL
+//! functions over an ordinary connection; [`Reader`] is either.
+//!
 //! The reader has one rule above all (law 1): the slot is told the durable position that the
 //! applier published, and nothing else. A keepalive becomes an idle item, travels through the
 //! buffer behind everything received before it, and comes back as a durable position once the
@@ -36,25 +39,35 @@
 //! server. What was read and not yet durable comes again. A walsender that a dead runner left
 //! behind is taken from the slot by [`slot::free`].
 //!
-//! Left out for now: reading by SQL functions (pull), streaming of transactions in progress, and
-//! two-phase decoding.
+//! Left out for now: streaming of transactions in progress, and two-phase decoding.
 
+pub mod choice;
 pub mod continuity;
 mod count;
+mod describe;
 mod error;
+mod intake;
 mod marker;
+mod options;
 mod pace;
+mod peek;
 pub mod publication;
+mod pull;
+mod reader;
+mod rows;
 pub mod slot;
 pub mod snapshot;
 mod stream;
 
-pub use continuity::{Recorded, System, check_continuity, identify};
+pub use continuity::{Recorded, System, check_continuity, identify, identify_by_sql};
 pub use count::{Counters, TableCount};
 pub use error::Error;
+pub use options::{End, Positions, StreamOptions};
+pub use pull::Pull;
+pub use reader::{Reader, Transport, UnknownTransport};
 pub use slot::{Blocker, CreateOptions, HeldSlot, SlotStatus};
 pub use snapshot::{ExportedSnapshot, begin_with_snapshot};
-pub use stream::{End, Positions, Stream, StreamOptions};
+pub use stream::Stream;
 
 /// Result with this room's error.
 pub type Result<T> = std::result::Result<T, Error>;

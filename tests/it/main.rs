@@ -14,6 +14,7 @@ mod input;
 mod job;
 mod matrix;
 mod pg;
+mod readings;
 mod rights;
 mod route;
 mod schema;

@@ -20,6 +20,7 @@ mod finding;
 mod given;
 mod identity;
 mod objects;
+mod reading;
 mod rights;
 mod server;
 mod tables;
@@ -33,6 +34,7 @@ use crate::catalog::{self, Selection, Table};
 use crate::id::JobName;
 use crate::pg::{self, Config, Session};
 
+use super::reading::Wanted;
 use super::state::Phase;
 use end::End;
 pub use finding::{Finding, Level, Report, Side};
@@ -44,6 +46,8 @@ pub struct CheckOptions {
     pub job: JobName,
     /// Its tables.
     pub selection: Selection,
+    /// Decoder and transport, where they are not left to be chosen.
+    pub wanted: Wanted,
     /// Parallel copies: each needs a connection on both sides.
     pub copy_jobs: usize,
     /// Whether a way back will be armed, for which both sides need the rights of the other.
@@ -65,6 +69,7 @@ impl CheckOptions {
         CheckOptions {
             job,
             selection: Selection::default(),
+            wanted: Wanted::default(),
             copy_jobs: 4,
             reverse: true,
             copy_bytes_per_second: 50_000_000,
@@ -111,6 +116,7 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.patterns().await?;
     check.servers().await?;
     check.rights().await?;
+    check.reading().await?;
     check.tables().await?;
     check.identities().await?;
     check.objects().await?;

@@ -14,7 +14,7 @@ use walferry::id::QualifiedName;
 use walferry::lsn::Lsn;
 use walferry::pg::{Config, Purpose, Session};
 use walferry::source::{
-    self, Blocker, CreateOptions, End, HeldSlot, Positions, Recorded, Stream, StreamOptions,
+    self, Blocker, CreateOptions, End, HeldSlot, Positions, Recorded, StreamOptions, Transport,
     publication, slot,
 };
 
@@ -127,11 +127,20 @@ pub struct Reader {
 
 impl Reader {
     pub async fn start(config: &Config, options: StreamOptions, buffer_bytes: usize) -> Reader {
+        Reader::start_by(config, Transport::Stream, options, buffer_bytes).await
+    }
+
+    pub async fn start_by(
+        config: &Config,
+        transport: Transport,
+        options: StreamOptions,
+        buffer_bytes: usize,
+    ) -> Reader {
         let (durable, durable_seen) = watch::channel(options.start_lsn);
         let (positions, positions_seen) = watch::channel(Positions::default());
         let (stop, stop_seen) = watch::channel(false);
         let (mut sink, items) = memory::queue(buffer_bytes);
-        let stream = Stream::open(config, options).await.unwrap();
+        let stream = source::Reader::open(config, transport, options).await.unwrap();
         let task = tokio::spawn(async move {
             stream.run(&mut sink, durable_seen, &positions, stop_seen).await
         });

@@ -1,0 +1,72 @@
+//! By which decoder and transport each side would be read, and why.
+
+use crate::catalog::Table;
+use crate::id::QualifiedName;
+use crate::pg::{self, Config};
+
+use super::super::Error;
+use super::super::reading::{Chosen, Wanted, choose};
+use super::finding::Level;
+use super::{Check, Finding, Side};
+
+impl Check<'_> {
+    /// The choice is made when a slot is; a job that has begun has made it.
+    pub(super) async fn reading(&mut self) -> pg::Result<()> {
+        if self.begun.is_some() {
+            return Ok(());
+        }
+        let rows = |table: &&Table| self.options.selection.has_rows(&table.name) && !table.unlogged;
+        let tables: Vec<_> = self.tables.iter().filter(rows).map(|t| t.name.clone()).collect();
+        let source = self.source.config.clone();
+        self.choice(Side::Source, &source, &tables, self.options.wanted.clone()).await?;
+        if self.options.reverse {
+            // What was asked for is for the source; nothing is on the target yet.
+            let (target, wanted) = (self.target.config.clone(), self.options.wanted.clone());
+            let wanted = Wanted { decoder: None, ..wanted };
+            self.choice(Side::Target, &target, &[], wanted).await?;
+        }
+        Ok(())
+    }
+
+    async fn choice(
+        &mut self,
+        side: Side,
+        config: &Config,
+        tables: &[QualifiedName],
+        wanted: Wanted,
+    ) -> pg::Result<()> {
+        let chosen = match choose(config, tables, &wanted).await {
+            Ok(chosen) => chosen,
+            Err(Error::Pg(error)) if error.is_closed() => return Err(error),
+            // Who may not replicate has been told so; all else follows from it.
+            Err(_) if self.is_refused(side) => return Ok(()),
+            Err(error) => {
+                let message = error.to_string();
+                self.findings.push(Finding::error(side, "no-decoder", "decoder", message));
+                return Ok(());
+            }
+        };
+        if chosen.reading.transport == "pull" {
+            self.forgive(side);
+        }
+        self.findings.push(told(side, &chosen));
+        Ok(())
+    }
+
+    fn is_refused(&self, side: Side) -> bool {
+        self.findings.iter().any(|f| f.side == side && f.code == "replication-right")
+    }
+
+    /// A pull needs no replication connection.
+    fn forgive(&mut self, side: Side) {
+        for finding in &mut self.findings {
+            if finding.side == side && finding.code == "replication-connection" {
+                finding.level = Level::Info;
+            }
+        }
+    }
+}
+
+fn told(side: Side, chosen: &Chosen) -> Finding {
+    Finding::info(side, "reading", format!("stream from the {}", side.as_str()), chosen.to_string())
+}

@@ -1,0 +1,256 @@
+//! How each stream is read: the choice of decoder and transport, and where it is kept.
+//!
+//! The decoder is bound to the slot when that is made, and stays. The transport may change at any
+//! start. What was not asked for is chosen by what the side lets us do, once, when its slot is
+//! made.
+
+use std::collections::HashSet;
+
+use serde::{Deserialize, Serialize};
+
+use super::store::Store;
+use super::{Error, Result};
+use crate::decode::Plugin;
+use crate::id::{QualifiedName, Stream};
+use crate::pg::{Config, Purpose, Session};
+use crate::source::{Transport, choice};
+
+/// What was asked for; `None` is `auto`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// `--decoder`.
+    pub decoder: Option<Plugin>,
+    /// `--transport`.
+    pub transport: Option<Transport>,
+    /// `--no-nan`.
+    pub plain_numbers: bool,
+}
+
+/// How one stream is read, as stored with the job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reading {
+    /// The slot's plugin.
+    pub decoder: String,
+    /// `stream` or `pull`.
+    pub transport: String,
+}
+
+impl Default for Reading {
+    fn default() -> Self {
+        Reading::of(Plugin::Pgoutput, Transport::Stream)
+    }
+}
+
+impl Reading {
+    fn of(decoder: Plugin, transport: Transport) -> Reading {
+        Reading { decoder: decoder.to_string(), transport: transport.to_string() }
+    }
+
+    /// The decoder.
+    pub fn plugin(&self) -> Result<Plugin> {
+        self.decoder.parse().map_err(|e| Error::State(format!("walferry.job.reading: {e}")))
+    }
+
+    /// The transport.
+    pub fn transport(&self) -> Result<Transport> {
+        self.transport.parse().map_err(|e| Error::State(format!("walferry.job.reading: {e}")))
+    }
+
+    /// What is asked for now, held against what the slot is bound to: true if the transport is
+    /// another one now.
+    pub fn follow(&mut self, wanted: &Wanted) -> Result<bool> {
+        if let Some(decoder) = wanted.decoder.filter(|decoder| decoder.as_str() != self.decoder) {
+            let (decoder, bound) = (decoder.to_string(), self.decoder.clone());
+            return Err(Error::OtherDecoder { decoder, bound });
+        }
+        let Some(transport) = wanted.transport else { return Ok(false) };
+        let changed = transport.as_str() != self.transport;
+        self.transport = transport.to_string();
+        Ok(changed)
+    }
+}
+
+/// How the streams of a job are read; `None` for one whose slot has not been made.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Readings {
+    /// From source to target.
+    pub forward: Option<Reading>,
+    /// From target to source.
+    pub reverse: Option<Reading>,
+    /// What a publication would list: schema and name of the forward stream's tables, from before
+    /// its slot was made. A table made later is not one of them, and its changes are passed over.
+    #[serde(default)]
+    pub forward_tables: Vec<(String, String)>,
+    /// The same of the reverse stream.
+    #[serde(default)]
+    pub reverse_tables: Vec<(String, String)>,
+}
+
+impl Readings {
+    /// How a stream is read.
+    pub fn of(&mut self, stream: Stream) -> &mut Option<Reading> {
+        match stream {
+            Stream::Forward => &mut self.forward,
+            Stream::Reverse => &mut self.reverse,
+        }
+    }
+
+    /// A stream's tables.
+    pub fn tables(&self, stream: Stream) -> HashSet<QualifiedName> {
+        let tables = match stream {
+            Stream::Forward => &self.forward_tables,
+            Stream::Reverse => &self.reverse_tables,
+        };
+        tables.iter().map(|(schema, name)| QualifiedName::new(schema, name)).collect()
+    }
+
+    /// Keeps a stream's tables.
+    pub fn follow_tables(&mut self, stream: Stream, tables: &[QualifiedName]) {
+        let names = tables.iter().map(|t| (t.schema.clone(), t.name.clone())).collect();
+        match stream {
+            Stream::Forward => self.forward_tables = names,
+            Stream::Reverse => self.reverse_tables = names,
+        }
+    }
+}
+
+impl Store {
+    /// How the job's streams are read, as far as that has been chosen.
+    pub async fn load_readings(&mut self) -> Result<Readings> {
+        // Tables of an earlier version lack the column until the next run.
+        let sql = "select coalesce(pg_catalog.to_jsonb(j) ->> 'reading', '{}') \
+             from walferry.job j where name = $1";
+        let name = self.job().to_string();
+        let Some(row) = self.session.query_opt(sql, &[Some(&name)]).await? else {
+            return Ok(Readings::default());
+        };
+        serde_json::from_str(row.str(0)?)
+            .map_err(|e| Error::State(format!("walferry.job.reading: {e}")))
+    }
+
+    /// Stores how the job's streams are read.
+    pub async fn save_readings(&mut self, readings: &Readings) -> Result<()> {
+        let readings = serde_json::to_string(readings).map_err(|e| Error::State(e.to_string()))?;
+        let sql = "update walferry.job set reading = $2::jsonb, updated_at = now() where name = $1";
+        let name = self.job().to_string();
+        self.session.query_params(sql, &[Some(&name), Some(&readings)]).await?;
+        Ok(())
+    }
+}
+
+/// A choice and its reasons.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chosen {
+    /// The choice.
+    pub reading: Reading,
+    /// Why this decoder.
+    pub decoder_reason: String,
+    /// Why this transport.
+    pub transport_reason: String,
+}
+
+impl std::fmt::Display for Chosen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Reading { decoder, transport } = &self.reading;
+        let (why_decoder, why_transport) = (&self.decoder_reason, &self.transport_reason);
+        write!(f, "decoder {decoder} ({why_decoder}), transport {transport} ({why_transport})")
+    }
+}
+
+/// Chooses for one side, whose `tables` are to be read. Looks and tries; changes nothing.
+///
+/// Errors: `NoDecoder` where the side has none that may be used, or not the one asked for.
+pub async fn choose(side: &Config, tables: &[QualifiedName], wanted: &Wanted) -> Result<Chosen> {
+    let (decoder, decoder_reason) = choose_decoder(side, tables, wanted.decoder).await?;
+    let (transport, transport_reason) = match wanted.transport {
+        Some(transport) => (transport, "asked for".to_string()),
+        None => match choice::refused_replication(side).await {
+            None => match garbled(side, decoder).await? {
+                None => (Transport::Stream, "a replication connection is let in".to_string()),
+                Some(reason) => (Transport::Pull, reason),
+            },
+            Some(refused) => {
+                (Transport::Pull, format!("a replication connection is refused: {refused}"))
+            }
+        },
+    };
+    if wanted.transport == Some(Transport::Stream)
+        && let Some(reason) = garbled(side, decoder).await?
+    {
+        return Err(Error::NoDecoder { decoder: decoder.to_string(), reason });
+    }
+    let reading = Reading::of(decoder, transport);
+    Ok(Chosen { reading, decoder_reason, transport_reason })
+}
+
+/// A walsender sends a plugin's text in the database's own encoding; the SQL functions convert it.
+async fn garbled(side: &Config, decoder: Plugin) -> Result<Option<String>> {
+    if !decoder.is_textual() {
+        return Ok(None);
+    }
+    let session = Session::connect(side, Purpose::Sql).await?;
+    let encoding = session.parameter("server_encoding").unwrap_or_default();
+    let plain = matches!(encoding, "UTF8" | "SQL_ASCII");
+    Ok((!plain).then(|| {
+        format!("the stream carries {decoder}'s text in {encoding}; pull has it converted")
+    }))
+}
+
+/// What test_decoding would leave out without a trace.
+async fn blind(side: &Config, decoder: Plugin) -> Result<Option<String>> {
+    if decoder != Plugin::TestDecoding {
+        return Ok(None);
+    }
+    let origin = choice::foreign_origin(side).await?;
+    Ok(origin.map(|origin| {
+        format!("it tells no origins apart, and leaves out what comes in by origin {origin}")
+    }))
+}
+
+async fn choose_decoder(
+    side: &Config,
+    tables: &[QualifiedName],
+    wanted: Option<Plugin>,
+) -> Result<(Plugin, String)> {
+    if let Some(decoder) = wanted {
+        if !choice::has_plugin(side, decoder).await? {
+            let reason = format!("the server does not have {decoder}");
+            return Err(Error::NoDecoder { decoder: decoder.to_string(), reason });
+        }
+        if let Some(reason) = blind(side, decoder).await? {
+            return Err(Error::NoDecoder { decoder: decoder.to_string(), reason });
+        }
+        return Ok((decoder, "asked for".to_string()));
+    }
+    let mut session = Session::connect(side, Purpose::Sql).await?;
+    let Some(refused) = choice::refused_publication(&mut session, tables).await? else {
+        return Ok((Plugin::Pgoutput, "a publication may be made".to_string()));
+    };
+    for decoder in Plugin::ALL.into_iter().filter(|plugin| plugin.is_textual()) {
+        if choice::has_plugin(side, decoder).await? && blind(side, decoder).await?.is_none() {
+            return Ok((decoder, format!("no publication may be made: {refused}")));
+        }
+    }
+    let decoder = Plugin::Pgoutput.to_string();
+    let reason = format!("no publication may be made ({refused}), and no other plugin is there");
+    Err(Error::NoDecoder { decoder, reason })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_transport_may_change_and_the_decoder_may_not() {
+        let mut reading = Reading::default();
+        assert!(!reading.follow(&Wanted::default()).unwrap());
+        let pull = Wanted { transport: Some(Transport::Pull), ..Wanted::default() };
+        assert!(reading.follow(&pull).unwrap());
+        assert!(!reading.follow(&pull).unwrap());
+        assert_eq!(reading.transport().unwrap(), Transport::Pull);
+        reading.decoder = "wal2json".to_string();
+        let other = Wanted { decoder: Some(Plugin::Pgoutput), ..Wanted::default() };
+        let refused = reading.follow(&other).unwrap_err().to_string();
+        assert!(refused.contains("wal2json") && refused.contains("pgoutput"), "{refused}");
+    }
+}

@@ -1,0 +1,86 @@
+//! What a side lets us read with: looked at, or tried where trying leaves nothing behind.
+
+use std::time::Duration;
+
+use super::Result;
+use crate::decode::Plugin;
+use crate::id::{QualifiedName, quote_literal};
+use crate::pg::{Config, Purpose, Session};
+
+/// A server loads a plugin before it waits for open transactions, so that one which is missing is
+/// known at once; what takes longer than this is a plugin that is there.
+const PROBE: Duration = Duration::from_millis(500);
+
+/// SQLSTATEs: no such file; canceled.
+const UNDEFINED_FILE: &str = "58P01";
+const CANCELED: &str = "57014";
+
+/// Why no replication connection is let in; `None` if one is.
+pub async fn refused_replication(config: &Config) -> Option<String> {
+    let opened = async {
+        let mut session = Session::connect(config, Purpose::Replication).await?;
+        session.query("IDENTIFY_SYSTEM").await
+    };
+    opened.await.err().map(|error| error.to_string())
+}
+
+/// True if slots can be made with the plugin, tried with a temporary one that is dropped at once.
+///
+/// Errors: what else keeps a slot from being made, such as a missing right.
+pub async fn has_plugin(config: &Config, plugin: Plugin) -> Result<bool> {
+    if plugin == Plugin::Pgoutput {
+        return Ok(true); // PostgreSQL's own, in each version from 10 on.
+    }
+    let mut session = Session::connect(config, Purpose::Sql).await?;
+    let name = quote_literal(&format!("walferry_probe_{:08x}", fastrand::u32(..)));
+    session.execute(&format!("set statement_timeout = {}", PROBE.as_millis())).await?;
+    let sql = format!(
+        "select pg_catalog.pg_create_logical_replication_slot({name}, {}, true)",
+        quote_literal(plugin.as_str())
+    );
+    match session.query(&sql).await {
+        Ok(_) => {
+            session.query(&format!("select pg_catalog.pg_drop_replication_slot({name})")).await?;
+            Ok(true)
+        }
+        Err(error) if error.code() == Some(CANCELED) => Ok(true),
+        Err(error) if error.code() == Some(UNDEFINED_FILE) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A replication origin that is not walferry's, if there is one: test_decoding leaves out whatever
+/// has an origin, and so what a subscription or another program brings in by it.
+pub async fn foreign_origin(config: &Config) -> Result<Option<String>> {
+    let mut session = Session::connect(config, Purpose::Sql).await?;
+    let sql = "select roname from pg_catalog.pg_replication_origin \
+         where roname not like 'walferry\\_%' limit 1";
+    let rows = session.query(sql).await?;
+    Ok(rows.first().map(|row| row.string(0)).transpose()?)
+}
+
+/// Why the role may not publish these tables; `None` if it may.
+pub async fn refused_publication(
+    session: &mut Session,
+    tables: &[QualifiedName],
+) -> Result<Option<String>> {
+    let sql = "select pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create'), \
+         current_user, pg_catalog.current_database()";
+    let row = session.query_one(sql, &[]).await?;
+    if !row.bool(0)? {
+        let (role, database) = (row.str(1)?, row.str(2)?);
+        return Ok(Some(format!("role {role} may not create anything in database {database}")));
+    }
+    let names: Vec<String> = tables.iter().map(|t| quote_literal(&t.quoted())).collect();
+    let sql = format!(
+        "select n.nspname, c.relname, pg_catalog.pg_get_userbyid(c.relowner) \
+         from pg_catalog.unnest(array[{}]::text[]) t(name) \
+         join pg_catalog.pg_class c on c.oid = pg_catalog.to_regclass(t.name) \
+         join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+         where not pg_catalog.pg_has_role(c.relowner, 'usage') limit 1",
+        names.join(", ")
+    );
+    let Some(row) = session.query_opt(&sql, &[]).await? else { return Ok(None) };
+    let (schema, table, owner) = (row.str(0)?, row.str(1)?, row.str(2)?);
+    Ok(Some(format!("table {schema}.{table} belongs to {owner}")))
+}

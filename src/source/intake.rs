@@ -1,0 +1,222 @@
+//! What both transports share: from a plugin's messages to items in a sink.
+
+use bytes::Bytes;
+use tokio::sync::watch;
+
+use super::describe::Describer;
+use super::options::Spoken;
+use super::{Counters, Error, Positions, Result, StreamOptions, marker};
+use crate::change::{Begin, Item, Sink};
+use crate::clock::PgTimestamp;
+use crate::decode::{AnyDecoder, Assembler, Event, Plugin, Step};
+use crate::lsn::Lsn;
+use crate::pg::Config;
+
+/// Decodes, filters, counts, and publishes how far it is.
+pub(super) struct Intake<'a, S> {
+    slot: String,
+    skip_origins: Vec<String>,
+    skip_markers: Vec<String>,
+    /// The transaction under way is one to drop.
+    skipping: bool,
+    counters: Counters,
+    plugin: Plugin,
+    decoder: AnyDecoder,
+    describer: Describer,
+    /// The last message, which is to be decoded again.
+    more: Option<(Bytes, Lsn)>,
+    assembler: Assembler,
+    /// Where items go.
+    pub sink: &'a mut S,
+    positions: &'a watch::Sender<Positions>,
+    buffered_lsn: Lsn,
+    commit_time: Option<PgTimestamp>,
+    /// Transactions that were received before may come again, and are passed over.
+    repeats: bool,
+    passing: bool,
+}
+
+impl<'a, S: Sink> Intake<'a, S> {
+    /// Begins at the options' start position.
+    pub fn new(
+        config: &Config,
+        spoken: Spoken,
+        options: &StreamOptions,
+        repeats: bool,
+        sink: &'a mut S,
+        positions: &'a watch::Sender<Positions>,
+    ) -> Self {
+        Intake {
+            slot: options.slot.clone(),
+            skip_origins: options.skip_origins.clone(),
+            skip_markers: options.skip_markers.clone(),
+            skipping: false,
+            counters: options.counters.clone(),
+            plugin: spoken.plugin,
+            decoder: AnyDecoder::new(spoken.plugin, spoken.numbers(options)),
+            describer: Describer::new(config, options.followed.clone()),
+            more: None,
+            assembler: Assembler::new(options.start_lsn),
+            sink,
+            positions,
+            buffered_lsn: options.start_lsn,
+            commit_time: None,
+            repeats,
+            passing: false,
+        }
+    }
+
+    /// Exclusive end of what has been received whole.
+    pub fn decoded_lsn(&self) -> Lsn {
+        self.assembler.decoded_lsn()
+    }
+
+    /// Exclusive end of what the sink has.
+    pub fn buffered_lsn(&self) -> Lsn {
+        self.buffered_lsn
+    }
+
+    /// True if the messages so far end inside a transaction.
+    pub fn in_transaction(&self) -> bool {
+        self.passing || self.assembler.in_transaction()
+    }
+
+    /// Takes a message of the plugin; gives the item that it completes, if it does. The message may
+    /// have more to say: call [`Intake::more`] until it gives nothing.
+    ///
+    /// Waits for the source's answer where the decoder must know more; nothing is taken before.
+    pub async fn message(&mut self, data: Bytes, lsn: Lsn) -> Result<Option<Item>> {
+        loop {
+            // A clone counts a reference; nothing is copied.
+            let step = self.decoder.decode(data.clone(), lsn).map_err(|e| self.wrong(e))?;
+            let event = match step {
+                Step::Event(Event::Begin(begin)) if self.is_nameless(&begin) => {
+                    for (id, name) in self.describer.origins().await? {
+                        self.decoder.name_origin(id, &name);
+                    }
+                    match self.decoder.decode(data, lsn).map_err(|e| self.wrong(e))? {
+                        Step::Event(event) => event,
+                        _ => Event::Begin(begin),
+                    }
+                }
+                Step::Event(event) => event,
+                Step::Before(event) => {
+                    self.more = Some((data, lsn));
+                    event
+                }
+                Step::Describe(name) => {
+                    let described = self.describer.table(&name).await?;
+                    self.decoder.describe(&name, described);
+                    continue;
+                }
+                Step::Nothing => return Ok(None),
+            };
+            let item = self.event(event).map_err(|e| self.wrong(e))?;
+            return Ok(item.and_then(|item| self.filter(item)));
+        }
+    }
+
+    /// What the last message says besides.
+    pub async fn more(&mut self) -> Result<Option<Option<Item>>> {
+        match self.more.take() {
+            Some((data, lsn)) => self.message(data, lsn).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// An origin was made since the names were asked for.
+    fn is_nameless(&self, begin: &Begin) -> bool {
+        self.plugin == Plugin::Wal2json && begin.origin.as_deref() == Some("")
+    }
+
+    fn wrong(&self, source: crate::decode::Error) -> Error {
+        Error::Decode { slot: self.slot.clone(), source }
+    }
+
+    /// Takes a position below which (exclusive) nothing more comes.
+    pub fn idle(&mut self, end_lsn: Lsn) -> Option<Item> {
+        self.assembler.keepalive(end_lsn)
+    }
+
+    /// A transaction that was received before is passed over. Its commit record begins below what
+    /// has been received, and no other's does, as commit records do not overlap.
+    fn event(&mut self, event: Event) -> crate::decode::Result<Option<Item>> {
+        match &event {
+            Event::Begin(begin)
+                if self.repeats && begin.commit_lsn < self.assembler.decoded_lsn() =>
+            {
+                self.passing = true;
+                Ok(None)
+            }
+            Event::Commit(_) if self.passing => {
+                self.passing = false;
+                Ok(None)
+            }
+            _ if self.passing => Ok(None),
+            _ => self.assembler.event(event),
+        }
+    }
+
+    /// Counts the item; of a transaction to skip only the position is left.
+    fn filter(&mut self, item: Item) -> Option<Item> {
+        let Item::Chunk(chunk) = &item else { return Some(item) };
+        if chunk.number == 0 {
+            self.skipping = marker::is_from(chunk, &self.skip_origins, &self.skip_markers);
+        }
+        let skip = self.skipping;
+        self.counters.add(chunk, skip);
+        if let Some(commit) = chunk.commit {
+            self.commit_time = Some(commit.commit_time);
+        }
+        if !skip {
+            return Some(item);
+        }
+        chunk.commit.map(|commit| Item::Idle { lsn: commit.end_lsn })
+    }
+
+    /// The sink has everything up to here.
+    pub fn buffered(&mut self, end_lsn: Option<Lsn>) {
+        self.buffered_lsn = end_lsn.unwrap_or(self.buffered_lsn);
+    }
+
+    /// Tells whoever watches how far the reader is.
+    pub fn publish(&self, received_lsn: Lsn, confirmed_lsn: Lsn) {
+        self.publisher().publish(received_lsn, confirmed_lsn);
+    }
+
+    /// What publishes while a push borrows the sink.
+    pub fn publisher(&self) -> Publisher<'a> {
+        Publisher {
+            positions: self.positions,
+            decoded_lsn: self.assembler.decoded_lsn(),
+            buffered_lsn: self.buffered_lsn,
+            commit_time: self.commit_time,
+        }
+    }
+}
+
+/// Publishes positions as they stood when it was made.
+pub(super) struct Publisher<'a> {
+    positions: &'a watch::Sender<Positions>,
+    decoded_lsn: Lsn,
+    buffered_lsn: Lsn,
+    commit_time: Option<PgTimestamp>,
+}
+
+impl Publisher<'_> {
+    /// Wakes nobody if nothing has changed.
+    pub fn publish(&self, received_lsn: Lsn, confirmed_lsn: Lsn) {
+        let now = Positions {
+            received_lsn,
+            decoded_lsn: self.decoded_lsn,
+            buffered_lsn: self.buffered_lsn,
+            confirmed_lsn,
+            commit_time: self.commit_time,
+        };
+        self.positions.send_if_modified(|positions| {
+            let changed = *positions != now;
+            *positions = now;
+            changed
+        });
+    }
+}

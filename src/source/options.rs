@@ -1,0 +1,169 @@
+//! What is to be read and how far a reader is: the same for both transports.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Counters, Error, Recorded, Result};
+use crate::clock::PgTimestamp;
+use crate::decode::wal2json::{self, Numbers};
+use crate::decode::{Plugin, test_decoding};
+use crate::id::{QualifiedName, quote_ident};
+use crate::limit::SILENCE;
+use crate::lsn::Lsn;
+use crate::pg;
+
+/// What to read, and from where.
+#[derive(Clone, Debug)]
+pub struct StreamOptions {
+    /// The slot; its plugin is the recorded one.
+    pub slot: String,
+    /// The publication, for pgoutput.
+    pub publication: String,
+    /// The target's durable progress: the exclusive end of what it has. The stream starts here.
+    pub start_lsn: Lsn,
+    /// Server and slot as recorded when the slot was made; checked before anything is read.
+    pub recorded: Recorded,
+    /// Ask the server (14 and on) for messages of `pg_logical_emit_message`.
+    pub messages: bool,
+    /// Transactions with one of these origins are dropped here and counted as filtered: what came
+    /// from the other direction must not go back (law 6).
+    pub skip_origins: Vec<String>,
+    /// The same for transactions whose first change is to the row of one of these streams in
+    /// `walferry.progress`: where the other direction's writer may not use origins, it marks by
+    /// that row what it writes.
+    pub skip_markers: Vec<String>,
+    /// Asked for a sign of life after this, given up after twice this. Wants to be longer than the
+    /// largest single row takes to arrive.
+    pub silence: Duration,
+    /// The tables that take part, for decoders that read every table of the database: their changes
+    /// and those of their partitions are read, all others passed over.
+    pub followed: Arc<HashSet<QualifiedName>>,
+    /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL: without
+    /// that promise, each NULL in a column of a number's type is an error there.
+    pub plain_numbers: bool,
+    /// Messages asked for at a time by a pull; chosen by what chunks cost where `None`.
+    pub pull_messages: Option<u32>,
+    /// Where decoded and filtered changes are counted.
+    pub counters: Counters,
+}
+
+impl StreamOptions {
+    /// Everything else at its default: messages on, no origin filter, silence of [`SILENCE`].
+    pub fn new(slot: &str, publication: &str, start_lsn: Lsn, recorded: Recorded) -> Self {
+        StreamOptions {
+            slot: slot.to_string(),
+            publication: publication.to_string(),
+            start_lsn,
+            recorded,
+            messages: true,
+            skip_origins: Vec::new(),
+            skip_markers: Vec::new(),
+            silence: SILENCE,
+            followed: Arc::default(),
+            plain_numbers: false,
+            pull_messages: None,
+            counters: Counters::new(),
+        }
+    }
+
+    /// The slot's plugin, taken to be of the newest version.
+    pub(super) fn spoken(&self) -> Result<Spoken> {
+        let plugin = self.recorded.plugin.parse();
+        let plugin =
+            plugin.map_err(|unknown| Error::Plugin { slot: self.slot.clone(), unknown })?;
+        Ok(Spoken { plugin, wal2json: wal2json::Plugin::V2_6 })
+    }
+}
+
+/// The plugin, and which version of it. wal2json cannot be asked for its version, but refuses
+/// options that it does not know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Spoken {
+    pub plugin: Plugin,
+    pub wal2json: wal2json::Plugin,
+}
+
+impl Spoken {
+    /// What null means in a number's place.
+    pub fn numbers(&self, options: &StreamOptions) -> Numbers {
+        match self.wal2json.numbers() {
+            Numbers::Ambiguous if options.plain_numbers => Numbers::Plain,
+            numbers => numbers,
+        }
+    }
+
+    /// True if the refusal is of an option that an older version does not know: then it is taken to
+    /// be of that version, and wants to be asked again.
+    pub fn older(&mut self, refused: &pg::Error) -> bool {
+        let message = refused.server().map(|said| said.message.as_str()).unwrap_or_default();
+        match (self.plugin, self.wal2json.refused(message)) {
+            (Plugin::Wal2json, Some(older)) => {
+                self.wal2json = older;
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// How far a reader is. All are exclusive ends; `received >= decoded >= buffered`, published
+/// together once a batch of messages, and at each turn of a wait for the sink.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Positions {
+    /// Whole transactions and keepalives received.
+    pub received_lsn: Lsn,
+    /// Decoded; filtered transactions included.
+    pub decoded_lsn: Lsn,
+    /// Handed to the sink.
+    pub buffered_lsn: Lsn,
+    /// What the slot was last told.
+    pub confirmed_lsn: Lsn,
+    /// When the source committed the last decoded transaction.
+    pub commit_time: Option<PgTimestamp>,
+}
+
+/// Why a reader ended without an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It was told to.
+    Stopped,
+    /// The sink, or whoever publishes durable positions, is gone.
+    Closed,
+    /// The server ended the stream, as it does when it shuts down.
+    Source,
+}
+
+/// The options that a plugin is given, by START_REPLICATION as by the SQL functions.
+pub(super) fn plugin_options(
+    spoken: Spoken,
+    major: u32,
+    options: &StreamOptions,
+) -> Vec<(&'static str, String)> {
+    match spoken.plugin {
+        Plugin::Pgoutput => pgoutput(major, options),
+        Plugin::Wal2json => wal2json::options(spoken.wal2json, &[]),
+        // It tells no origins: what has any is left out, or what we write would come back.
+        Plugin::TestDecoding => test_decoding::options(!options.skip_origins.is_empty()),
+    }
+}
+
+/// The highest protocol version the server knows, and the rest.
+///
+/// <https://www.postgresql.org/docs/current/protocol-logical-replication.html#PROTOCOL-LOGICAL-REPLICATION-PARAMS>
+fn pgoutput(major: u32, options: &StreamOptions) -> Vec<(&'static str, String)> {
+    let version = match major {
+        0..14 => 1,
+        14 => 2,
+        15 => 3,
+        _ => 4,
+    };
+    let mut wanted = vec![
+        ("proto_version", version.to_string()),
+        ("publication_names", quote_ident(&options.publication)),
+    ];
+    if options.messages && major >= 14 {
+        wanted.push(("messages", "true".to_string()));
+    }
+    wanted
+}

@@ -1,0 +1,247 @@
+//! What a puller asks: the statements, where the log ends, and how much at a time.
+
+use std::time::Duration;
+
+use crate::decode::Plugin;
+use crate::id::quote_literal;
+use crate::lsn::Lsn;
+use crate::pg::{self, CancelHandle, Session};
+
+/// The statements that read and advance one slot.
+#[derive(Clone, Debug)]
+pub(super) struct Peeks {
+    slot: String,
+    binary: &'static str,
+    options: String,
+    /// 10 has no pg_replication_slot_advance.
+    by_reading: bool,
+}
+
+impl Peeks {
+    /// For a slot of this plugin, on a server of this major version.
+    pub fn new(slot: &str, plugin: Plugin, major: u32, options: &[(&str, String)]) -> Peeks {
+        let texts = options.iter().flat_map(|(name, value)| [*name, value.as_str()]);
+        let texts: Vec<String> = texts.map(quote_literal).collect();
+        Peeks {
+            slot: quote_literal(slot),
+            binary: if plugin.is_textual() { "" } else { "binary_" },
+            options: format!("variadic array[{}]::text[]", texts.join(", ")),
+            by_reading: major < 11,
+        }
+    }
+
+    /// Reads from the slot's confirmed position up to `upto_lsn`, or to the end of the transaction
+    /// that brings the number of messages to `limit`.
+    pub fn sql(&self, upto_lsn: Lsn, limit: u32) -> String {
+        let Peeks { slot, binary, options, .. } = self;
+        format!(
+            "copy (select lsn, xid, data from pg_catalog.pg_logical_slot_peek_{binary}changes(\
+             {slot}, '{upto_lsn}', {limit}, {options})) to stdout (format binary)"
+        )
+    }
+
+    /// Reads one record, so that the plugin has looked at its options.
+    pub fn first(&self) -> String {
+        let Peeks { slot, binary, options, .. } = self;
+        format!(
+            "select count(*) from pg_catalog.pg_logical_slot_peek_{binary}changes(\
+             {slot}, '0/1', 1, {options})"
+        )
+    }
+
+    /// Makes `lsn` the slot's confirmed position. It must be the end of a record on 10, where the
+    /// slot is advanced by reading it: the server stops after the first record that ends at or
+    /// after the position, and confirms that record's end.
+    pub fn advance(&self, lsn: Lsn) -> String {
+        let Peeks { slot, binary, options, .. } = self;
+        if self.by_reading {
+            return format!(
+                "select count(*) from pg_catalog.pg_logical_slot_get_{binary}changes(\
+                 {slot}, '{lsn}', null, {options})"
+            );
+        }
+        format!("select pg_catalog.pg_replication_slot_advance({slot}, '{lsn}')")
+    }
+}
+
+/// Where the log ends: a position on disk, asked for before a peek.
+#[derive(Debug, Default)]
+pub(super) struct LogEnd {
+    /// On 10: the end of a record, not known to be on disk yet.
+    mark_lsn: Option<Lsn>,
+    segment_bytes: u64,
+}
+
+impl LogEnd {
+    /// `None` where it is not known now, and may be next time.
+    pub async fn ask(&mut self, session: &mut Session) -> pg::Result<Option<Lsn>> {
+        if session.major_version() >= 11 {
+            let sql = "select pg_catalog.pg_current_wal_flush_lsn()";
+            return Ok(Some(session.query_one(sql, &[]).await?.lsn(0)?));
+        }
+        let sql = "select pg_catalog.pg_current_wal_insert_lsn(), \
+             pg_catalog.pg_current_wal_flush_lsn(), \
+             pg_catalog.pg_size_bytes(pg_catalog.current_setting('wal_segment_size'))";
+        let row = session.query_one(sql, &[]).await?;
+        self.segment_bytes = row.parse(2)?;
+        Ok(self.record_end(row.lsn(0)?, row.lsn(1)?))
+    }
+
+    /// 10 advances a slot by reading, to the end of a record only. The flush position may lie in
+    /// the middle of one; the insert position does not, but is not on disk yet. So it is kept, and
+    /// used once it is.
+    fn record_end(&mut self, insert_lsn: Lsn, flush_lsn: Lsn) -> Option<Lsn> {
+        let insert_lsn = without_header(insert_lsn, self.segment_bytes);
+        let marked = self.mark_lsn.filter(|mark| *mark <= flush_lsn);
+        if insert_lsn <= flush_lsn {
+            self.mark_lsn = None;
+            return Some(insert_lsn);
+        }
+        if marked.is_some() || self.mark_lsn.is_none() {
+            self.mark_lsn = Some(insert_lsn);
+        }
+        marked
+    }
+}
+
+/// The insert position is where the next record goes: behind the page's header, where the last one
+/// ended with the page before. A long header begins each segment.
+fn without_header(lsn: Lsn, segment_bytes: u64) -> Lsn {
+    const PAGE_BYTES: u64 = 8192;
+    let (page, segment) = (lsn.0 % PAGE_BYTES, lsn.0 % segment_bytes.max(PAGE_BYTES));
+    match (page, segment) {
+        (24, _) => Lsn(lsn.0 - 24),
+        (_, 40) => Lsn(lsn.0 - 40),
+        _ => lsn,
+    }
+}
+
+/// How many messages are asked for at a time: the more, the less often the source decodes the same
+/// again, and the more it must keep for us.
+#[derive(Debug)]
+pub(super) struct Chunks {
+    messages: u32,
+    fixed: bool,
+}
+
+/// Fewest and most messages of a chunk. 20,000 are read in a tenth of a second; a million small
+/// ones are 100 MB on the source, and more would save nothing.
+const MESSAGES: (u32, u32) = (20_000, 1_000_000);
+
+/// Bytes that a chunk may take in the source's memory and temporary files, unless a single
+/// transaction is larger.
+const CHUNK_BYTES: u64 = 128 << 20;
+
+/// What a chunk may take, the time in which the target was waited for included.
+const CHUNK_TIME: Duration = Duration::from_secs(10);
+
+impl Chunks {
+    /// Always so many; by default 100,000 at first.
+    pub fn of(messages: Option<u32>) -> Self {
+        Chunks { messages: messages.unwrap_or(100_000), fixed: messages.is_some() }
+    }
+
+    /// The most messages to ask for now.
+    pub fn messages(&self) -> u32 {
+        self.messages
+    }
+
+    /// A chunk of that size, cut short or not, took so long and had so many bytes.
+    pub fn learn(&mut self, full: bool, took: Duration, bytes: u64) {
+        if self.fixed {
+            return;
+        }
+        if took > CHUNK_TIME * 2 || bytes > CHUNK_BYTES * 2 {
+            self.messages = (self.messages / 2).max(MESSAGES.0);
+        } else if full && took < CHUNK_TIME / 2 && bytes < CHUNK_BYTES / 2 {
+            self.messages = (self.messages * 2).min(MESSAGES.1);
+        }
+    }
+}
+
+/// Cancels what a backend is doing when it is dropped while armed.
+#[derive(Debug)]
+pub(super) struct Canceled {
+    handle: CancelHandle,
+    armed: bool,
+}
+
+impl Canceled {
+    /// Of this session's backend; not armed.
+    pub fn of(session: &Session) -> Canceled {
+        Canceled { handle: session.cancel_handle(), armed: false }
+    }
+
+    /// The backend is at work.
+    pub fn arm(&mut self) {
+        self.armed = true;
+    }
+
+    /// It is done.
+    pub fn disarm(&mut self) {
+        self.armed = false;
+    }
+
+    /// True while the backend is at work.
+    pub fn is_armed(&self) -> bool {
+        self.armed
+    }
+}
+
+impl Drop for Canceled {
+    fn drop(&mut self) {
+        if !self.armed {
+            return;
+        }
+        let handle = self.handle.clone();
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move { handle.cancel().await });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn on_10_an_end_is_a_records_and_on_disk() {
+        let mut end = LogEnd { mark_lsn: None, segment_bytes: 16 << 20 };
+        assert_eq!(end.record_end(Lsn(5000), Lsn(5000)), Some(Lsn(5000)));
+        assert_eq!(end.record_end(Lsn(6000), Lsn(5500)), None);
+        assert_eq!(end.record_end(Lsn(7000), Lsn(5900)), None);
+        assert_eq!(end.record_end(Lsn(8000), Lsn(6100)), Some(Lsn(6000)));
+        assert_eq!(end.record_end(Lsn(8100), Lsn(8050)), Some(Lsn(8000)));
+    }
+
+    #[test]
+    fn a_position_behind_a_page_header_is_the_end_of_the_page_before() {
+        let segment = 16 << 20;
+        assert_eq!(without_header(Lsn(8192 * 3 + 24), segment), Lsn(8192 * 3));
+        assert_eq!(without_header(Lsn(8192 * 3 + 40), segment), Lsn(8192 * 3 + 40));
+        assert_eq!(without_header(Lsn(segment * 2 + 40), segment), Lsn(segment * 2));
+        assert_eq!(without_header(Lsn(8192 * 3 + 32), segment), Lsn(8192 * 3 + 32));
+    }
+
+    #[test]
+    fn chunks_grow_while_they_are_cheap_and_shrink_when_they_are_not() {
+        let mut chunks = Chunks::of(None);
+        let first = chunks.messages();
+        chunks.learn(true, Duration::from_secs(1), 1 << 20);
+        assert_eq!(chunks.messages(), first * 2);
+        chunks.learn(false, Duration::from_secs(1), 1 << 20);
+        assert_eq!(chunks.messages(), first * 2);
+        for _ in 0..20 {
+            chunks.learn(true, Duration::from_secs(1), CHUNK_BYTES * 3);
+        }
+        assert_eq!(chunks.messages(), MESSAGES.0);
+    }
+
+    #[test]
+    fn a_slot_is_advanced_by_the_function_or_by_reading() {
+        let options = [("proto_version", "1".to_string())];
+        let advance = |major| Peeks::new("s", Plugin::Pgoutput, major, &options).advance(Lsn(16));
+        assert!(advance(11).contains("pg_replication_slot_advance('s', '0/10')"));
+        assert!(advance(10).contains("get_binary_changes('s', '0/10', null, variadic array["));
+    }
+}

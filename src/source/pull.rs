@@ -1,0 +1,462 @@
+//! The pull transport: a slot read by SQL functions, over an ordinary connection.
+//!
+//! It needs no replication connection, and reads a backlog several times faster than a walsender
+//! sends it, which goes to its socket once a message. What it costs is latency: the source is asked
+//! again and again, and begins each answer by decoding from the slot's restart_lsn on.
+//!
+//! 1. The log's end is asked for: X, its flush position.
+//! 2. The slot is peeked at up to X, or up to so many messages, which come as a binary COPY. The
+//!    server collects them first (in work_mem, then in a temporary file), and then sends as fast as
+//!    they are taken: a transaction of any size passes through fixed memory here.
+//! 3. A peek that gave fewer messages than it may has given every transaction whose commit record
+//!    begins below X: the server decodes records until one ends at or after X, and X was on disk
+//!    when it began. So X is an idle position, like a keepalive's. A peek that gave all it may has
+//!    stopped at the end of a transaction, and says nothing of what is behind it.
+//! 4. The slot is advanced to what is durable on the target, and to nothing else (law 1). Before
+//!    that, a peek begins with what was received already: it is known by its commit records, which
+//!    begin below the received position, and passed over. After a peek that was cut short, nothing
+//!    is asked until the target has all of it; the same messages would come again. test_decoding
+//!    tells where a transaction committed at its end only: there, each peek waits so.
+//!
+//! Nothing survives a crash but the slot's confirmed position, on the server.
+//!
+//! <https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION>
+
+use std::future::Future;
+use std::task::Poll;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::continuity::check_continuity_by_sql;
+use super::intake::Intake;
+use super::options::{Spoken, plugin_options};
+use super::peek::{Canceled, Chunks, LogEnd, Peeks};
+use super::rows::Rows;
+use super::{End, Error, Positions, Result, StreamOptions, slot};
+use crate::change::{Item, Sink};
+use crate::lsn::Lsn;
+use crate::pg::{self, Config, Purpose, Session};
+
+/// How long a slot that a backend of ours still holds is waited for when opening.
+const FREE_WAIT: Duration = Duration::from_secs(10);
+
+/// How long a source that is silent and at work is waited for: it decodes the whole chunk before it
+/// says anything.
+const PATIENCE: Duration = Duration::from_secs(1800);
+
+/// Between two looks at the log's end: the first after something came, doubled up to the second
+/// while nothing does. A look that finds the end unmoved is one small query.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(200));
+
+/// The slot is advanced no more often than this: the server decodes again to do it.
+const ADVANCE_GAP: Duration = Duration::from_secs(1);
+
+/// The last advance of a reader that was told to end takes no longer.
+const LAST_ADVANCE: Duration = Duration::from_secs(1);
+
+/// A slot that can be read by SQL, not being read yet.
+#[derive(Debug)]
+pub struct Pull {
+    config: Config,
+    session: Session,
+    options: StreamOptions,
+    spoken: Spoken,
+    peeks: Peeks,
+    confirmed_lsn: Lsn,
+}
+
+impl Pull {
+    /// Connects, checks that server and slot are the recorded ones and not beyond `start_lsn`,
+    /// takes the slot from a backend that an earlier runner of ours left, and advances it to
+    /// `start_lsn`, which is durable on the target.
+    ///
+    /// Errors of law 4 are `Stop`; a slot in use and a lost connection are `Retry`.
+    pub async fn open(config: &Config, options: StreamOptions) -> Result<Pull> {
+        let mut session = Session::connect(config, Purpose::Sql).await?;
+        let (name, start_lsn) = (options.slot.as_str(), options.start_lsn);
+        let recorded = &options.recorded;
+        let status =
+            check_continuity_by_sql(&mut session, config, name, recorded, start_lsn).await?;
+        if status.active_pid.is_some() {
+            slot::free(&mut session, name, FREE_WAIT).await?;
+        }
+        // A chunk that fits does not go through a temporary file.
+        session.execute("set work_mem = '64MB'").await?;
+        // Its bytes have no known meaning, and no other client encoding would let them out
+        // (pgcopydb#874).
+        if session.parameter("server_encoding") == Some("SQL_ASCII") {
+            session.execute("set client_encoding = 'SQL_ASCII'").await?;
+        }
+        let mut spoken = options.spoken()?;
+        let peeks = loop {
+            let wanted = plugin_options(spoken, session.major_version(), &options);
+            tracing::debug!(slot = name, %start_lsn, ?wanted, "pulling");
+            let peeks = Peeks::new(name, spoken.plugin, session.major_version(), &wanted);
+            match session.query(&peeks.first()).await {
+                Ok(_) => break peeks,
+                Err(error) if spoken.older(&error) => {}
+                Err(error) => return Err(error.into()),
+            }
+        };
+        let confirmed_lsn = status.confirmed_flush_lsn.unwrap_or(Lsn::ZERO);
+        Ok(Pull { config: config.clone(), session, options, spoken, peeks, confirmed_lsn })
+    }
+
+    /// Reads until told to stop, pushing items in log order.
+    ///
+    /// `durable` is the applier's durable position, and the only one the slot is ever advanced to;
+    /// `stop` ends the reader when it turns true or its sender is dropped. Errors: a lost or silent
+    /// connection (`Retry`), bytes that cannot be decoded (`Stop`). After either, what was pushed
+    /// and is not durable comes again from a new reader; a transaction may be cut in the middle.
+    pub async fn run<S: Sink>(
+        self,
+        sink: &mut S,
+        durable: watch::Receiver<Lsn>,
+        positions: &watch::Sender<Positions>,
+        stop: watch::Receiver<bool>,
+    ) -> Result<End> {
+        let repeats = self.spoken.plugin.tells_commit_first();
+        let mut puller = Puller {
+            intake: Intake::new(&self.config, self.spoken, &self.options, repeats, sink, positions),
+            repeats,
+            canceled: Canceled::of(&self.session),
+            link: Link { config: self.config, silence: self.options.silence },
+            session: self.session,
+            peeks: self.peeks,
+            log_end: LogEnd::default(),
+            drained_lsn: Lsn::ZERO,
+            confirmed_lsn: self.confirmed_lsn,
+            chunks: Chunks::of(self.options.pull_messages),
+            slot: self.options.slot,
+            watch: Watch { durable, stop },
+            advance_at: Instant::now(),
+        };
+        let end = puller.read().await?;
+        puller.leave().await;
+        Ok(end)
+    }
+}
+
+/// A slot being read.
+struct Puller<'a, S> {
+    session: Session,
+    slot: String,
+    intake: Intake<'a, S>,
+    link: Link,
+    peeks: Peeks,
+    log_end: LogEnd,
+    /// Everything below has been received, and the log ended here.
+    drained_lsn: Lsn,
+    /// What the slot was last advanced to.
+    confirmed_lsn: Lsn,
+    chunks: Chunks,
+    watch: Watch,
+    advance_at: Instant,
+    /// What was received before is known when it comes again.
+    repeats: bool,
+    canceled: Canceled,
+}
+
+/// How a chunk ended.
+enum Turn {
+    /// The reader is to end.
+    End(End),
+    /// More is waiting on the source.
+    Full,
+    /// All there was came; something, or nothing.
+    Drained(bool),
+}
+
+impl<S: Sink> Puller<'_, S> {
+    async fn read(&mut self) -> Result<End> {
+        let mut pause = PAUSES.0;
+        // What the target has is durable, so the slot may be told before anything is asked.
+        self.advance().await?;
+        loop {
+            let begun = Instant::now();
+            let turn = self.chunk().await?;
+            self.publish();
+            let end = match turn {
+                Turn::End(end) => return Ok(end),
+                Turn::Full => self.settle().await?,
+                Turn::Drained(some) => {
+                    pause = if some { PAUSES.0 } else { (pause * 2).min(PAUSES.1) };
+                    // At most half of the source's time is ours.
+                    let end = self.watch.rest(pause.max(begun.elapsed())).await;
+                    if end.is_none() && !self.repeats {
+                        self.settle().await?
+                    } else {
+                        if Instant::now() >= self.advance_at {
+                            self.advance().await?;
+                        }
+                        end
+                    }
+                }
+            };
+            self.publish();
+            if let Some(end) = end {
+                return Ok(end);
+            }
+        }
+    }
+
+    /// Waits until the target durably has all that was received, and tells the slot, so that the
+    /// next peek begins behind it.
+    async fn settle(&mut self) -> Result<Option<End>> {
+        loop {
+            let settling = self.watch.until_durable(self.intake.buffered_lsn());
+            let settled = tokio::time::timeout(ADVANCE_GAP, settling).await;
+            if settled.is_ok() || Instant::now() >= self.advance_at {
+                self.advance().await?;
+            }
+            if let Ok(end) = settled {
+                return Ok(end);
+            }
+        }
+    }
+
+    /// Peeks once, and pushes what comes.
+    async fn chunk(&mut self) -> Result<Turn> {
+        let asking = self.log_end.ask(&mut self.session);
+        let Some(upto_lsn) = self.link.bounded(asking).await? else {
+            return Ok(Turn::Drained(false));
+        };
+        if upto_lsn <= self.drained_lsn {
+            return Ok(Turn::Drained(false));
+        }
+        let (begun, limit) = (Instant::now(), self.chunks.messages());
+        let before_lsn = self.intake.decoded_lsn();
+        let (count, bytes) = match self.peek(upto_lsn, limit).await? {
+            Ok(received) => received,
+            Err(end) => return Ok(Turn::End(end)),
+        };
+        let full = count >= limit;
+        self.chunks.learn(full, begun.elapsed(), bytes);
+        if full {
+            return Ok(Turn::Full);
+        }
+        let some = self.intake.decoded_lsn() > before_lsn;
+        self.drained_lsn = upto_lsn;
+        if let Some(idle) = self.intake.idle(upto_lsn)
+            && let Some(end) = self.push(idle).await
+        {
+            return Ok(Turn::End(end));
+        }
+        Ok(Turn::Drained(some))
+    }
+
+    /// The messages of one peek, their number and bytes; or why the reader is to end.
+    async fn peek(
+        &mut self,
+        upto_lsn: Lsn,
+        limit: u32,
+    ) -> Result<std::result::Result<(u32, u64), End>> {
+        let sql = self.peeks.sql(upto_lsn, limit);
+        let mut rows = Rows::default();
+        let (mut count, mut bytes) = (0_u32, 0_u64);
+        let pid = self.session.process_id();
+        // A backend that decodes does not notice that we are gone.
+        self.canceled.arm();
+        let mut copy = self.link.bounded(self.session.copy_out(&sql)).await?;
+        loop {
+            let piece = match now(copy.next()).await {
+                Some(piece) => piece?,
+                None => {
+                    self.intake.publish(self.intake.decoded_lsn(), self.confirmed_lsn);
+                    tokio::select! {
+                        biased;
+                        end = self.watch.end() => return Ok(Err(end)),
+                        silent = self.link.until_dead(&self.slot, pid) => return Err(silent),
+                        piece = copy.next() => piece?,
+                    }
+                }
+            };
+            let Some(piece) = piece else { break };
+            bytes += piece.len() as u64;
+            rows.feed(piece);
+            while let Some(message) = rows.next()? {
+                count = count.saturating_add(1);
+                let mut item = Some(self.intake.message(message.data, message.lsn).await?);
+                while let Some(said) = item {
+                    if let Some(said) = said
+                        && let Some(end) =
+                            push(&mut self.intake, &mut self.watch, said, self.confirmed_lsn).await
+                    {
+                        return Ok(Err(end));
+                    }
+                    item = self.intake.more().await?;
+                }
+            }
+        }
+        self.canceled.disarm();
+        if !rows.is_complete() || self.intake.in_transaction() {
+            let message = "the answer to a peek at the slot ended too early".to_string();
+            return Err(pg::Error::Result(message).into());
+        }
+        Ok(Ok((count, bytes)))
+    }
+
+    async fn push(&mut self, item: Item) -> Option<End> {
+        push(&mut self.intake, &mut self.watch, item, self.confirmed_lsn).await
+    }
+
+    /// Tells the slot what is durable, if it does not know.
+    async fn advance(&mut self) -> Result<()> {
+        let durable_lsn = self.watch.durable_lsn();
+        if durable_lsn <= self.confirmed_lsn {
+            return Ok(());
+        }
+        let begun = Instant::now();
+        let sql = self.peeks.advance(durable_lsn);
+        let pid = self.session.process_id();
+        let advancing = self.session.query(&sql);
+        tokio::select! {
+            biased;
+            advanced = advancing => advanced?,
+            silent = self.link.until_dead(&self.slot, pid) => return Err(silent),
+        };
+        self.confirmed_lsn = durable_lsn;
+        // The server should have better things to do than to decode for this.
+        self.advance_at = Instant::now() + ADVANCE_GAP.max(begun.elapsed() * 10);
+        Ok(())
+    }
+
+    /// So that the slot holds on to no more than it must while nobody reads it.
+    async fn leave(&mut self) {
+        if !self.canceled.is_armed() {
+            match tokio::time::timeout(LAST_ADVANCE, self.advance()).await {
+                Ok(Ok(())) => {}
+                // Whoever stops us has what it wants; the slot learns it from the next reader.
+                Ok(Err(error)) => tracing::debug!(%error, "slot not advanced"),
+                Err(_) => tracing::debug!("slot not advanced in time"),
+            }
+        }
+        self.publish();
+    }
+
+    fn publish(&self) {
+        self.intake.publish(self.intake.decoded_lsn(), self.confirmed_lsn);
+    }
+}
+
+/// Hands the item to the sink; meanwhile nothing is read, and the server waits.
+async fn push<S: Sink>(
+    intake: &mut Intake<'_, S>,
+    watch: &mut Watch,
+    item: Item,
+    confirmed_lsn: Lsn,
+) -> Option<End> {
+    let end_lsn = item.end_lsn();
+    let (publisher, received_lsn) = (intake.publisher(), intake.decoded_lsn());
+    let pushed = {
+        let pushing = intake.sink.push(item);
+        tokio::pin!(pushing);
+        match now(pushing.as_mut()).await {
+            Some(pushed) => pushed,
+            None => {
+                publisher.publish(received_lsn, confirmed_lsn);
+                tokio::select! {
+                    biased;
+                    pushed = pushing => pushed,
+                    end = watch.end() => return Some(end),
+                }
+            }
+        }
+    };
+    if pushed.is_err() {
+        return Some(End::Closed);
+    }
+    intake.buffered(end_lsn);
+    None
+}
+
+/// What the future gives without waiting, if it does.
+async fn now<F: Future>(future: F) -> Option<F::Output> {
+    tokio::pin!(future);
+    std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
+        Poll::Ready(output) => Poll::Ready(Some(output)),
+        Poll::Pending => Poll::Ready(None),
+    })
+    .await
+}
+
+/// Those who may end the reader, and whom it waits for.
+struct Watch {
+    durable: watch::Receiver<Lsn>,
+    stop: watch::Receiver<bool>,
+}
+
+impl Watch {
+    fn durable_lsn(&self) -> Lsn {
+        *self.durable.borrow()
+    }
+
+    /// Waits until the reader is to end. Cancel-safe.
+    async fn end(&mut self) -> End {
+        let gone = async { while self.durable.changed().await.is_ok() {} };
+        tokio::select! {
+            biased;
+            // An error means that whoever could stop us is gone: stop as well.
+            _ = self.stop.wait_for(|stop| *stop) => End::Stopped,
+            () = gone => End::Closed,
+        }
+    }
+
+    async fn rest(&mut self, pause: Duration) -> Option<End> {
+        tokio::time::timeout(pause, self.end()).await.ok()
+    }
+
+    /// Waits until the target durably has everything before `lsn`.
+    async fn until_durable(&mut self, lsn: Lsn) -> Option<End> {
+        tokio::select! {
+            biased;
+            _ = self.stop.wait_for(|stop| *stop) => Some(End::Stopped),
+            reached = self.durable.wait_for(|durable| *durable >= lsn) => {
+                reached.is_err().then_some(End::Closed)
+            }
+        }
+    }
+}
+
+/// What is known of the connection's health.
+struct Link {
+    config: Config,
+    silence: Duration,
+}
+
+impl Link {
+    /// A question that a server answers at once, if it is there.
+    async fn bounded<T>(&self, asking: impl Future<Output = pg::Result<T>>) -> Result<T> {
+        match tokio::time::timeout(self.silence * 2, asking).await {
+            Ok(answer) => Ok(answer?),
+            Err(_) => Err(self.silent(self.silence * 2)),
+        }
+    }
+
+    /// Ends when the server has been silent for too long and does not hold the slot for us either,
+    /// as seen on another connection: then nobody decodes for us any more.
+    async fn until_dead(&self, slot: &str, pid: i32) -> Error {
+        let begun = Instant::now();
+        loop {
+            tokio::time::sleep(self.silence).await;
+            let asking = tokio::time::timeout(self.silence, self.holds_slot(slot, pid)).await;
+            if begun.elapsed() > PATIENCE || !matches!(asking, Ok(Ok(true))) {
+                return self.silent(begun.elapsed());
+            }
+            tracing::info!(slot, "the source is silent, and at work");
+        }
+    }
+
+    async fn holds_slot(&self, slot: &str, pid: i32) -> Result<bool> {
+        let mut session = Session::connect(&self.config, Purpose::Sql).await?;
+        let status = slot::status(&mut session, slot).await?;
+        Ok(status.and_then(|status| status.active_pid) == Some(pid))
+    }
+
+    fn silent(&self, silence: Duration) -> Error {
+        let peer = self.config.hosts.first().map(|host| self.config.peer(host));
+        Error::Silent { peer: peer.unwrap_or_default(), seconds: silence.as_secs_f64() }
+    }
+}
