@@ -233,6 +233,7 @@ async fn survey(config: &Config, options: &Options) -> Result<(World, BTreeMap<i
         documents: row.parse(3)?,
         events: row.parse(4)?,
         slots: row.parse(5)?,
+        truncates: session.major_version() >= 11,
     };
     let mut accounts = BTreeMap::new();
     for index in 0..options.connections {

@@ -57,15 +57,24 @@ pub struct Figures {
 }
 
 /// The whole job between servers of two major versions, everything that a user may want of it.
-pub async fn there_and_back(majors: (u32, u32)) -> Figures {
+/// `how`: options of every command, such as the decoder.
+pub async fn there_and_back(majors: (u32, u32), how: &[&str]) -> Figures {
     let (ends, first) = moving(majors, 200.0).await;
+    let with = |command: &[&'static str]| -> Vec<String> {
+        command.iter().chain(how).map(|word| word.to_string()).collect()
+    };
+    let done = async |command: &[&'static str]| {
+        let words = with(command);
+        ends.done(&words.iter().map(String::as_str).collect::<Vec<_>>()).await
+    };
     let before = ends.inventories().await;
-    ends.done(&["check"]).await;
-    let mut run = ends.spawn(&["run"]);
+    done(&["check"]).await;
+    let words = with(&["run"]);
+    let mut run = ends.spawn(&words.iter().map(String::as_str).collect::<Vec<_>>());
     ends.until_phase(&mut run, "following").await;
-    ends.done(&["verify"]).await;
+    done(&["verify"]).await;
 
-    let outcome = ends.done(&["cutover", "--json"]).await.json();
+    let outcome = done(&["cutover", "--json"]).await.json();
     assert!(outcome["fenced_ms"].as_f64().unwrap() < 5000.0, "{outcome}");
     assert_ne!(outcome["switched_lsn"], "0/0");
     let first = first.stop().await;
@@ -77,11 +86,11 @@ pub async fn there_and_back(majors: (u32, u32)) -> Figures {
 
     let second = writer(&ends.target_uri(), 200.0, 100).await;
     assert!(second.committed_more(100).await, "the writer is stuck");
-    ends.done(&["verify"]).await;
-    ends.done(&["rollback"]).await;
+    done(&["verify"]).await;
+    done(&["rollback"]).await;
     let second = second.stop().await;
     assert!(second.committed > 100);
-    ends.done(&["verify"]).await;
+    done(&["verify"]).await;
     let rows = assert_exact(&ends, &[&first, &second]).await;
     sequences_are_past(&ends.target_uri(), &ends.source_uri()).await;
     let status = ends.status().await;
@@ -89,7 +98,7 @@ pub async fn there_and_back(majors: (u32, u32)) -> Figures {
     conserved(&status["tables"]);
     conserved(&status["reverse"]["tables"]);
 
-    ends.done(&["finish"]).await;
+    done(&["finish"]).await;
     run.ended().await.expect_success();
     let after = ends.inventories().await;
     assert_eq!(before.0.diff(&after.0), Vec::<String>::new());
@@ -99,12 +108,12 @@ pub async fn there_and_back(majors: (u32, u32)) -> Figures {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_moves_under_a_writer_switches_and_comes_back() {
-    there_and_back((15, 15)).await;
+    there_and_back((15, 15), &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_moves_from_14_to_17_and_comes_back() {
-    there_and_back((14, 17)).await;
+    there_and_back((14, 17), &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
