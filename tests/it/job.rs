@@ -74,7 +74,8 @@ pub async fn there_and_back(majors: (u32, u32), how: &[&str]) -> Figures {
     ends.until_phase(&mut run, "following").await;
     done(&["verify"]).await;
 
-    let outcome = done(&["cutover", "--json"]).await.json();
+    // A machine at work on much else is no reason to refuse here.
+    let outcome = done(&["cutover", "--json", "--max-lag", "10s"]).await.json();
     assert!(outcome["fenced_ms"].as_f64().unwrap() < 5000.0, "{outcome}");
     assert_ne!(outcome["switched_lsn"], "0/0");
     let first = first.stop().await;
@@ -87,7 +88,7 @@ pub async fn there_and_back(majors: (u32, u32), how: &[&str]) -> Figures {
     let second = writer(&ends.target_uri(), 200.0, 100).await;
     assert!(second.committed_more(100).await, "the writer is stuck");
     done(&["verify"]).await;
-    done(&["rollback"]).await;
+    done(&["rollback", "--max-lag", "10s"]).await;
     let second = second.stop().await;
     assert!(second.committed > 100);
     done(&["verify"]).await;

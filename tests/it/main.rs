@@ -13,6 +13,7 @@ mod fidelity;
 mod input;
 mod job;
 mod matrix;
+mod older;
 mod pg;
 mod readings;
 mod rights;

@@ -76,8 +76,8 @@ impl Check<'_> {
                 "target-older",
                 format!("PostgreSQL {}", versions.1),
                 format!(
-                    "the target is older than the source (PostgreSQL {}): what is new there fails \
-                     when the schema is made",
+                    "the target is older than the source (PostgreSQL {}): what is known to be new \
+                     there is listed as too-new or left-out",
                     versions.0
                 ),
             ));
