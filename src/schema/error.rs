@@ -61,8 +61,8 @@ pub enum Error {
     },
     /// The target is too old for something that means something.
     #[error(
-        "{peer} is PostgreSQL {major} and does not know: {}; give them up on the source, or move to \
-         a later version",
+        "{peer} is PostgreSQL {major} and does not know: {}; give them up on the source, or move \
+         to a later version",
         list(objects)
     )]
     TooNew {
