@@ -1,6 +1,13 @@
 # `make demo` shows it, `make test` proves it. Both install what they need, and say so first.
 
-.PHONY: help demo test fuzz kill faults regress spool-bench cutover-bench setup check-style build clean
+# Source-target, and where pgoutput by streaming is not meant, /decoder/transport.
+FAR = 10-18 11-16 18-13
+UP = 10-11 11-12 12-13 13-14 14-15 15-16 16-17 17-18
+DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
+PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
+	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
+
+.PHONY: help demo test fuzz kill faults matrix regress spool-bench cutover-bench setup check-style build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -10,6 +17,7 @@ help:
 	@echo "make spool-bench      throughput of the spool beside dd, release build"
 	@echo "make faults           restarts and network faults in every phase"
 	@echo "make regress          PostgreSQL's own regression suite as the workload (a download first)"
+	@echo "make matrix [PAIRS=\"10-18 ...\"]  the whole job between any two of PostgreSQL 10 to 18"
 	@echo "make cutover-bench    stalls of writers through pgbouncer, release binary [ROUNDS=5]"
 	@echo "make check-style      only formatting and lints"
 	@echo "make build            the release binary, target/release/walferry"
@@ -64,3 +72,8 @@ faults: setup
 regress: setup
 	@suite=$$(sh tests/regress/fetch.sh) && WALFERRY_REGRESS=$$suite cargo test --locked --test it -- \
 		--ignored --nocapture --test-threads 1 regress::
+
+# All majors are installed for it, 60 MB each.
+matrix:
+	@WALFERRY_TEST_MAJORS="10 11 12 13 14 16 17 18" sh tests/setup.sh test
+	WALFERRY_PAIRS="$(PAIRS)" cargo test --locked --test it -- --nocapture matrix::

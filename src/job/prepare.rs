@@ -44,6 +44,7 @@ impl Runner {
                     ..schema::Options::default()
                 };
                 let dump = schema::dump(&self.config.source, &self.selection, &options).await?;
+                let dump = self.fitted(dump, source.major_version())?;
                 self.store.save_dump(&dump.pre, &dump.post).await?;
                 dump
             }
@@ -54,6 +55,24 @@ impl Runner {
             self.say(Notice::Said(format!("warning: the role may not, and it is left out: {sql}")));
         }
         Ok(Event::SchemaMade)
+    }
+
+    /// The schema as the target can take it, where that is older than the source.
+    fn fitted(&self, dump: schema::Dump, source_major: u32) -> Result<schema::Dump> {
+        let (major, peer) =
+            (self.store.session.major_version(), self.store.session.peer().to_string());
+        if major >= source_major {
+            return Ok(dump);
+        }
+        let fitted = schema::fit(&dump, major).map_err(schema::Error::Script)?;
+        if !fitted.refused.is_empty() {
+            return Err(schema::Error::TooNew { peer, major, objects: fitted.refused }.into());
+        }
+        for what in &fitted.left_out {
+            let said = format!("warning: PostgreSQL {major} does not know it, left out: {what}");
+            self.say(Notice::Said(said));
+        }
+        Ok(fitted.dump)
     }
 
     /// Nothing has been applied yet in this phase, so a slot that is already there (from a run that

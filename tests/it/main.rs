@@ -12,6 +12,8 @@ mod faults;
 mod fidelity;
 mod input;
 mod job;
+mod matrix;
+mod older;
 mod pg;
 mod readings;
 mod regress;

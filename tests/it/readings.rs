@@ -79,7 +79,7 @@ async fn there_and_back(majors: (u32, u32), decoder: &'static str, transport: &'
     ends.source.psql("app", "drop table public.left_out").unwrap();
     match decoder {
         "wal2json" => assert_bank_exact(&ends, &reports).await,
-        _ => assert_exact(&ends, &reports).await,
+        _ => drop(assert_exact(&ends, &reports).await),
     }
     let status = ends.status().await;
     assert_eq!(status["phase"], "rolled_back");
