@@ -33,6 +33,7 @@ mod ddl;
 pub mod error;
 mod flip;
 pub mod lease;
+mod newcomers;
 pub mod pipeline;
 mod prepare;
 pub mod reading;

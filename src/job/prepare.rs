@@ -13,7 +13,7 @@ use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
 use crate::pg::{Purpose, Session};
 use crate::source::{Blocker, Transport, publication, slot};
-use crate::{apply, schema};
+use crate::{apply, catalog, schema};
 
 impl Runner {
     /// Looks for what stands in the way; errors stop the job before anything is made.
@@ -133,7 +133,9 @@ impl Runner {
             chosen => chosen?,
         };
         *readings.of(stream) = Some(chosen.reading.clone());
-        readings.follow_tables(stream, tables);
+        let mut session = Session::connect(side, Purpose::Sql).await?;
+        let oids = catalog::oids(&mut session, tables).await?;
+        readings.follow_tables(stream, tables, &oids);
         self.store.save_readings(&readings).await?;
         self.say(Notice::Said(format!("{stream} stream: {chosen}")));
         Ok(chosen.reading)

@@ -4,7 +4,7 @@
 //! start. What was not asked for is chosen by what the side lets us do, once, when its slot is
 //! made.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 
@@ -13,7 +13,7 @@ use super::{Error, Result};
 use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
 use crate::pg::{Config, Purpose, Session};
-use crate::source::{Transport, choice};
+use crate::source::{Followed, Transport, choice};
 
 /// What was asked for; `None` is `auto`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -81,9 +81,16 @@ pub struct Readings {
     /// its slot was made. A table made later is not one of them, and its changes are passed over.
     #[serde(default)]
     pub forward_tables: Vec<(String, String)>,
+    /// Their oids in the same order, 0 where unknown: another table may take the name. Empty in
+    /// jobs of an earlier version.
+    #[serde(default)]
+    pub forward_oids: Vec<u32>,
     /// The same of the reverse stream.
     #[serde(default)]
     pub reverse_tables: Vec<(String, String)>,
+    /// The same of the reverse stream.
+    #[serde(default)]
+    pub reverse_oids: Vec<u32>,
 }
 
 impl Readings {
@@ -96,20 +103,29 @@ impl Readings {
     }
 
     /// A stream's tables.
-    pub fn tables(&self, stream: Stream) -> HashSet<QualifiedName> {
-        let tables = match stream {
-            Stream::Forward => &self.forward_tables,
-            Stream::Reverse => &self.reverse_tables,
+    pub fn tables(&self, stream: Stream) -> Followed {
+        let (tables, oids) = match stream {
+            Stream::Forward => (&self.forward_tables, &self.forward_oids),
+            Stream::Reverse => (&self.reverse_tables, &self.reverse_oids),
         };
-        tables.iter().map(|(schema, name)| QualifiedName::new(schema, name)).collect()
+        let oids = oids.iter().map(|oid| Some(*oid).filter(|oid| *oid != 0));
+        let oids = oids.chain(std::iter::repeat(None));
+        let names = tables.iter().map(|(schema, name)| QualifiedName::new(schema, name));
+        names.zip(oids).collect()
     }
 
-    /// Keeps a stream's tables.
-    pub fn follow_tables(&mut self, stream: Stream, tables: &[QualifiedName]) {
+    /// Keeps a stream's tables, with their oids as far as they are known.
+    pub fn follow_tables(
+        &mut self,
+        stream: Stream,
+        tables: &[QualifiedName],
+        oids: &HashMap<QualifiedName, u32>,
+    ) {
         let names = tables.iter().map(|t| (t.schema.clone(), t.name.clone())).collect();
+        let oids = tables.iter().map(|t| oids.get(t).copied().unwrap_or(0)).collect();
         match stream {
-            Stream::Forward => self.forward_tables = names,
-            Stream::Reverse => self.reverse_tables = names,
+            Stream::Forward => (self.forward_tables, self.forward_oids) = (names, oids),
+            Stream::Reverse => (self.reverse_tables, self.reverse_oids) = (names, oids),
         }
     }
 }

@@ -1,14 +1,13 @@
 //! What is to be read and how far a reader is: the same for both transports.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Counters, Error, Recorded, Result};
+use super::{Counters, Error, Followed, Recorded, Result};
 use crate::clock::PgTimestamp;
 use crate::decode::wal2json::{self, Numbers};
 use crate::decode::{Plugin, test_decoding};
-use crate::id::{QualifiedName, quote_ident};
+use crate::id::quote_ident;
 use crate::limit::SILENCE;
 use crate::lsn::Lsn;
 use crate::pg;
@@ -38,7 +37,7 @@ pub struct StreamOptions {
     pub silence: Duration,
     /// The tables that take part, for decoders that read every table of the database: their changes
     /// and those of their partitions are read, all others passed over.
-    pub followed: Arc<HashSet<QualifiedName>>,
+    pub followed: Arc<Followed>,
     /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL: without
     /// that promise, each NULL in a column of a number's type is an error there.
     pub plain_numbers: bool,

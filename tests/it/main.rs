@@ -12,6 +12,7 @@ mod faults;
 mod fidelity;
 mod input;
 mod job;
+mod newcomers;
 mod pg;
 mod readings;
 mod rights;
