@@ -22,6 +22,9 @@ use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
 use crate::source::{ExportedSnapshot, HeldSlot, slot, snapshot};
 
+/// How the runner's answer ends where the stream ran past a hold.
+pub(super) const PASSED: &str = "already; ask again";
+
 /// Two snapshots of the same state. They live as long as this does.
 #[derive(Debug)]
 pub struct Aligned {
@@ -43,11 +46,23 @@ pub async fn align(
     to: &Config,
     wait: Duration,
 ) -> Result<Aligned> {
-    let outcome = hold_and_export(client, stream, from, to, wait).await;
-    let let_go = client.ask("let_go", &json!({}), Duration::from_secs(10)).await;
-    let aligned = outcome?;
-    let_go?;
-    Ok(aligned)
+    let deadline = Deadline::after(wait);
+    loop {
+        let outcome = hold_and_export(client, stream, from, to, deadline).await;
+        let let_go = client.ask("let_go", &json!({}), Duration::from_secs(10)).await;
+        match outcome {
+            // A restart of the stream lets a hold go, and where BEGIN does not tell where a
+            // transaction commits, one larger than a batch is written past it.
+            Err(Error::Remote(said)) if said.ends_with(PASSED) && !deadline.passed() => {
+                tracing::debug!(said, "aligning again");
+            }
+            outcome => {
+                let aligned = outcome?;
+                let_go?;
+                return Ok(aligned);
+            }
+        }
+    }
 }
 
 async fn hold_and_export(
@@ -55,9 +70,8 @@ async fn hold_and_export(
     stream: Stream,
     from: &Config,
     to: &Config,
-    wait: Duration,
+    deadline: Deadline,
 ) -> Result<Aligned> {
-    let deadline = Deadline::after(wait);
     let mut live = Session::connect(from, Purpose::Sql).await?;
     let end_lsn = barrier::mark(&mut live, "align").await?;
     let first = post_hold(client, stream, end_lsn, false).await?;
