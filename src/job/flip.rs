@@ -14,6 +14,7 @@ use super::store::{FlipRecord, Store};
 use super::{Error, Result};
 use crate::cutover::{self, FenceKind, Journal, Plan, Rules, Step, barrier};
 use crate::id::{QualifiedName, Stream};
+use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
 use crate::route::{self, Route};
 use crate::source::slot;
@@ -62,6 +63,8 @@ impl FlipRequest {
             fence: self.fence.clone(),
             routes: self.routes.clone(),
             released: false,
+            switched_lsn: None,
+            fenced_ms: None,
         }
     }
 
@@ -420,7 +423,9 @@ impl Journal for HomeJournal<'_> {
         self.store.journal_end(&line, last.ms).await.map_err(journal_error)
     }
 
-    async fn point_of_no_return(&mut self) -> cutover::Result<()> {
+    async fn point_of_no_return(&mut self, lsn: Lsn, held: Duration) -> cutover::Result<()> {
+        self.record.switched_lsn = Some(lsn.to_string());
+        self.record.fenced_ms = Some(held.as_secs_f64() * 1e3);
         self.store.set_phase_and_flip(self.phase, &self.record).await.map_err(journal_error)?;
         self.open.store(self.phase == Phase::Switched, Ordering::SeqCst);
         Ok(())
