@@ -32,6 +32,16 @@ pub enum Error {
         /// Its plugin.
         unknown: decode::UnknownPlugin,
     },
+    /// A wal2json that tells too little.
+    #[error(
+        "slot {slot}: the server's wal2json is older than 2.0, which tells neither TRUNCATE nor \
+         what came in by replication; install 2.0 or newer on the server, or end this job with \
+         walferry cancel and start it anew with another --decoder"
+    )]
+    OldWal2json {
+        /// The slot.
+        slot: String,
+    },
     /// A decoder by names met one that is no table's any more.
     #[error(
         "table {table} has changes in the stream and is not there under that name any more; the \

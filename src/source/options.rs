@@ -92,6 +92,13 @@ impl Spoken {
         }
     }
 
+    /// Refuses wal2json 1: what the other direction wrote would come back, as it tells no origins,
+    /// and a TRUNCATE would pass without a trace.
+    pub fn admit(&self, slot: &str) -> Result<()> {
+        let lacking = self.plugin == Plugin::Wal2json && !self.wal2json.tells_truncate();
+        if lacking { Err(Error::OldWal2json { slot: slot.to_string() }) } else { Ok(()) }
+    }
+
     /// True if the refusal is of an option that an older version does not know: then it is taken to
     /// be of that version, and wants to be asked again.
     pub fn older(&mut self, refused: &pg::Error) -> bool {
@@ -165,4 +172,20 @@ fn pgoutput(major: u32, options: &StreamOptions) -> Vec<(&'static str, String)> 
         wanted.push(("messages", "true".to_string()));
     }
     wanted
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wal2json_without_origins_and_truncate_is_refused() {
+        let spoken = |plugin, wal2json| Spoken { plugin, wal2json }.admit("s");
+        for newer in [wal2json::Plugin::V2, wal2json::Plugin::V2_3, wal2json::Plugin::V2_6] {
+            assert!(spoken(Plugin::Wal2json, newer).is_ok(), "{newer:?}");
+        }
+        let refused = spoken(Plugin::Wal2json, wal2json::Plugin::V1).unwrap_err().to_string();
+        assert!(refused.contains("2.0") && refused.contains("--decoder"), "{refused}");
+        assert!(spoken(Plugin::TestDecoding, wal2json::Plugin::V1).is_ok());
+    }
 }
