@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::store::Store;
 use super::{Error, Result};
 use crate::decode::Plugin;
-use crate::id::{QualifiedName, Stream};
+use crate::id::{JobName, QualifiedName, Stream};
 use crate::pg::{Config, Purpose, Session};
 use crate::source::{Followed, Transport, choice};
 
@@ -176,8 +176,13 @@ impl std::fmt::Display for Chosen {
 /// Chooses for one side, whose `tables` are to be read. Looks and tries; changes nothing.
 ///
 /// Errors: `NoDecoder` where the side has none that may be used, or not the one asked for.
-pub async fn choose(side: &Config, tables: &[QualifiedName], wanted: &Wanted) -> Result<Chosen> {
-    let (decoder, decoder_reason) = choose_decoder(side, tables, wanted.decoder).await?;
+pub async fn choose(
+    side: &Config,
+    job: &JobName,
+    tables: &[QualifiedName],
+    wanted: &Wanted,
+) -> Result<Chosen> {
+    let (decoder, decoder_reason) = choose_decoder(side, job, tables, wanted.decoder).await?;
     let (transport, transport_reason) = match wanted.transport {
         Some(transport) => (transport, "asked for".to_string()),
         None => match choice::refused_replication(side).await {
@@ -199,6 +204,28 @@ pub async fn choose(side: &Config, tables: &[QualifiedName], wanted: &Wanted) ->
     Ok(Chosen { reading, decoder_reason, transport_reason })
 }
 
+/// What keeps a stream from being read as it is bound to be, asked whenever it is about to be
+/// relied on: an origin may have been made since. Error: `NoDecoder`.
+pub(super) async fn refuse_blind(side: &Config, job: &JobName, reading: &Reading) -> Result<()> {
+    let decoder = reading.plugin()?;
+    match blind(side, job, decoder).await? {
+        Some(reason) => Err(Error::NoDecoder { decoder: decoder.to_string(), reason }),
+        None => Ok(()),
+    }
+}
+
+/// The same of a transport that was asked for after the slot was made.
+pub(super) async fn refuse_garbled(side: &Config, reading: &Reading) -> Result<()> {
+    let decoder = reading.plugin()?;
+    if reading.transport()? == Transport::Pull {
+        return Ok(());
+    }
+    match garbled(side, decoder).await? {
+        Some(reason) => Err(Error::NoDecoder { decoder: decoder.to_string(), reason }),
+        None => Ok(()),
+    }
+}
+
 /// A walsender sends a plugin's text in the database's own encoding; the SQL functions convert it.
 async fn garbled(side: &Config, decoder: Plugin) -> Result<Option<String>> {
     if !decoder.is_textual() {
@@ -213,11 +240,11 @@ async fn garbled(side: &Config, decoder: Plugin) -> Result<Option<String>> {
 }
 
 /// What test_decoding would leave out without a trace.
-async fn blind(side: &Config, decoder: Plugin) -> Result<Option<String>> {
+async fn blind(side: &Config, job: &JobName, decoder: Plugin) -> Result<Option<String>> {
     if decoder != Plugin::TestDecoding {
         return Ok(None);
     }
-    let origin = choice::foreign_origin(side).await?;
+    let origin = choice::foreign_origin(side, job).await?;
     Ok(origin.map(|origin| {
         format!("it tells no origins apart, and leaves out what comes in by origin {origin}")
     }))
@@ -225,6 +252,7 @@ async fn blind(side: &Config, decoder: Plugin) -> Result<Option<String>> {
 
 async fn choose_decoder(
     side: &Config,
+    job: &JobName,
     tables: &[QualifiedName],
     wanted: Option<Plugin>,
 ) -> Result<(Plugin, String)> {
@@ -233,7 +261,7 @@ async fn choose_decoder(
             let reason = format!("the server does not have {decoder}");
             return Err(Error::NoDecoder { decoder: decoder.to_string(), reason });
         }
-        if let Some(reason) = blind(side, decoder).await? {
+        if let Some(reason) = blind(side, job, decoder).await? {
             return Err(Error::NoDecoder { decoder: decoder.to_string(), reason });
         }
         return Ok((decoder, "asked for".to_string()));
@@ -243,7 +271,7 @@ async fn choose_decoder(
         return Ok((Plugin::Pgoutput, "a publication may be made".to_string()));
     };
     for decoder in Plugin::ALL.into_iter().filter(|plugin| plugin.is_textual()) {
-        if choice::has_plugin(side, decoder).await? && blind(side, decoder).await?.is_none() {
+        if choice::has_plugin(side, decoder).await? && blind(side, job, decoder).await?.is_none() {
             return Ok((decoder, format!("no publication may be made: {refused}")));
         }
     }

@@ -35,7 +35,8 @@ impl Check<'_> {
         tables: &[QualifiedName],
         wanted: Wanted,
     ) -> pg::Result<()> {
-        let chosen = match choose(config, tables, &wanted).await {
+        let job = self.options.job.clone();
+        let chosen = match choose(config, &job, tables, &wanted).await {
             Ok(chosen) => chosen,
             Err(Error::Pg(error)) if error.is_closed() => return Err(error),
             // Who may not replicate has been told so; all else follows from it.
