@@ -1,5 +1,5 @@
-//! Tables that no stream carries because they came after it: a cutover without their rows would lose
-//! them without a word, so it is refused by name.
+//! Tables that no stream carries because they came after it: a cutover without their rows would
+//! lose them without a word, so it is refused by name.
 
 use std::collections::HashSet;
 
