@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::change::ReplicaIdentity;
-use crate::id::QualifiedName;
+use crate::id::{QualifiedName, quote_literal};
 use crate::pg::{Result, Row, Session};
 
 use super::Selection;
@@ -96,6 +96,22 @@ pub async fn tables(session: &mut Session, selection: &Selection) -> Result<Vec<
         }
     }
     Ok(tables)
+}
+
+/// Oids of those tables of `names` that are there, walferry's own too. One round trip.
+pub async fn oids(
+    session: &mut Session,
+    names: &[QualifiedName],
+) -> Result<HashMap<QualifiedName, u32>> {
+    let list: Vec<String> = names.iter().map(|name| quote_literal(&name.quoted())).collect();
+    let sql = format!(
+        "select n.nspname, c.relname, c.oid from pg_catalog.unnest(array[{}]::text[]) t(name) \
+         join pg_catalog.pg_class c on c.oid = pg_catalog.to_regclass(t.name) \
+         join pg_catalog.pg_namespace n on n.oid = c.relnamespace",
+        list.join(", ")
+    );
+    let rows = session.query(&sql).await?;
+    rows.iter().map(|r| Ok((QualifiedName::new(r.str(0)?, r.str(1)?), r.parse(2)?))).collect()
 }
 
 /// What a row of [`TABLES`] and [`COLUMNS`] is filtered by.

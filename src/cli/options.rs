@@ -139,7 +139,7 @@ impl JobArgs {
             target: Config::parse(&target)?.labelled("target"),
             options,
             jobs: self.jobs.or(file.jobs).unwrap_or(4).max(1),
-            owners: !self.no_owner,
+            owners: !(self.no_owner || file.no_owner),
             slot_timeout: Duration::from_secs(3600),
             buffer: BufferOptions {
                 kind: self.buffer.clone().or(file.buffer).as_deref().map(buffer).transpose()?,

@@ -38,6 +38,8 @@ pub struct File {
     pub transport: Option<String>,
     /// `--no-nan`.
     pub no_nan: bool,
+    /// `--no-owner`.
+    pub no_owner: bool,
     /// `[cutover]`.
     pub cutover: Cutover,
     /// `[tuning]`.
@@ -70,6 +72,8 @@ pub struct Cutover {
     pub timeout: Option<String>,
     /// `--lock-timeout`.
     pub lock_timeout: Option<String>,
+    /// `--max-hold`.
+    pub max_hold: Option<String>,
 }
 
 /// Reads `path`, or `walferry.toml` here if `path` is not given and it exists.

@@ -71,8 +71,13 @@ pub trait Journal {
     -> impl Future<Output = Result<()>> + Send;
     /// After the last one.
     fn end(&mut self, last: &Step) -> impl Future<Output = Result<()>> + Send;
-    /// Commits, durably, that applications now belong on the other side.
-    fn point_of_no_return(&mut self) -> impl Future<Output = Result<()>> + Send;
+    /// Commits, durably, that applications now belong on the other side, from the barrier on, and
+    /// for how long writers have been held by then.
+    fn point_of_no_return(
+        &mut self,
+        barrier_lsn: Lsn,
+        held: Duration,
+    ) -> impl Future<Output = Result<()>> + Send;
     /// Commits that clients have been let through.
     fn released(&mut self) -> impl Future<Output = Result<()>> + Send;
 }
@@ -201,7 +206,8 @@ impl<J: Journal> Flight<'_, J> {
             Err(_) => return Err(self.held_too_long()),
         };
         let started = Instant::now();
-        match tokio::time::timeout(PONR_WAIT, self.journal.point_of_no_return()).await {
+        let committing = self.journal.point_of_no_return(barrier_lsn, held.elapsed());
+        match tokio::time::timeout(PONR_WAIT, committing).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => return Err(Error::Unknown { cause: error.to_string() }),
             Err(_) => {

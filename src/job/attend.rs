@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::align::PASSED;
 use super::flip::FlipRequest;
 use super::pipeline::Pipe;
 use super::run::{Notice, Runner, Until};
@@ -189,7 +190,7 @@ impl Runner {
             let applied_lsn = pipe.applied.borrow().applied_lsn;
             // The hold before this one may have been let go meanwhile, by a restart of the stream.
             if self.hold_exact && pipe.applied.borrow().last_end_lsn > lsn {
-                let said = format!("the stream has passed {lsn} already; ask again");
+                let said = format!("the stream has passed {lsn} {PASSED}");
                 client::answer(&mut self.store.session, &id, Err(said)).await?;
                 continue;
             }

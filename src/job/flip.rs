@@ -13,11 +13,11 @@ use super::state::{Event, Phase};
 use super::store::{FlipRecord, Store};
 use super::{Error, Result, admit};
 use crate::cutover::{self, FenceKind, Journal, Plan, Rules, Step, barrier};
-use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
+use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
 use crate::route::{self, Route};
-use crate::source::{publication, slot};
+use crate::source::slot;
 use crate::{apply, catalog};
 
 /// How long the home database may take to answer before the runner begins anew.
@@ -63,6 +63,8 @@ impl FlipRequest {
             fence: self.fence.clone(),
             routes: self.routes.clone(),
             released: false,
+            switched_lsn: None,
+            fenced_ms: None,
         }
     }
 
@@ -291,68 +293,10 @@ impl Runner {
 
     /// Every table that moves, those too whose rows stay behind: whoever writes to one on the old
     /// side after the switch is on the wrong server, and must be told.
-    async fn fenced_tables(&self, live: &Config) -> Result<Vec<QualifiedName>> {
+    pub(super) async fn fenced_tables(&self, live: &Config) -> Result<Vec<QualifiedName>> {
         let mut session = Session::connect(live, Purpose::Sql).await?;
         let tables = catalog::tables(&mut session, &self.selection).await?;
         Ok(tables.into_iter().map(|table| table.name).collect())
-    }
-
-    /// A table that was made after the job began is in no publication: its rows would stay behind
-    /// and nothing would say so. A new partition of an old table is published with its parent, and
-    /// must be on the other side.
-    async fn refuse_new_tables(&mut self, flip: Stream) -> Result<()> {
-        let reading = self.reading(flip).await?;
-        let unfollowed = self.unfollowed(flip).await?;
-        let (live, dest, names) = match flip {
-            Stream::Forward => (&self.config.source, &self.config.target, ("source", "target")),
-            Stream::Reverse => (&self.config.target, &self.config.source, ("target", "source")),
-        };
-        let publication = self.config.job.object(flip);
-        let tables: Vec<_> = self.tables(live).await?.into_iter().map(|t| t.name).collect();
-        let mut session = Session::connect(live, Purpose::Sql).await?;
-        let unpublished = match reading.plugin()? == Plugin::Pgoutput {
-            true => publication::missing(&mut session, &publication, &tables).await?,
-            false => unfollowed,
-        };
-        let there = self.fenced_tables(dest).await?;
-        let here = self.fenced_tables(live).await?;
-        let mut wrong: Vec<String> = unpublished
-            .iter()
-            .map(|t| format!("{t} is not in the {}'s publication {publication}", names.0))
-            .collect();
-        let absent = here.iter().filter(|t| !there.contains(t) && !unpublished.contains(t));
-        wrong.extend(absent.map(|t| format!("{t} is not on the {}", names.1)));
-        if wrong.is_empty() {
-            return Ok(());
-        }
-        Err(cutover::Error::NotFollowed { tables: wrong }.into())
-    }
-
-    /// Tables that a decoder without a publication passes over: made since, and no partition of one
-    /// that takes part.
-    async fn unfollowed(&mut self, flip: Stream) -> Result<Vec<QualifiedName>> {
-        let live = match flip {
-            Stream::Forward => self.config.source.clone(),
-            Stream::Reverse => self.config.target.clone(),
-        };
-        let mut followed = self.store.load_readings().await?.tables(flip);
-        let tables = self.tables(&live).await?;
-        let mut unfollowed = tables.len();
-        loop {
-            for table in &tables {
-                let parent = table.partition_of.as_ref();
-                if parent.is_some_and(|parent| followed.contains(parent)) {
-                    followed.insert(table.name.clone());
-                }
-            }
-            let left = tables.iter().map(|t| &t.name).filter(|name| !followed.contains(name));
-            let left: Vec<QualifiedName> = left.cloned().collect();
-            // A partition of a partition may have been looked at before its parent.
-            if left.is_empty() || left.len() == unfollowed {
-                return Ok(left);
-            }
-            unfollowed = left.len();
-        }
     }
 
     /// Before the switch the reverse stream applies canaries only and counts the rest as filtered:
@@ -487,7 +431,9 @@ impl Journal for HomeJournal<'_> {
         self.store.journal_end(&line, last.ms).await.map_err(journal_error)
     }
 
-    async fn point_of_no_return(&mut self) -> cutover::Result<()> {
+    async fn point_of_no_return(&mut self, lsn: Lsn, held: Duration) -> cutover::Result<()> {
+        self.record.switched_lsn = Some(lsn.to_string());
+        self.record.fenced_ms = Some(held.as_secs_f64() * 1e3);
         self.store.set_phase_and_flip(self.phase, &self.record).await.map_err(journal_error)?;
         self.open.store(self.phase == Phase::Switched, Ordering::SeqCst);
         Ok(())

@@ -34,6 +34,7 @@ mod ddl;
 pub mod error;
 mod flip;
 pub mod lease;
+mod newcomers;
 pub mod pipeline;
 pub mod place;
 mod positions;

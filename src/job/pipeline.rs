@@ -7,7 +7,7 @@
 //!
 //! Through a spool the two ends are kept going apart: see `spooling`.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -29,7 +29,7 @@ use crate::id::{JobName, QualifiedName, Stream};
 use crate::limit;
 use crate::lsn::Lsn;
 use crate::pg::Config;
-use crate::source::{self, Positions, Recorded, StreamOptions, Transport};
+use crate::source::{self, Followed, Positions, Recorded, StreamOptions, Transport};
 
 /// Decides whether a table is part of the stream. Asked once for each description of it.
 pub type TableFilter = Arc<dyn Fn(&QualifiedName) -> bool + Send + Sync>;
@@ -60,7 +60,7 @@ pub struct PipeOptions {
     /// The side that is written.
     pub to: Config,
     /// The tables that are read, where the decoder gives every table of the database.
-    pub followed: Arc<HashSet<QualifiedName>>,
+    pub followed: Arc<Followed>,
     /// See [`StreamOptions::plain_numbers`].
     pub plain_numbers: bool,
     /// How the slot is read.

@@ -4,7 +4,7 @@
 //! after the dump is in the stream, where it is noticed. The slot's snapshot stays open for the
 //! copy; a run that comes later reads under a fresh one.
 
-use super::reading::{Reading, Wanted, choose};
+use super::reading::{Reading, Wanted, choose, refuse_blind, refuse_garbled};
 use super::run::{JobConfig, Notice, Report, Runner, published};
 use super::state::Event;
 use super::{Error, Result, check};
@@ -13,7 +13,7 @@ use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
 use crate::pg::{Purpose, Session};
 use crate::source::{Blocker, Transport, publication, slot};
-use crate::{apply, schema};
+use crate::{apply, catalog, schema};
 
 impl Runner {
     /// Looks for what stands in the way; errors stop the job before anything is made.
@@ -119,17 +119,28 @@ impl Runner {
     /// How a stream is read: as stored, with another transport where one is asked for now.
     pub(super) async fn reading(&mut self, stream: Stream) -> Result<Reading> {
         let mut readings = self.store.load_readings().await?;
+        let side = match stream {
+            Stream::Forward => &self.config.source,
+            Stream::Reverse => &self.config.target,
+        };
         let reading = readings.of(stream).get_or_insert_default();
+        let stored = reading.clone();
         let mut wanted = self.config.wanted.clone();
         if stream == Stream::Reverse {
             wanted.decoder = None; // Its own, which may differ.
         }
-        if reading.follow(&wanted)? {
-            let reading = reading.clone();
+        let changed = reading.follow(&wanted)?;
+        let reading = reading.clone();
+        refuse_blind(side, &self.config.job, &reading).await?;
+        if changed {
+            match refuse_garbled(side, &reading).await {
+                // What was asked for is for the source; the target may be another kind of server.
+                Err(Error::NoDecoder { .. }) if stream == Stream::Reverse => return Ok(stored),
+                refused => refused?,
+            }
             self.store.save_readings(&readings).await?;
-            return Ok(reading);
         }
-        Ok(reading.clone())
+        Ok(reading)
     }
 
     /// The same before the stream's slot is made: chosen now, unless a slot was made already.
@@ -147,17 +158,19 @@ impl Runner {
         if stream == Stream::Forward && made && readings.forward.is_some() {
             return self.reading(stream).await;
         }
-        let wanted = &self.config.wanted;
-        let name = self.config.job.object(stream);
-        let chosen = match choose(side, &name, tables, wanted).await {
+        let (wanted, job) = (&self.config.wanted, &self.config.job);
+        let chosen = match choose(side, job, stream, tables, wanted).await {
             // What was asked for is for the source; the target may be another kind of server.
             Err(Error::NoDecoder { .. }) if stream == Stream::Reverse => {
-                choose(side, &name, tables, &Wanted { decoder: None, ..wanted.clone() }).await?
+                choose(side, job, stream, tables, &Wanted { decoder: None, ..wanted.clone() })
+                    .await?
             }
             chosen => chosen?,
         };
         *readings.of(stream) = Some(chosen.reading.clone());
-        readings.follow_tables(stream, tables);
+        let mut session = Session::connect(side, Purpose::Sql).await?;
+        let oids = catalog::oids(&mut session, tables).await?;
+        readings.follow_tables(stream, tables, &oids);
         self.store.save_readings(&readings).await?;
         self.say(Notice::Said(format!("{stream} stream: {chosen}")));
         Ok(chosen.reading)

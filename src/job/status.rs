@@ -15,7 +15,7 @@ use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
 use crate::source::slot;
 
-/// A source that is silent must not keep status waiting for long.
+/// A source that is silent must not keep status waiting for long: for each question.
 const SOURCE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// One table's figures.
@@ -142,8 +142,13 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
     let flipped = matches!(row.phase, Phase::Switched | Phase::RolledBack);
     let held_clients = row.phase == Phase::CuttingOver || (flipped && unreleased);
     let open = !matches!(row.phase, Phase::Finished | Phase::Canceled);
-    if let (Some(source), true, true) = (&mut source, runner.is_none(), open) {
-        refresh(job, Stream::Forward, source, &mut positions).await?;
+    if runner.is_none() && open {
+        let fresh = ask(&mut source, async |session: &mut Session| {
+            let mut fresh = positions.clone();
+            refresh(job, Stream::Forward, session, &mut fresh).await?;
+            Ok(fresh)
+        });
+        positions = fresh.await.unwrap_or(positions);
     }
     let name = job.object(Stream::Forward);
     let tables = tables(&mut store.session, job.as_str(), &name).await?;
@@ -154,10 +159,10 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
             refresh(job, Stream::Reverse, &mut store.session, &mut positions).await?;
         }
         let name = job.object(Stream::Reverse);
-        let (tables, fallbacks) = match &mut source {
-            Some(source) => (counters(source, &name).await?, fallbacks(source, &name).await?),
-            None => (Vec::new(), 0),
-        };
+        let counted = ask(&mut source, async |source: &mut Session| {
+            Ok((counters(source, &name).await?, fallbacks(source, &name).await?))
+        });
+        let (tables, fallbacks) = counted.await.unwrap_or_default();
         Some(ReverseStatus { reading: readings.reverse, positions, tables, fallbacks })
     } else {
         None
@@ -181,6 +186,27 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
         reverse,
         spool,
     })
+}
+
+/// The source's answer, if it gives one in time: it may itself be the trouble that status is to
+/// show. After a failure it is asked nothing more.
+async fn ask<T>(
+    source: &mut Option<Session>,
+    question: impl AsyncFnOnce(&mut Session) -> Result<T>,
+) -> Option<T> {
+    let mut session = source.take()?;
+    let answer = tokio::time::timeout(SOURCE_PATIENCE, question(&mut session)).await;
+    match answer {
+        Ok(Ok(answer)) => {
+            *source = Some(session);
+            Some(answer)
+        }
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "the source did not say");
+            None
+        }
+        Err(_) => None,
+    }
 }
 
 /// Without a runner: what the slot was told, and how far the side's WAL has gone since.

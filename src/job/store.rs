@@ -101,6 +101,12 @@ pub struct FlipRecord {
     pub earlier_routes: Vec<String>,
     /// Clients were let through after the point of no return.
     pub released: bool,
+    /// The barrier, once the point of no return is passed.
+    #[serde(default)]
+    pub switched_lsn: Option<String>,
+    /// How long writers had been held by then, in milliseconds.
+    #[serde(default)]
+    pub fenced_ms: Option<f64>,
 }
 
 /// One line of the journal.

@@ -103,6 +103,7 @@ impl Pull {
                 Err(error) => return Err(error.into()),
             }
         };
+        spoken.admit(name)?;
         let confirmed_lsn = status.confirmed_flush_lsn.unwrap_or(Lsn::ZERO);
         Ok(Pull { config: config.clone(), session, options, spoken, peeks, confirmed_lsn })
     }

@@ -62,6 +62,7 @@ impl Stream {
                 started => break started,
             }
         };
+        spoken.admit(name)?;
         match started {
             Ok(()) => Ok(Stream { config: config.clone(), session, options, spoken, interval }),
             Err(error) if error.code() == Some("55006") => Err(Error::SlotInUse {

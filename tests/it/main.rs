@@ -13,6 +13,7 @@ mod fidelity;
 mod input;
 mod job;
 mod matrix;
+mod newcomers;
 mod older;
 mod pg;
 mod readings;

@@ -74,9 +74,8 @@ impl Check<'_> {
     pub(super) async fn reads_text(&self) -> bool {
         let rows = |table: &&Table| self.options.selection.has_rows(&table.name) && !table.unlogged;
         let tables: Vec<_> = self.tables.iter().filter(rows).map(|t| t.name.clone()).collect();
-        let name = self.options.job.object(Stream::Forward);
-        let side = &self.source.config;
-        let decoder = reading::choose_decoder(side, &name, &tables, &self.options.wanted).await;
+        let (side, job, wanted) = (&self.source.config, &self.options.job, &self.options.wanted);
+        let decoder = reading::choose_decoder(side, job, Stream::Forward, &tables, wanted).await;
         decoder.is_ok_and(|(decoder, _)| decoder.is_textual())
     }
 

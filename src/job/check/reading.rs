@@ -36,8 +36,8 @@ impl Check<'_> {
         wanted: Wanted,
     ) -> pg::Result<()> {
         let stream = if side == Side::Source { Stream::Forward } else { Stream::Reverse };
-        let name = self.options.job.object(stream);
-        let chosen = match choose(config, &name, tables, &wanted).await {
+        let job = self.options.job.clone();
+        let chosen = match choose(config, &job, stream, tables, &wanted).await {
             Ok(chosen) => chosen,
             Err(Error::Pg(error)) if error.is_closed() => return Err(error),
             // Who may not replicate has been told so; all else follows from it.
