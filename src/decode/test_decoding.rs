@@ -51,7 +51,8 @@
 //!   believed; an old row alone that fits no identity is [`Error::Reshaped`], and asks to set the
 //!   identity back. Descriptions are asked for again when a row does not fit and after each empty
 //!   transaction, as DDL leaves one: those of the ignored too, as a table may be attached to one
-//!   that takes part. DDL in one transaction with rows is not noticed by itself. A changed key that comes in one transaction with rows, and
+//!   that takes part. DDL in one transaction with rows is not noticed by itself. A changed
+//!   key that comes in one transaction with rows, and
 //!   whose old rows fit the old description, is not noticed.
 //! - Every table of the database is printed: the caller tells what to [`Decoder::ignore`], among it
 //!   partitioned tables (a TRUNCATE prints them beside their partitions), materialized views, and
