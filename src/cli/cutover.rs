@@ -82,6 +82,10 @@ fn request(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<Fli
     }
     let fence = args.fence.clone().or(file.fence).unwrap_or_else(|| "lock".to_string());
     fence.parse::<crate::cutover::FenceKind>().map_err(|e| value("--fence", e.to_string()))?;
+    if fence == "none" && routes.is_empty() {
+        let message = "with none, only a route stops writers: add --route, or use --fence lock";
+        return Err(value("--fence", message.to_string()).into());
+    }
     Ok(FlipRequest {
         flip: stream.to_string(),
         attempt: format!("{:016x}", fastrand::u64(..)),

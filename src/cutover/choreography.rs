@@ -47,7 +47,7 @@ pub struct Plan {
     pub context: route::Context,
     /// Lag allowed at the start.
     pub max_lag: Duration,
-    /// Longest wait for locks, and for clients to be held, in one try.
+    /// Longest wait for clients to be held, and then for locks, in one try.
     pub lock_timeout: Duration,
     /// Limit of all tries together.
     pub timeout: Duration,
@@ -196,6 +196,7 @@ impl<J: Journal> Flight<'_, J> {
         let fence = slot.insert(fence);
         let mut live = Session::connect(&plan.live, Purpose::Sql).await?;
         let mut dest = Session::connect(&plan.dest, Purpose::Sql).await?;
+        fence::clear_way(&mut dest, &plan.job).await?;
         let max_hold = plan.max_hold;
         let (held, retries) = step!(self, "fence", self.stop_writers(fence).await);
         let limit = max_hold.saturating_sub(held.elapsed());
@@ -295,7 +296,7 @@ impl<J: Journal> Flight<'_, J> {
         let mut retries = 0;
         loop {
             let held = Instant::now();
-            if self.hold_routes(held).await? && fence.raise(self.left(held)).await? {
+            if self.hold_routes(held).await? && fence.raise(plan.lock_timeout).await? {
                 return Ok((held, retries));
             }
             undo::release(&plan.routes, &plan.context).await?;
@@ -308,8 +309,8 @@ impl<J: Journal> Flight<'_, J> {
         }
     }
 
-    /// What is left of one try's time: holding clients and locking tables share it, as a client may
-    /// meet both.
+    /// What is left of one try's time for routes. Locks have the same time to themselves: a hook
+    /// that takes longer to hold clients would otherwise leave them none in any try.
     fn left(&self, held: Instant) -> Duration {
         self.plan.lock_timeout.saturating_sub(held.elapsed())
     }

@@ -82,6 +82,29 @@ pub async fn carry(
     Ok(())
 }
 
+/// After an undone switch: sets those sequences of `home` past `away`'s that are not, and moves
+/// none back, as applications go on there. Cycling ones stay: nothing lies past their values.
+pub async fn come_home(
+    away: &mut Session,
+    home: &mut Session,
+    selection: &Selection,
+) -> Result<()> {
+    let mut sequences = catalog::sequences(away).await?;
+    let here: HashMap<QualifiedName, i64> =
+        catalog::sequences(home).await?.into_iter().map(|s| (s.name, s.last_value)).collect();
+    sequences.retain(|sequence| {
+        let ours = sequence.owner.as_ref().is_none_or(|table| selection.has_schema(table));
+        let ahead = here.get(&sequence.name).is_some_and(|value| match sequence.increment {
+            1.. => sequence.last_value > *value,
+            _ => sequence.last_value < *value,
+        });
+        ours && ahead && !sequence.cycle
+    });
+    schema::set_sequences(home, &sequences, |sequence| margin(sequence, 0.0, Duration::ZERO))
+        .await?;
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -182,7 +182,7 @@ impl Runner {
                 self.renew_home().await?;
                 let error = self.because_of_reverse(error);
                 if flip == Stream::Forward && self.reverse_open.load(Ordering::SeqCst) {
-                    self.drain_reverse().await?;
+                    self.bring_home().await?;
                 }
                 self.reverse_open.store(flip == Stream::Reverse, Ordering::SeqCst);
                 let back = self.note_undone().await?;
@@ -333,7 +333,7 @@ impl Runner {
         let fence = record.fence.parse()?;
         cutover::undo(live, fence, &routes, &context(&self.config, flip), &rules).await?;
         if flip == Stream::Forward && self.switch_had_begun(&record).await? {
-            self.drain_reverse().await?;
+            self.bring_home().await?;
         }
         self.reverse_open.store(flip == Stream::Reverse, Ordering::SeqCst);
         Ok(Event::FlipUndone(self.note_undone().await?))
@@ -367,6 +367,14 @@ impl Runner {
         let applied_lsn = carry.borrow().applied_lsn;
         let waited = Duration::from_secs(60);
         Err(cutover::Error::Drain { barrier_lsn: lsn, applied_lsn, waited }.into())
+    }
+
+    /// What clients wrote on the target meanwhile, and sequences past its numbers.
+    async fn bring_home(&mut self) -> Result<()> {
+        self.drain_reverse().await?;
+        let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
+        let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
+        Ok(cutover::sequences::come_home(&mut target, &mut source, &self.selection).await?)
     }
 
     /// After a crash between the point of no return and the release of clients.

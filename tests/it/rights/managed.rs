@@ -77,7 +77,7 @@ async fn a_role_with_select_alone_follows_and_is_told_what_a_cutover_needs() {
     let mut run = ends.spawn(&["run", "--no-owner"]);
     ends.until_phase(&mut run, "following").await;
     ends.done(&["verify"]).await;
-    let refused = ends.walferry(&["cutover", "--fence", "none"]).await;
+    let refused = ends.walferry(&["cutover", "--fence", "none", "--route", "hook:true"]).await;
     assert_eq!(refused.code, Some(1));
     let grant = "GRANT INSERT, UPDATE, DELETE, TRUNCATE ON bank.accounts TO mover;";
     assert!(refused.err.contains(grant), "{refused:?}");

@@ -3,6 +3,7 @@
 use serde_json::Value;
 use walferry::demo::server::Server;
 use walferry::demo::writer::create_schema;
+use walferry::pg::{Config, Purpose, Session};
 
 use crate::support::job::Ends;
 
@@ -106,4 +107,31 @@ pub fn grant(ends: &Ends, printed: &[(String, String)]) {
         let server: &Server = if side == "source" { &ends.source } else { &ends.target };
         server.psql("app", fix).unwrap();
     }
+}
+
+/// Without pg_read_all_stats the server hides what other roles' sessions are.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_only_fence_ends_sessions_it_may_not_look_into_or_refuses() {
+    let ends = owner((15, 15)).await;
+    let needed = printed(&ends, &["error"], &[]).await;
+    grant(&ends, &needed);
+    ends.source.psql("app", &format!("alter database app owner to {ROLE}")).unwrap();
+    let other = "create role other login; grant all on all tables in schema bank to other; \
+                 grant usage on schema bank to other";
+    ends.source.psql("app", other).unwrap();
+    ends.target.psql("app", "create role other login").unwrap();
+    let config = Config::parse(&ends.source.uri_as("other", "app")).unwrap();
+    let config = config.with_application_name("app");
+    let mut client = Session::connect(&config, Purpose::Sql).await.unwrap();
+    let mut run = ends.spawn(&["run"]);
+    ends.until_phase(&mut run, "following").await;
+    let ended = ends.walferry(&["cutover", "--fence", "read-only"]).await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(ended.err.contains("of role other"), "{ended:?}");
+    client.execute("delete from bank.accounts where false").await.unwrap();
+    ends.source.psql("app", "grant pg_signal_backend to mover").unwrap();
+    ends.done(&["cutover", "--fence", "read-only"]).await;
+    client.execute("delete from bank.accounts where false").await.unwrap_err();
+    run.signal("INT");
+    run.ended().await.expect_success();
 }
