@@ -12,8 +12,7 @@ use crate::id::quote_ident;
 /// What the guard's error message starts with, and ends with; the count stands between.
 pub(super) const GUARD_PREFIX: &str = "walferry rows: ";
 
-/// Gives 1 if `u` has one row; anything else is cast to an integer in vain (22P02), and the message
-/// holds the count.
+/// Gives 1 if `u` has one row; any other count is cast to an integer in vain (22P02), and told.
 const GUARD: &str = "select case when pg_catalog.count(*) = 1 then 1 \
      else pg_catalog.concat('walferry rows: ', pg_catalog.count(*))::int end from u";
 
@@ -51,7 +50,7 @@ pub(super) enum Locator {
 pub(super) struct Mapping {
     /// The table.
     pub table: Table,
-    /// For each column of the relation, its place among the table's columns.
+    /// The place of each of the relation's columns among the table's.
     pub places: Vec<usize>,
     /// How rows are found.
     pub locator: Locator,
