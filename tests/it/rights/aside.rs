@@ -65,7 +65,7 @@ async fn assert_equal(ends: &Ends) {
 
 async fn story(majors: (u32, u32)) -> Ends {
     let ends = roles::owner_of(majors, SCHEMA).await;
-    let needed = roles::printed(&ends, &["error"], &[]).await;
+    let needed = roles::printed_by(&ends, &["--decoder", "pgoutput"], &["error"], &[]).await;
     roles::grant(&ends, &needed);
     work(&ends.source, 1000);
     ends
