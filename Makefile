@@ -1,6 +1,6 @@
 # `make demo` shows it, `make test` proves it. Both install what they need, and say so first.
 
-.PHONY: help demo test fuzz kill faults cutover-bench setup check-style build clean
+.PHONY: help demo test fuzz kill faults cutover-bench setup check-style build clean bench
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -9,6 +9,7 @@ help:
 	@echo "make kill [KILLS=200]  kill -9 at random moments; the end is exact each time"
 	@echo "make faults           restarts and network faults in every phase"
 	@echo "make cutover-bench    stalls of writers through pgbouncer, release binary [ROUNDS=5]"
+	@echo "make bench [SCALE=1 ROUNDS=5]  whole jobs beside the peers; make bench-copy for one of them"
 	@echo "make check-style      only formatting and lints"
 	@echo "make build            the release binary, target/release/walferry"
 
@@ -52,3 +53,14 @@ kill: setup
 # Servers restarted, and networks cut, silently cut and stalled, in every phase.
 faults: setup
 	WALFERRY_FAULTS=long cargo test --locked --test it -- --nocapture --test-threads 2 faults::
+
+# Whole jobs beside the peers, see bench/README.md. SCALE=0.01 ROUNDS=1 shows in a minute that it works.
+bench:
+	@sh tests/setup.sh bench
+	SCALE=$(SCALE) ROUNDS=$(ROUNDS) ONLY=$(ONLY) PEERS=$(PEERS) \
+		cargo bench --locked --bench jobs
+
+BENCHES = copy tables catchup shapes large follow far cost growth
+.PHONY: $(addprefix bench-,$(BENCHES))
+$(addprefix bench-,$(BENCHES)): bench-%:
+	@$(MAKE) --no-print-directory bench ONLY=$*
