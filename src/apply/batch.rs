@@ -104,8 +104,12 @@ impl Batcher {
 
     /// True if what is at the front may not be applied yet.
     pub fn is_held(&self, hold_lsn: Option<Lsn>) -> bool {
-        match (self.queue.front(), hold_lsn) {
-            (Some(chunk), Some(hold_lsn)) => !self.open && chunk.begin.commit_lsn >= hold_lsn,
+        // Where the end of a transaction is known, it says where it committed: the beginning may
+        // know no more than a lower bound of that.
+        let ended = self.queue.iter().take(self.complete).find_map(|chunk| chunk.commit);
+        let begun = self.queue.front().map(|chunk| chunk.begin.commit_lsn);
+        match (ended.map(|commit| commit.commit_lsn).or(begun), hold_lsn) {
+            (Some(commit_lsn), Some(hold_lsn)) => !self.open && commit_lsn >= hold_lsn,
             _ => false,
         }
     }
@@ -214,11 +218,11 @@ impl Batcher {
     fn whole_below(&self, hold_lsn: Lsn) -> usize {
         let (mut count, mut bytes, mut transactions) = (0, 0, 0);
         for (index, chunk) in self.queue.iter().take(self.complete).enumerate() {
-            if chunk.begin.commit_lsn >= hold_lsn {
-                break;
-            }
             bytes += chunk.bytes;
-            if chunk.commit.is_some() {
+            if let Some(commit) = chunk.commit {
+                if commit.commit_lsn >= hold_lsn {
+                    break;
+                }
                 (count, transactions) = (index + 1, transactions + 1);
                 if bytes >= self.limits.bytes || transactions >= self.limits.transactions {
                     break;
@@ -387,6 +391,23 @@ mod tests {
         assert_eq!(take(&mut b, None), "200");
         let mut b = batcher([chunk(100, 0, false, 200)]);
         assert_eq!(take(&mut b, Some(100)), "-");
+    }
+
+    /// As test_decoding has it: where a transaction of several chunks committed shows at its end.
+    #[test]
+    fn a_hold_keeps_back_what_turns_out_to_commit_after_it() {
+        let early = |number, last| match (chunk(100, number, last, 1), chunk(300, 1, true, 1)) {
+            (Item::Chunk(mut chunk), Item::Chunk(late)) => {
+                chunk.commit = chunk.commit.and(late.commit);
+                Item::Chunk(chunk)
+            }
+            _ => panic!("a chunk"),
+        };
+        let mut b = batcher([chunk(60, 0, true, 1), early(0, false), early(1, true)]);
+        assert_eq!(take(&mut b, Some(200)), "60");
+        assert_eq!(take(&mut b, Some(200)), "-");
+        assert!(b.is_held(Some(Lsn(200))));
+        assert_eq!(take(&mut b, Some(301)), "100,100");
     }
 
     #[test]

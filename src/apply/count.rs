@@ -11,6 +11,10 @@ pub(super) const UPSERT: &str = "insert into walferry.stream_table as t \
      set decoded = t.decoded + excluded.decoded, applied = t.applied + excluded.applied, \
      filtered = t.filtered + excluded.filtered, quarantined = t.quarantined + excluded.quarantined";
 
+/// Counts a batch that set order was refused for.
+pub(super) const FALLBACK: &str = "insert into walferry.stream_fallback as f (stream, batches) \
+     values ($1::text, 1) on conflict (stream) do update set batches = f.batches + 1";
+
 /// Changes of one table, of one target transaction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Counts {

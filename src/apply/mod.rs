@@ -8,20 +8,28 @@
 //! 2. [`Applier::run`] takes what the feed has without waiting and makes a batch of it: small when
 //!    the source is quiet, so that a change is on the target after one round trip, large when it is
 //!    busy. `batch` decides, and cannot do I/O.
-//! 3. `writer` turns a batch into one request: BEGIN, a prepared statement a row, one statement for
-//!    all counters, progress, COMMIT, and the question where the target's log stands; one Sync.
-//! 4. The answers are held against the request: every row statement met one row, COMMIT said
+//! 3. `admit` decides and counts what of it is written. `writer` makes one request of that: BEGIN,
+//!    the changes, one statement for all counters, progress, COMMIT, and the question where the
+//!    target's log stands; one Sync. A full batch is sent behind the one that is under way.
+//! 4. The answers are held against the request: every statement met the rows it had to, COMMIT said
 //!    COMMIT. Positions go out by a watch channel.
 //!
-//! `routing` and `target` know the tables, `shape` and `statement` (pure) the SQL, `progress` where
-//! the position is kept, `durable` what a crash of the target can take back, `count` law 10's
-//! books.
+//! `routing` and `target` know the tables, `progress` where the position is kept, `durable` what a
+//! crash of the target can take back, `count` law 10's books.
+//!
+//! # Two orders
+//! Row order (`rows`; SQL by `shape` and `statement`) is a prepared statement a change, as the
+//! source made them. Set order (`sets`; SQL by `setwise`, parameters by `encode`) writes what
+//! becomes of each row in the end, folded by `plan`, as one DELETE, UPDATE and INSERT a table. A
+//! reader sees no difference, as a batch is one transaction in both. What only row order does right
+//! (a trigger that fires, a column that SET cannot write) is written in row order from the start;
+//! what the target refuses as a set is rolled back and written in row order, and counted.
 //!
 //! # A row that is not there
 //! An UPDATE that meets no row means that source and target differ, and must roll the batch back;
 //! but COMMIT is already on its way in the same request. So each UPDATE and DELETE is wrapped in a
-//! WITH whose count is cast to an error on the server when it is not 1. The rejected alternative,
-//! to look at the counts before sending COMMIT, costs a second round trip a batch.
+//! WITH whose count is cast to an error on the server when it is not what it must be. The rejected
+//! alternative, to look at the counts before sending COMMIT, costs a second round trip a batch.
 //!
 //! # What survives a crash
 //! Progress commits with the rows, so after any crash of either side [`Applier::progress`] is
@@ -39,18 +47,25 @@
 //! durable_lsn      (flush) T3                    (flush) T4 idle   <- what the slot may be told
 //! ```
 //!
-//! Left out on purpose: net-change folding and set-wise writing, several target sessions, and
-//! setting single rows aside (`quarantined` is counted, and always 0).
+//! Left out on purpose: several target sessions, COPY for long runs of inserts, and setting single
+//! rows aside (`quarantined` is counted, and always 0).
 //!
 //! [`Item::Idle`]: crate::change::Item::Idle
 
+mod admit;
 mod batch;
 mod count;
 mod durable;
+mod encode;
 mod error;
+mod plan;
 mod progress;
+mod request;
 mod routing;
+mod rows;
 mod run;
+mod sets;
+mod setwise;
 mod shape;
 mod statement;
 mod target;
@@ -65,7 +80,7 @@ use bytes::Bytes;
 
 pub use batch::Limits;
 pub use error::{Culprit, Error, Result};
-pub use progress::{ProgressKind, begin_at, forget};
+pub use progress::{ProgressKind, begin_at, durable_progress, forget};
 
 use batch::Batcher;
 use durable::Durable;
@@ -75,6 +90,7 @@ use writer::Writer;
 use crate::change::Snapshot;
 use crate::clock::PgTimestamp;
 use crate::id::QualifiedName;
+use crate::limit;
 use crate::lsn::Lsn;
 use crate::pg::{self, Config, Purpose, Session};
 
@@ -86,7 +102,9 @@ pub const DDL: &str = "do $$ begin if pg_catalog.to_regnamespace('walferry') is 
      stream text primary key, end_lsn pg_lsn not null); \
      create table if not exists walferry.stream_table (\
      stream text, schema text, name text, decoded bigint not null, applied bigint not null, \
-     filtered bigint not null, quarantined bigint not null, primary key (stream, schema, name));";
+     filtered bigint not null, quarantined bigint not null, primary key (stream, schema, name)); \
+     create table if not exists walferry.stream_fallback (\
+     stream text primary key, batches bigint not null);";
 
 /// Logical messages whose prefix starts with this are handed to [`Options::on_message`].
 pub const MESSAGE_PREFIX: &str = "walferry";
@@ -110,6 +128,53 @@ pub struct Message {
     pub content: Bytes,
     /// Where it stands in the source's log.
     pub lsn: Lsn,
+}
+
+/// In which order a batch is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// One statement a change, in the order of the stream.
+    Rows,
+    /// The net change as sets, however small the batch.
+    Sets,
+    /// Sets where there is enough for them.
+    #[default]
+    Auto,
+}
+
+impl std::str::FromStr for Mode {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Mode, String> {
+        match text {
+            "row" => Ok(Mode::Rows),
+            "set" => Ok(Mode::Sets),
+            "auto" => Ok(Mode::Auto),
+            other => Err(format!("\"{other}\" is not an order of applying: use row, set or auto")),
+        }
+    }
+}
+
+/// What may be turned off or sized, for measuring and in trouble; the defaults are for everybody.
+#[derive(Clone, Copy, Debug)]
+pub struct Tuning {
+    /// In which order a batch is written.
+    pub mode: Mode,
+    /// Bounds of a batch.
+    pub limits: Limits,
+    /// How many batches may be on their way to the target at once; at least 1. The second is made
+    /// and sent while the server works on the first.
+    pub in_flight_max: usize,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Tuning {
+            mode: Mode::default(),
+            limits: Limits::default(),
+            in_flight_max: limit::BATCHES_IN_FLIGHT,
+        }
+    }
 }
 
 /// How to apply one stream.
@@ -136,8 +201,8 @@ pub struct Options {
     /// How long to wait for an origin that a predecessor's backend still holds. The server notices
     /// a peer that is gone within about 25 s, see [`Applier::connect`].
     pub busy_wait: Duration,
-    /// Bounds of a batch.
-    pub limits: Limits,
+    /// Sizes and switches.
+    pub tuning: Tuning,
 }
 
 impl Options {
@@ -152,7 +217,7 @@ impl Options {
             gate: None,
             on_message: None,
             busy_wait: Duration::from_secs(40),
-            limits: Limits::default(),
+            tuning: Tuning::default(),
         }
     }
 }
@@ -172,6 +237,9 @@ pub struct Applied {
     pub transactions: u64,
     /// Row changes written since [`Applier::connect`], those of an open transaction included.
     pub rows: u64,
+    /// Batches since [`Applier::connect`] that the target refused in set order, and took in row
+    /// order.
+    pub fallbacks: u64,
     /// The hold position that is in force: everything below it is durable, and nothing at or above
     /// it is applied before the hold is taken back, unless `last_end_lsn` says that it was already.
     pub held: Option<Lsn>,
@@ -187,6 +255,9 @@ pub struct Applier {
     recorded_at: Instant,
     writer: Writer,
     batcher: Batcher,
+    in_flight_max: usize,
+    /// What was under way has been canceled, for a shutdown.
+    canceled: bool,
     durable: Durable,
     applied: Applied,
     on_message: Option<MessageHook>,
@@ -214,7 +285,9 @@ impl Applier {
             progress_lsn,
             recorded_at: Instant::now(),
             writer,
-            batcher: Batcher::new(progress_lsn, options.limits),
+            batcher: Batcher::new(progress_lsn, options.tuning.limits),
+            in_flight_max: options.tuning.in_flight_max.max(1),
+            canceled: false,
             durable: Durable::new(progress_lsn),
             applied: Applied {
                 applied_lsn: progress_lsn,
@@ -249,8 +322,10 @@ async fn set_up(session: &mut Session, replica_role: bool) -> Result<()> {
         session.execute("set walferry.applying = 'on'").await?;
     }
     // An index is used wherever there is one, even if the planner saw the table when it was small;
-    // the cost that this adds to scans must not start the JIT compiler.
+    // the cost that this adds to scans must not start the JIT compiler. Sets are joined to a table
+    // by its index, row by row, for the same reason.
     let mut settings = "set synchronous_commit = off; set enable_seqscan = off; \
+         set enable_hashjoin = off; set enable_mergejoin = off; \
          set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; \
          set tcp_keepalives_count = 3"
         .to_string();

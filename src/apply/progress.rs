@@ -227,6 +227,12 @@ pub async fn begin_at(
     Ok(())
 }
 
+/// The progress of a stream that is not being applied, durable on return. Error if it has none.
+pub async fn durable_progress(session: &mut Session, stream: &str) -> Result<Lsn> {
+    // Of either kind the row is the truth, and the first thing written.
+    Progress { stream: stream.to_string(), kind: ProgressKind::Table }.flush(session).await
+}
+
 /// Drops a stream's progress and its counters. Harmless if there are none. The stream must not be
 /// running.
 pub async fn forget(session: &mut Session, stream: &str) -> Result<()> {
@@ -238,7 +244,7 @@ pub async fn forget(session: &mut Session, stream: &str) -> Result<()> {
             return Err(denied(session, error).await);
         }
     }
-    for table in ["progress", "stream_table"] {
+    for table in ["progress", "stream_table", "stream_fallback"] {
         let there = format!("select pg_catalog.to_regclass('walferry.{table}') is not null");
         if session.query_one(&there, &[]).await?.bool(0)? {
             let sql = format!("delete from walferry.{table} where stream = $1");

@@ -23,6 +23,23 @@ pub(super) struct Prepared {
     pub binds: Vec<Bind>,
 }
 
+/// Names of prepared statements.
+#[derive(Debug, Default)]
+pub(super) struct Names {
+    /// How many are on the server.
+    pub prepared: usize,
+    given: u64,
+}
+
+impl Names {
+    /// A name not used before in this session, for a statement that is prepared now.
+    pub fn next(&mut self) -> String {
+        self.prepared += 1;
+        self.given += 1;
+        format!("walferry_{}", self.given)
+    }
+}
+
 /// A table of the stream, and what becomes of its changes.
 #[derive(Debug)]
 pub(super) struct Route {
@@ -92,6 +109,13 @@ impl Routes {
             counts.entry(&route.relation.name).or_default().add(route.counts);
         }
         counts
+    }
+
+    /// All statements are to be prepared anew.
+    pub fn forget_statements(&mut self) {
+        for route in self.routes.values_mut() {
+            self.discarded.extend(route.statements.drain().map(|(_, p)| p.name));
+        }
     }
 
     /// Forgets relations that were described anew. To be called between batches.

@@ -52,13 +52,24 @@ impl Applier {
         self.publish(positions);
         let mut ended = false;
         let mut polls = 0;
-        while !*shutdown.borrow_and_update() {
+        loop {
+            let (stopping, under_way) = (*shutdown.borrow_and_update(), self.writer.in_flight());
+            if stopping && under_way == 0 {
+                break;
+            }
             let hold_lsn = *hold.borrow_and_update();
             if self.applied.held != hold_lsn {
                 self.applied.held = None;
             }
             self.fill(&mut feed)?;
-            if let Some(work) = self.batcher.take(hold_lsn) {
+            // While a batch is under way only a full one is sent after it: whatever is less may as
+            // well grow.
+            let room = match under_way {
+                0 => true,
+                count => count < self.in_flight_max && !self.batcher.wants_more(),
+            };
+            let work = if room && !stopping { self.batcher.take(hold_lsn) } else { None };
+            if work.is_some() || under_way > 0 {
                 let stopped = self.work(work, &mut shutdown).await?;
                 self.publish(positions);
                 polls = 0;
@@ -99,61 +110,88 @@ impl Applier {
         Ok(())
     }
 
-    /// True if shutdown cut it short.
-    async fn work(&mut self, work: Work, shutdown: &mut watch::Receiver<bool>) -> Result<bool> {
-        match work {
-            Work::Write(batch) => {
-                let cancel = self.session.cancel_handle();
-                let write = self.write(&batch);
-                let mut stopping = shutdown.clone();
-                let (outcome, canceled) = until(write, asked(&mut stopping), async {
-                    let _ = cancel.cancel().await;
-                })
-                .await;
-                match outcome {
-                    // The batch is not on the target; that is no error of anybody's.
-                    Err(_) if canceled => return Ok(true),
-                    outcome => outcome?,
-                }
-            }
-            Work::Abandon => {
+    /// Does the work, or waits for the oldest batch under way if there is none. True if shutdown
+    /// cut it short.
+    async fn work(
+        &mut self,
+        work: Option<Work>,
+        shutdown: &mut watch::Receiver<bool>,
+    ) -> Result<bool> {
+        let batch = match work {
+            Some(Work::Write(batch)) => Some(batch),
+            Some(Work::Abandon) => {
+                self.land_all().await?;
                 self.session.execute("rollback").await?;
                 self.writer.abandon();
+                return Ok(false);
             }
-            Work::Idle(lsn) => {
+            Some(Work::Idle(lsn)) => {
+                self.land_all().await?;
                 self.passed(lsn);
                 if self.durable.pending() > 0 {
                     self.force_flush().await?;
                 }
                 self.record_passed(false).await?;
+                return Ok(false);
             }
+            None => None,
+        };
+        let cancel = self.session.cancel_handle();
+        let write = self.write(batch);
+        let mut stopping = shutdown.clone();
+        let (outcome, canceled) = until(write, asked(&mut stopping), async {
+            let _ = cancel.cancel().await;
+        })
+        .await;
+        self.canceled |= canceled;
+        match outcome {
+            // The batch is not on the target; that is no error of anybody's. The cancel may have
+            // met the batch behind.
+            Err(_) if self.canceled => Ok(true),
+            outcome => outcome.map(|()| false),
         }
-        Ok(false)
     }
 
-    async fn write(&mut self, batch: &Batch) -> Result<()> {
-        let written =
-            self.writer.write(&mut self.session, &self.progress, self.progress_lsn, batch).await?;
-        self.applied.rows += written.rows;
-        let Some(commit) = batch.commit else { return Ok(()) };
-        match written.position {
+    /// Sends a batch, or waits for one.
+    async fn write(&mut self, batch: Option<Batch>) -> Result<()> {
+        let Some(batch) = batch else { return self.land().await };
+        if !self.writer.knows(&batch) {
+            self.land_all().await?;
+            self.writer.meet(&mut self.session, &batch).await?;
+        }
+        let progress_lsn = self.progress_lsn;
+        self.writer.launch(&mut self.session, &self.progress, progress_lsn, batch).await
+    }
+
+    async fn land_all(&mut self) -> Result<()> {
+        while self.writer.in_flight() > 0 {
+            self.land().await?;
+        }
+        Ok(())
+    }
+
+    async fn land(&mut self) -> Result<()> {
+        let landed = self.writer.land(&mut self.session, &self.progress).await?;
+        let Some(landed) = landed else { return Ok(()) };
+        self.applied.rows += landed.rows;
+        self.applied.fallbacks += u64::from(landed.fell_back);
+        let Some(commit) = landed.batch.commit else { return Ok(()) };
+        match landed.position {
             None => self.passed(commit.end_lsn),
             Some((insert_lsn, flush_lsn)) => {
                 self.progress_lsn = commit.end_lsn;
                 self.applied.applied_lsn = commit.end_lsn;
                 self.applied.last_end_lsn = commit.end_lsn;
                 self.applied.commit_time = Some(commit.commit_time);
-                self.applied.transactions += batch.transactions();
+                self.applied.transactions += landed.batch.transactions();
                 self.durable.committed(commit.end_lsn, insert_lsn);
                 self.durable.flushed(flush_lsn);
             }
         }
-        for message in self.writer.take_messages() {
-            if let Some(hook) = &self.on_message {
-                hook(&message);
-            }
+        if let Some(hook) = &self.on_message {
+            landed.messages.iter().for_each(|message| hook(message));
         }
-        if self.durable.pending() > PENDING_MAX {
+        if self.durable.pending() > PENDING_MAX && self.writer.in_flight() == 0 {
             self.force_flush().await?;
         }
         Ok(())
@@ -238,6 +276,7 @@ impl Applier {
 
     /// Rolls back what is written in part, and makes the rest durable.
     async fn finish(&mut self, positions: &watch::Sender<Applied>) -> Result<()> {
+        self.writer.drain(&mut self.session).await?;
         if self.session.in_transaction() {
             self.session.execute("rollback").await?;
             self.writer.abandon();

@@ -4,6 +4,7 @@
 //! exactly one row is wrapped so that any other count is an error on the server: the batch travels
 //! in one round trip, COMMIT included, and nobody could look at a row count before that.
 
+use super::encode::Carrier;
 use super::target::Table;
 use crate::change::{Relation, ReplicaIdentity};
 use crate::id::quote_ident;
@@ -11,8 +12,7 @@ use crate::id::quote_ident;
 /// What the guard's error message starts with, and ends with; the count stands between.
 pub(super) const GUARD_PREFIX: &str = "walferry rows: ";
 
-/// Gives 1 if `u` has one row; anything else is cast to an integer in vain (22P02), and the message
-/// holds the count.
+/// Gives 1 if `u` has one row; any other count is cast to an integer in vain (22P02), and told.
 const GUARD: &str = "select case when pg_catalog.count(*) = 1 then 1 \
      else pg_catalog.concat('walferry rows: ', pg_catalog.count(*))::int end from u";
 
@@ -50,7 +50,7 @@ pub(super) enum Locator {
 pub(super) struct Mapping {
     /// The table.
     pub table: Table,
-    /// For each column of the relation, its place among the table's columns.
+    /// The place of each of the relation's columns among the table's.
     pub places: Vec<usize>,
     /// How rows are found.
     pub locator: Locator,
@@ -88,13 +88,30 @@ impl Mapping {
         self.target(column).is_some_and(|c| !c.generated)
     }
 
+    /// The columns of the relation that may be written, in order.
+    pub fn written(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..self.places.len()).filter(|c| self.is_written(*c))
+    }
+
+    /// Whether the stream has every column that the target's rows hold.
+    pub fn is_complete(&self) -> bool {
+        let mut places = self.table.columns.iter().enumerate().filter(|(_, c)| !c.generated);
+        places.all(|(place, _)| self.places.contains(&place))
+    }
+
     /// The relation's column that is GENERATED ALWAYS AS IDENTITY on the target, if any. A table
     /// has one at most.
     pub fn identity_always(&self) -> Option<usize> {
         (0..self.places.len()).find(|i| self.target(*i).is_some_and(|c| c.identity_always))
     }
 
-    fn target(&self, column: usize) -> Option<&super::target::Column> {
+    /// How a column's values travel in sets.
+    pub fn carrier(&self, column: usize) -> Carrier {
+        self.target(column).map_or(Carrier::None, |c| c.carrier)
+    }
+
+    /// The target's column that a column of the relation is written to.
+    pub fn target(&self, column: usize) -> Option<&super::target::Column> {
         self.places.get(column).and_then(|place| self.table.columns.get(*place))
     }
 
@@ -299,7 +316,9 @@ impl<'a> Writer<'a> {
         let (mut parts, mut reads) = (Vec::new(), Vec::new());
         for column in (0..self.mapping.places.len()).filter(|c| self.mapping.is_written(*c)) {
             if is_null(column) {
-                parts.push(format!("s.{} is null", self.name(column)));
+                // IS NULL is also true of a composite value that holds nothing but NULLs. This is
+                // not, and PostgreSQL makes the same test of it, which can use an index.
+                parts.push(format!("s.{} is not distinct from null", self.name(column)));
                 continue;
             }
             let (equal, text_equal) = self.equal("s", source.bind(column));
@@ -373,6 +392,7 @@ mod tests {
             type_name: type_name.to_string(),
             base_type_name: type_name.to_string(),
             equality: equality.map(str::to_string),
+            carrier: Carrier::Text,
             generated: name == "g",
             identity_always: name == "id",
         };
@@ -380,6 +400,7 @@ mod tests {
             name: QualifiedName::new("s", "t"),
             kind: kind.to_string(),
             counts_inserts: false,
+            acts: false,
             owned: true,
             key: key.iter().map(|k| k.to_string()).collect(),
             columns: vec![
@@ -437,7 +458,8 @@ mod tests {
                 "with u as (delete from \"s\".\"t\" as t where (t.tableoid, t.ctid) = \
                  (select s.tableoid, s.ctid from \"s\".\"t\" as s \
                  where s.\"j\"::text = $1::json::text and s.\"n\" {EQUAL} $2::numeric \
-                 and s.\"id\" is null order by (s.\"n\"::text = $2::numeric::text) desc limit 1) \
+                 and s.\"id\" is not distinct from null \
+                 order by (s.\"n\"::text = $2::numeric::text) desc limit 1) \
                  returning 1) {GUARD}"
             )
         );

@@ -1,5 +1,6 @@
 //! What the target says of a table that is written: columns, key, and how to compare them.
 
+use super::encode::Carrier;
 use crate::id::QualifiedName;
 use crate::pg::{self, Session};
 
@@ -12,6 +13,9 @@ pub(super) struct Table {
     pub kind: String,
     /// Rows must be counted on INSERT too: a trigger or rule could swallow one.
     pub counts_inserts: bool,
+    /// A trigger or rule fires in this session on a change of the table or a partition: it may
+    /// depend on the order of changes.
+    pub acts: bool,
     /// The role may do what only its owner may.
     pub owned: bool,
     /// Names of the columns of the primary key, or else of the smallest unique index over NOT NULL
@@ -32,6 +36,8 @@ pub(super) struct Column {
     pub base_type_name: String,
     /// `operator(schema.=)` of the base type; `None` where it has no equality (json, xml, point).
     pub equality: Option<String>,
+    /// How its values travel in sets.
+    pub carrier: Carrier,
     /// GENERATED ALWAYS AS (...): never written.
     pub generated: bool,
     /// GENERATED ALWAYS AS IDENTITY: INSERT must override it, UPDATE cannot set it.
@@ -75,21 +81,28 @@ impl Table {
                 equality: row.opt(3)?.map(str::to_string),
                 generated: row.bool(4)?,
                 identity_always: row.bool(5)?,
+                carrier: match row.str(6)? {
+                    "text" => Carrier::Text,
+                    "literal" => Carrier::Literal,
+                    _ => Carrier::None,
+                },
             });
         }
         Ok(Some(Table {
             name: name.clone(),
             kind: row.string(1)?,
             counts_inserts: row.bool(2)?,
-            owned: row.bool(4)?,
+            acts: row.bool(4)?,
+            owned: row.bool(5)?,
             key,
             columns,
         }))
     }
 }
 
-/// Oid, kind, whether INSERT may lose rows, key, whether it is ours. A partition's own triggers are
-/// not looked for, so inserts into partitioned tables are always counted.
+/// Oid, kind, whether INSERT may lose rows, key, whether something acts on changes, whether it is
+/// ours. For the first question a partition's own triggers are not looked for, so inserts into
+/// partitioned tables are always counted.
 const TABLE: &str = "select c.oid, c.relkind, \
      c.relhasrules or c.relkind = 'p' or exists (select from pg_catalog.pg_trigger g \
          where g.tgrelid = c.oid and not g.tgisinternal and g.tgenabled <> 'D'), \
@@ -105,6 +118,15 @@ const TABLE: &str = "select c.oid, c.relkind, \
          pg_catalog.unnest(i.indkey::int2[]) with ordinality k(attnum, n) \
          join pg_catalog.pg_attribute a on a.attnum = k.attnum \
          where a.attrelid = c.oid and k.n <= i.width), \
+     exists (with recursive tree(oid) as (select c.oid union all select i.inhrelid \
+             from pg_catalog.pg_inherits i join tree on i.inhparent = tree.oid), \
+         on_here(letter) as (select 'A' union all select \
+             case pg_catalog.current_setting('session_replication_role') \
+             when 'replica' then 'R' else 'O' end) \
+         select from pg_catalog.pg_trigger g join tree on g.tgrelid = tree.oid \
+             join on_here on g.tgenabled::text = letter \
+         union all select from pg_catalog.pg_rewrite r join tree on r.ev_class = tree.oid \
+             join on_here on r.ev_enabled::text = letter where r.ev_type <> '1'), \
      pg_catalog.pg_has_role(c.relowner, 'usage') \
      from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
      where n.nspname = $1 and c.relname = $2";
@@ -117,6 +139,9 @@ const TABLE: &str = "select c.oid, c.relkind, \
 /// be that of text. Enums, ranges and arrays have pg_catalog's polymorphic operators; an array is
 /// comparable if its elements are. Composite types are not said to be comparable: one may hold
 /// json.
+///
+/// Values travel as text unless somebody may have made a cast from text that does not do what the
+/// type's input function does.
 const COLUMNS: &str = "with recursive base(attnum, oid, typbasetype) as ( \
        select a.attnum, t.oid, t.typbasetype from pg_catalog.pg_attribute a \
          join pg_catalog.pg_type t on t.oid = a.atttypid \
@@ -151,7 +176,11 @@ const COLUMNS: &str = "with recursive base(attnum, oid, typbasetype) as ( \
              exists (select from equal e where e.attnum = a.attnum and e.oid = t.typelem) \
              or exists (select from pg_catalog.pg_type l where l.oid = t.typelem \
                  and l.typtype in ('e', 'r', 'm'))) then 'operator(pg_catalog.=)' end), \
-       coalesce(pg_catalog.to_jsonb(a) ->> 'attgenerated', '') <> '', a.attidentity = 'a' \
+       coalesce(pg_catalog.to_jsonb(a) ->> 'attgenerated', '') <> '', a.attidentity = 'a', \
+       case when not exists (select from pg_catalog.pg_cast x where x.casttarget = b.oid \
+             and x.castsource = 'pg_catalog.text'::pg_catalog.regtype \
+             and (x.castmethod = 'f' or (x.castmethod = 'b' and x.oid >= 16384))) then 'text' \
+         when t.typarray <> 0 then 'literal' else 'none' end \
      from pg_catalog.pg_attribute a \
      join base b on b.attnum = a.attnum and b.typbasetype = 0 \
      join pg_catalog.pg_type t on t.oid = b.oid \

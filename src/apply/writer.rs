@@ -1,89 +1,90 @@
 //! One batch in one round trip: BEGIN, rows, counters, progress, COMMIT, where the log stands.
+//!
+//! # Set order and row order
+//! A batch is written as sets where that pays (`sets`), else one statement a change (`rows`). Both
+//! come to the same end, but on the way there set order may break what row order does not: a unique
+//! or exclusion constraint, for a moment, or a row's way from one partition to another. Then, and
+//! whenever the target refuses anything of a set, what was written of the batch is rolled back, and
+//! it is written once more in row order. So an error always names a row, not a set, and set order
+//! needs no proof that it will do.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
 
+use super::admit::{self, Admitted, relations};
 use super::batch::Batch;
 use super::count::{self, Counts};
 use super::error::{self, Culprit, Error, Result};
 use super::progress::Progress;
-use super::routing::{Prepared, Route, Routes};
-use super::shape::{Shape, Unfit, describe_key};
-use super::statement::{self, GUARD_PREFIX};
-use super::{MESSAGE_PREFIX, Message, Options};
-use crate::change::{Begin, Change, Relation, Snapshot};
+use super::request::{Replies, Request, Role};
+use super::routing::{Names, Routes};
+use super::rows::culprit;
+use super::statement::GUARD_PREFIX;
+use super::{Message, Mode, Options};
 use crate::fault::{Fault, Faulty};
 use crate::id::QualifiedName;
 use crate::lsn::Lsn;
-use crate::pg::{self, Pipeline, Reply, Session};
+use crate::pg::{self, Event, Pipeline, Session};
 
 /// Prepared statements kept on the server; beyond that all are dropped and made again as needed.
 /// Columns left out of an UPDATE by TOAST, and NULLs under REPLICA IDENTITY FULL, multiply them.
 const PREPARED_MAX: usize = 1000;
 
-/// What a written batch came to.
-#[derive(Debug, Default)]
-pub(super) struct Written {
-    /// Row statements, each of which touched its row.
+/// A batch of fewer changes is written in row order: its statements are ready, and a source that is
+/// not busy gets the shorter way.
+const SET_CHANGES_MIN: usize = 64;
+
+/// A batch that is on the target, or as far as its open transaction goes.
+#[derive(Debug)]
+pub(super) struct Landed {
+    /// Which.
+    pub batch: Batch,
+    /// Row changes of the batch.
     pub rows: u64,
     /// After COMMIT: where the target's log stood, and how much of it was flushed. `None` if the
     /// batch had nothing to write, or its transaction is still open.
     pub position: Option<(Lsn, Lsn)>,
+    /// Set order was refused, and row order taken.
+    pub fell_back: bool,
+    /// Messages of the transactions committed.
+    pub messages: Vec<Message>,
 }
 
 /// Puts batches into statements. Belongs to one session.
 pub(super) struct Writer {
     stream: String,
-    routes: Routes,
-    /// Number of prepared statements, and of names given so far.
-    prepared: usize,
-    named: u64,
+    mode: Mode,
+    /// However few changes there are.
+    pub(super) always_sets: bool,
+    pub(super) routes: Routes,
+    pub(super) names: Names,
     /// Of the target transaction under way, to be handed on once it is committed.
     messages: Vec<Message>,
+    /// Batches sent and not landed, oldest first.
+    flights: VecDeque<Flight>,
 }
 
-/// What each reply of the exchange will be about.
-struct Plan {
-    pipeline: Pipeline,
-    /// For each row statement, its chunk and change in the batch.
-    rows: Vec<(usize, usize)>,
-    /// Row statements that are bare INSERTs, by place among `rows`.
-    bare: Vec<bool>,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    Rows,
+    Sets,
+}
+
+/// A batch with all that is decided before it is written, and what came back.
+#[derive(Debug)]
+struct Flight {
+    batch: Batch,
+    admitted: Admitted,
+    /// Parameters of the counters' statement, if there is anything to count.
+    counts: Option<Vec<String>>,
+    previous_lsn: Lsn,
+    /// The target transaction begins, and ends, with this batch.
     opens: bool,
-    /// Statements before the rows: BEGIN, and what tags the transaction where no origin does.
-    head: usize,
-    /// Whether progress is recorded before the rows, and not after them.
-    records_first: bool,
-    /// Whether counters, progress, COMMIT and position follow the rows.
     commits: bool,
-    counts: bool,
-}
-
-impl Plan {
-    fn counts_at(&self) -> usize {
-        self.head + self.rows.len()
-    }
-
-    fn progress_at(&self) -> usize {
-        if self.records_first { 1 } else { self.counts_at() + usize::from(self.counts) }
-    }
-
-    fn commit_at(&self) -> usize {
-        self.counts_at() + usize::from(self.counts) + usize::from(!self.records_first)
-    }
-
-    fn row_of(&self, statement: usize) -> Option<usize> {
-        statement.checked_sub(self.head).filter(|row| *row < self.rows.len())
-    }
-}
-
-/// What came back.
-#[derive(Default)]
-struct Replies {
-    done: usize,
-    commit_tag: Option<String>,
-    position: Option<pg::Row>,
-    /// A bare INSERT whose tag was not `INSERT 0 1`.
-    odd: Option<usize>,
+    request: Request,
+    replies: Replies,
+    failure: Option<pg::Error>,
+    /// All has been answered.
+    over: bool,
 }
 
 impl Writer {
@@ -94,6 +95,7 @@ impl Writer {
         pipeline.parse("walferry_commit", "commit", &[]);
         pipeline.parse("walferry_position", super::POSITION, &[]);
         pipeline.parse("walferry_counts", count::UPSERT, &[]);
+        pipeline.parse("walferry_fallback", count::FALLBACK, &[]);
         match session.exchange(pipeline, |_| {}).await {
             Err(error) if matches!(error.code(), Some("3F000" | "42P01")) => {
                 return Err(Error::NoState { ddl: super::DDL, source: Box::new(error) });
@@ -102,284 +104,296 @@ impl Writer {
         }
         Ok(Writer {
             stream: options.stream.clone(),
+            mode: options.tuning.mode,
+            always_sets: options.tuning.mode == Mode::Sets,
             routes: Routes::new(options),
-            prepared: 0,
-            named: 0,
+            names: Names::default(),
             messages: Vec::new(),
+            flights: VecDeque::new(),
         })
     }
 
-    /// Writes a batch; on an error the target transaction is not committed, and the session must
-    /// not be used for another batch.
-    pub async fn write(
+    /// How many batches are under way.
+    pub fn in_flight(&self) -> usize {
+        self.flights.len()
+    }
+
+    /// True if the batch needs nothing of the target before it is sent.
+    pub fn knows(&self, batch: &Batch) -> bool {
+        let mut relations = batch.chunks.iter().flat_map(|c| &c.changes).flat_map(relations);
+        relations.all(|relation| self.routes.get(relation).is_some())
+    }
+
+    /// Asks the target about tables of the batch that are new. Nothing may be under way.
+    pub async fn meet(&mut self, session: &mut Session, batch: &Batch) -> Result<()> {
+        self.routes.retire();
+        for relation in batch.chunks.iter().flat_map(|c| &c.changes).flat_map(relations) {
+            self.routes.ensure(session, relation).await?;
+        }
+        Ok(())
+    }
+
+    /// Sends a batch whose tables are known; it lands by [`Writer::land`]. `progress_lsn` is the
+    /// progress recorded by what has landed. After an error the session must not be used for
+    /// another batch.
+    ///
+    /// A batch may be sent behind others that are under way. If one of those fails, the server
+    /// refuses all behind it: the transaction is aborted, or progress is not what they expect.
+    pub async fn launch(
         &mut self,
         session: &mut Session,
         progress: &Progress,
-        previous_lsn: Lsn,
-        batch: &Batch,
-    ) -> Result<Written> {
-        self.routes.retire();
-        for change in batch.chunks.iter().flat_map(|c| &c.changes) {
-            for relation in relations(change) {
-                self.routes.ensure(session, relation).await?;
-            }
-        }
-        let mut plan = self.plan(progress, previous_lsn, batch)?;
-        self.close(&mut plan, progress, previous_lsn, batch)?;
-        if plan.pipeline.is_empty() {
-            return Ok(Written::default());
-        }
-        let pipeline = std::mem::take(&mut plan.pipeline);
-        let mut replies = Replies::default();
-        let outcome = session.exchange(pipeline, |reply| replies.take(&plan, reply)).await;
-        if let Err(error) = outcome {
-            return Err(self.explain(session, progress, batch, &plan, replies.done, error).await);
-        }
-        self.settle(batch, &plan, replies)
+        progress_lsn: Lsn,
+        batch: Batch,
+    ) -> Result<()> {
+        let ends = |f: &Flight| f.batch.commit.filter(|_| f.commits).map(|c| c.end_lsn);
+        let previous_lsn = self.flights.iter().rev().find_map(ends).unwrap_or(progress_lsn);
+        let mut flight = self.draft(previous_lsn, batch)?;
+        let order = self.order(&flight.admitted);
+        flight.request = self.request(progress, &flight, order, false)?;
+        self.send(session, flight).await
     }
 
-    /// The target transaction under way is rolled back.
+    /// Waits for the oldest batch under way; `None` if there is none. After an error nothing of it
+    /// or of those behind it is committed, unless that cannot be known, and the session must not be
+    /// used for another batch.
+    pub async fn land(
+        &mut self,
+        session: &mut Session,
+        progress: &Progress,
+    ) -> Result<Option<Landed>> {
+        let Some(mut flight) = self.arrival(session).await? else { return Ok(None) };
+        let mut fell_back = false;
+        if let Some(error) = flight.failure.take() {
+            self.drain(session).await?;
+            if !falls_back(&error, &flight) {
+                return Err(self.explain(session, progress, &flight, error).await);
+            }
+            tracing::debug!(%error, "set order refused, trying row order");
+            fell_back = true;
+            flight = self.again_in_row_order(session, progress, flight).await?;
+        }
+        let rows = flight.admitted.steps.len() as u64;
+        let position = self.settle(&mut flight)?;
+        let messages =
+            if flight.batch.commit.is_some() { flight.admitted.messages } else { Vec::new() };
+        Ok(Some(Landed { batch: flight.batch, rows, position, fell_back, messages }))
+    }
+
+    /// Waits for whatever is under way and forgets it.
+    pub async fn drain(&mut self, session: &mut Session) -> Result<()> {
+        while self.flights.iter().any(|f| !f.over) {
+            let event = session.next_event().await?;
+            deliver(&mut self.flights, event);
+        }
+        Ok(())
+    }
+
+    /// The oldest batch under way, once it is over.
+    async fn arrival(&mut self, session: &mut Session) -> Result<Option<Flight>> {
+        while self.flights.front().is_some_and(|f| !f.over) {
+            let event = session.next_event().await?;
+            deliver(&mut self.flights, event);
+        }
+        Ok(self.flights.pop_front())
+    }
+
+    async fn send(&mut self, session: &mut Session, mut flight: Flight) -> Result<()> {
+        let pipeline = std::mem::take(&mut flight.request.pipeline);
+        flight.over = pipeline.is_empty();
+        (flight.replies, flight.failure) = (Replies::default(), None);
+        let over = flight.over;
+        self.flights.push_back(flight);
+        if !over {
+            session.post(pipeline, |event| deliver(&mut self.flights, event)).await?;
+        }
+        Ok(())
+    }
+
+    /// Undoes what the batch wrote, up to where it began, and writes it in row order; then sends
+    /// those behind it once more, which the server has refused.
+    async fn again_in_row_order(
+        &mut self,
+        session: &mut Session,
+        progress: &Progress,
+        mut flight: Flight,
+    ) -> Result<Flight> {
+        let mut behind = std::mem::take(&mut self.flights);
+        for flight in std::iter::once(&mut flight).chain(&mut behind) {
+            self.routes.discarded.append(&mut flight.request.closed);
+        }
+        // Statements that were to be prepared after the one that failed are not there.
+        self.routes.forget_statements();
+        let sql = match flight.batch.opens {
+            true => "rollback",
+            false => "rollback to savepoint walferry",
+        };
+        session.execute(sql).await?;
+        flight.request = self.request(progress, &flight, Order::Rows, true)?;
+        self.send(session, flight).await?;
+        let flight = self.arrival(session).await?;
+        let Some(mut flight) = flight else {
+            return Err(Error::Broken("a batch sent again was lost".to_string()));
+        };
+        if let Some(error) = flight.failure.take() {
+            return Err(self.explain(session, progress, &flight, error).await);
+        }
+        for mut flight in behind {
+            let order = self.order(&flight.admitted);
+            flight.request = self.request(progress, &flight, order, false)?;
+            self.send(session, flight).await?;
+        }
+        Ok(flight)
+    }
+
+    /// The target transaction under way is rolled back; nothing may be under way.
     pub fn abandon(&mut self) {
+        self.flights.clear();
         self.messages.clear();
         self.routes.iter_mut().for_each(|r| r.counts = Counts::default());
     }
 
-    /// Messages of the transactions committed since the last call.
-    pub fn take_messages(&mut self) -> Vec<Message> {
-        std::mem::take(&mut self.messages)
+    fn draft(&mut self, previous_lsn: Lsn, batch: Batch) -> Result<Flight> {
+        let mut admitted = admit::admit(&mut self.routes, &batch)?;
+        self.messages.append(&mut admitted.messages);
+        if batch.commit.is_some() {
+            admitted.messages = std::mem::take(&mut self.messages);
+        }
+        let opens = batch.opens && has_rows(&batch);
+        let commits = batch.commit.is_some() && (opens || !batch.opens);
+        let counts = if commits { self.counts()? } else { None };
+        Ok(Flight {
+            batch,
+            admitted,
+            counts,
+            previous_lsn,
+            opens,
+            commits,
+            request: Request::default(),
+            replies: Replies::default(),
+            failure: None,
+            over: false,
+        })
     }
 
-    /// BEGIN, if the batch opens and has something to write, and the transaction's tag.
-    fn head(&self, plan: &mut Plan, progress: &Progress, previous_lsn: Lsn, batch: &Batch) {
-        if !plan.opens {
-            return;
-        }
-        plan.pipeline.run("walferry_begin", std::iter::empty());
-        plan.head = 1;
-        if progress.is_marker() {
-            plan.head = 2;
-            plan.records_first = batch.commit.is_some();
-            match &batch.commit {
-                Some(commit) => progress.record(&mut plan.pipeline, previous_lsn, commit),
-                None => progress.mark(&mut plan.pipeline),
-            }
-        }
-    }
-
-    /// The row statements behind their head.
-    fn plan(&mut self, progress: &Progress, previous_lsn: Lsn, batch: &Batch) -> Result<Plan> {
-        let mut plan = Plan {
-            pipeline: Pipeline::new(),
-            rows: Vec::new(),
-            bare: Vec::new(),
-            opens: batch.opens && self.has_rows(batch),
-            head: 0,
-            records_first: false,
-            commits: false,
-            counts: false,
-        };
-        self.forget_discarded(&mut plan.pipeline);
-        self.head(&mut plan, progress, previous_lsn, batch);
-        for (chunk_at, chunk) in batch.chunks.iter().enumerate() {
-            for (change_at, change) in chunk.changes.iter().enumerate() {
-                let bare = match change {
-                    Change::Message { .. } => {
-                        self.keep_message(change);
-                        None
-                    }
-                    Change::Truncate { relations, restart_identity, .. } => {
-                        self.truncate(&mut plan, &chunk.begin, relations, *restart_identity)
-                    }
-                    _ => self.row(&mut plan, &chunk.begin, change)?,
-                };
-                if let Some(bare) = bare {
-                    plan.rows.push((chunk_at, change_at));
-                    plan.bare.push(bare);
-                }
-            }
-        }
-        Ok(plan)
-    }
-
-    /// A target transaction is worth its while for row changes, filtered ones included as they are
-    /// counted, and for one that goes on in the next batch. Empty transactions and messages only
-    /// move the position.
-    fn has_rows(&self, batch: &Batch) -> bool {
-        let mut changes = batch.chunks.iter().flat_map(|c| &c.changes);
-        batch.commit.is_none() || changes.any(|c| relations(c).next().is_some())
-    }
-
-    /// Counters, progress, COMMIT and the question where the log stands.
-    fn close(
-        &mut self,
-        plan: &mut Plan,
-        progress: &Progress,
-        previous_lsn: Lsn,
-        batch: &Batch,
-    ) -> Result<()> {
-        let Some(commit) = &batch.commit else { return Ok(()) };
-        if batch.opens && !plan.opens {
-            return Ok(());
-        }
-        plan.commits = true;
+    /// Takes the books of the target transaction under way.
+    fn counts(&mut self) -> Result<Option<Vec<String>>> {
         let counts: Vec<(&QualifiedName, Counts)> = self.routes.counts().into_iter().collect();
         for (table, counts) in &counts {
             counts.check(table)?;
         }
-        if !counts.is_empty() {
-            plan.counts = true;
-            let params = count::upsert_params(&counts);
-            let params = std::iter::once(self.stream.as_bytes())
-                .chain(params.iter().map(|p| p.as_bytes()))
-                .map(Some);
-            plan.pipeline.run("walferry_counts", params);
-        }
+        let params = (!counts.is_empty()).then(|| count::upsert_params(&counts));
         self.routes.iter_mut().for_each(|r| r.counts = Counts::default());
-        if !plan.records_first {
-            progress.record(&mut plan.pipeline, previous_lsn, commit);
-        }
-        plan.pipeline.run("walferry_commit", std::iter::empty());
-        plan.pipeline.run("walferry_position", std::iter::empty());
-        Ok(())
+        Ok(params)
     }
 
-    fn keep_message(&mut self, change: &Change) {
-        if let Change::Message { lsn, prefix, content, .. } = change
-            && prefix.starts_with(MESSAGE_PREFIX)
-        {
-            let (lsn, prefix, content) = (*lsn, prefix.clone(), content.clone());
-            self.messages.push(Message { prefix, content, lsn });
+    fn order(&self, admitted: &Admitted) -> Order {
+        let pays = admitted.steps.len() >= SET_CHANGES_MIN || admitted.searches > 1;
+        match self.mode {
+            _ if admitted.acts => Order::Rows,
+            Mode::Rows => Order::Rows,
+            Mode::Sets => Order::Sets,
+            Mode::Auto if pays => Order::Sets,
+            Mode::Auto => Order::Rows,
         }
     }
 
-    /// Adds the statement of one row change; `None` if it is filtered, else whether it is a bare
-    /// INSERT.
-    fn row(&mut self, plan: &mut Plan, begin: &Begin, change: &Change) -> Result<Option<bool>> {
-        let relation = relations(change).next();
-        let shut = relation.is_some_and(|r| self.routes.is_shut(r));
-        let Some(route) = relation.and_then(|r| self.routes.get_mut(r)) else {
-            return Err(Error::Broken("a change without a route".to_string()));
-        };
-        if !count(route, begin, shut) {
-            return Ok(None);
-        }
-        let Some(mapping) = &route.mapping else { return Ok(None) };
-        let unfit = |unfit| match unfit {
-            Unfit::Broken(text) => Error::Broken(text),
-            Unfit::NotIdentified => Error::NotIdentified {
-                culprit: Box::new(culprit(route, begin, change)),
-                quoted: route.relation.name.quoted(),
-            },
-        };
-        let Some(shape) = Shape::new(&route.relation, mapping, change).map_err(unfit)? else {
-            return Ok(None);
-        };
-        if !route.statements.contains_key(&shape.key) {
-            let statement = shape.statement(mapping);
-            self.named += 1;
-            self.prepared += 1;
-            let name = format!("walferry_{}", self.named);
-            plan.pipeline.parse(&name, &statement.sql, &[]);
-            let prepared = Prepared { name, binds: statement.binds };
-            route.statements.insert(shape.key.clone(), prepared);
-        }
-        if let Some(prepared) = route.statements.get(&shape.key) {
-            let params = match shape.params(&route.relation, &prepared.binds) {
-                Ok(params) => params,
-                Err(Unfit::Broken(text)) => return Err(Error::Broken(text)),
-                Err(Unfit::NotIdentified) => return Err(Error::Broken(String::new())),
-            };
-            plan.pipeline.run(&prepared.name, params.into_iter());
-        }
-        let bare = matches!(change, Change::Insert { .. }) && !mapping.table.counts_inserts;
-        Ok(Some(bare))
-    }
-
-    /// Adds one TRUNCATE of those tables that are neither outside the job nor newer on the target.
-    fn truncate(
+    /// Everything from BEGIN, if the batch opens and has something to write, to the position.
+    fn request(
         &mut self,
-        plan: &mut Plan,
-        begin: &Begin,
-        relations: &[Arc<Relation>],
-        restart_identity: bool,
-    ) -> Option<bool> {
-        let mut written = Vec::new();
-        for relation in relations {
-            let shut = self.routes.is_shut(relation);
-            let Some(route) = self.routes.get_mut(relation) else { continue };
-            if count(route, begin, shut) && !written.contains(&relation) {
-                written.push(relation);
+        progress: &Progress,
+        flight: &Flight,
+        order: Order,
+        again: bool,
+    ) -> Result<Request> {
+        let mut request = Request::default();
+        self.forget_discarded(&mut request);
+        let recorded = head(&mut request, progress, flight);
+        // Earlier parts of the transaction must outlive a refusal of this one.
+        let saves = order == Order::Sets && !flight.batch.opens;
+        if saves {
+            request.aside("savepoint walferry");
+        }
+        let steps = &flight.admitted.steps;
+        match order {
+            Order::Sets => self.sets(&mut request, &flight.batch, steps)?,
+            Order::Rows => {
+                for (at, step) in steps.iter().enumerate() {
+                    self.step(&mut request, &flight.batch, at, step)?;
+                }
             }
         }
-        let mappings = written.iter().filter_map(|r| self.routes.get(r)?.mapping.as_ref());
-        let tables: Vec<_> = mappings.map(|m| &m.table).collect();
-        if tables.is_empty() {
-            return None;
+        if saves {
+            request.aside("release savepoint walferry");
         }
-        plan.pipeline.once(&statement::truncate(&tables, restart_identity));
-        Some(false)
+        if again {
+            request.pipeline.run("walferry_fallback", [Some(self.stream.as_bytes())].into_iter());
+            request.roles.push(Role::Aside);
+        }
+        if let (true, Some(commit)) = (flight.commits, &flight.batch.commit) {
+            if let Some(counts) = &flight.counts {
+                let counts = counts.iter().map(|p| p.as_bytes());
+                let params = std::iter::once(self.stream.as_bytes()).chain(counts).map(Some);
+                request.pipeline.run("walferry_counts", params);
+                request.roles.push(Role::Aside);
+            }
+            if !recorded {
+                progress.record(&mut request.pipeline, flight.previous_lsn, commit);
+                request.roles.push(Role::Progress);
+            }
+            request.run("walferry_commit", Role::Commit);
+            request.run("walferry_position", Role::Position);
+        }
+        Ok(request)
     }
 
     /// Drops prepared statements that no route uses, or all of them if there are too many.
-    fn forget_discarded(&mut self, pipeline: &mut Pipeline) {
-        let mut names = std::mem::take(&mut self.routes.discarded);
-        if self.prepared > PREPARED_MAX {
-            for route in self.routes.iter_mut() {
-                names.extend(route.statements.drain().map(|(_, p)| p.name));
-            }
+    fn forget_discarded(&mut self, request: &mut Request) {
+        if self.names.prepared > PREPARED_MAX {
+            self.routes.forget_statements();
         }
-        self.prepared = self.prepared.saturating_sub(names.len());
-        names.iter().for_each(|name| pipeline.close(name));
+        let names = std::mem::take(&mut self.routes.discarded);
+        self.names.prepared = self.names.prepared.saturating_sub(names.len());
+        names.iter().for_each(|name| request.pipeline.close(name));
+        request.closed = names;
     }
 
-    /// Holds the replies against the plan.
-    fn settle(&self, batch: &Batch, plan: &Plan, replies: Replies) -> Result<Written> {
-        if let Some(row) = replies.odd {
-            return Err(self.row_missing(batch, plan, row, "0".to_string()));
-        }
-        let due = if plan.commits { plan.commit_at() + 2 } else { plan.counts_at() };
-        if plan.commits {
-            let end_lsn = batch.commit.map_or(Lsn::ZERO, |c| c.end_lsn);
-            let tag = replies.commit_tag.unwrap_or_default();
-            if tag != "COMMIT" {
-                return Err(Error::NotCommitted { tag, end_lsn });
+    /// Holds the replies against the request; gives the position after COMMIT.
+    fn settle(&self, flight: &mut Flight) -> Result<Option<(Lsn, Lsn)>> {
+        let replies = std::mem::take(&mut flight.replies);
+        match replies.odd(&flight.request.roles) {
+            Some(Role::Step { at, .. }) => Err(self.row_missing(flight, at, "0".to_string())),
+            Some(_) => Err(Error::Broken("a set was not inserted whole".to_string())),
+            None => {
+                let end_lsn = flight.batch.commit.map_or(Lsn::ZERO, |c| c.end_lsn);
+                replies.settle(&flight.request.roles, end_lsn)
             }
         }
-        if replies.done != due {
-            let done = replies.done;
-            return Err(Error::Broken(format!("{done} replies where {due} are due")));
-        }
-        let position = match replies.position {
-            Some(row) => Some((row.lsn(0)?, row.lsn(1)?)),
-            None => None,
-        };
-        Ok(Written { rows: plan.rows.len() as u64, position })
     }
 
-    /// Which statement failed, and what that means: `done` statements before it were answered.
+    /// Which statement failed, and what that means.
     async fn explain(
         &self,
         session: &mut Session,
         progress: &Progress,
-        batch: &Batch,
-        plan: &Plan,
-        done: usize,
+        flight: &Flight,
         error: pg::Error,
     ) -> Error {
+        let failed = flight.replies.failed(&flight.request.roles);
         let Some(server) = error.server() else { return error.into() };
         if error.is_closed() || error.fault() == Fault::Retry {
             return error.into();
         }
-        if plan.commits && done == plan.progress_at() {
+        if failed == Some(Role::Progress) {
             return progress.explain(session, error).await;
         }
-        let Some(row) = plan.row_of(done) else { return error.into() };
+        let Some(Role::Step { at, .. }) = failed else { return error.into() };
         let guard = server.message.split_once(GUARD_PREFIX).filter(|_| server.code == "22P02");
         if let Some((_, rest)) = guard {
             let rows = rest.chars().take_while(char::is_ascii_digit).collect();
-            return self.row_missing(batch, plan, row, rows);
+            return self.row_missing(flight, at, rows);
         }
-        let Some(culprit) = self.culprit(batch, plan, row) else { return error.into() };
+        let Some(culprit) = self.culprit(flight, at) else { return error.into() };
         Error::Refused {
             culprit: Box::new(culprit),
             said: error::said(server),
@@ -388,89 +402,67 @@ impl Writer {
         }
     }
 
-    fn row_missing(&self, batch: &Batch, plan: &Plan, row: usize, rows: String) -> Error {
-        match self.culprit(batch, plan, row) {
+    fn row_missing(&self, flight: &Flight, at: usize, rows: String) -> Error {
+        match self.culprit(flight, at) {
             Some(culprit) => Error::RowMissing { culprit: Box::new(culprit), rows },
-            None => Error::Broken(format!("statement {row} met {rows} rows")),
+            None => Error::Broken(format!("step {at} met {rows} rows")),
         }
     }
 
-    fn culprit(&self, batch: &Batch, plan: &Plan, row: usize) -> Option<Culprit> {
-        let (chunk_at, change_at) = *plan.rows.get(row)?;
-        let chunk = batch.chunks.get(chunk_at)?;
-        let change = chunk.changes.get(change_at)?;
+    fn culprit(&self, flight: &Flight, at: usize) -> Option<Culprit> {
+        let (chunk, change) = flight.admitted.steps.get(at)?.of(&flight.batch)?;
         let route = self.routes.get(relations(change).next()?)?;
         Some(culprit(route, &chunk.begin, change))
     }
 }
 
-impl Replies {
-    fn take(&mut self, plan: &Plan, reply: Reply) {
-        match reply {
-            Reply::Row(row) => {
-                if plan.commits && self.done == plan.commit_at() + 1 {
-                    self.position = Some(row);
-                }
-            }
-            Reply::Done(tag) => {
-                let row = plan.row_of(self.done);
-                if let Some(row) = row.filter(|row| plan.bare.get(*row) == Some(&true))
-                    && tag != "INSERT 0 1"
-                {
-                    self.odd = self.odd.or(Some(row));
-                }
-                if plan.commits && self.done == plan.commit_at() {
-                    self.commit_tag = Some(tag);
-                }
-                self.done += 1;
-            }
-        }
-    }
-}
-
-/// Counts a change of the route's table; true if it is to be written.
-fn count(route: &mut Route, begin: &Begin, shut: bool) -> bool {
-    route.counts.decoded += 1;
-    let seen =
-        |(snapshot, lsn): &(Snapshot, Lsn)| begin.commit_lsn < *lsn && snapshot.sees(begin.xid);
-    let copied = route.copied.as_ref().is_some_and(seen);
-    if shut || route.mapping.is_none() || copied {
-        route.counts.filtered += 1;
+/// BEGIN, if the batch opens and has something to write, and the transaction's tag where no origin
+/// is one: true if that is progress itself.
+fn head(request: &mut Request, progress: &Progress, flight: &Flight) -> bool {
+    if !flight.opens {
         return false;
     }
-    route.counts.applied += 1;
-    true
+    request.run("walferry_begin", Role::Aside);
+    if !progress.is_marker() {
+        return false;
+    }
+    match &flight.batch.commit {
+        Some(commit) => {
+            progress.record(&mut request.pipeline, flight.previous_lsn, commit);
+            request.roles.push(Role::Progress);
+        }
+        None => {
+            progress.mark(&mut request.pipeline);
+            request.roles.push(Role::Aside);
+        }
+    }
+    flight.batch.commit.is_some()
 }
 
-/// The tables a change touches.
-fn relations(change: &Change) -> impl Iterator<Item = &Arc<Relation>> {
-    let (one, many): (Option<&Arc<Relation>>, &[Arc<Relation>]) = match change {
-        Change::Insert { relation, .. }
-        | Change::Update { relation, .. }
-        | Change::Delete { relation, .. } => (Some(relation), &[]),
-        Change::Truncate { relations, .. } => (None, relations),
-        Change::Message { .. } => (None, &[]),
-    };
-    one.into_iter().chain(many)
+/// A target transaction is worth its while for row changes, filtered ones included as they are
+/// counted, and for one that goes on in the next batch. Empty transactions and messages only move
+/// the position.
+fn has_rows(batch: &Batch) -> bool {
+    let mut changes = batch.chunks.iter().flat_map(|c| &c.changes);
+    batch.commit.is_none() || changes.any(|c| relations(c).next().is_some())
 }
 
-fn culprit(route: &Route, begin: &Begin, change: &Change) -> Culprit {
-    let operation = match change {
-        Change::Insert { .. } => "INSERT",
-        Change::Update { .. } => "UPDATE",
-        Change::Delete { .. } => "DELETE",
-        Change::Truncate { .. } => "TRUNCATE",
-        Change::Message { .. } => "MESSAGE",
-    };
-    let key = match &route.mapping {
-        Some(mapping) => describe_key(&route.relation, mapping, change),
-        None => "(unknown)".to_string(),
-    };
-    Culprit {
-        operation,
-        table: route.relation.name.clone(),
-        key,
-        commit_lsn: begin.commit_lsn,
-        xid: begin.xid,
+/// Whether row order may succeed where this refused set order: not where the connection is the
+/// cause, or somebody who cancels, or what is not a change of the batch.
+fn falls_back(error: &pg::Error, flight: &Flight) -> bool {
+    let roles = &flight.request.roles;
+    let answered = error.server().is_some_and(|e| e.code != "57014");
+    let of_set = roles.iter().any(|r| matches!(r, Role::Set { .. }))
+        && matches!(flight.replies.failed(roles), Some(Role::Set { .. } | Role::Step { .. }));
+    answered && of_set && !error.is_closed() && error.fault() != Fault::Retry
+}
+
+/// Gives an event to the oldest batch that is not over.
+fn deliver(flights: &mut VecDeque<Flight>, event: Event) {
+    let Some(flight) = flights.iter_mut().find(|f| !f.over) else { return };
+    match event {
+        Event::Reply(reply) => flight.replies.take(&flight.request.roles, reply),
+        Event::Failed(error) => flight.failure = flight.failure.take().or(Some(error)),
+        Event::Over => flight.over = true,
     }
 }

@@ -12,4 +12,4 @@ pub mod table;
 pub use describe::describe;
 pub use select::{PatternError, Selection};
 pub use sequence::{Sequence, sequences};
-pub use table::{Column, Table, TableKind, tables};
+pub use table::{Column, Table, TableKind, oids, tables};

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::change::ReplicaIdentity;
-use crate::id::QualifiedName;
+use crate::id::{QualifiedName, quote_literal};
 use crate::pg::{Result, Row, Session};
 
 use super::Selection;
@@ -98,6 +98,22 @@ pub async fn tables(session: &mut Session, selection: &Selection) -> Result<Vec<
     Ok(tables)
 }
 
+/// Oids of those tables of `names` that are there, walferry's own too. One round trip.
+pub async fn oids(
+    session: &mut Session,
+    names: &[QualifiedName],
+) -> Result<HashMap<QualifiedName, u32>> {
+    let list: Vec<String> = names.iter().map(|name| quote_literal(&name.quoted())).collect();
+    let sql = format!(
+        "select n.nspname, c.relname, c.oid from pg_catalog.unnest(array[{}]::text[]) t(name) \
+         join pg_catalog.pg_class c on c.oid = pg_catalog.to_regclass(t.name) \
+         join pg_catalog.pg_namespace n on n.oid = c.relnamespace",
+        list.join(", ")
+    );
+    let rows = session.query(&sql).await?;
+    rows.iter().map(|r| Ok((QualifiedName::new(r.str(0)?, r.str(1)?), r.parse(2)?))).collect()
+}
+
 /// What a row of [`TABLES`] and [`COLUMNS`] is filtered by.
 macro_rules! user_tables {
     () => {
@@ -115,7 +131,8 @@ const TABLES: &str = concat!(
      (select pg_catalog.json_agg(a.attname order by k.n) from pg_catalog.pg_index i, \
         pg_catalog.unnest(i.indkey::int2[]) with ordinality k(attnum, n) \
         join pg_catalog.pg_attribute a on a.attnum = k.attnum \
-        where i.indrelid = c.oid and a.attrelid = c.oid and k.n <= ",
+        where i.indrelid = c.oid and a.attrelid = c.oid and i.indisvalid and i.indimmediate \
+        and k.n <= ",
     "(case when pg_catalog.current_setting('server_version_num')::int >= 110000 \
         then (pg_catalog.to_jsonb(i) ->> 'indnkeyatts')::int else i.indnatts end) \
         and case c.relreplident when 'd' then i.indisprimary when 'i' then i.indisreplident \

@@ -17,7 +17,8 @@ pub struct SinkClosed;
 ///
 /// Obligations: items come out in the order in which they were pushed, each exactly once; `push`
 /// waits while the buffer is full and no longer; a returned `Ok` means that the item is in the
-/// buffer (and on stable storage, where the buffer claims durability).
+/// buffer, or was there already. A buffer that is durable publishes how far by a watch of its own:
+/// to wait for stable storage item by item would cost a sync each.
 pub trait Sink: Send {
     /// Adds an item, waiting for room. Dropping the future drops the item.
     fn push(&mut self, item: Item) -> impl Future<Output = Result<(), SinkClosed>> + Send;

@@ -82,6 +82,10 @@ fn request(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<Fli
     }
     let fence = args.fence.clone().or(file.fence).unwrap_or_else(|| "lock".to_string());
     fence.parse::<crate::cutover::FenceKind>().map_err(|e| value("--fence", e.to_string()))?;
+    if fence == "none" && routes.is_empty() {
+        let message = "with none, only a route stops writers: add --route, or use --fence lock";
+        return Err(value("--fence", message.to_string()).into());
+    }
     Ok(FlipRequest {
         flip: stream.to_string(),
         attempt: format!("{:016x}", fastrand::u64(..)),
@@ -90,7 +94,7 @@ fn request(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<Fli
         max_lag_ms: time(args.max_lag, file.max_lag, 1_000)?,
         timeout_ms: time(args.timeout, file.timeout, 30_000)?,
         lock_timeout_ms: time(args.lock_timeout, file.lock_timeout, 200)?,
-        max_hold_ms: time(args.max_hold, None, 5_000)?,
+        max_hold_ms: time(args.max_hold, file.max_hold, 5_000)?,
         dry_run: args.dry_run,
     })
 }
@@ -109,4 +113,34 @@ fn show(stream: Stream, dry_run: bool, outcome: &Value) {
         print::text(outcome, "/switched_lsn"),
         print::number(outcome, "/fenced_ms")
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn max_hold_and_no_owner_may_stand_in_the_file_and_options_come_first() {
+        let path = std::env::temp_dir().join(format!("walferry-flip-{}.toml", std::process::id()));
+        let text = "source = \"postgres://a/a\"\ntarget = \"postgres://b/b\"\nno-owner = true\n\
+                    [cutover]\nmax-hold = \"7s\"\n";
+        std::fs::write(&path, text).unwrap();
+        let job = JobArgs { config: Some(path.clone()), ..JobArgs::default() };
+        let mut flip = FlipArgs {
+            fence: None,
+            route: Vec::new(),
+            max_lag: None,
+            timeout: None,
+            lock_timeout: None,
+            max_hold: None,
+            dry_run: false,
+            json: false,
+        };
+        let asked = request(Stream::Forward, &job, &flip).unwrap();
+        assert_eq!((asked.max_hold_ms, asked.lock_timeout_ms), (7_000, 200));
+        flip.max_hold = Some(Duration::from_secs(2));
+        assert_eq!(request(Stream::Forward, &job, &flip).unwrap().max_hold_ms, 2_000);
+        assert!(!job.job().unwrap().owners);
+        std::fs::remove_file(&path).unwrap();
+    }
 }

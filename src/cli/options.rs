@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use clap::Args;
 
+use crate::apply::{Mode, Tuning};
 use crate::catalog::Selection;
-use crate::config::{self, File, parse_duration};
+use crate::config::{self, File, parse_duration, parse_size};
 use crate::id::JobName;
+use crate::job::place::{Buffer, BufferOptions, SPOOL_BYTES};
 use crate::job::reading::Wanted;
 use crate::job::store::JobOptions;
 use crate::job::{self, JobConfig};
@@ -43,6 +45,10 @@ pub struct JobArgs {
     /// Tables copied, and indexes built, at the same time [default: 4]
     #[arg(short, long, value_name = "N")]
     pub jobs: Option<usize>,
+    /// How changes are written: row (one by one), set (the net change of a batch), or auto
+    /// [default: auto]
+    #[arg(long, value_name = "ORDER", value_parser = str::parse::<Mode>)]
+    pub apply: Option<Mode>,
     /// What decodes the source's log: pgoutput, wal2json, test_decoding or auto [default: auto]
     #[arg(long, value_name = "PLUGIN")]
     pub decoder: Option<String>,
@@ -55,6 +61,17 @@ pub struct JobArgs {
     /// Leave owners and grants behind
     #[arg(long)]
     pub no_owner: bool,
+    /// Where changes wait for the target: memory, or spool, files on this host (in DIR, or
+    /// ~/.local/state/walferry) [default: as the job had it, memory for a new one]
+    #[arg(long, value_name = "memory|spool[:DIR]", env = "WALFERRY_BUFFER")]
+    pub buffer: Option<String>,
+    /// Limit of a stream's spool; beyond, WAL stays on the source [default: 100GB]
+    #[arg(long, value_name = "SIZE")]
+    pub spool_limit: Option<String>,
+    /// Until the source keeps so much WAL, it is told only what the target has; from half of it on,
+    /// what the spool has [default: a third of its max_slot_wal_keep_size, at most 10GB]
+    #[arg(long, value_name = "SIZE")]
+    pub wal_budget: Option<String>,
 }
 
 impl JobArgs {
@@ -86,6 +103,7 @@ impl JobArgs {
     /// Everything put together; a missing source or target is an error of usage.
     pub fn job(&self) -> anyhow::Result<JobConfig> {
         let file = self.file()?;
+        let tuning = tuning(self.apply, &file)?;
         let missing = |what, option, variable| config::Error::Missing { what, option, variable };
         let source = self.source.clone().or(file.source).ok_or(missing(
             "the source",
@@ -121,10 +139,63 @@ impl JobArgs {
             target: Config::parse(&target)?.labelled("target"),
             options,
             jobs: self.jobs.or(file.jobs).unwrap_or(4).max(1),
-            owners: !self.no_owner,
+            owners: !(self.no_owner || file.no_owner),
             slot_timeout: Duration::from_secs(3600),
+            buffer: BufferOptions {
+                kind: self.buffer.clone().or(file.buffer).as_deref().map(buffer).transpose()?,
+                spool_bytes: size("--spool-limit", self.spool_limit.clone().or(file.spool_limit))?
+                    .unwrap_or(SPOOL_BYTES),
+                wal_budget_bytes: size(
+                    "--wal-budget",
+                    self.wal_budget.clone().or(file.wal_budget),
+                )?,
+            },
+            tuning,
         })
     }
+}
+
+/// Reads `--buffer`.
+fn buffer(text: &str) -> Result<Buffer, config::Error> {
+    match text.split_once(':') {
+        None if text == "memory" => Ok(Buffer::Memory),
+        None if text == "spool" => Ok(Buffer::Spool(state_dir())),
+        Some(("spool", dir)) if !dir.is_empty() => Ok(Buffer::Spool(PathBuf::from(dir))),
+        _ => Err(config::Error::Value {
+            option: "--buffer",
+            message: format!("\"{text}\" is not a buffer: use memory, spool or spool:DIR"),
+        }),
+    }
+}
+
+/// Where programs keep what must outlive them.
+fn state_dir() -> PathBuf {
+    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state"));
+    let given = std::env::var_os("XDG_STATE_HOME").filter(|dir| !dir.is_empty()).map(PathBuf::from);
+    given.or_else(home).unwrap_or_default().join("walferry")
+}
+
+fn size(option: &'static str, text: Option<String>) -> Result<Option<u64>, config::Error> {
+    let read = text.map(|text| parse_size(&text)).transpose();
+    read.map_err(|message| config::Error::Value { option, message })
+}
+
+fn tuning(apply: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
+    let mut tuning = Tuning::default();
+    let in_file = || {
+        let parsed = file.apply.as_deref().map(str::parse).transpose();
+        parsed.map_err(|message| config::Error::Value { option: "apply", message })
+    };
+    tuning.mode = match apply {
+        Some(mode) => mode,
+        None => in_file()?.unwrap_or_default(),
+    };
+    let sizes = file.tuning;
+    let limits = &mut tuning.limits;
+    limits.bytes = sizes.batch_bytes.unwrap_or(limits.bytes).max(1);
+    limits.transactions = sizes.batch_transactions.unwrap_or(limits.transactions).max(1);
+    tuning.in_flight_max = sizes.batches_in_flight.unwrap_or(tuning.in_flight_max).max(1);
+    Ok(tuning)
 }
 
 /// `None` for `auto`, or for nothing given.

@@ -127,7 +127,7 @@ impl Screen {
                     self.line(&format!("trying again: {text}"));
                 }
             }
-            Notice::Lag(bytes) => self.lag(bytes),
+            Notice::Lag { bytes, rows } => self.lag(bytes, rows),
         }
     }
 
@@ -184,8 +184,10 @@ impl Screen {
         }
     }
 
-    fn lag(&self, bytes: u64) {
-        let text = format!("following, {} behind", print::bytes(bytes));
+    fn lag(&self, bytes: u64, rows: u64) {
+        // Of one large transaction the rows are all that moves until its end.
+        let (behind, rows) = (print::bytes(bytes), print::count(rows));
+        let text = format!("following, {behind} behind, {rows} changes written");
         let bar = self.bar_of(0, "{spinner} {wide_msg}");
         let Ok(mut said) = self.said.lock() else { return };
         said.trouble.clear();

@@ -58,10 +58,18 @@ fn show(status: &Status) {
     if let Some(error) = &status.error {
         println!("error    {error}");
     }
+    if let Some(spool) = &status.spool {
+        println!(
+            "spool    {} on host {}; its loss would cost {}",
+            spool.dir, spool.host, spool.loss
+        );
+    }
     show_stream("forward", &status.positions);
+    show_fallbacks(status.fallbacks);
     show_tables(&status.tables);
     if let Some(reverse) = &status.reverse {
         show_stream("reverse", &reverse.positions);
+        show_fallbacks(reverse.fallbacks);
         show_tables(&reverse.tables);
     }
 }
@@ -77,6 +85,24 @@ fn show_stream(name: &str, row: &StreamRow) {
         text(&row.durable_lsn),
         text(&row.confirmed_lsn),
     );
+    show_spool(row);
+}
+
+fn show_spool(row: &StreamRow) {
+    let Some(bytes) = row.spool_bytes else { return };
+    let size = |bytes: i64| print::bytes(bytes.unsigned_abs());
+    println!(
+        "         spool {}, durable to {}; the source keeps {} of WAL",
+        size(bytes),
+        row.spooled_lsn.as_deref().unwrap_or("-"),
+        row.retained_bytes.map_or("-".to_string(), size)
+    );
+}
+
+fn show_fallbacks(batches: i64) {
+    if batches > 0 {
+        println!("         {batches} batches refused as sets, and written in row order");
+    }
 }
 
 fn show_tables(tables: &[TableStatus]) {

@@ -72,7 +72,8 @@ async fn compare_once(
         Stream::Forward => (&config.source, &config.target),
         Stream::Reverse => (&config.target, &config.source),
     };
-    let aligned = align::align(&mut asker.client, stream, from, to, timeout).await?;
+    let line = line(&config, stream, from, to).await?;
+    let aligned = align::align(&mut asker.client, &line, timeout).await?;
     let options = &config.options;
     let mut source = Session::connect(&config.source, Purpose::Sql).await?;
     let selection = options.selection(&mut source).await?;
@@ -90,6 +91,23 @@ async fn compare_once(
     wanted.tables = tables;
     wanted.parallelism = config.jobs;
     Ok(verify::run(wanted).await?)
+}
+
+async fn line(
+    config: &JobConfig,
+    stream: Stream,
+    from: &Config,
+    to: &Config,
+) -> anyhow::Result<align::Line> {
+    let home = Session::connect(&config.target, Purpose::Sql).await?;
+    let mut readings = Store::new(home, config.job.clone()).load_readings().await?;
+    Ok(align::Line {
+        stream,
+        publication: config.job.object(stream),
+        reading: readings.of(stream).clone().unwrap_or_default(),
+        from: from.clone(),
+        to: to.clone(),
+    })
 }
 
 /// The stream that keeps the other side current in this phase.

@@ -24,14 +24,38 @@ pub struct File {
     pub schema_only: Vec<String>,
     /// `--jobs`.
     pub jobs: Option<usize>,
+    /// `--buffer`.
+    pub buffer: Option<String>,
+    /// `--spool-limit`.
+    pub spool_limit: Option<String>,
+    /// `--wal-budget`.
+    pub wal_budget: Option<String>,
+    /// `--apply`.
+    pub apply: Option<String>,
     /// `--decoder`.
     pub decoder: Option<String>,
     /// `--transport`.
     pub transport: Option<String>,
     /// `--no-nan`.
     pub no_nan: bool,
+    /// `--no-owner`.
+    pub no_owner: bool,
     /// `[cutover]`.
     pub cutover: Cutover,
+    /// `[tuning]`.
+    pub tuning: Tuning,
+}
+
+/// `[tuning]`: sizes that have good defaults, for measuring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Tuning {
+    /// A batch closes at so many bytes of changes.
+    pub batch_bytes: Option<usize>,
+    /// A batch closes at so many source transactions.
+    pub batch_transactions: Option<usize>,
+    /// So many batches may be on their way to the target.
+    pub batches_in_flight: Option<usize>,
 }
 
 /// `[cutover]`: defaults for cutover and rollback.
@@ -48,6 +72,8 @@ pub struct Cutover {
     pub timeout: Option<String>,
     /// `--lock-timeout`.
     pub lock_timeout: Option<String>,
+    /// `--max-hold`.
+    pub max_hold: Option<String>,
 }
 
 /// Reads `path`, or `walferry.toml` here if `path` is not given and it exists.

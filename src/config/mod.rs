@@ -7,9 +7,11 @@
 
 pub mod duration;
 pub mod file;
+pub mod size;
 
 pub use duration::parse_duration;
 pub use file::{File, load};
+pub use size::parse_size;
 
 /// The options could not be put together; exit code 2.
 #[derive(Debug, thiserror::Error)]

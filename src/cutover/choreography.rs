@@ -47,7 +47,7 @@ pub struct Plan {
     pub context: route::Context,
     /// Lag allowed at the start.
     pub max_lag: Duration,
-    /// Longest wait for locks, and for clients to be held, in one try.
+    /// Longest wait for clients to be held, and then for locks, in one try.
     pub lock_timeout: Duration,
     /// Limit of all tries together.
     pub timeout: Duration,
@@ -71,8 +71,13 @@ pub trait Journal {
     -> impl Future<Output = Result<()>> + Send;
     /// After the last one.
     fn end(&mut self, last: &Step) -> impl Future<Output = Result<()>> + Send;
-    /// Commits, durably, that applications now belong on the other side.
-    fn point_of_no_return(&mut self) -> impl Future<Output = Result<()>> + Send;
+    /// Commits, durably, that applications now belong on the other side, from the barrier on, and
+    /// for how long writers have been held by then.
+    fn point_of_no_return(
+        &mut self,
+        barrier_lsn: Lsn,
+        held: Duration,
+    ) -> impl Future<Output = Result<()>> + Send;
     /// Commits that clients have been let through.
     fn released(&mut self) -> impl Future<Output = Result<()>> + Send;
 }
@@ -162,7 +167,8 @@ impl<J: Journal> Flight<'_, J> {
         step!(self, "lag", {
             let plan = &mut *self.plan;
             let mut session = Session::connect(&plan.live, Purpose::Sql).await?;
-            self.stood = Some(Stood::read(&mut session).await?);
+            let mut dest = Session::connect(&plan.dest, Purpose::Sql).await?;
+            self.stood = Some(Stood::read(&mut session, &mut dest).await?);
             barrier::gate(&mut session, &mut plan.carry, plan.max_lag).await
         });
         Ok(())
@@ -190,6 +196,7 @@ impl<J: Journal> Flight<'_, J> {
         let fence = slot.insert(fence);
         let mut live = Session::connect(&plan.live, Purpose::Sql).await?;
         let mut dest = Session::connect(&plan.dest, Purpose::Sql).await?;
+        fence::clear_way(&mut dest, &plan.job).await?;
         let max_hold = plan.max_hold;
         let (held, retries) = step!(self, "fence", self.stop_writers(fence).await);
         let limit = max_hold.saturating_sub(held.elapsed());
@@ -200,7 +207,8 @@ impl<J: Journal> Flight<'_, J> {
             Err(_) => return Err(self.held_too_long()),
         };
         let started = Instant::now();
-        match tokio::time::timeout(PONR_WAIT, self.journal.point_of_no_return()).await {
+        let committing = self.journal.point_of_no_return(barrier_lsn, held.elapsed());
+        match tokio::time::timeout(PONR_WAIT, committing).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => return Err(Error::Unknown { cause: error.to_string() }),
             Err(_) => {
@@ -233,8 +241,12 @@ impl<J: Journal> Flight<'_, J> {
             step!(self, "rules", self.plan.rules.wake_dest(dest).await);
         }
         step!(self, "sequences", {
-            let (plan, stood) = (&*self.plan, self.stood.as_ref());
-            sequences::carry(live, dest, &plan.selection, stood, plan.max_hold).await
+            let plan = &*self.plan;
+            let stood = match self.stood.take() {
+                Some(stood) => stood,
+                None => Stood::read(live, dest).await?,
+            };
+            sequences::carry(live, dest, &plan.selection, &stood, plan.max_hold).await
         });
         step!(self, "seal", {
             match fence.seal(&self.plan.rules, &self.plan.tables).await {
@@ -284,7 +296,7 @@ impl<J: Journal> Flight<'_, J> {
         let mut retries = 0;
         loop {
             let held = Instant::now();
-            if self.hold_routes(held).await? && fence.raise(self.left(held)).await? {
+            if self.hold_routes(held).await? && fence.raise(plan.lock_timeout).await? {
                 return Ok((held, retries));
             }
             undo::release(&plan.routes, &plan.context).await?;
@@ -297,8 +309,8 @@ impl<J: Journal> Flight<'_, J> {
         }
     }
 
-    /// What is left of one try's time: holding clients and locking tables share it, as a client may
-    /// meet both.
+    /// What is left of one try's time for routes. Locks have the same time to themselves: a hook
+    /// that takes longer to hold clients would otherwise leave them none in any try.
     fn left(&self, held: Instant) -> Duration {
         self.plan.lock_timeout.saturating_sub(held.elapsed())
     }

@@ -74,6 +74,20 @@ pub enum Error {
         /// The first of them.
         table: QualifiedName,
     },
+    /// The read-only fence has to end sessions of a role that we may not signal.
+    #[error(
+        "--fence read-only ends every client session, and may not end pid {pid} of role {role}: \
+         end it yourself, or, unless {role} is a superuser, let an administrator run \"grant \
+         pg_signal_backend to {own}\"; nothing was switched and writers go on"
+    )]
+    NotEnded {
+        /// The session.
+        pid: String,
+        /// Whose it is.
+        role: String,
+        /// The role of ours.
+        own: String,
+    },
     /// The stream did not reach the barrier in time.
     #[error(
         "the target did not reach the barrier {barrier_lsn} within {waited:?} (applied \

@@ -20,8 +20,9 @@
 use std::str::FromStr;
 use std::time::Duration;
 
+use super::database::{self, open_database, refuse_unendable, shut_database, tidy};
 use super::{Error, Result, Rules};
-use crate::id::{JobName, QualifiedName, quote_ident, quote_literal};
+use crate::id::{JobName, QualifiedName};
 use crate::pg::{Config, Purpose, Session};
 
 /// Name of the trigger with which a job seals a table: 54 bytes at most.
@@ -87,10 +88,11 @@ impl Fence {
         let mut session = Session::connect(live, Purpose::Sql).await?;
         let millis = (max_hold + Duration::from_secs(1)).as_millis();
         session.execute(&format!("set idle_in_transaction_session_timeout = {millis}")).await?;
-        // A lock wait cancels an autovacuum in the way only after deadlock_timeout (1 s), which is
-        // longer than we ever wait. Only superusers may shorten it; others retry.
-        let _ = session.execute("set deadlock_timeout = '20ms'").await;
+        hasten(&mut session).await;
         let mut trigger_sql = String::new();
+        if kind == FenceKind::ReadOnly {
+            refuse_unendable(&mut session).await?;
+        }
         if kind == FenceKind::Lock {
             refuse_not_owned(&mut session, tables).await?;
             let seal = seal_name(job);
@@ -116,9 +118,8 @@ impl Fence {
     /// waits for us any more.
     pub async fn raise(&mut self, wait: Duration) -> Result<bool> {
         match self.kind {
-            _ if wait.is_zero() => Ok(false),
             FenceKind::None => Ok(true),
-            FenceKind::ReadOnly => self.raise_read_only().await,
+            FenceKind::ReadOnly => self.raise_read_only(wait).await,
             FenceKind::Lock if self.lock_sql.is_empty() => {
                 self.session.execute("begin").await?;
                 Ok(true)
@@ -156,14 +157,16 @@ impl Fence {
         }
     }
 
-    async fn raise_read_only(&mut self) -> Result<bool> {
-        shut_database(&mut self.session, &self.job).await?;
+    async fn raise_read_only(&mut self, wait: Duration) -> Result<bool> {
+        match shut_database(&mut self.session, &self.job, wait).await {
+            Err(Error::Pg(error)) if error.code() == Some("55P03") => return Ok(false),
+            outcome => outcome?,
+        }
         // Sessions that are open keep their own setting: they must go. One that was just starting
         // may show itself late, so it takes two looks that find none.
         let mut empty = 0;
         for _ in 0..200 {
-            let left = self.session.query(TERMINATE_CLIENTS).await?;
-            empty = if left.is_empty() { empty + 1 } else { 0 };
+            empty = if database::empty(&mut self.session).await? { empty + 1 } else { 0 };
             if empty == 2 {
                 return Ok(true);
             }
@@ -215,8 +218,9 @@ impl Fence {
     /// Lets writers go on; for a fence that is raised and not sealed.
     pub async fn lower(&mut self) -> Result<()> {
         match self.kind {
-            FenceKind::None => Ok(()),
-            FenceKind::Lock => {
+            // Without locks too a transaction may be open, or its commit under way: then this fails
+            // and the backend is ended.
+            FenceKind::None | FenceKind::Lock => {
                 self.session.execute("rollback").await?;
                 Ok(())
             }
@@ -248,14 +252,6 @@ impl Fence {
         Ok(lines.join("; "))
     }
 }
-
-/// Ends every client session but our own and our runner's. An application's own name may begin
-/// with ours.
-const TERMINATE_CLIENTS: &str = "select pid, pg_catalog.pg_terminate_backend(pid) \
-     from pg_catalog.pg_stat_activity where datname = pg_catalog.current_database() \
-     and backend_type = 'client backend' and pid <> pg_catalog.pg_backend_pid() \
-     and application_name <> 'walferry' and application_name <> \
-        pg_catalog.current_setting('application_name')";
 
 /// Transactions of others.
 const BLOCKERS: &str = "select a.pid, coalesce(a.usename, 'autovacuum'), a.state, \
@@ -305,6 +301,35 @@ async fn seals(session: &mut Session, job: &JobName, which: &str) -> Result<Vec<
     names.collect()
 }
 
+/// A lock wait cancels an autovacuum in the way only after deadlock_timeout (1 s), which is longer
+/// than a short try waits. Only superusers may shorten it; gives false for others.
+pub async fn hasten(session: &mut Session) -> bool {
+    session.execute("set deadlock_timeout = '20ms'").await.is_ok()
+}
+
+/// For a side whose seal is soon to be opened while writers are held: ends an autovacuum that would
+/// keep it shut. Best done while nobody is held, as it may take a second.
+pub async fn clear_way(session: &mut Session, job: &JobName) -> Result<()> {
+    if hasten(session).await {
+        return Ok(());
+    }
+    let tables = seals(session, job, "and t.tgenabled <> 'D'").await?;
+    for table in tables {
+        let sql = format!(
+            "begin; set local lock_timeout = '1200ms'; \
+             lock table only {} in share row exclusive mode",
+            table.quoted()
+        );
+        // In the way may also be somebody else, who is gone by the time it matters, or is named.
+        let outcome = session.execute(&sql).await;
+        if outcome.as_ref().is_err_and(crate::pg::Error::is_closed) {
+            outcome?;
+        }
+        tidy(session).await?;
+    }
+    Ok(())
+}
+
 /// Opens whatever seal an earlier flip of the job left on a database: its triggers are disabled
 /// (which locks out writers for a moment, not readers), and the database may be written again.
 /// Idempotent.
@@ -328,6 +353,7 @@ pub async fn open(session: &mut Session, job: &JobName) -> Result<()> {
 /// Shuts the seals that [`open`] opened. Idempotent; makes none.
 pub async fn shut(session: &mut Session, job: &JobName) -> Result<()> {
     let seal = seal_name(job);
+    hasten(session).await;
     for table in seals(session, job, "and t.tgenabled = 'D'").await? {
         retry_locks(session, &format!("alter table {} enable trigger {seal}", table.quoted()))
             .await?;
@@ -335,89 +361,10 @@ pub async fn shut(session: &mut Session, job: &JobName) -> Result<()> {
     Ok(())
 }
 
-/// Makes the database read-only and keeps what it had before, which another job may know already.
-async fn shut_database(session: &mut Session, job: &JobName) -> Result<()> {
-    session.execute("begin; lock table walferry.read_only in exclusive mode").await?;
-    let outcome = async {
-        let (database, now) = default_of(session).await?;
-        session
-            .query_params(
-                "insert into walferry.read_only select $1, case \
-                    when exists (select 1 from walferry.read_only) \
-                    then (select before from walferry.read_only limit 1) else $2 end \
-                 on conflict (job) do nothing",
-                &[Some(job.as_str()), now.as_deref()],
-            )
-            .await?;
-        let sql = format!("alter database {database} set default_transaction_read_only = on");
-        session.execute(&format!("{sql}; commit")).await?;
-        Ok(())
-    };
-    let outcome = outcome.await;
-    tidy(session).await?;
-    outcome
-}
-
-/// Gives the database the default back that it had before a read-only fence of the job, unless
-/// another job's stands there. Idempotent.
-async fn open_database(session: &mut Session, job: &JobName) -> Result<()> {
-    let there = "select pg_catalog.to_regclass('walferry.read_only') is not null";
-    if !session.query_one(there, &[]).await?.bool(0)? {
-        return Ok(());
-    }
-    session.execute("begin; lock table walferry.read_only in exclusive mode").await?;
-    let outcome = async {
-        let kept = session
-            .query_opt(
-                "delete from walferry.read_only where job = $1 returning before, \
-                 (select count(*) from walferry.read_only) = 1",
-                &[Some(job.as_str())],
-            )
-            .await?;
-        if let Some(kept) = kept.filter(|kept| kept.bool(1).unwrap_or(true)) {
-            let sql = match kept.opt(0)? {
-                Some(before) => format!("set {SETTING} = {}", quote_literal(before)),
-                None => format!("reset {SETTING}"),
-            };
-            let (database, _) = default_of(session).await?;
-            session.execute(&format!("alter database {database} {sql}")).await?;
-        }
-        session.execute("commit").await?;
-        Ok(())
-    };
-    let outcome = outcome.await;
-    tidy(session).await?;
-    outcome
-}
-
-const SETTING: &str = "default_transaction_read_only";
-
-/// The database's quoted name, and its own default of [`SETTING`] if it has one.
-async fn default_of(session: &mut Session) -> Result<(String, Option<String>)> {
-    let row = session
-        .query_one(
-            "select d.datname, (select pg_catalog.split_part(c.s, '=', 2) \
-                from pg_catalog.pg_db_role_setting r, pg_catalog.unnest(r.setconfig) c(s) \
-                where r.setdatabase = d.oid and r.setrole = 0 \
-                and pg_catalog.split_part(c.s, '=', 1) = $1) \
-             from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()",
-            &[Some(SETTING)],
-        )
-        .await?;
-    Ok((quote_ident(row.str(0)?), row.opt(1)?.map(str::to_string)))
-}
-
-/// Ends a transaction that an error left open.
-async fn tidy(session: &mut Session) -> Result<()> {
-    if session.in_transaction() {
-        session.execute("rollback").await?;
-    }
-    Ok(())
-}
-
 /// Drops the job's seals for good, for finish and cancel. Idempotent.
 pub async fn remove(session: &mut Session, job: &JobName) -> Result<()> {
     open_database(session, job).await?;
+    hasten(session).await;
     let seal = seal_name(job);
     for table in seals(session, job, "").await? {
         retry_locks(session, &format!("drop trigger if exists {seal} on {}", table.quoted()))
@@ -443,8 +390,11 @@ async fn retry_once(session: &mut Session, sql: &str) -> Result<bool> {
 /// Runs DDL that needs a table lock in short tries, so that nobody queues behind it for long.
 async fn retry_locks(session: &mut Session, sql: &str) -> Result<()> {
     let deadline = crate::clock::Deadline::after(Duration::from_secs(60));
-    loop {
-        session.execute("set lock_timeout = '200ms'").await?;
+    for tries in 0.. {
+        // After some short ones, tries that outlast the deadlock_timeout of roles that may
+        // not set it.
+        let millis = if tries < 5 { 200 } else { 1200 };
+        session.execute(&format!("set lock_timeout = {millis}")).await?;
         let outcome = session.execute(sql).await;
         if !outcome.as_ref().is_err_and(crate::pg::Error::is_closed) {
             session.execute("set lock_timeout = 0").await?;
@@ -457,4 +407,5 @@ async fn retry_locks(session: &mut Session, sql: &str) -> Result<()> {
             Err(error) => return Err(error.into()),
         }
     }
+    Ok(())
 }

@@ -32,6 +32,7 @@
 pub mod barrier;
 pub mod canary;
 pub mod choreography;
+mod database;
 pub mod error;
 pub mod fence;
 mod rules;

@@ -6,7 +6,7 @@
 //! the rate of the last moments, and a few of the blocks that sessions take at once (CACHE). Gaps
 //! in sequences are normal; collisions are not.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use super::Result;
@@ -24,19 +24,21 @@ const BLOCKS: u64 = 100;
 /// Times the rate seen: traffic has peaks.
 const PEAK: f64 = 4.0;
 
-/// Where sequences stood, and when.
+/// Where the live side's sequences stood, and when; and which ones the other side has.
 #[derive(Debug)]
 pub struct Stood {
     at: Instant,
     values: HashMap<QualifiedName, i64>,
+    dest: HashSet<QualifiedName>,
 }
 
 impl Stood {
-    /// Reads all of a side.
-    pub async fn read(session: &mut Session) -> Result<Stood> {
-        let sequences = catalog::sequences(session).await?;
+    /// Reads both sides. Done while nobody is held.
+    pub async fn read(live: &mut Session, dest: &mut Session) -> Result<Stood> {
+        let dest = catalog::sequences(dest).await?.into_iter().map(|s| s.name).collect();
+        let sequences = catalog::sequences(live).await?;
         let values = sequences.into_iter().map(|s| (s.name, s.last_value)).collect();
-        Ok(Stood { at: Instant::now(), values })
+        Ok(Stood { at: Instant::now(), values, dest })
     }
 
     /// Increments a second since then.
@@ -66,22 +68,40 @@ pub async fn carry(
     live: &mut Session,
     dest: &mut Session,
     selection: &Selection,
-    stood: Option<&Stood>,
+    stood: &Stood,
     hold: Duration,
 ) -> Result<()> {
     let mut sequences = catalog::sequences(live).await?;
-    let there: Vec<QualifiedName> =
-        catalog::sequences(dest).await?.into_iter().map(|sequence| sequence.name).collect();
     sequences.retain(|sequence| {
         sequence.owner.as_ref().is_none_or(|table| selection.has_schema(table))
-            || there.contains(&sequence.name)
+            || stood.dest.contains(&sequence.name)
     });
-    let margin = |sequence: &Sequence| {
-        let rate = stood.map_or(0.0, |stood| stood.rate(sequence));
-        margin(sequence, rate, hold)
-    };
+    let margin = |sequence: &Sequence| margin(sequence, stood.rate(sequence), hold);
     schema::set_sequences(dest, &sequences, margin).await?;
     dest.query("select pg_catalog.pg_logical_emit_message(true, 'walferry', 'flush')").await?;
+    Ok(())
+}
+
+/// After an undone switch: sets those sequences of `home` past `away`'s that are not, and moves
+/// none back, as applications go on there. Cycling ones stay: nothing lies past their values.
+pub async fn come_home(
+    away: &mut Session,
+    home: &mut Session,
+    selection: &Selection,
+) -> Result<()> {
+    let mut sequences = catalog::sequences(away).await?;
+    let here: HashMap<QualifiedName, i64> =
+        catalog::sequences(home).await?.into_iter().map(|s| (s.name, s.last_value)).collect();
+    sequences.retain(|sequence| {
+        let ours = sequence.owner.as_ref().is_none_or(|table| selection.has_schema(table));
+        let ahead = here.get(&sequence.name).is_some_and(|value| match sequence.increment {
+            1.. => sequence.last_value > *value,
+            _ => sequence.last_value < *value,
+        });
+        ours && ahead && !sequence.cycle
+    });
+    schema::set_sequences(home, &sequences, |sequence| margin(sequence, 0.0, Duration::ZERO))
+        .await?;
     Ok(())
 }
 
@@ -110,7 +130,7 @@ mod tests {
         let values = HashMap::from([(sequence.name.clone(), 30_000)]);
         let at = Instant::now() - Duration::from_secs(1);
         sequence.increment = -2;
-        let rate = Stood { at, values }.rate(&sequence);
+        let rate = Stood { at, values, dest: HashSet::new() }.rate(&sequence);
         assert!((9_000.0..=10_000.0).contains(&rate), "{rate}");
     }
 }

@@ -56,6 +56,7 @@ pub async fn undo(
         rules.wake_live(live).await?;
         if kind != FenceKind::None {
             let mut session = Session::connect(live, Purpose::Sql).await?;
+            fence::hasten(&mut session).await;
             fence::open(&mut session, &context.job).await?;
         }
         Ok(())
@@ -73,7 +74,7 @@ pub async fn undo(
     undone?;
     opened?;
     silenced?;
-    if kind == FenceKind::Lock { shut_other(context).await } else { Ok(()) }
+    shut_other(context).await
 }
 
 async fn silence_dest(context: &Context, rules: &Rules) -> Result<()> {
@@ -81,7 +82,8 @@ async fn silence_dest(context: &Context, rules: &Rules) -> Result<()> {
     silenced.unwrap_or(Err(Error::NoAnswer { waited: OPEN_WAIT }))
 }
 
-/// A flip opens the seal of the side it leads to, if an earlier one had shut it. That side is not
+/// A flip opens the seal of the side it leads to, if an earlier one had shut it, whatever the fence
+/// of this one: without the earlier one's triggers nothing is done here. That side is not
 /// live again now: sessions that were connected to it since must not write there (vitess#9453).
 async fn shut_other(context: &Context) -> Result<()> {
     let other = match context.flip {

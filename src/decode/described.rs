@@ -78,10 +78,16 @@ pub enum Known<T> {
 }
 
 /// What is remembered of all tables, by name. Looking up costs no allocation.
+///
+/// The catalog answers as it is when it is asked, and DDL is not in the stream: whoever sees that
+/// there may have been some says so by [`Tables::outdate`]. What was ignored needs that most: a
+/// table that took no part may have become a partition of one that does.
 #[derive(Debug)]
 pub struct Tables<T> {
-    known: HashMap<Box<[u8]>, Known<T>>,
+    known: HashMap<Box<[u8]>, (u64, Known<T>)>,
     key: Vec<u8>,
+    /// How often everything became outdated.
+    epoch: u64,
 }
 
 /// Names remembered as being of no interest, at most: a source that makes and drops tables all day
@@ -90,15 +96,30 @@ const IGNORED_AT_MOST: usize = 100_000;
 
 impl<T> Default for Tables<T> {
     fn default() -> Self {
-        Tables { known: HashMap::new(), key: Vec::new() }
+        Tables { known: HashMap::new(), key: Vec::new(), epoch: 0 }
     }
 }
 
 impl<T> Tables<T> {
-    /// What is known of the table, if anything. Names unquoted, as bytes.
+    /// What is known of the table, if anything that is not outdated. Names unquoted, as bytes.
     pub fn get_mut(&mut self, schema: &[u8], name: &[u8]) -> Option<&mut Known<T>> {
         make_key(&mut self.key, schema, name);
-        self.known.get_mut(self.key.as_slice())
+        let (epoch, known) = self.known.get_mut(self.key.as_slice())?;
+        (*epoch == self.epoch).then_some(known)
+    }
+
+    /// What was known of a table last, outdated or not.
+    pub fn last(&mut self, name: &QualifiedName) -> Option<&T> {
+        make_key(&mut self.key, name.schema.as_bytes(), name.name.as_bytes());
+        match self.known.get(self.key.as_slice()) {
+            Some((_, Known::Table(table))) => Some(table),
+            _ => None,
+        }
+    }
+
+    /// There may have been DDL: each table is to be asked for again.
+    pub fn outdate(&mut self) {
+        self.epoch = self.epoch.wrapping_add(1);
     }
 
     /// Remembers a table, in place of what was known of it.
@@ -109,14 +130,14 @@ impl<T> Tables<T> {
     /// Remembers that a table's changes are to be passed over.
     pub fn ignore(&mut self, name: &QualifiedName) {
         if self.known.len() >= IGNORED_AT_MOST {
-            self.known.retain(|_, known| matches!(known, Known::Table(_)));
+            self.known.retain(|_, (_, known)| matches!(known, Known::Table(_)));
         }
         self.set(name, Known::Ignored);
     }
 
     fn set(&mut self, name: &QualifiedName, known: Known<T>) {
         make_key(&mut self.key, name.schema.as_bytes(), name.name.as_bytes());
-        self.known.insert(self.key.as_slice().into(), known);
+        self.known.insert(self.key.as_slice().into(), (self.epoch, known));
     }
 }
 
@@ -183,5 +204,19 @@ mod tests {
         assert!(tables.known.len() <= IGNORED_AT_MOST);
         assert!(matches!(tables.get_mut(b"a", b"bc"), Some(Known::Table(1))));
         assert!(matches!(tables.get_mut(b"x", b"100000"), Some(Known::Ignored)));
+    }
+
+    #[test]
+    fn what_is_outdated_is_asked_for_again_the_ignored_too() {
+        let (kept, left) = (QualifiedName::new("a", "b"), QualifiedName::new("a", "c"));
+        let mut tables = Tables::default();
+        tables.describe(&kept, 1);
+        tables.ignore(&left);
+        tables.outdate();
+        assert!(tables.get_mut(b"a", b"b").is_none() && tables.get_mut(b"a", b"c").is_none());
+        assert_eq!(tables.last(&kept), Some(&1));
+        assert_eq!(tables.last(&left), None);
+        tables.describe(&left, 2);
+        assert!(matches!(tables.get_mut(b"a", b"c"), Some(Known::Table(2))));
     }
 }

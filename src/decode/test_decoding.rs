@@ -50,7 +50,9 @@
 //! - The catalog answers as it is now, the text as it was. What a new row shows of its columns is
 //!   believed; an old row alone that fits no identity is [`Error::Reshaped`], and asks to set the
 //!   identity back. Descriptions are asked for again when a row does not fit and after each empty
-//!   transaction, as DDL leaves one. A changed key that comes in one transaction with rows, and
+//!   transaction, as DDL leaves one: those of the ignored too, as a table may be attached to one
+//!   that takes part. DDL in one transaction with rows is not noticed by itself. A changed
+//!   key that comes in one transaction with rows, and
 //!   whose old rows fit the old description, is not noticed.
 //! - Every table of the database is printed: the caller tells what to [`Decoder::ignore`], among it
 //!   partitioned tables (a TRUNCATE prints them beside their partitions), materialized views, and
@@ -103,8 +105,6 @@ pub struct Decoder {
     rows: RowBuilder,
     /// The transaction between BEGIN and COMMIT, and whether anything came in it.
     open: Option<(u32, bool)>,
-    /// Empty transactions seen: what was described before the last one may be outdated.
-    epoch: u64,
 }
 
 impl Decoder {
@@ -116,16 +116,11 @@ impl Decoder {
     /// Remembers a table as the catalog has it now.
     pub fn describe(&mut self, described: Described) {
         let name = described.name.clone();
-        let known = self.tables.get_mut(name.schema.as_bytes(), name.name.as_bytes());
-        let before = match &known {
-            Some(Known::Table(table)) => Some(table),
-            _ => None,
-        };
-        let table = Table::new(described, before, self.epoch);
+        let table = Table::new(described, self.tables.last(&name));
         self.tables.describe(&name, table);
     }
 
-    /// Passes over the changes of a table from here on.
+    /// Passes over the changes of a table, until it is asked for again.
     pub fn ignore(&mut self, name: &QualifiedName) {
         self.tables.ignore(name);
     }
@@ -172,7 +167,7 @@ impl Decoder {
         let Some((xid, commit_time)) = commit_line(scan) else { return Ok(None) };
         match self.open.take() {
             Some((open, _)) if open != xid => return Err(Error::OtherCommit { xid, lsn }),
-            Some((_, false)) => self.epoch = self.epoch.wrapping_add(1),
+            Some((_, false)) => self.tables.outdate(),
             // Without BEGIN it is out of place, as the assembler says.
             _ => {}
         }
@@ -194,9 +189,9 @@ impl Decoder {
         };
         let full_name = || qualified_name(schema, name, lsn);
         let table = match self.tables.get_mut(&schema.bytes(), &name.bytes()) {
-            Some(Known::Table(table)) if table.epoch == self.epoch => table,
+            Some(Known::Table(table)) => table,
             Some(Known::Ignored) => return Ok(Step::Nothing),
-            _ => return full_name().map(Step::Describe),
+            None => return full_name().map(Step::Describe),
         };
         match table.change(verb, scan, &mut self.rows) {
             Ok(change) => Ok(Step::Event(Event::Change { xid: None, change })),
@@ -215,11 +210,11 @@ impl Decoder {
         while !scan.pass(verb) {
             let (schema, name) = qualified(&mut scan).ok_or(text(lsn, "a table's name", scan))?;
             match self.tables.get_mut(&schema.bytes(), &name.bytes()) {
-                Some(Known::Table(table)) if table.epoch == self.epoch => {
+                Some(Known::Table(table)) => {
                     relations.push(table.relation().clone());
                 }
                 Some(Known::Ignored) => {}
-                _ => return qualified_name(schema, name, lsn).map(Step::Describe),
+                None => return qualified_name(schema, name, lsn).map(Step::Describe),
             }
             if !scan.pass(b", ") && !scan.left().starts_with(verb) {
                 return Err(text(lsn, "a verb", scan));

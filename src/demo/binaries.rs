@@ -30,16 +30,18 @@ pub fn is_installed(major: u32) -> bool {
         || cached.is_ok_and(|path| path.exists())
 }
 
-/// A client program such as `pg_dump`: the newest of Debian's packages, else from PATH. The copies
-/// that [`bin_of`] fetches hold no clients.
+/// A client program such as `pg_dump`: the newest of Debian's packages and of [`client_dirs`], else
+/// from PATH. The copies that [`bin_of`] fetches hold no clients.
 pub fn client(program: &str) -> io::Result<PathBuf> {
-    let majors = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let newest = majors
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
-        .filter(|major| Path::new(&format!("/usr/lib/postgresql/{major}/bin/{program}")).exists())
-        .max();
-    if let Some(major) = newest {
-        return Ok(PathBuf::from(format!("/usr/lib/postgresql/{major}/bin/{program}")));
+    let debian = numbered(Path::new("/usr/lib/postgresql"));
+    let cached = cache_dir().map(|dir| numbered(&dir.join("client"))).unwrap_or_default();
+    let newest = debian
+        .into_iter()
+        .chain(cached)
+        .filter(|(_, bin)| bin.join(program).exists())
+        .max_by_key(|(major, _)| *major);
+    if let Some((_, bin)) = newest {
+        return Ok(bin.join(program));
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).map(|dir| dir.join(program)).find(|p| p.exists());
@@ -47,6 +49,24 @@ pub fn client(program: &str) -> io::Result<PathBuf> {
         let message = format!("{program} is not installed: apt-get install postgresql-client");
         io::Error::new(io::ErrorKind::NotFound, message)
     })
+}
+
+/// Directories of clients that the set-up of the tests has fetched, to be added to a PATH: pg_dump
+/// 18, which reads what Debian's 15 cannot.
+pub fn client_dirs() -> Vec<PathBuf> {
+    let clients = cache_dir().map(|dir| numbered(&dir.join("client"))).unwrap_or_default();
+    clients.into_iter().map(|(_, bin)| bin).collect()
+}
+
+/// The `bin` of every directory that is named after a major version.
+fn numbered(dir: &Path) -> Vec<(u32, PathBuf)> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| {
+            let major = entry.file_name().to_str()?.parse().ok()?;
+            Some((major, entry.path().join("bin")))
+        })
+        .collect()
 }
 
 /// Where fetched and prepared things are kept between runs: `WALFERRY_CACHE`, or

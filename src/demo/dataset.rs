@@ -11,8 +11,13 @@ const SQL: &str = include_str!("dataset.sql");
 /// On PostgreSQL 10 the partitioned table is a plain one (its partitions could have no primary key
 /// and its rows could not move), and below 12 the generated column is an ordinary one.
 pub async fn create_schema(uri: &str, scale: u32) -> Result<()> {
+    create_schema_for(uri, scale, u32::MAX).await
+}
+
+/// The same with nothing that a server of major version `oldest` does not know, for a move to one.
+pub async fn create_schema_for(uri: &str, scale: u32, oldest: u32) -> Result<()> {
     let mut session = Session::connect(&Config::parse(uri)?, Purpose::Sql).await?;
-    let major = session.major_version();
+    let major = session.major_version().min(oldest);
     let kept: Vec<String> = SQL.lines().filter_map(|line| for_version(line, major)).collect();
     // Few branches are locked by every transfer; ten at least keep eight connections busy.
     let branches = scale.clamp(10, 100);

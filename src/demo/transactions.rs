@@ -68,6 +68,8 @@ pub struct World {
     pub documents: i64,
     pub events: i64,
     pub slots: i64,
+    /// False where TRUNCATE is not decoded, before 11: rows are deleted instead.
+    pub truncates: bool,
 }
 
 /// Which connection plans, of how many, and the number of its transaction.
@@ -138,8 +140,12 @@ fn body(kind: Kind, rng: &mut Rng, world: &World, turn: Turn) -> Vec<String> {
             statements
         }
         Kind::Truncate => {
-            let restart = if rng.bool() { " restart identity" } else { "" };
-            vec![format!("truncate shop.scratch{restart}"), scratch(rng, 3)]
+            let clear = match (world.truncates, rng.bool()) {
+                (false, _) => "delete from shop.scratch",
+                (true, false) => "truncate shop.scratch",
+                (true, true) => "truncate shop.scratch restart identity",
+            };
+            vec![clear.to_string(), scratch(rng, 3)]
         }
         Kind::Burst => burst(rng, world, turn),
     }

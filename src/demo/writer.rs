@@ -13,7 +13,7 @@ use fastrand::Rng;
 use tokio::sync::{RwLock, watch};
 use tokio::task::JoinHandle;
 
-pub use super::dataset::{broken_invariants, create_schema};
+pub use super::dataset::{broken_invariants, create_schema, create_schema_for};
 use super::ledger::{Account, Ledger};
 use super::stalls::Stalls;
 use super::transactions::{self, Kind, Plan, Turn, World};
@@ -233,6 +233,7 @@ async fn survey(config: &Config, options: &Options) -> Result<(World, BTreeMap<i
         documents: row.parse(3)?,
         events: row.parse(4)?,
         slots: row.parse(5)?,
+        truncates: session.major_version() >= 11,
     };
     let mut accounts = BTreeMap::new();
     for index in 0..options.connections {

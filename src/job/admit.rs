@@ -8,7 +8,8 @@ use super::store::{DDL_BOTH, JobRow, Store, ensure};
 use super::{Error, Result};
 use crate::catalog::Selection;
 use crate::cutover::canary;
-use crate::pg::{Config, Session};
+use crate::id::quote_ident;
+use crate::pg::{self, Config, Session};
 use crate::source::Recorded;
 use crate::{apply, copy, schema};
 
@@ -44,8 +45,10 @@ pub(super) async fn make_tables(
     source: &mut Session,
 ) -> Result<()> {
     store.ensure(&[apply::DDL, copy::DDL, schema::DDL, schema::ASIDE_DDL]).await?;
-    let canary = canary::ddl(&config.job);
-    ensure(source, &[DDL_BOTH, &canary, apply::DDL, schema::ASIDE_DDL]).await?;
+    // Following needs none of them; the way back does, and asks again.
+    if may_have_tables(source).await? {
+        make_source_tables(config, source).await?;
+    }
     let systems = (system_of(source).await?, system_of(&mut store.session).await?);
     let places = (place(&config.source), place(&config.target));
     let abilities = Abilities {
@@ -54,6 +57,26 @@ pub(super) async fn make_tables(
     };
     let systems = (systems.0.as_str(), systems.1.as_str());
     store.create((&places.0, &places.1), systems, &config.options, abilities).await
+}
+
+/// Tables on the source, where the way back keeps its progress.
+pub(super) async fn make_source_tables(config: &JobConfig, source: &mut Session) -> Result<()> {
+    let canary = canary::ddl(&config.job);
+    ensure(source, &[DDL_BOTH, &canary, apply::DDL, schema::ASIDE_DDL]).await
+}
+
+/// True if schema walferry is there for us, or we may make it.
+pub(super) async fn may_have_tables(session: &mut Session) -> pg::Result<bool> {
+    let sql = "select coalesce((select pg_catalog.has_schema_privilege(oid, 'create') \
+             and pg_catalog.has_schema_privilege(oid, 'usage') \
+             from pg_catalog.pg_namespace where nspname = 'walferry'), \
+         pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create'))";
+    session.query_one(sql, &[]).await?.bool(0)
+}
+
+/// What an administrator gives a role that may not make a schema.
+pub(super) fn schema_grant(role: &str) -> String {
+    format!("CREATE SCHEMA walferry AUTHORIZATION {};", quote_ident(role))
 }
 
 /// What tells one cluster, and one of its histories, from another: `identifier/timeline`.

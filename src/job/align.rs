@@ -8,19 +8,48 @@
 //!
 //! The stream is held for as long as the temporary slot takes to find its point: milliseconds, or
 //! as long as the longest transaction on the reading side.
+//!
+//! Where the reading side is pulled from, no replication connection is needed here either: the
+//! temporary slot is made by SQL, before the hold, and places an ordinary snapshot of the reading
+//! side in the log (see `source::order`). The hold moves to that place.
 
 use std::time::Duration;
 
 use serde_json::json;
 
+use super::admit::recorded;
 use super::client::Client;
+use super::reading::Reading;
 use super::{Error, Result};
 use crate::clock::Deadline;
 use crate::cutover::barrier;
 use crate::id::Stream;
 use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
-use crate::source::{ExportedSnapshot, HeldSlot, slot, snapshot};
+use crate::source::{
+    ExportedSnapshot, HeldSlot, Order, Place, StreamOptions, Transport, slot, snapshot,
+};
+
+/// Snapshots of the reading side are taken this often over the same slot and hold.
+const SNAPSHOTS: usize = 50;
+
+/// The stream whose ends are lined up, and how it is read.
+#[derive(Clone, Debug)]
+pub struct Line {
+    /// Which way.
+    pub stream: Stream,
+    /// Its publication, where the decoder is pgoutput.
+    pub publication: String,
+    /// Decoder and transport.
+    pub reading: Reading,
+    /// The side that is read.
+    pub from: Config,
+    /// The side that is written.
+    pub to: Config,
+}
+
+/// How the runner's answer ends where the stream ran past a hold.
+pub(super) const PASSED: &str = "already; ask again";
 
 /// Two snapshots of the same state. They live as long as this does.
 #[derive(Debug)]
@@ -31,36 +60,46 @@ pub struct Aligned {
     pub to_snapshot: String,
     /// The point.
     pub lsn: Lsn,
-    _from: HeldSlot,
+    _from: Kept,
     _to: ExportedSnapshot,
 }
 
-/// Lines both sides up through a runner that is alive.
-pub async fn align(
-    client: &mut Client,
-    stream: Stream,
-    from: &Config,
-    to: &Config,
-    wait: Duration,
-) -> Result<Aligned> {
-    let outcome = hold_and_export(client, stream, from, to, wait).await;
-    let let_go = client.ask("let_go", &json!({}), Duration::from_secs(10)).await;
-    let aligned = outcome?;
-    let_go?;
-    Ok(aligned)
+/// What keeps the reading side's snapshot alive.
+#[derive(Debug)]
+enum Kept {
+    Slot(#[expect(dead_code, reason = "dropped with its session")] HeldSlot),
+    Snapshot(#[expect(dead_code, reason = "dropped with its session")] ExportedSnapshot),
 }
 
-async fn hold_and_export(
-    client: &mut Client,
-    stream: Stream,
-    from: &Config,
-    to: &Config,
-    wait: Duration,
-) -> Result<Aligned> {
+/// Lines both sides up through a runner that is alive.
+pub async fn align(client: &mut Client, line: &Line, wait: Duration) -> Result<Aligned> {
     let deadline = Deadline::after(wait);
+    loop {
+        let outcome = match line.reading.transport()? {
+            Transport::Stream => hold_and_export(client, line, deadline).await,
+            Transport::Pull => hold_and_place(client, line, deadline.left()).await,
+        };
+        let let_go = client.ask("let_go", &json!({}), Duration::from_secs(10)).await;
+        match outcome {
+            // A restart of the stream lets a hold go, and where BEGIN does not tell where a
+            // transaction commits, one larger than a batch is written past it.
+            Err(Error::Remote(said)) if said.ends_with(PASSED) && !deadline.passed() => {
+                tracing::debug!(said, "aligning again");
+            }
+            outcome => {
+                let aligned = outcome?;
+                let_go?;
+                return Ok(aligned);
+            }
+        }
+    }
+}
+
+async fn hold_and_export(client: &mut Client, line: &Line, deadline: Deadline) -> Result<Aligned> {
+    let Line { stream, from, to, .. } = line;
     let mut live = Session::connect(from, Purpose::Sql).await?;
     let end_lsn = barrier::mark(&mut live, "align").await?;
-    let first = post_hold(client, stream, end_lsn, false).await?;
+    let first = post_hold(client, *stream, end_lsn, false).await?;
     wait_held(client, &first, deadline).await?;
     let name = format!("walferry_verify_{:08x}", fastrand::u32(..));
     let maker = Session::connect(from, Purpose::Replication).await?;
@@ -81,7 +120,7 @@ async fn hold_and_export(
         }
     };
     barrier::mark(&mut live, "align").await?;
-    let second = post_hold(client, stream, held.consistent_lsn, true).await?;
+    let second = post_hold(client, *stream, held.consistent_lsn, true).await?;
     wait_held(client, &second, deadline).await?;
     let session = Session::connect(to, Purpose::Sql).await?;
     let exported = snapshot::export(session).await?;
@@ -89,9 +128,68 @@ async fn hold_and_export(
         from_snapshot: held.snapshot_name.clone(),
         to_snapshot: exported.name.clone(),
         lsn: held.consistent_lsn,
-        _from: held,
+        _from: Kept::Slot(held),
         _to: exported,
     })
+}
+
+/// The same by SQL alone.
+async fn hold_and_place(client: &mut Client, line: &Line, wait: Duration) -> Result<Aligned> {
+    let deadline = Deadline::after(wait);
+    loop {
+        let name = format!("walferry_verify_{:08x}", fastrand::u32(..));
+        let recorded = recorded(&line.from, None, &line.reading.decoder);
+        let options = StreamOptions::new(&name, &line.publication, Lsn::ZERO, recorded);
+        let mut order = Order::watch(&line.from, options, deadline.left()).await?;
+        for _ in 0..SNAPSHOTS {
+            let outcome = place(client, line, &mut order, deadline).await;
+            match outcome {
+                Ok(Ok(aligned)) => return Ok(aligned),
+                Ok(Err(Place::Unknown)) => {
+                    // What ran when the slot was made ends, or another slot is made after it.
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                Ok(Err(_)) => {}
+                // The stream had passed the position already: a later one is asked for.
+                Err(Error::Remote(said)) if !deadline.passed() => {
+                    tracing::debug!(said, "taking another snapshot");
+                }
+                Err(error) => return Err(error),
+            }
+            if deadline.passed() {
+                return Err(Error::NoAnswer { verb: "hold".to_string(), wait });
+            }
+        }
+    }
+}
+
+/// One try: holds at the log's end, takes a snapshot, and moves the hold to its place.
+async fn place(
+    client: &mut Client,
+    line: &Line,
+    order: &mut Order,
+    deadline: Deadline,
+) -> Result<std::result::Result<Aligned, Place>> {
+    let mut live = Session::connect(&line.from, Purpose::Sql).await?;
+    let floor_lsn = barrier::mark(&mut live, "align").await?;
+    let first = post_hold(client, line.stream, floor_lsn, false).await?;
+    wait_held(client, &first, deadline).await?;
+    let seen = snapshot::export(Session::connect(&line.from, Purpose::Sql).await?).await?;
+    let upto_lsn = barrier::mark(&mut live, "align").await?;
+    let lsn = match order.place(&seen, floor_lsn, upto_lsn).await? {
+        Place::At(lsn) => lsn,
+        elsewhere => return Ok(Err(elsewhere)),
+    };
+    let second = post_hold(client, line.stream, lsn, true).await?;
+    wait_held(client, &second, deadline).await?;
+    let exported = snapshot::export(Session::connect(&line.to, Purpose::Sql).await?).await?;
+    Ok(Ok(Aligned {
+        from_snapshot: seen.name.clone(),
+        to_snapshot: exported.name.clone(),
+        lsn,
+        _from: Kept::Snapshot(seen),
+        _to: exported,
+    }))
 }
 
 /// `exact`: an error if the stream has passed the position already.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::align::PASSED;
 use super::flip::FlipRequest;
 use super::pipeline::Pipe;
 use super::run::{Notice, Runner, Until};
@@ -189,7 +190,7 @@ impl Runner {
             let applied_lsn = pipe.applied.borrow().applied_lsn;
             // The hold before this one may have been let go meanwhile, by a restart of the stream.
             if self.hold_exact && pipe.applied.borrow().last_end_lsn > lsn {
-                let said = format!("the stream has passed {lsn} already; ask again");
+                let said = format!("the stream has passed {lsn} {PASSED}");
                 client::answer(&mut self.store.session, &id, Err(said)).await?;
                 continue;
             }
@@ -250,7 +251,8 @@ impl Runner {
             }
             if stream == Stream::Forward {
                 if let Some(bytes) = row.lag_bytes {
-                    self.say(Notice::Lag(bytes.unsigned_abs()));
+                    let rows = row.rows_written.unwrap_or(0).unsigned_abs();
+                    self.say(Notice::Lag { bytes: bytes.unsigned_abs(), rows });
                 }
                 if let Some(trouble) = &row.error {
                     self.say(Notice::Trouble(trouble.clone()));
@@ -296,6 +298,7 @@ fn positions(pipe: &Pipe, end_lsn: Option<Lsn>) -> StreamRow {
     let level = read.received_lsn <= applied.applied_lsn;
     let age = applied.commit_time.map_or(0.0, PgTimestamp::seconds_ago);
     let lag_seconds = if level { 0.0 } else { age };
+    let spool = pipe.spool.as_ref().map(|spool| *spool.borrow());
     StreamRow {
         received_lsn: text(read.received_lsn.max(applied.applied_lsn)),
         decoded_lsn: text(read.decoded_lsn.max(applied.applied_lsn)),
@@ -307,5 +310,9 @@ fn positions(pipe: &Pipe, end_lsn: Option<Lsn>) -> StreamRow {
         lag_seconds: Some(lag_seconds),
         error: pipe.trouble.borrow().clone(),
         age_seconds: None,
+        spooled_lsn: spool.and_then(|s| text(s.spooled_lsn.max(applied.durable_lsn))),
+        spool_bytes: spool.map(|s| s.spool_bytes as i64),
+        retained_bytes: spool.and_then(|s| s.retained_bytes).map(|bytes| bytes as i64),
+        rows_written: Some(applied.rows as i64),
     }
 }

@@ -76,6 +76,7 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, _lease: &Lease) -> Res
     }
     drop_objects(&mut store.session, config, Stream::Reverse, &mut dropped).await?;
     forget_routes(config, &row).await?;
+    remove_spool(config, &row, &mut dropped).await?;
     if let Some(source) = &mut source {
         drop_schema(source, config, &mut dropped, false).await?;
     }
@@ -116,6 +117,21 @@ async fn forget_job(store: &mut Store, config: &JobConfig, keep_history: bool) -
         }
     }
     Ok(others)
+}
+
+/// The spool's directories; on another host they are only named.
+async fn remove_spool(config: &JobConfig, row: &JobRow, dropped: &mut Vec<String>) -> Result<()> {
+    let Some(place) = &row.spool else { return Ok(()) };
+    for stream in [Stream::Forward, Stream::Reverse] {
+        let name = config.job.object(stream);
+        let dir = place.of(&name).display().to_string();
+        if !place.is_here() {
+            dropped.push(format!("not the spool on host {}: there, rm -r {dir}", place.host));
+        } else if super::place::remove(place, &name).await? {
+            dropped.push(format!("spool {dir}"));
+        }
+    }
+    Ok(())
 }
 
 /// What a route kept to find its way back (a copy of a pgbouncer line) is not needed any more.

@@ -182,7 +182,8 @@ pub(super) async fn settle(store: &mut Store, row: &JobRow, own: Option<&str>) -
                 for line in store.journal(&flip.attempt).await? {
                     steps.push(json!({ "name": line.step, "ms": line.ms }));
                 }
-                Ok(json!({ "switched_lsn": null, "fenced_ms": null, "steps": steps }))
+                let (lsn, held) = (&flip.switched_lsn, flip.fenced_ms);
+                Ok(json!({ "switched_lsn": lsn, "fenced_ms": held, "steps": steps }))
             }
             None => Err(format!(
                 "the runner ended while it was at `{}`, and what it had begun has been undone; the \

@@ -18,6 +18,7 @@ use crate::source::{ExportedSnapshot, HeldSlot, snapshot};
 impl Runner {
     /// Copies what is not yet copied and builds what is not yet built.
     pub(super) async fn copy(&mut self) -> Result<Event> {
+        self.capture_forward().await?;
         let tables = self.tables_with_rows(&self.config.source).await?;
         let progress = Arc::new(CopyProgress::new(&tables));
         self.say(Notice::Copying(progress.clone()));

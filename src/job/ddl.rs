@@ -31,7 +31,7 @@ create table if not exists walferry.job (
     name text primary key, phase text not null, error text, source_system text, target_system text,
     source text not null, target text not null, options jsonb not null default '{}',
     slot_lsn pg_lsn, armed boolean not null default false, flip jsonb,
-    abilities jsonb not null, reading jsonb not null default '{}',
+    abilities jsonb not null, reading jsonb not null default '{}', spool jsonb,
     created_at timestamptz not null default now(), updated_at timestamptz not null default now());
 create table if not exists walferry.schema_dump (
     job text primary key, pre text not null, post text not null);
@@ -39,6 +39,7 @@ create table if not exists walferry.stream (
     job text not null, stream text not null, received_lsn pg_lsn, decoded_lsn pg_lsn,
     buffered_lsn pg_lsn, applied_lsn pg_lsn, durable_lsn pg_lsn, confirmed_lsn pg_lsn,
     lag_bytes bigint, lag_seconds float8, error text, updated_at timestamptz not null default now(),
+    spooled_lsn pg_lsn, spool_bytes bigint, retained_bytes bigint, rows_written bigint,
     primary key (job, stream));
 create table if not exists walferry.journal (
     id bigint generated always as identity primary key, job text not null, attempt text not null,

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use super::state::Refused;
+use crate::buffer::spool;
 use crate::fault::{Fault, Faulty};
+use crate::lsn::Lsn;
 use crate::{apply, catalog, copy, cutover, pg, schema, source, verify};
 
 /// Why a job, or a command to it, did not go on.
@@ -18,6 +20,9 @@ pub enum Error {
     /// The writing side of a stream.
     #[error(transparent)]
     Apply(#[from] apply::Error),
+    /// The disk spool.
+    #[error(transparent)]
+    Spool(#[from] spool::Error),
     /// The bulk copy.
     #[error(transparent)]
     Copy(#[from] copy::Error),
@@ -113,6 +118,65 @@ pub enum Error {
         /// What it was planned with.
         planned: String,
     },
+    /// The slot was told of positions that only the spool had, and it has them no more.
+    #[error(
+        "slot {slot} was told {confirmed_lsn}, the target has only {progress_lsn}, and the spool \
+         in {dir} {held}: the changes between are nowhere any more. Bring the directory back, or \
+         start over with walferry cancel and walferry run, which copies every table again"
+    )]
+    SpoolLost {
+        /// The slot.
+        slot: String,
+        /// What it was told.
+        confirmed_lsn: Lsn,
+        /// What the target durably has.
+        progress_lsn: Lsn,
+        /// Where the spool should be.
+        dir: String,
+        /// What it has.
+        held: String,
+    },
+    /// The spool is on another host.
+    #[error(
+        "the spool of this job is on host {host}, in {dir}, and this is {here}: run there, or, if \
+         it is lost, run once with --buffer memory, which says whether it was needed"
+    )]
+    OtherHost {
+        /// Where it is.
+        host: String,
+        /// In which directory.
+        dir: String,
+        /// The host of this process.
+        here: String,
+    },
+    /// The spool is in another directory.
+    #[error(
+        "the spool of this job is in {dir}: give --buffer spool:{dir}, or run once with \
+         --buffer memory to leave it"
+    )]
+    OtherDirectory {
+        /// Where it is.
+        dir: String,
+    },
+    /// Leaving the spool would lose changes.
+    #[error(
+        "slot {slot} was told {confirmed_lsn} because the spool on host {host}, in {dir}, has \
+         what the target, at {progress_lsn}, has not: run there with --buffer spool:{dir} until \
+         the target is level. If the spool is lost, start over with walferry cancel and walferry \
+         run, which copies every table again"
+    )]
+    SpoolNeeded {
+        /// The slot.
+        slot: String,
+        /// What it was told.
+        confirmed_lsn: Lsn,
+        /// What the target durably has.
+        progress_lsn: Lsn,
+        /// Where the spool is.
+        host: String,
+        /// In which directory.
+        dir: String,
+    },
     /// A decoder other than the slot's.
     #[error(
         "--decoder {decoder} cannot be had for this job: its slot was made for {bound}, and a slot \
@@ -166,6 +230,7 @@ impl Faulty for Error {
             Error::Pg(error) => error.fault(),
             Error::Source(error) => error.fault(),
             Error::Apply(error) => error.fault(),
+            Error::Spool(error) => error.fault(),
             Error::Copy(error) => error.fault(),
             Error::Schema(error) => error.fault(),
             Error::Cutover(error) => error.fault(),

@@ -11,13 +11,13 @@ use super::prepare::publish;
 use super::run::{JobConfig, Notice, Runner, published};
 use super::state::{Event, Phase};
 use super::store::{FlipRecord, Store};
-use super::{Error, Result};
+use super::{Error, Result, admit};
 use crate::cutover::{self, FenceKind, Journal, Plan, Rules, Step, barrier};
-use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
+use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
 use crate::route::{self, Route};
-use crate::source::{publication, slot};
+use crate::source::slot;
 use crate::{apply, catalog};
 
 /// How long the home database may take to answer before the runner begins anew.
@@ -63,6 +63,8 @@ impl FlipRequest {
             fence: self.fence.clone(),
             routes: self.routes.clone(),
             released: false,
+            switched_lsn: None,
+            fenced_ms: None,
         }
     }
 
@@ -121,11 +123,19 @@ impl Runner {
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
         // A canary proves the way, not the right to every table (law 8).
         let names: Vec<QualifiedName> = tables.iter().map(|table| table.name.clone()).collect();
-        let grants = super::ability::missing_grants(&mut source, &names).await?;
+        let mut grants = super::ability::missing_grants(&mut source, &names).await?;
+        if !admit::may_have_tables(&mut source).await? {
+            let row = source.query_one("select current_user", &[]).await?;
+            grants.insert(0, admit::schema_grant(row.str(0)?));
+        }
         if !grants.is_empty() {
             return Err(Error::NoWayBack { grants });
         }
+        admit::make_source_tables(&self.config, &mut source).await?;
         slot::drop(&mut target, &name).await?;
+        if let Some(place) = &self.spool {
+            super::place::remove(place, &name).await?;
+        }
         let marked = !self.row().await?.abilities.target.origin;
         let tables = published(&self.config.job, &tables, marked);
         let reading = self.choose_reading(Stream::Reverse, &tables).await?;
@@ -141,7 +151,7 @@ impl Runner {
 
     async fn follow_reverse_now(&mut self) -> Result<()> {
         if self.reverse.is_none() {
-            let pipe = self.pipe(Stream::Reverse, std::collections::HashMap::new()).await?;
+            let pipe = self.pipe(Stream::Reverse, Some(std::collections::HashMap::new())).await?;
             self.reverse = Some(pipe);
         }
         Ok(())
@@ -172,7 +182,7 @@ impl Runner {
                 self.renew_home().await?;
                 let error = self.because_of_reverse(error);
                 if flip == Stream::Forward && self.reverse_open.load(Ordering::SeqCst) {
-                    self.drain_reverse().await?;
+                    self.bring_home().await?;
                 }
                 self.reverse_open.store(flip == Stream::Reverse, Ordering::SeqCst);
                 let back = self.note_undone().await?;
@@ -283,68 +293,10 @@ impl Runner {
 
     /// Every table that moves, those too whose rows stay behind: whoever writes to one on the old
     /// side after the switch is on the wrong server, and must be told.
-    async fn fenced_tables(&self, live: &Config) -> Result<Vec<QualifiedName>> {
+    pub(super) async fn fenced_tables(&self, live: &Config) -> Result<Vec<QualifiedName>> {
         let mut session = Session::connect(live, Purpose::Sql).await?;
         let tables = catalog::tables(&mut session, &self.selection).await?;
         Ok(tables.into_iter().map(|table| table.name).collect())
-    }
-
-    /// A table that was made after the job began is in no publication: its rows would stay behind
-    /// and nothing would say so. A new partition of an old table is published with its parent, and
-    /// must be on the other side.
-    async fn refuse_new_tables(&mut self, flip: Stream) -> Result<()> {
-        let reading = self.reading(flip).await?;
-        let unfollowed = self.unfollowed(flip).await?;
-        let (live, dest, names) = match flip {
-            Stream::Forward => (&self.config.source, &self.config.target, ("source", "target")),
-            Stream::Reverse => (&self.config.target, &self.config.source, ("target", "source")),
-        };
-        let publication = self.config.job.object(flip);
-        let tables: Vec<_> = self.tables(live).await?.into_iter().map(|t| t.name).collect();
-        let mut session = Session::connect(live, Purpose::Sql).await?;
-        let unpublished = match reading.plugin()? == Plugin::Pgoutput {
-            true => publication::missing(&mut session, &publication, &tables).await?,
-            false => unfollowed,
-        };
-        let there = self.fenced_tables(dest).await?;
-        let here = self.fenced_tables(live).await?;
-        let mut wrong: Vec<String> = unpublished
-            .iter()
-            .map(|t| format!("{t} is not in the {}'s publication {publication}", names.0))
-            .collect();
-        let absent = here.iter().filter(|t| !there.contains(t) && !unpublished.contains(t));
-        wrong.extend(absent.map(|t| format!("{t} is not on the {}", names.1)));
-        if wrong.is_empty() {
-            return Ok(());
-        }
-        Err(cutover::Error::NotFollowed { tables: wrong }.into())
-    }
-
-    /// Tables that a decoder without a publication passes over: made since, and no partition of one
-    /// that takes part.
-    async fn unfollowed(&mut self, flip: Stream) -> Result<Vec<QualifiedName>> {
-        let live = match flip {
-            Stream::Forward => self.config.source.clone(),
-            Stream::Reverse => self.config.target.clone(),
-        };
-        let mut followed = self.store.load_readings().await?.tables(flip);
-        let tables = self.tables(&live).await?;
-        let mut unfollowed = tables.len();
-        loop {
-            for table in &tables {
-                let parent = table.partition_of.as_ref();
-                if parent.is_some_and(|parent| followed.contains(parent)) {
-                    followed.insert(table.name.clone());
-                }
-            }
-            let left = tables.iter().map(|t| &t.name).filter(|name| !followed.contains(name));
-            let left: Vec<QualifiedName> = left.cloned().collect();
-            // A partition of a partition may have been looked at before its parent.
-            if left.is_empty() || left.len() == unfollowed {
-                return Ok(left);
-            }
-            unfollowed = left.len();
-        }
     }
 
     /// Before the switch the reverse stream applies canaries only and counts the rest as filtered:
@@ -381,7 +333,7 @@ impl Runner {
         let fence = record.fence.parse()?;
         cutover::undo(live, fence, &routes, &context(&self.config, flip), &rules).await?;
         if flip == Stream::Forward && self.switch_had_begun(&record).await? {
-            self.drain_reverse().await?;
+            self.bring_home().await?;
         }
         self.reverse_open.store(flip == Stream::Reverse, Ordering::SeqCst);
         Ok(Event::FlipUndone(self.note_undone().await?))
@@ -415,6 +367,14 @@ impl Runner {
         let applied_lsn = carry.borrow().applied_lsn;
         let waited = Duration::from_secs(60);
         Err(cutover::Error::Drain { barrier_lsn: lsn, applied_lsn, waited }.into())
+    }
+
+    /// What clients wrote on the target meanwhile, and sequences past its numbers.
+    async fn bring_home(&mut self) -> Result<()> {
+        self.drain_reverse().await?;
+        let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
+        let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
+        Ok(cutover::sequences::come_home(&mut target, &mut source, &self.selection).await?)
     }
 
     /// After a crash between the point of no return and the release of clients.
@@ -479,7 +439,9 @@ impl Journal for HomeJournal<'_> {
         self.store.journal_end(&line, last.ms).await.map_err(journal_error)
     }
 
-    async fn point_of_no_return(&mut self) -> cutover::Result<()> {
+    async fn point_of_no_return(&mut self, lsn: Lsn, held: Duration) -> cutover::Result<()> {
+        self.record.switched_lsn = Some(lsn.to_string());
+        self.record.fenced_ms = Some(held.as_secs_f64() * 1e3);
         self.store.set_phase_and_flip(self.phase, &self.record).await.map_err(journal_error)?;
         self.open.store(self.phase == Phase::Switched, Ordering::SeqCst);
         Ok(())

@@ -5,19 +5,20 @@
 //! process runs it.
 //!
 //! - `state`: the pure step function. `store`, `ddl`: its tables. `lease`: one runner at a time.
-//! - `admit`: who may run it. `run`: the runner, a loop of step and execute. `prepare`: check,
-//!   publication, slot, tables. `copying`: rows, then indexes and constraints. `pipeline`: one
-//!   stream, kept going. `attend`: what a runner does while it follows: commands, positions.
-//!   `vigil`: the lease, and servers that fall silent. `flip`: arming the way back, and the
-//!   choreography with its journal. `cleanup`: finish and cancel.
-//! - `ability`: what the roles may do, and so how each side is written. `validating`: foreign keys
-//!   that came back at a switch.
+//! - `admit`: who may run it. `place`: where changes wait. `run`: the runner, a loop of step and
+//!   execute. `prepare`: check, publication, slot, tables. `copying`: rows, then indexes and
+//!   constraints. `streams`: starting and stopping them. `pipeline`: one stream, kept going;
+//!   `spooling`: one through a spool. `attend`: what a runner does while it follows: commands,
+//!   `positions`. `vigil`: the lease, and servers that fall silent. `flip`: arming the way back,
+//!   and the choreography with its journal. `cleanup`: finish and cancel.
+//! - `ability`: what the roles may do, and so how each side is written. `reading`: how each side is
+//!   read. `validating`: foreign keys that came back at a switch.
 //! - `client`: commands from other processes. `align`: both sides held at one point, for verify.
 //!   `status`: what people and scripts see.
 //!
-//! What survives a crash: everything that is in a table, and nothing else; there are no local
-//! files. A runner that dies is replaced by any other; each phase begins by looking at what is
-//! there.
+//! What survives a crash: everything that is in a table, and what a spool has synced; without one
+//! there are no local files. A runner that dies is replaced by any other; each phase begins by
+//! looking at what is there.
 //!
 //! Left out here: more than one task in a job (shard groups); they are built on the same runner.
 
@@ -33,13 +34,18 @@ mod ddl;
 pub mod error;
 mod flip;
 pub mod lease;
+mod newcomers;
 pub mod pipeline;
+pub mod place;
+mod positions;
 mod prepare;
 pub mod reading;
 pub mod run;
+mod spooling;
 pub mod state;
 pub mod status;
 pub mod store;
+mod streams;
 mod validating;
 mod vigil;
 

@@ -4,8 +4,10 @@
 //! are stopped, and both begin again from the progress that the target holds. Faults that may mend
 //! themselves (a restart, a cut network) are tried again for ever with growing pauses, and shown in
 //! status meanwhile; any other ends the pipe and the job stops with its message.
+//!
+//! Through a spool the two ends are kept going apart: see `spooling`.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -16,19 +18,35 @@ use tokio::task::JoinHandle;
 use super::Result;
 use super::ability::Ability;
 use super::error::Error;
-use crate::apply::{self, Applied, Applier};
+use super::spooling::{self, SpoolOptions};
+use crate::apply::{self, Applied, Applier, Tuning};
 use crate::buffer::memory;
 use crate::change::Snapshot;
 use crate::clock::Backoff;
+use crate::decode::Plugin;
 use crate::fault::{Fault, Faulty};
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::limit;
 use crate::lsn::Lsn;
 use crate::pg::Config;
-use crate::source::{self, Positions, Recorded, StreamOptions, Transport};
+use crate::source::{self, Followed, Positions, Recorded, StreamOptions, Transport};
 
 /// Decides whether a table is part of the stream. Asked once for each description of it.
 pub type TableFilter = Arc<dyn Fn(&QualifiedName) -> bool + Send + Sync>;
+
+/// By table, what the copy read, and a position beyond which the snapshot is not asked.
+pub type Visibility = HashMap<QualifiedName, (Snapshot, Lsn)>;
+
+/// How a spool is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SpoolState {
+    /// Exclusive: everything that commits below it is durable in the spool, or on the written side.
+    pub spooled_lsn: Lsn,
+    /// Bytes of its files.
+    pub spool_bytes: u64,
+    /// Bytes of WAL that the read side keeps for the slot.
+    pub retained_bytes: Option<u64>,
+}
 
 /// What a pipe needs to know.
 #[derive(Clone)]
@@ -42,7 +60,7 @@ pub struct PipeOptions {
     /// The side that is written.
     pub to: Config,
     /// The tables that are read, where the decoder gives every table of the database.
-    pub followed: Arc<HashSet<QualifiedName>>,
+    pub followed: Arc<Followed>,
     /// See [`StreamOptions::plain_numbers`].
     pub plain_numbers: bool,
     /// How the slot is read.
@@ -53,10 +71,63 @@ pub struct PipeOptions {
     pub tables: TableFilter,
     /// What the role may do on the side that is written.
     pub ability: Ability,
-    /// Tables that were copied under a snapshot later than the slot's.
-    pub visibility: HashMap<QualifiedName, (Snapshot, Lsn)>,
+    /// Tables that were copied under a snapshot later than the slot's. `None`: nothing is applied
+    /// until [`Pipe::begin_apply`]; for a spool only.
+    pub visibility: Option<Visibility>,
+    /// Where changes wait; `None` for memory.
+    pub spool: Option<SpoolOptions>,
     /// While false, only walferry's own tables are applied.
     pub gate: Option<Arc<AtomicBool>>,
+    /// How they are applied.
+    pub tuning: Tuning,
+}
+
+/// Both ways of keeping a stream going, through memory and through a spool, open their ends by
+/// these.
+impl PipeOptions {
+    /// Connects to the written side, and reads its progress.
+    pub(super) async fn open_applier(&self, visibility: Visibility) -> Result<Applier> {
+        let wanted = apply::Options {
+            tables: Some(self.tables.clone()),
+            visibility,
+            gate: self.gate.clone(),
+            tuning: self.tuning,
+            progress: self.ability.progress(),
+            replica_role: self.ability.replica_role,
+            ..apply::Options::new(self.job.object(self.stream).as_str())
+        };
+        Ok(Applier::connect(&self.to, wanted).await?)
+    }
+
+    /// True if the slot must have been told all that is in hand before it is read again: by SQL it
+    /// gives everything since, and test_decoding does not say in time where that commits.
+    pub(super) fn settles_first(&self) -> bool {
+        let plugin = self.recorded.plugin.parse::<Plugin>();
+        self.transport == Transport::Pull && plugin.is_ok_and(|p| !p.tells_commit_first())
+    }
+
+    /// Opens the slot to be read from `start_lsn` on, all below which is in hand already; the slot
+    /// is told `confirmed_lsn` and nothing beyond.
+    pub(super) async fn open_reader(
+        &self,
+        start_lsn: Lsn,
+        confirmed_lsn: Lsn,
+    ) -> Result<source::Reader> {
+        let name = self.job.object(self.stream);
+        let opposite = self.job.object(self.stream.opposite());
+        let wanted = StreamOptions {
+            // Not origin 'none' at the server: an application's own transactions may carry an
+            // origin (it may itself be fed by a subscription), and would be left out without a
+            // trace.
+            skip_origins: vec![opposite.clone()],
+            skip_markers: vec![opposite],
+            followed: self.followed.clone(),
+            plain_numbers: self.plain_numbers,
+            confirmed_lsn,
+            ..StreamOptions::new(&name, &name, start_lsn, self.recorded.clone())
+        };
+        Ok(source::Reader::open(&self.from, self.transport, wanted).await?)
+    }
 }
 
 /// A running stream. Dropping it stops it at once; [`Pipe::stop`] at a batch boundary.
@@ -70,6 +141,9 @@ pub struct Pipe {
     pub hold: watch::Sender<Option<Lsn>>,
     /// A fault that is being tried again.
     pub trouble: watch::Receiver<Option<String>>,
+    /// How the spool is doing; `None` without one.
+    pub spool: Option<watch::Receiver<SpoolState>>,
+    allowed: watch::Sender<Option<Visibility>>,
     fatal: watch::Receiver<Option<String>>,
     stop: watch::Sender<bool>,
     task: Task<()>,
@@ -77,7 +151,7 @@ pub struct Pipe {
 
 /// A task that ends with whoever holds this.
 #[derive(Debug)]
-struct Task<T>(JoinHandle<T>);
+pub(super) struct Task<T>(pub JoinHandle<T>);
 
 impl<T> Drop for Task<T> {
     fn drop(&mut self) {
@@ -85,12 +159,15 @@ impl<T> Drop for Task<T> {
     }
 }
 
-struct Ends {
-    applied: watch::Sender<Applied>,
-    positions: watch::Sender<Positions>,
-    hold: watch::Receiver<Option<Lsn>>,
-    trouble: watch::Sender<Option<String>>,
-    stop: watch::Receiver<bool>,
+/// The pipe's side of what its owner watches and sets.
+pub(super) struct Ends {
+    pub applied: watch::Sender<Applied>,
+    pub positions: watch::Sender<Positions>,
+    pub hold: watch::Receiver<Option<Lsn>>,
+    pub trouble: watch::Sender<Option<String>>,
+    pub stop: watch::Receiver<bool>,
+    pub allowed: watch::Receiver<Option<Visibility>>,
+    pub spool: watch::Sender<SpoolState>,
 }
 
 impl Pipe {
@@ -102,20 +179,46 @@ impl Pipe {
         let (trouble_tx, trouble) = watch::channel(None);
         let (fatal_tx, fatal) = watch::channel(None);
         let (stop, stop_rx) = watch::channel(false);
+        let (allowed, allowed_rx) = watch::channel(options.visibility.clone());
+        let (spool_tx, spool) = watch::channel(SpoolState::default());
+        let spool = options.spool.is_some().then_some(spool);
         let ends = Ends {
             applied: applied_tx,
             positions: positions_tx,
             hold: hold_rx,
             trouble: trouble_tx,
             stop: stop_rx,
+            allowed: allowed_rx,
+            spool: spool_tx,
         };
         let task = Task(tokio::spawn(async move {
-            if let Err(error) = supervise(&options, ends).await {
+            let outcome = match &options.spool {
+                Some(_) => spooling::run(&options, ends).await,
+                None => supervise(&options, ends).await,
+            };
+            if let Err(error) = outcome {
                 tracing::error!(stream = %options.stream, %error, "stream stopped");
                 let _ = fatal_tx.send(Some(error.to_string()));
             }
         }));
-        Pipe { applied, positions, hold, trouble, fatal, stop, task }
+        Pipe { applied, positions, hold, trouble, spool, allowed, fatal, stop, task }
+    }
+
+    /// Lets a pipe with a spool apply, from where the written side stands. Nothing changes if it
+    /// does already.
+    pub fn begin_apply(&self, visibility: Visibility) {
+        self.allowed.send_if_modified(|allowed| {
+            let modified = allowed.is_none();
+            allowed.get_or_insert(visibility);
+            modified
+        });
+    }
+
+    /// Goes on reading into the spool, and stops applying at the next batch boundary. What was to
+    /// be held is forgotten.
+    pub fn only_capture(&self) {
+        let _ = self.allowed.send_replace(None);
+        let _ = self.hold.send_replace(None);
     }
 
     /// The error that ended the stream, if one did.
@@ -158,27 +261,9 @@ async fn supervise(options: &PipeOptions, mut ends: Ends) -> Result<()> {
 
 /// Connects both ends, checks that slot and progress fit, and runs until something ends.
 async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
-    let name = options.job.object(options.stream);
-    let wanted = apply::Options {
-        tables: Some(options.tables.clone()),
-        visibility: options.visibility.clone(),
-        gate: options.gate.clone(),
-        progress: options.ability.progress(),
-        replica_role: options.ability.replica_role,
-        ..apply::Options::new(name.as_str())
-    };
-    let mut applier = Applier::connect(&options.to, wanted).await?;
+    let mut applier = options.open_applier(options.visibility.clone().unwrap_or_default()).await?;
     let progress_lsn = applier.progress();
-    let wanted = StreamOptions {
-        // Not origin 'none' at the server: an application's own transactions may carry an origin
-        // (it may itself be fed by a subscription), and would be left out without a trace.
-        skip_origins: vec![options.job.object(options.stream.opposite())],
-        skip_markers: vec![options.job.object(options.stream.opposite())],
-        followed: options.followed.clone(),
-        plain_numbers: options.plain_numbers,
-        ..StreamOptions::new(&name, &name, progress_lsn, options.recorded.clone())
-    };
-    let reader = source::Reader::open(&options.from, options.transport, wanted).await?;
+    let reader = options.open_reader(progress_lsn, progress_lsn).await?;
     let _ = ends.trouble.send(None);
     let (mut queue, feed) = memory::queue(limit::BUFFER_BYTES);
     let (durable_tx, durable) = watch::channel(progress_lsn);
@@ -219,7 +304,7 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
 }
 
 /// A task's result; a panic in it is ours to pass on.
-fn flatten<T, E>(
+pub(super) fn flatten<T, E>(
     done: std::result::Result<std::result::Result<T, E>, tokio::task::JoinError>,
 ) -> std::result::Result<T, E> {
     match done {

@@ -4,7 +4,7 @@
 //! after the dump is in the stream, where it is noticed. The slot's snapshot stays open for the
 //! copy; a run that comes later reads under a fresh one.
 
-use super::reading::{Reading, Wanted, choose};
+use super::reading::{Reading, Wanted, choose, refuse_blind, refuse_garbled};
 use super::run::{JobConfig, Notice, Report, Runner, published};
 use super::state::Event;
 use super::{Error, Result, check};
@@ -13,7 +13,7 @@ use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
 use crate::pg::{Purpose, Session};
 use crate::source::{Blocker, Transport, publication, slot};
-use crate::{apply, schema};
+use crate::{apply, catalog, schema};
 
 impl Runner {
     /// Looks for what stands in the way; errors stop the job before anything is made.
@@ -44,6 +44,7 @@ impl Runner {
                     ..schema::Options::default()
                 };
                 let dump = schema::dump(&self.config.source, &self.selection, &options).await?;
+                let dump = self.fitted(dump, source.major_version())?;
                 self.store.save_dump(&dump.pre, &dump.post).await?;
                 dump
             }
@@ -54,6 +55,24 @@ impl Runner {
             self.say(Notice::Said(format!("warning: the role may not, and it is left out: {sql}")));
         }
         Ok(Event::SchemaMade)
+    }
+
+    /// The schema as the target can take it, where that is older than the source.
+    fn fitted(&self, dump: schema::Dump, source_major: u32) -> Result<schema::Dump> {
+        let (major, peer) =
+            (self.store.session.major_version(), self.store.session.peer().to_string());
+        if major >= source_major {
+            return Ok(dump);
+        }
+        let fitted = schema::fit(&dump, major).map_err(schema::Error::Script)?;
+        if !fitted.refused.is_empty() {
+            return Err(schema::Error::TooNew { peer, major, objects: fitted.refused }.into());
+        }
+        for what in &fitted.left_out {
+            let said = format!("warning: PostgreSQL {major} does not know it, left out: {what}");
+            self.say(Notice::Said(said));
+        }
+        Ok(fitted.dump)
     }
 
     /// Nothing has been applied yet in this phase, so a slot that is already there (from a run that
@@ -73,6 +92,10 @@ impl Runner {
             return Ok(());
         }
         slot::drop(source, name).await?;
+        if let Some(place) = &self.spool {
+            // What an earlier slot of this name gave is of no use to this one.
+            super::place::remove(place, name).await?;
+        }
         self.say(Notice::Said("creating the replication slot".to_string()));
         let options = self.slot_options(name, reading);
         let waiting = self.tell_blockers();
@@ -96,17 +119,28 @@ impl Runner {
     /// How a stream is read: as stored, with another transport where one is asked for now.
     pub(super) async fn reading(&mut self, stream: Stream) -> Result<Reading> {
         let mut readings = self.store.load_readings().await?;
+        let side = match stream {
+            Stream::Forward => &self.config.source,
+            Stream::Reverse => &self.config.target,
+        };
         let reading = readings.of(stream).get_or_insert_default();
+        let stored = reading.clone();
         let mut wanted = self.config.wanted.clone();
         if stream == Stream::Reverse {
             wanted.decoder = None; // Its own, which may differ.
         }
-        if reading.follow(&wanted)? {
-            let reading = reading.clone();
+        let changed = reading.follow(&wanted)?;
+        let reading = reading.clone();
+        refuse_blind(side, &self.config.job, &reading).await?;
+        if changed {
+            match refuse_garbled(side, &reading).await {
+                // What was asked for is for the source; the target may be another kind of server.
+                Err(Error::NoDecoder { .. }) if stream == Stream::Reverse => return Ok(stored),
+                refused => refused?,
+            }
             self.store.save_readings(&readings).await?;
-            return Ok(reading);
         }
-        Ok(reading.clone())
+        Ok(reading)
     }
 
     /// The same before the stream's slot is made: chosen now, unless a slot was made already.
@@ -124,16 +158,19 @@ impl Runner {
         if stream == Stream::Forward && made && readings.forward.is_some() {
             return self.reading(stream).await;
         }
-        let wanted = &self.config.wanted;
-        let chosen = match choose(side, tables, wanted).await {
+        let (wanted, job) = (&self.config.wanted, &self.config.job);
+        let chosen = match choose(side, job, stream, tables, wanted).await {
             // What was asked for is for the source; the target may be another kind of server.
             Err(Error::NoDecoder { .. }) if stream == Stream::Reverse => {
-                choose(side, tables, &Wanted { decoder: None, ..wanted.clone() }).await?
+                choose(side, job, stream, tables, &Wanted { decoder: None, ..wanted.clone() })
+                    .await?
             }
             chosen => chosen?,
         };
         *readings.of(stream) = Some(chosen.reading.clone());
-        readings.follow_tables(stream, tables);
+        let mut session = Session::connect(side, Purpose::Sql).await?;
+        let oids = catalog::oids(&mut session, tables).await?;
+        readings.follow_tables(stream, tables, &oids);
         self.store.save_readings(&readings).await?;
         self.say(Notice::Said(format!("{stream} stream: {chosen}")));
         Ok(chosen.reading)

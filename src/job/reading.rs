@@ -4,16 +4,16 @@
 //! start. What was not asked for is chosen by what the side lets us do, once, when its slot is
 //! made.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 
 use super::store::Store;
 use super::{Error, Result};
 use crate::decode::Plugin;
-use crate::id::{QualifiedName, Stream};
+use crate::id::{JobName, QualifiedName, Stream};
 use crate::pg::{Config, Purpose, Session};
-use crate::source::{Transport, choice};
+use crate::source::{Followed, Transport, choice, publication};
 
 /// What was asked for; `None` is `auto`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -81,9 +81,16 @@ pub struct Readings {
     /// its slot was made. A table made later is not one of them, and its changes are passed over.
     #[serde(default)]
     pub forward_tables: Vec<(String, String)>,
+    /// Their oids in the same order, 0 where unknown: another table may take the name. Empty in
+    /// jobs of an earlier version.
+    #[serde(default)]
+    pub forward_oids: Vec<u32>,
     /// The same of the reverse stream.
     #[serde(default)]
     pub reverse_tables: Vec<(String, String)>,
+    /// The same of the reverse stream.
+    #[serde(default)]
+    pub reverse_oids: Vec<u32>,
 }
 
 impl Readings {
@@ -96,20 +103,29 @@ impl Readings {
     }
 
     /// A stream's tables.
-    pub fn tables(&self, stream: Stream) -> HashSet<QualifiedName> {
-        let tables = match stream {
-            Stream::Forward => &self.forward_tables,
-            Stream::Reverse => &self.reverse_tables,
+    pub fn tables(&self, stream: Stream) -> Followed {
+        let (tables, oids) = match stream {
+            Stream::Forward => (&self.forward_tables, &self.forward_oids),
+            Stream::Reverse => (&self.reverse_tables, &self.reverse_oids),
         };
-        tables.iter().map(|(schema, name)| QualifiedName::new(schema, name)).collect()
+        let oids = oids.iter().map(|oid| Some(*oid).filter(|oid| *oid != 0));
+        let oids = oids.chain(std::iter::repeat(None));
+        let names = tables.iter().map(|(schema, name)| QualifiedName::new(schema, name));
+        names.zip(oids).collect()
     }
 
-    /// Keeps a stream's tables.
-    pub fn follow_tables(&mut self, stream: Stream, tables: &[QualifiedName]) {
+    /// Keeps a stream's tables, with their oids as far as they are known.
+    pub fn follow_tables(
+        &mut self,
+        stream: Stream,
+        tables: &[QualifiedName],
+        oids: &HashMap<QualifiedName, u32>,
+    ) {
         let names = tables.iter().map(|t| (t.schema.clone(), t.name.clone())).collect();
+        let oids = tables.iter().map(|t| oids.get(t).copied().unwrap_or(0)).collect();
         match stream {
-            Stream::Forward => self.forward_tables = names,
-            Stream::Reverse => self.reverse_tables = names,
+            Stream::Forward => (self.forward_tables, self.forward_oids) = (names, oids),
+            Stream::Reverse => (self.reverse_tables, self.reverse_oids) = (names, oids),
         }
     }
 }
@@ -157,11 +173,18 @@ impl std::fmt::Display for Chosen {
     }
 }
 
-/// Chooses for one side, whose `tables` are to be read. Looks and tries; changes nothing.
+/// Chooses for one side, whose `tables` are to be read, by publication `name` if by any. Looks and
+/// tries; changes nothing.
 ///
 /// Errors: `NoDecoder` where the side has none that may be used, or not the one asked for.
-pub async fn choose(side: &Config, tables: &[QualifiedName], wanted: &Wanted) -> Result<Chosen> {
-    let (decoder, decoder_reason) = choose_decoder(side, tables, wanted.decoder).await?;
+pub async fn choose(
+    side: &Config,
+    job: &JobName,
+    stream: Stream,
+    tables: &[QualifiedName],
+    wanted: &Wanted,
+) -> Result<Chosen> {
+    let (decoder, decoder_reason) = choose_decoder(side, job, stream, tables, wanted).await?;
     let (transport, transport_reason) = match wanted.transport {
         Some(transport) => (transport, "asked for".to_string()),
         None => match choice::refused_replication(side).await {
@@ -183,6 +206,28 @@ pub async fn choose(side: &Config, tables: &[QualifiedName], wanted: &Wanted) ->
     Ok(Chosen { reading, decoder_reason, transport_reason })
 }
 
+/// What keeps a stream from being read as it is bound to be, asked whenever it is about to be
+/// relied on: an origin may have been made since. Error: `NoDecoder`.
+pub(super) async fn refuse_blind(side: &Config, job: &JobName, reading: &Reading) -> Result<()> {
+    let decoder = reading.plugin()?;
+    match blind(side, job, decoder).await? {
+        Some(reason) => Err(Error::NoDecoder { decoder: decoder.to_string(), reason }),
+        None => Ok(()),
+    }
+}
+
+/// The same of a transport that was asked for after the slot was made.
+pub(super) async fn refuse_garbled(side: &Config, reading: &Reading) -> Result<()> {
+    let decoder = reading.plugin()?;
+    if reading.transport()? == Transport::Pull {
+        return Ok(());
+    }
+    match garbled(side, decoder).await? {
+        Some(reason) => Err(Error::NoDecoder { decoder: decoder.to_string(), reason }),
+        None => Ok(()),
+    }
+}
+
 /// A walsender sends a plugin's text in the database's own encoding; the SQL functions convert it.
 async fn garbled(side: &Config, decoder: Plugin) -> Result<Option<String>> {
     if !decoder.is_textual() {
@@ -197,27 +242,30 @@ async fn garbled(side: &Config, decoder: Plugin) -> Result<Option<String>> {
 }
 
 /// What test_decoding would leave out without a trace.
-async fn blind(side: &Config, decoder: Plugin) -> Result<Option<String>> {
+async fn blind(side: &Config, job: &JobName, decoder: Plugin) -> Result<Option<String>> {
     if decoder != Plugin::TestDecoding {
         return Ok(None);
     }
-    let origin = choice::foreign_origin(side).await?;
+    let origin = choice::foreign_origin(side, job).await?;
     Ok(origin.map(|origin| {
         format!("it tells no origins apart, and leaves out what comes in by origin {origin}")
     }))
 }
 
-async fn choose_decoder(
+/// The decoder alone, and why.
+pub(super) async fn choose_decoder(
     side: &Config,
+    job: &JobName,
+    stream: Stream,
     tables: &[QualifiedName],
-    wanted: Option<Plugin>,
+    wanted: &Wanted,
 ) -> Result<(Plugin, String)> {
-    if let Some(decoder) = wanted {
+    if let Some(decoder) = wanted.decoder {
         if !choice::has_plugin(side, decoder).await? {
             let reason = format!("the server does not have {decoder}");
             return Err(Error::NoDecoder { decoder: decoder.to_string(), reason });
         }
-        if let Some(reason) = blind(side, decoder).await? {
+        if let Some(reason) = blind(side, job, decoder).await? {
             return Err(Error::NoDecoder { decoder: decoder.to_string(), reason });
         }
         return Ok((decoder, "asked for".to_string()));
@@ -226,8 +274,12 @@ async fn choose_decoder(
     let Some(refused) = choice::refused_publication(&mut session, tables).await? else {
         return Ok((Plugin::Pgoutput, "a publication may be made".to_string()));
     };
+    let name = &*job.object(stream);
+    if publication::covers(&mut session, name, tables).await? {
+        return Ok((Plugin::Pgoutput, format!("publication {name} is there")));
+    }
     for decoder in Plugin::ALL.into_iter().filter(|plugin| plugin.is_textual()) {
-        if choice::has_plugin(side, decoder).await? && blind(side, decoder).await?.is_none() {
+        if choice::has_plugin(side, decoder).await? && blind(side, job, decoder).await?.is_none() {
             return Ok((decoder, format!("no publication may be made: {refused}")));
         }
     }

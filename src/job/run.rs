@@ -3,30 +3,30 @@
 //! Any fault that may mend itself drops everything (sessions, streams, lease) and begins again from
 //! the stored phase, which is the same as being killed and started again: one path, tested by both.
 
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::admit::{admit, make_tables, recorded};
+use super::admit::{admit, make_tables};
 use super::flip::FlipRequest;
 use super::lease::{self, Holder};
-use super::pipeline::{Pipe, PipeOptions, TableFilter};
+use super::pipeline::Pipe;
+use super::place::{BufferOptions, Chosen};
 use super::reading::Wanted;
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobOptions, JobRow, Store};
+use super::streams::STREAM_PATIENCE;
 use super::validating::Validating;
 use super::vigil::Vigil;
 use super::{Error, Result, client};
+use crate::apply::Tuning;
 use crate::catalog::{Selection, Table, tables};
-use crate::change::Snapshot;
 use crate::clock::Backoff;
-use crate::copy;
 use crate::copy::CopyProgress;
 use crate::fault::{Fault, Faulty};
-use crate::id::{JobName, QualifiedName, Stream};
+use crate::id::{JobName, QualifiedName};
 use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
 use crate::source::HeldSlot;
@@ -53,6 +53,10 @@ pub struct JobConfig {
     pub wanted: Wanted,
     /// Limit of the wait for the slot's consistent point.
     pub slot_timeout: Duration,
+    /// Where changes wait.
+    pub buffer: BufferOptions,
+    /// How changes are applied.
+    pub tuning: Tuning,
 }
 
 /// When the runner returns.
@@ -81,8 +85,13 @@ pub enum Notice {
     Building(usize, usize, String),
     /// A fault that is being tried again.
     Trouble(String),
-    /// Bytes the target is behind.
-    Lag(u64),
+    /// How the stream flows.
+    Lag {
+        /// Bytes the target is behind.
+        bytes: u64,
+        /// Row changes written since the stream was opened, those of an open transaction included.
+        rows: u64,
+    },
 }
 
 /// Receives notices; must not block.
@@ -119,6 +128,19 @@ pub struct Runner {
     pub(super) validating: Option<Validating>,
     /// Check has passed in this session already, before the job was written down.
     pub(super) checked: bool,
+    /// Where changes wait: a spool, or memory.
+    pub(super) spool: Chosen,
+}
+
+/// What one life of a runner leaves to the next.
+#[derive(Default)]
+struct Left {
+    /// The lease it had.
+    holder: Option<Holder>,
+    /// It got as far as to run.
+    opened: bool,
+    /// A stream with a spool goes on reading while the target is away.
+    forward: Option<Pipe>,
 }
 
 impl Runner {
@@ -132,24 +154,29 @@ impl Runner {
     ) -> Result<Phase> {
         let fresh = || Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
         let mut backoff = fresh();
-        let (begun, mut opened) = (tokio::time::Instant::now(), false);
-        let mut last = None;
+        let begun = tokio::time::Instant::now();
+        let mut left = Left::default();
         loop {
             let started = tokio::time::Instant::now();
-            let seen = (&mut last, &mut opened);
-            let outcome = Self::session(&config, &until, &report, &stop, seen).await;
+            let outcome = Self::session(&config, &until, &report, &stop, &mut left).await;
+            let passing = |error: &Error| error.fault() == Fault::Retry;
+            if (*stop.borrow() || !outcome.as_ref().err().is_some_and(passing))
+                && let Some(pipe) = left.forward.take()
+            {
+                pipe.stop(STREAM_PATIENCE).await;
+            }
             match outcome {
                 // A server never seen may be a mistake in its name: trying for ever tells nobody.
-                Err(error) if !opened && begun.elapsed() > FIRST_TRY => return Err(error),
+                Err(error) if !left.opened && begun.elapsed() > FIRST_TRY => return Err(error),
                 Err(error) if error.fault() == Fault::Retry && !*stop.borrow() => {
                     tracing::warn!(%error, "trying again");
                     report(Notice::Trouble(error.to_string()));
-                    let storing = store_trouble(&config, &error, &last);
+                    let storing = store_trouble(&config, &error, &left.holder);
                     let _ = tokio::time::timeout(Duration::from_secs(1), storing).await;
                 }
                 // A command that found us away drives the job meanwhile; we had it, and wait for
                 // it.
-                Err(error @ Error::Busy { .. }) if last.is_some() && !*stop.borrow() => {
+                Err(error @ Error::Busy { .. }) if left.holder.is_some() && !*stop.borrow() => {
                     report(Notice::Trouble(error.to_string()));
                 }
                 // What broke while stopping is met again by the next run.
@@ -161,7 +188,12 @@ impl Runner {
             }
             tokio::select! {
                 () = tokio::time::sleep(backoff.step()) => {}
-                _ = stop.wait_for(|stop| *stop) => return Err(Error::Interrupted),
+                () = stopped(&mut stop) => {
+                    if let Some(pipe) = left.forward.take() {
+                        pipe.stop(STREAM_PATIENCE).await;
+                    }
+                    return Err(Error::Interrupted);
+                }
             }
         }
     }
@@ -171,14 +203,15 @@ impl Runner {
         until: &Until,
         report: &Report,
         stop: &watch::Receiver<bool>,
-        (last, opened): (&mut Option<Holder>, &mut bool),
+        left: &mut Left,
     ) -> Result<Phase> {
         let mut stopping = stop.clone();
         let (mut runner, mut vigil) = tokio::select! {
-            runner = Self::open(config, report, stop, (last, *opened)) => runner?,
+            runner = Self::open(config, report, stop, left) => runner?,
             _ = stopping.wait_for(|stop| *stop) => return Err(Error::Interrupted),
         };
-        *opened = true;
+        left.opened = true;
+        runner.forward = left.forward.take();
         let (mut stopping, mut flying) = (stop.clone(), runner.flying.subscribe());
         let outcome = tokio::select! {
             outcome = runner.drive(until) => outcome,
@@ -192,6 +225,13 @@ impl Runner {
         {
             let _ = runner.store.set_error(Some(&error.to_string())).await;
         }
+        if matches!(&outcome, Err(error) if error.fault() == Fault::Retry) {
+            left.forward = runner.forward.take_if(|pipe| pipe.spool.is_some());
+        }
+        if let Some(pipe) = &left.forward {
+            // Without the lease nothing is applied; reading goes on.
+            pipe.only_capture();
+        }
         runner.stop_streams().await;
         outcome
     }
@@ -201,21 +241,21 @@ impl Runner {
         config: &JobConfig,
         report: &Report,
         stop: &watch::Receiver<bool>,
-        (last, again): (&mut Option<Holder>, bool),
+        left: &mut Left,
     ) -> Result<(Runner, Vigil)> {
         let mut config = config.clone();
         let name = lease::application_name(&config.job);
         config.source = config.source.labelled("source").with_application_name(&name);
         config.target = config.target.labelled("target").with_application_name(&name);
-        let lease = lease::take(&config.target, &config.job, last.as_ref()).await?;
-        *last = Some(lease.holder().clone());
+        let lease = lease::take(&config.target, &config.job, left.holder.as_ref()).await?;
+        left.holder = Some(lease.holder().clone());
         let mut home = Session::connect(&config.target, Purpose::Sql).await?;
         let mut listener = Session::connect(&config.target, Purpose::Sql).await?;
         let keep = [lease.process_id(), listener.process_id()];
         lease::end_predecessors(&mut home, &config.job, &keep).await?;
         let mut source = Session::connect(&config.source, Purpose::Sql).await?;
         let mut store = Store::new(home, config.job.clone());
-        if again && store.load().await?.is_none() {
+        if left.opened && store.load().await?.is_none() {
             // It was finished or canceled while we were away: nothing is to be made anew.
             let (job, peer) = (config.job.to_string(), store.session.peer().to_string());
             return Err(Error::NoJob { job, peer });
@@ -224,6 +264,7 @@ impl Runner {
         let checked = admit(&config, &selection, &mut source, &mut store, report).await?;
         lease::end_predecessors(&mut source, &config.job, &[]).await?;
         make_tables(&config, &mut store, &mut source).await?;
+        let spool = super::place::choose(&config, &mut store, &mut source).await?;
         // What stopped the last run is either mended or about to be said again.
         store.set_error(None).await?;
         listener
@@ -251,6 +292,7 @@ impl Runner {
             busy,
             validating: None,
             checked,
+            spool,
         };
         Ok((runner, vigil))
     }
@@ -329,15 +371,6 @@ impl Runner {
         })
     }
 
-    async fn follow_forward(&mut self) -> Result<Option<Event>> {
-        if self.forward.is_none() {
-            let visibility =
-                copy::visibility(&mut self.store.session, self.config.job.as_str()).await?;
-            self.forward = Some(self.pipe(Stream::Forward, visibility).await?);
-        }
-        Ok(None)
-    }
-
     /// A flip that was cut short may have left triggers and foreign keys at work on the side that
     /// the streams, which start before it is undone, go on writing to.
     async fn silence_written(&mut self) -> Result<()> {
@@ -350,73 +383,6 @@ impl Runner {
             self.rules(flip).await?.silence_dest(&context).await?;
         }
         Ok(())
-    }
-
-    async fn follow_reverse(&mut self) -> Result<Option<Event>> {
-        let row = self.row().await?;
-        let open = match (row.phase, &row.flip) {
-            (Phase::Switched, _) => true,
-            (Phase::CuttingOver, Some(flip)) => {
-                flip.flip == "reverse" || self.switch_had_begun(flip).await?
-            }
-            _ => false,
-        };
-        self.reverse_open.store(open, Ordering::SeqCst);
-        if row.armed && self.reverse.is_none() {
-            self.reverse = Some(self.pipe(Stream::Reverse, HashMap::new()).await?);
-        }
-        Ok(None)
-    }
-
-    /// Starts one stream.
-    pub(super) async fn pipe(
-        &mut self,
-        stream: Stream,
-        visibility: HashMap<QualifiedName, (Snapshot, Lsn)>,
-    ) -> Result<Pipe> {
-        let row = self.row().await?;
-        let reading = self.reading(stream).await?;
-        let (from, to, system) = match stream {
-            Stream::Forward => (&self.config.source, &self.config.target, row.source_system),
-            Stream::Reverse => (&self.config.target, &self.config.source, row.target_system),
-        };
-        // A partition made since is of a published table, or it would not be in the stream: only
-        // tables known to be left out are filtered, the rest must be applied or refused by name.
-        let left_out = self.left_out(from).await?;
-        let canary = self.config.job.canary();
-        let tables: TableFilter = Arc::new(move |table: &QualifiedName| match &*table.schema {
-            "walferry" => *table == canary,
-            _ => !left_out.contains(table),
-        });
-        let ability = match stream {
-            Stream::Forward => row.abilities.target,
-            Stream::Reverse => row.abilities.source,
-        };
-        let gate = (stream == Stream::Reverse).then(|| self.reverse_open.clone());
-        Ok(Pipe::start(PipeOptions {
-            job: self.config.job.clone(),
-            stream,
-            from: from.clone(),
-            to: to.clone(),
-            transport: reading.transport()?,
-            plain_numbers: self.config.wanted.plain_numbers,
-            followed: Arc::new(self.store.load_readings().await?.tables(stream)),
-            recorded: recorded(from, system.as_deref(), &reading.decoder),
-            tables,
-            ability,
-            visibility,
-            gate,
-        }))
-    }
-
-    /// Stops both streams, at a batch boundary where that does not take long.
-    pub(super) async fn stop_streams(&mut self) {
-        let stop = async |pipe: Option<Pipe>| {
-            if let Some(pipe) = pipe {
-                pipe.stop(STREAM_PATIENCE).await;
-            }
-        };
-        tokio::join!(stop(self.forward.take()), stop(self.reverse.take()));
     }
 
     /// The job's row.
@@ -444,14 +410,6 @@ impl Runner {
         Ok(all)
     }
 
-    /// Tables of a side whose rows take no part.
-    async fn left_out(&self, side: &Config) -> Result<HashSet<QualifiedName>> {
-        let mut session = Session::connect(side, Purpose::Sql).await?;
-        let all = tables(&mut session, &Selection::default()).await?;
-        let names = all.into_iter().map(|t| t.name);
-        Ok(names.filter(|name| !self.selection.has_rows(name)).collect())
-    }
-
     pub(super) async fn answer_flip(
         &mut self,
         outcome: std::result::Result<serde_json::Value, String>,
@@ -470,8 +428,9 @@ pub(super) fn published(job: &JobName, tables: &[Table], marked: bool) -> Vec<Qu
     names.chain(marked.then(|| QualifiedName::new("walferry", "progress"))).collect()
 }
 
-/// A stream that has not reached a batch boundary by then is cut off, as a crash would.
-const STREAM_PATIENCE: Duration = Duration::from_millis(1500);
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
+}
 
 /// After a stop is asked for, what is under way gets a moment to end by itself; a flip gets the
 /// time to be undone or finished, as clients may be held.

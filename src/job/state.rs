@@ -201,13 +201,20 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
         (_, Event::FinishAsked) => {
             return refuse("finish", "it ends a job that was switched or rolled back; use cancel");
         }
-        (Phase::Switched | Phase::CuttingOver, Event::CancelAsked) => {
-            return refuse("cancel", "the switch has been made or begun; use rollback or finish");
+        (Phase::Switched, Event::CancelAsked) => {
+            return refuse("cancel", "the switch has been made; use rollback or finish");
+        }
+        (Phase::CuttingOver, Event::CancelAsked) => {
+            return refuse("cancel", NOT_UNDONE);
         }
         (_, Event::CancelAsked) => (Phase::Canceled, vec![CleanUp]),
         (phase, event) => unexpected(phase, event)?,
     })
 }
+
+/// What leads out of the phase `cutting_over`.
+const NOT_UNDONE: &str = "a switch has been begun and has to be undone first: `walferry run` does \
+    that, once both servers and every route of it can be reached; then cancel again";
 
 /// Why a flip cannot start in a phase.
 fn no_flip(phase: Phase, flip: Stream) -> (&'static str, &'static str) {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::admit::place;
+use super::place::SpoolPlace;
 use super::reading::Reading;
 use super::state::Phase;
 use super::store::{Store, StreamRow};
@@ -14,7 +15,7 @@ use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
 use crate::source::slot;
 
-/// A source that is silent must not keep status waiting for long.
+/// A source that is silent must not keep status waiting for long: for each question.
 const SOURCE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// One table's figures.
@@ -49,6 +50,8 @@ pub struct ReverseStatus {
     pub positions: StreamRow,
     /// Its counters by table.
     pub tables: Vec<TableStatus>,
+    /// Batches that were refused as sets, and written in row order.
+    pub fallbacks: i64,
 }
 
 /// All of it, as `status --json` prints it.
@@ -75,10 +78,46 @@ pub struct Status {
     pub positions: StreamRow,
     /// By table.
     pub tables: Vec<TableStatus>,
+    /// Batches that were refused as sets, and written in row order.
+    pub fallbacks: i64,
     /// The reverse stream, once armed.
     pub reverse: Option<ReverseStatus>,
+    /// Where the spool is, and what its loss would cost.
+    pub spool: Option<SpoolStatus>,
     /// What stopped the job, or keeps a stream from flowing.
     pub error: Option<String>,
+}
+
+/// A job's spool.
+#[derive(Clone, Debug, Serialize)]
+pub struct SpoolStatus {
+    /// Its host.
+    pub host: String,
+    /// Its directory there.
+    pub dir: String,
+    /// True if the slot of some stream was told of changes that only the spool has: without it
+    /// every table has to be copied again.
+    pub needed: bool,
+    /// The same in words.
+    pub loss: String,
+}
+
+/// What is lost with the spool, by what the slots were told and the other side durably has.
+fn spool_status(place: SpoolPlace, streams: &[&StreamRow]) -> SpoolStatus {
+    let lsn = |text: &Option<String>| text.as_deref().and_then(|l| l.parse::<Lsn>().ok());
+    let mut needed = None;
+    for row in streams {
+        let (told, has) = (lsn(&row.confirmed_lsn), lsn(&row.durable_lsn).unwrap_or(Lsn::ZERO));
+        needed = told.filter(|told| *told > has).map(|told| (told, has)).or(needed);
+    }
+    let loss = match needed {
+        None => "nothing: the source still has all that the target lacks".to_string(),
+        Some((told, has)) => format!(
+            "a new copy of every table: the source may forget what is below {told}, and the target \
+             has only what is below {has}"
+        ),
+    };
+    SpoolStatus { host: place.host, dir: place.dir, needed: needed.is_some(), loss }
 }
 
 /// Reads a job's status from its home. The source is asked too, if it is known and answers: a
@@ -103,25 +142,35 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
     let flipped = matches!(row.phase, Phase::Switched | Phase::RolledBack);
     let held_clients = row.phase == Phase::CuttingOver || (flipped && unreleased);
     let open = !matches!(row.phase, Phase::Finished | Phase::Canceled);
-    if let (Some(source), true, true) = (&mut source, runner.is_none(), open) {
-        refresh(job, Stream::Forward, source, &mut positions).await?;
+    if runner.is_none() && open {
+        let fresh = ask(&mut source, async |session: &mut Session| {
+            let mut fresh = positions.clone();
+            refresh(job, Stream::Forward, session, &mut fresh).await?;
+            Ok(fresh)
+        });
+        positions = fresh.await.unwrap_or(positions);
     }
     let name = job.object(Stream::Forward);
     let tables = tables(&mut store.session, job.as_str(), &name).await?;
+    let forward_fallbacks = fallbacks(&mut store.session, &name).await?;
     let reverse = if row.armed {
         let mut positions = store.load_stream(Stream::Reverse).await?.unwrap_or_default();
         if runner.is_none() && open {
             refresh(job, Stream::Reverse, &mut store.session, &mut positions).await?;
         }
         let name = job.object(Stream::Reverse);
-        let tables = match &mut source {
-            Some(source) => counters(source, &name).await?,
-            None => Vec::new(),
-        };
-        Some(ReverseStatus { reading: readings.reverse, positions, tables })
+        let counted = ask(&mut source, async |source: &mut Session| {
+            Ok((counters(source, &name).await?, fallbacks(source, &name).await?))
+        });
+        let (tables, fallbacks) = counted.await.unwrap_or_default();
+        Some(ReverseStatus { reading: readings.reverse, positions, tables, fallbacks })
     } else {
         None
     };
+    let spool = row.spool.map(|place| {
+        let reverse = reverse.iter().map(|reverse| &reverse.positions);
+        spool_status(place, &[&positions].into_iter().chain(reverse).collect::<Vec<_>>())
+    });
     Ok(Status {
         job: job.to_string(),
         held_clients,
@@ -133,8 +182,31 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
         error: row.error.or_else(|| positions.error.clone()),
         positions,
         tables,
+        fallbacks: forward_fallbacks,
         reverse,
+        spool,
     })
+}
+
+/// The source's answer, if it gives one in time: it may itself be the trouble that status is to
+/// show. After a failure it is asked nothing more.
+async fn ask<T>(
+    source: &mut Option<Session>,
+    question: impl AsyncFnOnce(&mut Session) -> Result<T>,
+) -> Option<T> {
+    let mut session = source.take()?;
+    let answer = tokio::time::timeout(SOURCE_PATIENCE, question(&mut session)).await;
+    match answer {
+        Ok(Ok(answer)) => {
+            *source = Some(session);
+            Some(answer)
+        }
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "the source did not say");
+            None
+        }
+        Err(_) => None,
+    }
 }
 
 /// Without a runner: what the slot was told, and how far the side's WAL has gone since.
@@ -151,10 +223,20 @@ async fn refresh(
     let end_lsn = row.lsn(0)?;
     let confirmed_lsn = status.confirmed_flush_lsn.unwrap_or(Lsn::ZERO);
     positions.confirmed_lsn = Some(confirmed_lsn.to_string());
+    positions.retained_bytes = Some(status.retained_bytes as i64);
     let applied = positions.applied_lsn.as_deref().and_then(|l| l.parse().ok());
     let applied_lsn = applied.unwrap_or(confirmed_lsn).max(confirmed_lsn);
     positions.lag_bytes = Some(end_lsn.bytes_since(applied_lsn) as i64);
     Ok(())
+}
+
+async fn fallbacks(session: &mut Session, stream: &str) -> Result<i64> {
+    let there = "select pg_catalog.to_regclass('walferry.stream_fallback') is not null";
+    if !session.query_one(there, &[]).await?.bool(0)? {
+        return Ok(0);
+    }
+    let sql = "select coalesce(max(batches), 0) from walferry.stream_fallback where stream = $1";
+    Ok(session.query_one(sql, &[Some(stream)]).await?.parse(0)?)
 }
 
 async fn counters(session: &mut Session, stream: &str) -> Result<Vec<TableStatus>> {

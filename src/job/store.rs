@@ -11,9 +11,11 @@ use super::ability::Abilities;
 pub use super::ddl::DDL_BOTH;
 use super::ddl::DDL_HOME;
 use super::error::Error;
+use super::place::SpoolPlace;
+pub use super::positions::StreamRow;
 use super::state::Phase;
 use crate::catalog::Selection;
-use crate::id::{JobName, Stream};
+use crate::id::JobName;
 use crate::lsn::Lsn;
 use crate::pg::{Row, Session};
 
@@ -40,6 +42,8 @@ pub struct JobRow {
     pub armed: bool,
     /// The cutover or rollback under way, or the last one.
     pub flip: Option<FlipRecord>,
+    /// Where the job's spool is, if it has one.
+    pub spool: Option<SpoolPlace>,
     /// What the roles could do when the job was made, which decides how each side is written.
     pub abilities: Abilities,
 }
@@ -97,6 +101,12 @@ pub struct FlipRecord {
     pub earlier_routes: Vec<String>,
     /// Clients were let through after the point of no return.
     pub released: bool,
+    /// The barrier, once the point of no return is passed.
+    #[serde(default)]
+    pub switched_lsn: Option<String>,
+    /// How long writers had been held by then, in milliseconds.
+    #[serde(default)]
+    pub fenced_ms: Option<f64>,
 }
 
 /// One line of the journal.
@@ -106,31 +116,6 @@ pub struct JournalLine {
     pub step: String,
     /// How long it took; `None` for one that was begun and not ended.
     pub ms: Option<f64>,
-}
-
-/// Positions of one stream, as stored for status.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct StreamRow {
-    /// Highest position received.
-    pub received_lsn: Option<String>,
-    /// Highest position decoded.
-    pub decoded_lsn: Option<String>,
-    /// Highest position handed to the buffer.
-    pub buffered_lsn: Option<String>,
-    /// Highest position applied.
-    pub applied_lsn: Option<String>,
-    /// Highest position durable on the applying side.
-    pub durable_lsn: Option<String>,
-    /// What the slot was told.
-    pub confirmed_lsn: Option<String>,
-    /// Bytes of WAL between the writing side's end and `applied_lsn`.
-    pub lag_bytes: Option<i64>,
-    /// Age of the newest applied transaction while behind, 0 when level.
-    pub lag_seconds: Option<f64>,
-    /// What keeps the stream from flowing, if something does.
-    pub error: Option<String>,
-    /// Seconds since the row was written.
-    pub age_seconds: Option<f64>,
 }
 
 /// The job's tables, through one session with the home database.
@@ -176,7 +161,7 @@ impl Store {
             .session
             .query_opt(
                 "select phase, error, source_system, target_system, source, target, options, \
-                 slot_lsn, armed, flip, abilities from walferry.job where name = $1",
+                 slot_lsn, armed, flip, abilities, spool from walferry.job where name = $1",
                 &[Some(self.job.as_str())],
             )
             .await?;
@@ -254,6 +239,12 @@ impl Store {
     /// Stores whether the way back is armed.
     pub async fn set_armed(&mut self, armed: bool) -> Result<()> {
         self.set("armed", Some(if armed { "true" } else { "false" })).await
+    }
+
+    /// Stores where the job's spool is.
+    pub async fn set_spool(&mut self, place: Option<&SpoolPlace>) -> Result<()> {
+        let place = place.map(json).transpose()?;
+        self.set("spool", place.as_deref()).await
     }
 
     /// Stores the flip under way.
@@ -356,66 +347,6 @@ impl Store {
             .map(|row| Ok(JournalLine { step: row.string(0)?, ms: row.parse_opt(1)? }))
             .collect()
     }
-
-    /// Stores a stream's positions for status.
-    pub async fn save_stream(&mut self, stream: Stream, row: &StreamRow) -> Result<()> {
-        let lag_bytes = row.lag_bytes.map(|v| v.to_string());
-        let lag_seconds = row.lag_seconds.map(|v| format!("{v:.3}"));
-        self.session
-            .query_params(
-                "insert into walferry.stream as s values \
-                 ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, clock_timestamp()) \
-                 on conflict (job, stream) do update set received_lsn = excluded.received_lsn, \
-                 decoded_lsn = excluded.decoded_lsn, buffered_lsn = excluded.buffered_lsn, \
-                 applied_lsn = excluded.applied_lsn, durable_lsn = excluded.durable_lsn, \
-                 confirmed_lsn = excluded.confirmed_lsn, lag_bytes = excluded.lag_bytes, \
-                 lag_seconds = excluded.lag_seconds, error = excluded.error, \
-                 updated_at = excluded.updated_at",
-                &[
-                    Some(self.job.as_str()),
-                    Some(stream.as_str()),
-                    row.received_lsn.as_deref(),
-                    row.decoded_lsn.as_deref(),
-                    row.buffered_lsn.as_deref(),
-                    row.applied_lsn.as_deref(),
-                    row.durable_lsn.as_deref(),
-                    row.confirmed_lsn.as_deref(),
-                    lag_bytes.as_deref(),
-                    lag_seconds.as_deref(),
-                    row.error.as_deref(),
-                ],
-            )
-            .await?;
-        Ok(())
-    }
-
-    /// A stream's stored positions.
-    pub async fn load_stream(&mut self, stream: Stream) -> Result<Option<StreamRow>> {
-        let row = self
-            .session
-            .query_opt(
-                "select received_lsn, decoded_lsn, buffered_lsn, applied_lsn, durable_lsn, \
-                 confirmed_lsn, lag_bytes, lag_seconds, error, \
-                 extract(epoch from clock_timestamp() - updated_at) \
-                 from walferry.stream where job = $1 and stream = $2",
-                &[Some(self.job.as_str()), Some(stream.as_str())],
-            )
-            .await?;
-        let Some(row) = row else { return Ok(None) };
-        let text = |i| row.opt(i).map(|v| v.map(str::to_string));
-        Ok(Some(StreamRow {
-            received_lsn: text(0)?,
-            decoded_lsn: text(1)?,
-            buffered_lsn: text(2)?,
-            applied_lsn: text(3)?,
-            durable_lsn: text(4)?,
-            confirmed_lsn: text(5)?,
-            lag_bytes: row.parse_opt(6)?,
-            lag_seconds: row.parse_opt(7)?,
-            error: text(8)?,
-            age_seconds: row.parse_opt(9)?,
-        }))
-    }
 }
 
 /// Runs idempotent DDL quietly, one statement list after another, under a lock of our own so that
@@ -441,6 +372,7 @@ pub async fn ensure(session: &mut Session, ddl: &[&str]) -> Result<()> {
 fn read_job(row: &Row) -> Result<JobRow> {
     let text = |i| row.opt(i).map(|v| v.map(str::to_string));
     let flip = row.opt(9)?.map(serde_json::from_str).transpose();
+    let spool = row.opt(11)?.map(serde_json::from_str).transpose();
     Ok(JobRow {
         phase: row.str(0)?.parse().map_err(Error::State)?,
         error: text(1)?,
@@ -453,6 +385,7 @@ fn read_job(row: &Row) -> Result<JobRow> {
         slot_lsn: row.parse_opt(7)?,
         armed: row.bool(8)?,
         flip: flip.map_err(|e| Error::State(format!("walferry.job.flip: {e}")))?,
+        spool: spool.map_err(|e| Error::State(format!("walferry.job.spool: {e}")))?,
         abilities: serde_json::from_str(row.str(10)?)
             .map_err(|e| Error::State(format!("walferry.job.abilities: {e}")))?,
     })

@@ -34,7 +34,7 @@ pub mod tls;
 pub use config::{Config, Host};
 pub use copy::{CopyIn, CopyOut};
 pub use error::{Error, ServerError};
-pub use pipeline::{Pipeline, Reply};
+pub use pipeline::{Event, Param, Pipeline, Reply};
 pub use replication::{CreatedSlot, ReplicationMessage};
 pub use row::Row;
 pub use session::{CancelHandle, Notification, Purpose, Session};

@@ -28,6 +28,15 @@ pub enum Reply {
     Done(String),
 }
 
+/// A parameter's value and form.
+#[derive(Clone, Copy, Debug)]
+pub enum Param<'a> {
+    /// Text, or NULL.
+    Text(Option<&'a [u8]>),
+    /// The type's receive format.
+    Binary(&'a [u8]),
+}
+
 impl Pipeline {
     /// An empty request.
     pub fn new() -> Self {
@@ -79,6 +88,34 @@ impl Pipeline {
         let _ = frontend::execute("", 0, &mut self.out);
     }
 
+    /// Binds and runs a prepared statement with parameters of either form; results come as text.
+    pub fn run_mixed(&mut self, name: &str, params: &[Param<'_>]) {
+        self.out.put_u8(b'B');
+        let start = self.out.len();
+        self.out.put_u32(0);
+        self.out.put_u8(0); // the unnamed portal
+        self.out.put_slice(name.as_bytes());
+        self.out.put_u8(0);
+        self.out.put_u16(params.len() as u16);
+        for param in params {
+            self.out.put_u16(u16::from(matches!(param, Param::Binary(_))));
+        }
+        self.out.put_u16(params.len() as u16);
+        for param in params {
+            match param {
+                Param::Text(None) => self.out.put_i32(-1),
+                Param::Text(Some(bytes)) | Param::Binary(bytes) => {
+                    self.out.put_u32(bytes.len() as u32);
+                    self.out.put_slice(bytes);
+                }
+            }
+        }
+        self.out.put_u16(0); // every result is text
+        let len = (self.out.len() - start) as u32;
+        patch(&mut self.out, start, &len.to_be_bytes());
+        let _ = frontend::execute("", 0, &mut self.out);
+    }
+
     /// Prepares, binds and runs one statement without a name and without parameters.
     pub fn once(&mut self, sql: &str) {
         self.parse("", sql, &[]);
@@ -97,6 +134,17 @@ fn patch(out: &mut BytesMut, at: usize, bytes: &[u8]) {
     }
 }
 
+/// What comes back for requests that were posted.
+#[derive(Debug)]
+pub enum Event {
+    /// A statement's answer.
+    Reply(Reply),
+    /// A statement failed; the rest of its request is skipped.
+    Failed(Error),
+    /// The oldest request is over.
+    Over,
+}
+
 impl Session {
     /// Sends the collected requests and one Sync, giving each reply to `on_reply` in order.
     ///
@@ -108,32 +156,75 @@ impl Session {
         pipeline: Pipeline,
         mut on_reply: impl FnMut(Reply),
     ) -> Result<()> {
+        let mut failure: Option<Error> = None;
+        let mut take = |event| match event {
+            Event::Reply(reply) => on_reply(reply),
+            Event::Failed(error) => failure = failure.take().or(Some(error)),
+            Event::Over => {}
+        };
+        if self.posted > 0 {
+            return Err(self.abandoned());
+        }
+        self.post(pipeline, &mut take).await?;
+        while self.posted > 0 {
+            take(self.next_event().await?);
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// Sends the collected requests and one Sync, and returns when all is written; requests posted
+    /// before may still be unanswered. What comes meanwhile is given to `on_event`, which must not
+    /// block. An error of the session itself, not of a statement, is returned.
+    ///
+    /// Until every request is over by [`Session::next_event`], the session takes nothing else.
+    pub async fn post(
+        &mut self,
+        pipeline: Pipeline,
+        mut on_event: impl FnMut(Event),
+    ) -> Result<()> {
         let mut out = pipeline.out;
         frontend::sync(&mut out);
         let mut out: Bytes = out.freeze();
         let mut flushed = false;
-        self.begin_exchange()?;
-        let mut failure: Option<Error> = None;
-        loop {
-            let frame = match self.frame_or_write(&mut out, &mut flushed).await? {
-                Some(frame) => frame,
-                None => continue,
-            };
-            match self.absorb(frame) {
-                Ok(None) => {}
-                Ok(Some(Message::DataRow(body))) => on_reply(Reply::Row(self.row(&body)?)),
-                Ok(Some(Message::CommandComplete(body))) => {
-                    on_reply(Reply::Done(body.tag().unwrap_or_default().to_string()));
-                }
-                Ok(Some(Message::ReadyForQuery(body))) => {
-                    self.end_exchange(body.status());
-                    return failure.map_or(Ok(()), Err);
-                }
-                Ok(Some(_)) => {}
-                Err(error) if error.is_closed() => return Err(error),
-                Err(error) => failure = failure.or(Some(error)),
+        if self.posted == 0 {
+            self.begin_exchange()?;
+        }
+        self.posted += 1;
+        while !flushed {
+            let Some(frame) = self.frame_or_write(&mut out, &mut flushed).await? else { continue };
+            if let Some(event) = self.event(frame)? {
+                on_event(event);
             }
         }
+        Ok(())
+    }
+
+    /// The next event of the requests posted, waiting for it. Cancel-safe.
+    pub async fn next_event(&mut self) -> Result<Event> {
+        loop {
+            let frame = self.reader.next().await.map_err(|e| self.lost(e))?;
+            if let Some(event) = self.event(frame)? {
+                return Ok(event);
+            }
+        }
+    }
+
+    fn event(&mut self, frame: Frame) -> Result<Option<Event>> {
+        Ok(match self.absorb(frame) {
+            Ok(Some(Message::DataRow(body))) => Some(Event::Reply(Reply::Row(self.row(&body)?))),
+            Ok(Some(Message::CommandComplete(body))) => {
+                let tag = body.tag().unwrap_or_default().to_string();
+                Some(Event::Reply(Reply::Done(tag)))
+            }
+            Ok(Some(Message::ReadyForQuery(body))) => {
+                self.posted = self.posted.saturating_sub(1);
+                self.end_exchange(body.status());
+                Some(Event::Over)
+            }
+            Ok(_) => None,
+            Err(error) if error.is_closed() => return Err(error),
+            Err(error) => Some(Event::Failed(error)),
+        })
     }
 
     /// One step of writing while reading: a frame that came in, or `None` after some bytes (or,

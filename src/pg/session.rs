@@ -53,6 +53,8 @@ pub struct Session {
     status: u8,
     /// Set while an exchange is under way; still set on entry means that one was abandoned.
     busy: bool,
+    /// Requests of [`Session::post`] that are not over.
+    pub(super) posted: usize,
     /// A notice that announced the end of the session, as an immediate shutdown gives it.
     farewell: Option<Box<ServerError>>,
     /// The connection is over, by an error that has been given.
@@ -79,6 +81,7 @@ impl Session {
             notifications: VecDeque::new(),
             status: b'I',
             busy: false,
+            posted: 0,
             farewell: None,
             over: false,
         }
@@ -273,7 +276,7 @@ impl Session {
 
     pub(super) fn end_exchange(&mut self, status: u8) {
         self.status = status;
-        self.busy = false;
+        self.busy = self.posted > 0;
     }
 
     pub(super) async fn send(&mut self, bytes: &[u8]) -> Result<()> {
@@ -359,7 +362,7 @@ impl Session {
     }
 
     /// Why the session is not ready. A lost connection is no mistake of whoever goes on to tidy up.
-    fn abandoned(&self) -> Error {
+    pub(super) fn abandoned(&self) -> Error {
         let peer = self.peer.clone();
         if self.over {
             let source = std::io::Error::new(std::io::ErrorKind::NotConnected, "it was closed");

@@ -67,14 +67,16 @@ impl Hook {
         let spawned = command.spawn();
         let mut child =
             spawned.map_err(|e| failed(format!("cannot run sh: {e}"), String::new()))?;
-        let group = child.id();
+        let mut group = Group(child.id());
         let tail = Arc::new(Mutex::new(VecDeque::new()));
         let reading = tokio::spawn(keep_tail(child.stderr.take(), tail.clone()));
         let ended = tokio::time::timeout(self.limit, child.wait()).await;
         if ended.is_err() {
-            kill_group(group).await;
+            group.kill();
             let _ = child.wait().await;
         }
+        // Ended by itself: what it left running on purpose may go on.
+        group.0 = None;
         // What it said is in the pipe by now; a child of its own may keep the pipe open for ever.
         let _ = tokio::time::timeout(Duration::from_millis(200), reading).await;
         let said = said(&tail, context);
@@ -158,14 +160,27 @@ fn cleaned(text: &str, context: &Context) -> String {
     text
 }
 
-/// Kills the shell and everything it started. By the shell's own `kill`: the standard library has
-/// no call for a process group, and this is no reason for a crate.
-async fn kill_group(group: Option<u32>) {
-    let Some(group) = group else { return };
-    let mut command = Command::new("sh");
-    command.args(["-c", "kill -s KILL -- \"-$0\"", &group.to_string()]);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    if let Err(error) = command.status().await {
-        tracing::warn!(%error, group, "cannot kill a hook's process group");
+/// A hook's process group. Dropping it, as when the time for a flip runs out in the middle of the
+/// hook, kills what is in it: a command that lived on would switch clients after the undoing.
+struct Group(Option<u32>);
+
+impl Group {
+    /// Kills the shell and everything it started, and returns once that is done. By the shell's own
+    /// `kill`: the standard library has no call for a process group, and this is no reason for a
+    /// crate. Blocks for milliseconds, as nothing may come between it and an undo.
+    fn kill(&mut self) {
+        let Some(group) = self.0.take() else { return };
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", "kill -s KILL -- \"-$0\"", &group.to_string()]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        if let Err(error) = command.status() {
+            tracing::warn!(%error, group, "cannot kill a hook's process group");
+        }
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.kill();
     }
 }

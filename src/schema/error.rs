@@ -1,6 +1,7 @@
 //! What can go wrong with a schema.
 
 use super::lex::LexError;
+use super::older::TooNew;
 use crate::fault::{Fault, Faulty};
 use crate::pg;
 
@@ -58,6 +59,20 @@ pub enum Error {
         /// Their names.
         roles: Vec<String>,
     },
+    /// The target is too old for something that means something.
+    #[error(
+        "{peer} is PostgreSQL {major} and does not know: {}; give them up on the source, or move \
+         to a later version",
+        list(objects)
+    )]
+    TooNew {
+        /// Which server.
+        peer: String,
+        /// Its major version.
+        major: u32,
+        /// What it lacks.
+        objects: Vec<TooNew>,
+    },
     /// Sequences that are not there, so that none was set.
     #[error(
         "{peer} lacks sequences: {}; none was set. Create them there as they are on the other \
@@ -79,6 +94,12 @@ fn create_roles(roles: &[String]) -> String {
     let list: Vec<String> =
         roles.iter().map(|role| format!("create role {};", crate::id::quote_ident(role))).collect();
     list.join(" ")
+}
+
+fn list(objects: &[TooNew]) -> String {
+    let list: Vec<String> =
+        objects.iter().map(|o| format!("{} of {} (since {})", o.what, o.object, o.since)).collect();
+    list.join(", ")
 }
 
 impl Error {
@@ -130,6 +151,7 @@ impl Faulty for Error {
             Error::NoPgDump { .. }
             | Error::PgDump { .. }
             | Error::Roles { .. }
+            | Error::TooNew { .. }
             | Error::NoSequences { .. } => Fault::Stop,
             Error::Script(_) | Error::Bug(_) => Fault::Bug,
         }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::Result;
 use crate::decode::Plugin;
-use crate::id::{QualifiedName, quote_literal};
+use crate::id::{JobName, QualifiedName, Stream, quote_literal};
 use crate::pg::{Config, Purpose, Session};
 
 /// A server loads a plugin before it waits for open transactions, so that one which is missing is
@@ -49,14 +49,15 @@ pub async fn has_plugin(config: &Config, plugin: Plugin) -> Result<bool> {
     }
 }
 
-/// A replication origin that is not walferry's, if there is one: test_decoding leaves out whatever
-/// has an origin, and so what a subscription or another program brings in by it.
-pub async fn foreign_origin(config: &Config) -> Result<Option<String>> {
+/// A replication origin that is not this job's, if there is one: test_decoding leaves out whatever
+/// has an origin, and so what a subscription, another program or another job brings in by it.
+pub async fn foreign_origin(config: &Config, job: &JobName) -> Result<Option<String>> {
     let mut session = Session::connect(config, Purpose::Sql).await?;
     let sql = "select roname from pg_catalog.pg_replication_origin \
-         where roname not like 'walferry\\_%' limit 1";
-    let rows = session.query(sql).await?;
-    Ok(rows.first().map(|row| row.string(0)).transpose()?)
+         where roname <> $1 and roname <> $2 order by roname limit 1";
+    let (forward, reverse) = (job.object(Stream::Forward), job.object(Stream::Reverse));
+    let row = session.query_opt(sql, &[Some(&forward), Some(&reverse)]).await?;
+    Ok(row.map(|row| row.string(0)).transpose()?)
 }
 
 /// Why the role may not publish these tables; `None` if it may.

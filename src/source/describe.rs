@@ -1,10 +1,9 @@
 //! What the textual decoders must ask of the source while they read: tables, and names of origins.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Error, Result};
+use super::{Error, Followed, Relative, Result};
 use crate::catalog;
 use crate::decode::Described;
 use crate::id::QualifiedName;
@@ -20,7 +19,7 @@ const LINEAGE: &str = "with recursive up as ( \
        from up join pg_catalog.pg_inherits i on i.inhrelid = up.oid and up.relispartition \
        join pg_catalog.pg_class c on c.oid = i.inhparent \
        join pg_catalog.pg_namespace n on n.oid = c.relnamespace) \
-     select nspname, relname, relkind from up order by level";
+     select nspname, relname, relkind, oid from up order by level";
 
 /// How long the source may take to answer.
 const ANSWER: Duration = Duration::from_secs(60);
@@ -30,32 +29,43 @@ const ANSWER: Duration = Duration::from_secs(60);
 pub(super) struct Describer {
     config: Config,
     session: Option<Session>,
-    followed: Arc<HashSet<QualifiedName>>,
+    followed: Arc<Followed>,
 }
 
 impl Describer {
     /// Of the tables `followed`, and what is a partition of them.
-    pub fn new(config: &Config, followed: Arc<HashSet<QualifiedName>>) -> Describer {
+    pub fn new(config: &Config, followed: Arc<Followed>) -> Describer {
         Describer { config: config.clone(), session: None, followed }
     }
 
-    /// The table as it is now; `None` if its changes are not to be read: it does not take part, is
-    /// gone, or holds no rows of its own (a partitioned table), or none of anybody's (a
-    /// materialized view; a table being rewritten, before 11).
+    /// The table as it is now; `None` if its changes are not to be read: it does not take part, or
+    /// holds no rows of its own (a partitioned table), or none of anybody's (a materialized view; a
+    /// table being rewritten, before 11). Errors: see [`Followed::takes_part`].
     pub async fn table(&mut self, name: &QualifiedName) -> Result<Option<Described>> {
-        let followed = self.followed.clone();
-        self.ask(async |session: &mut Session| {
+        let (lineage, holds_rows) = self.lineage(name).await?;
+        if !self.followed.takes_part(name, &lineage)? || !holds_rows {
+            return Ok(None);
+        }
+        let described = self.ask(async |session| catalog::describe(session, name).await).await?;
+        match described {
+            Some(described) if lineage.first().is_some_and(|t| t.oid == described.oid) => {
+                Ok(Some(described))
+            }
+            // It was taken away between the two questions.
+            _ => Err(Error::TableGone { table: name.clone() }),
+        }
+    }
+
+    async fn lineage(&mut self, name: &QualifiedName) -> Result<(Vec<Relative>, bool)> {
+        self.ask(async |session| {
             let named = [Some(name.schema.as_str()), Some(name.name.as_str())];
-            let lineage = session.query_params(LINEAGE, &named).await?;
-            let Some(first) = lineage.first() else { return Ok(None) };
-            let mut takes_part = false;
-            for row in &lineage {
-                takes_part |= followed.contains(&QualifiedName::new(row.str(0)?, row.str(1)?));
-            }
-            if !takes_part || first.str(2)? != "r" {
-                return Ok(None);
-            }
-            catalog::describe(session, name).await
+            let rows = session.query_params(LINEAGE, &named).await?;
+            let holds_rows = rows.first().map(|row| Ok(row.str(2)? == "r")).transpose();
+            let lineage = rows.iter().map(|row| {
+                let name = QualifiedName::new(row.str(0)?, row.str(1)?);
+                Ok(Relative { oid: row.parse(3)?, name })
+            });
+            Ok((lineage.collect::<pg::Result<_>>()?, holds_rows?.unwrap_or(false)))
         })
         .await
     }

@@ -32,6 +32,39 @@ pub enum Error {
         /// Its plugin.
         unknown: decode::UnknownPlugin,
     },
+    /// A wal2json that tells too little.
+    #[error(
+        "slot {slot}: the server's wal2json is older than 2.0, which tells neither TRUNCATE nor \
+         what came in by replication; install 2.0 or newer on the server, or end this job with \
+         walferry cancel and start it anew with another --decoder"
+    )]
+    OldWal2json {
+        /// The slot.
+        slot: String,
+    },
+    /// A decoder by names met one that is no table's any more.
+    #[error(
+        "table {table} has changes in the stream and is not there under that name any more; the \
+         slot's decoder tells names only, so nothing of it can be read. If it was renamed and \
+         nothing was written to it since, rename it back; otherwise end this job with walferry \
+         cancel and start it anew"
+    )]
+    TableGone {
+        /// Its name.
+        table: QualifiedName,
+    },
+    /// A decoder by names met one that is another table's now.
+    #[error(
+        "table {table} is another table than when the slot was made: dropped and made anew, or its \
+         name was given to another. The slot's decoder tells names only, so the rows of the one \
+         are not told from those of the other. Give the first table its name back if it is still \
+         there and neither was written to since; otherwise end this job with walferry cancel and \
+         start it anew"
+    )]
+    OtherTable {
+        /// Its name.
+        table: QualifiedName,
+    },
     /// Slot creation waited too long and was given up; nothing of it is left.
     #[error(
         "slot {slot} could not be made within {seconds} s, as PostgreSQL waits for every \

@@ -1,14 +1,13 @@
 //! What is to be read and how far a reader is: the same for both transports.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Counters, Error, Recorded, Result};
+use super::{Counters, Error, Followed, Recorded, Result};
 use crate::clock::PgTimestamp;
 use crate::decode::wal2json::{self, Numbers};
 use crate::decode::{Plugin, test_decoding};
-use crate::id::{QualifiedName, quote_ident};
+use crate::id::quote_ident;
 use crate::limit::SILENCE;
 use crate::lsn::Lsn;
 use crate::pg;
@@ -22,6 +21,10 @@ pub struct StreamOptions {
     pub publication: String,
     /// The target's durable progress: the exclusive end of what it has. The stream starts here.
     pub start_lsn: Lsn,
+    /// What the slot may be told from the beginning: not beyond what is durable. The same, but
+    /// where a spool that is not durable to its end is gone on with. A pull asks the watch of
+    /// durable positions only.
+    pub confirmed_lsn: Lsn,
     /// Server and slot as recorded when the slot was made; checked before anything is read.
     pub recorded: Recorded,
     /// Ask the server (14 and on) for messages of `pg_logical_emit_message`.
@@ -38,7 +41,7 @@ pub struct StreamOptions {
     pub silence: Duration,
     /// The tables that take part, for decoders that read every table of the database: their changes
     /// and those of their partitions are read, all others passed over.
-    pub followed: Arc<HashSet<QualifiedName>>,
+    pub followed: Arc<Followed>,
     /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL: without
     /// that promise, each NULL in a column of a number's type is an error there.
     pub plain_numbers: bool,
@@ -55,6 +58,7 @@ impl StreamOptions {
             slot: slot.to_string(),
             publication: publication.to_string(),
             start_lsn,
+            confirmed_lsn: start_lsn,
             recorded,
             messages: true,
             skip_origins: Vec::new(),
@@ -91,6 +95,13 @@ impl Spoken {
             Numbers::Ambiguous if options.plain_numbers => Numbers::Plain,
             numbers => numbers,
         }
+    }
+
+    /// Refuses wal2json 1: what the other direction wrote would come back, as it tells no origins,
+    /// and a TRUNCATE would pass without a trace.
+    pub fn admit(&self, slot: &str) -> Result<()> {
+        let lacking = self.plugin == Plugin::Wal2json && !self.wal2json.tells_truncate();
+        if lacking { Err(Error::OldWal2json { slot: slot.to_string() }) } else { Ok(()) }
     }
 
     /// True if the refusal is of an option that an older version does not know: then it is taken to
@@ -166,4 +177,20 @@ fn pgoutput(major: u32, options: &StreamOptions) -> Vec<(&'static str, String)> 
         wanted.push(("messages", "true".to_string()));
     }
     wanted
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wal2json_without_origins_and_truncate_is_refused() {
+        let spoken = |plugin, wal2json| Spoken { plugin, wal2json }.admit("s");
+        for newer in [wal2json::Plugin::V2, wal2json::Plugin::V2_3, wal2json::Plugin::V2_6] {
+            assert!(spoken(Plugin::Wal2json, newer).is_ok(), "{newer:?}");
+        }
+        let refused = spoken(Plugin::Wal2json, wal2json::Plugin::V1).unwrap_err().to_string();
+        assert!(refused.contains("2.0") && refused.contains("--decoder"), "{refused}");
+        assert!(spoken(Plugin::TestDecoding, wal2json::Plugin::V1).is_ok());
+    }
 }

@@ -49,6 +49,17 @@ impl Peeks {
         )
     }
 
+    /// Which transactions the slot has up to `upto_lsn`: id and exclusive end, in no order. (There
+    /// is no max(pg_lsn) before 13.)
+    pub fn commits(&self, upto_lsn: Lsn) -> String {
+        let Peeks { slot, binary, options, .. } = self;
+        format!(
+            "select distinct on (xid::text) xid, lsn \
+             from pg_catalog.pg_logical_slot_peek_{binary}changes(\
+             {slot}, '{upto_lsn}', null, {options}) order by xid::text, lsn desc"
+        )
+    }
+
     /// Makes `lsn` the slot's confirmed position. It must be the end of a record on 10, where the
     /// slot is advanced by reading it: the server stops after the first record that ends at or
     /// after the position, and confirms that record's end.

@@ -110,6 +110,18 @@ pub async fn missing(
     Ok(wanted.difference(&present).cloned().collect())
 }
 
+/// True if there is such a publication, and it covers `tables`.
+///
+/// Errors: `TablesMissing`, `Unlogged`.
+pub async fn covers(
+    session: &mut Session,
+    publication: &str,
+    tables: &[QualifiedName],
+) -> Result<bool> {
+    Ok(flags(session, publication).await?.is_some()
+        && missing(session, publication, tables).await?.is_empty())
+}
+
 /// Drops the publication; `false` if there was none, or an administrator made it, whose it stays.
 pub async fn drop(session: &mut Session, publication: &str) -> Result<bool> {
     let sql = format!(

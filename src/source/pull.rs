@@ -69,8 +69,11 @@ pub struct Pull {
 
 impl Pull {
     /// Connects, checks that server and slot are the recorded ones and not beyond `start_lsn`,
-    /// takes the slot from a backend that an earlier runner of ours left, and advances it to
-    /// `start_lsn`, which is durable on the target.
+    /// and takes the slot from a backend that an earlier runner of ours left.
+    ///
+    /// A slot behind `start_lsn` gives again what is between, which is passed over; one of
+    /// test_decoding must not be behind it once [`Pull::run`] has told it what is durable: its
+    /// transactions are not known again.
     ///
     /// Errors of law 4 are `Stop`; a slot in use and a lost connection are `Retry`.
     pub async fn open(config: &Config, options: StreamOptions) -> Result<Pull> {
@@ -100,6 +103,7 @@ impl Pull {
                 Err(error) => return Err(error.into()),
             }
         };
+        spoken.admit(name)?;
         let confirmed_lsn = status.confirmed_flush_lsn.unwrap_or(Lsn::ZERO);
         Ok(Pull { config: config.clone(), session, options, spoken, peeks, confirmed_lsn })
     }

@@ -71,6 +71,11 @@ pub async fn begin_with_snapshot(session: &mut Session, name: &str) -> Result<Sn
             _ => Err(error.into()),
         };
     }
+    current(session).await
+}
+
+/// What a statement begun now would see. On a primary only: on a standby `xip` is empty.
+pub async fn current(session: &mut Session) -> Result<Snapshot> {
     let current = current_snapshot_sql(session);
     Ok(one(session, current).await?.parse(0)?)
 }

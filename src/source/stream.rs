@@ -62,6 +62,7 @@ impl Stream {
                 started => break started,
             }
         };
+        spoken.admit(name)?;
         match started {
             Ok(()) => Ok(Stream { config: config.clone(), session, options, spoken, interval }),
             Err(error) if error.code() == Some("55006") => Err(Error::SlotInUse {
@@ -88,9 +89,13 @@ impl Stream {
         stop: watch::Receiver<bool>,
     ) -> Result<End> {
         let start_lsn = self.options.start_lsn;
+        let confirmed_lsn = self.options.confirmed_lsn;
+        let mut pace = Pace::new(durable, stop, start_lsn, self.interval, self.options.silence);
+        pace.confirmed_lsn = confirmed_lsn;
+        let intake = Intake::new(&self.config, self.spoken, &self.options, false, sink, positions);
         let mut reader = Reader {
-            pace: Pace::new(durable, stop, start_lsn, self.interval, self.options.silence),
-            intake: Intake::new(&self.config, self.spoken, &self.options, false, sink, positions),
+            pace,
+            intake,
             session: self.session,
             options: self.options,
             config: self.config,

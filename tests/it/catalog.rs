@@ -21,6 +21,7 @@ async fn tables_tell_their_keys_columns_and_partitions() {
              create table public.b (x int not null unique, y int unique); \
              create table public.full_one (x int); alter table public.full_one replica identity full; \
              create table \"S x\".\"T.y\" (id bigint generated always as identity primary key); \
+             create table public.late (k int primary key deferrable); \
              create table public.p (k int primary key) partition by range (k); \
              create table public.p1 partition of public.p for values from (0) to (10); \
              create sequence public.s increment -2 cache 5; select nextval('public.s');",
@@ -29,10 +30,12 @@ async fn tables_tell_their_keys_columns_and_partitions() {
         .unwrap();
     let tables = tables(&mut session, &Selection::default()).await.unwrap();
     let find = |name: &str| tables.iter().find(|t| t.name.name == name).unwrap();
-    assert_eq!(tables.len(), 6);
+    assert_eq!(tables.len(), 7);
     let b = find("b");
     assert_eq!(b.key, ["x"]);
     assert!(b.identity_columns.is_empty() && !b.is_identified());
+    // A deferrable key is no identity, though it is the primary key.
+    assert!(find("late").identity_columns.is_empty() && !find("late").is_identified());
     assert_eq!(find("full_one").identity, ReplicaIdentity::Full);
     assert!(find("T.y").columns[0].identity_always);
     assert_eq!(find("p").kind, TableKind::Partitioned);

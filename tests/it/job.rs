@@ -5,14 +5,14 @@ use std::time::Duration;
 use walferry::demo::compare::compare;
 use walferry::demo::ledger;
 use walferry::demo::server::StopMode;
-use walferry::demo::writer::{Options, Report, Writer, broken_invariants, create_schema};
+use walferry::demo::writer::{Options, Report, Writer, broken_invariants, create_schema_for};
 
 use crate::support::job::{Ends, conserved};
 
 /// Both servers, the data, and a writer on the source.
 async fn moving(majors: (u32, u32), rate: f64) -> (Ends, Writer) {
     let ends = Ends::start(majors.0, majors.1);
-    create_schema(&ends.source_uri(), 1).await.unwrap();
+    create_schema_for(&ends.source_uri(), 1, majors.1).await.unwrap();
     let writer = writer(&ends.source_uri(), rate, 1).await;
     (ends, writer)
 }
@@ -23,8 +23,8 @@ pub async fn writer(uri: &str, rate: f64, first_writer: i32) -> Writer {
 }
 
 /// Both sides are the same row by row, the application's own promises hold, and each acknowledged
-/// transaction is there once.
-pub async fn assert_exact(ends: &Ends, reports: &[&Report]) {
+/// transaction is there once. Gives the number of rows compared.
+pub async fn assert_exact(ends: &Ends, reports: &[&Report]) -> u64 {
     let comparison = compare(&ends.source_uri(), &ends.target_uri()).await.unwrap();
     // Sequences are set at a flip; until then, and after one, the idle side's are behind.
     let rows = comparison.differences.iter().filter(|line| !line.starts_with("sequence "));
@@ -37,6 +37,7 @@ pub async fn assert_exact(ends: &Ends, reports: &[&Report]) {
             assert!(check.is_exact(), "{check:?}");
         }
     }
+    comparison.rows()
 }
 
 /// No sequence of `live` gives a value that `old` has given.
@@ -46,15 +47,35 @@ pub async fn sequences_are_past(old: &str, live: &str) {
     assert_eq!(behind.collect::<Vec<_>>(), Vec::<&String>::new());
 }
 
-async fn there_and_back(majors: (u32, u32)) {
-    let (ends, first) = moving(majors, 200.0).await;
-    let before = ends.inventories().await;
-    ends.done(&["check"]).await;
-    let mut run = ends.spawn(&["run"]);
-    ends.until_phase(&mut run, "following").await;
-    ends.done(&["verify"]).await;
+/// What a whole job has shown.
+#[derive(Debug)]
+pub struct Figures {
+    /// Rows compared, those of one side counted.
+    pub rows: u64,
+    /// Transactions committed, on either side.
+    pub transactions: u64,
+}
 
-    let outcome = ends.done(&["cutover", "--json"]).await.json();
+/// The whole job between servers of two major versions, everything that a user may want of it.
+/// `how`: options of every command, such as the decoder.
+pub async fn there_and_back(majors: (u32, u32), how: &[&str]) -> Figures {
+    let (ends, first) = moving(majors, 200.0).await;
+    let with = |command: &[&'static str]| -> Vec<String> {
+        command.iter().chain(how).map(|word| word.to_string()).collect()
+    };
+    let done = async |command: &[&'static str]| {
+        let words = with(command);
+        ends.done(&words.iter().map(String::as_str).collect::<Vec<_>>()).await
+    };
+    let before = ends.inventories().await;
+    done(&["check"]).await;
+    let words = with(&["run"]);
+    let mut run = ends.spawn(&words.iter().map(String::as_str).collect::<Vec<_>>());
+    ends.until_phase(&mut run, "following").await;
+    done(&["verify"]).await;
+
+    // A machine at work on much else is no reason to refuse here.
+    let outcome = done(&["cutover", "--json", "--max-lag", "10s"]).await.json();
     assert!(outcome["fenced_ms"].as_f64().unwrap() < 5000.0, "{outcome}");
     assert_ne!(outcome["switched_lsn"], "0/0");
     let first = first.stop().await;
@@ -66,33 +87,34 @@ async fn there_and_back(majors: (u32, u32)) {
 
     let second = writer(&ends.target_uri(), 200.0, 100).await;
     assert!(second.committed_more(100).await, "the writer is stuck");
-    ends.done(&["verify"]).await;
-    ends.done(&["rollback"]).await;
+    done(&["verify"]).await;
+    done(&["rollback", "--max-lag", "10s"]).await;
     let second = second.stop().await;
     assert!(second.committed > 100);
-    ends.done(&["verify"]).await;
-    assert_exact(&ends, &[&first, &second]).await;
+    done(&["verify"]).await;
+    let rows = assert_exact(&ends, &[&first, &second]).await;
     sequences_are_past(&ends.target_uri(), &ends.source_uri()).await;
     let status = ends.status().await;
     assert_eq!(status["phase"], "rolled_back");
     conserved(&status["tables"]);
     conserved(&status["reverse"]["tables"]);
 
-    ends.done(&["finish"]).await;
+    done(&["finish"]).await;
     run.ended().await.expect_success();
     let after = ends.inventories().await;
     assert_eq!(before.0.diff(&after.0), Vec::<String>::new());
     assert_eq!(before.1.leftovers(&after.1), Vec::<String>::new());
+    Figures { rows, transactions: first.committed + second.committed }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_moves_under_a_writer_switches_and_comes_back() {
-    there_and_back((15, 15)).await;
+    there_and_back((15, 15), &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_moves_from_14_to_17_and_comes_back() {
-    there_and_back((14, 17)).await;
+    there_and_back((14, 17), &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

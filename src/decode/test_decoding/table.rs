@@ -31,8 +31,6 @@ pub(super) struct Table {
     /// Described for the very message that comes next: what does not fit now is not mended by
     /// asking again.
     pub fresh: bool,
-    /// The decoder's count of possible catalog changes when it was described.
-    pub epoch: u64,
 }
 
 /// A printed column.
@@ -64,7 +62,7 @@ enum Part {
 
 impl Table {
     /// From a description; `before` is what was known of the table until now.
-    pub fn new(described: Described, before: Option<&Table>, epoch: u64) -> Table {
+    pub fn new(described: Described, before: Option<&Table>) -> Table {
         let full = described.identity == ReplicaIdentity::Full;
         let slots = described.columns.iter().map(|column| Slot {
             column: Column {
@@ -80,7 +78,7 @@ impl Table {
         let slots = slots.collect();
         let relation = described.relation();
         let relation = described::shared(before.map(|table| &table.relation), relation);
-        Table { described, relation, slots, fresh: true, epoch }
+        Table { described, relation, slots, fresh: true }
     }
 
     pub fn relation(&self) -> &Arc<Relation> {

@@ -82,6 +82,7 @@ impl Decoder {
             return Err(Wrong { what, left: 0 }.into());
         };
         let open = Open { end_lsn, time: fields.commit_time()? };
+        self.wrote = false;
         self.open = Some(open);
         let Commit { commit_lsn, commit_time, .. } = open.commit();
         let origin = self.origin(fields.origin);
@@ -92,7 +93,10 @@ impl Decoder {
         reader.expect(b'}', "the end of a transaction")?;
         reader.end()?;
         match self.open.take() {
-            Some(open) => Ok(Step::Event(Event::Commit(open.commit()))),
+            Some(open) => {
+                self.committed();
+                Ok(Step::Event(Event::Commit(open.commit())))
+            }
             None => Err(Wrong { what: "the head of a transaction before its end", left: 0 }.into()),
         }
     }

@@ -6,9 +6,10 @@
 //! a change, a tail. Which of the two a message is shows in its first bytes.
 //!
 //! What the plugin does not say, and where it comes from instead:
-//! - a table's whole list of columns, its order and its key: the catalog ([`Step::Describe`]). A
-//!   message that does not fit asks again; one that does not fit the catalog either was written
-//!   before an ALTER TABLE, and its own word is taken;
+//! - a table's whole list of columns, its order and its key: the catalog ([`Step::Describe`]),
+//!   asked again after each empty transaction, as DDL leaves one (DDL in one transaction with rows
+//!   is not noticed by itself). A message that does not fit asks again too; one that does not fit
+//!   the catalog either was written before an ALTER TABLE, and its own word is taken;
 //! - unchanged TOAST values: columns of the table that an UPDATE leaves out;
 //! - whether an UPDATE changed the key: `identity` is always there, so it is compared;
 //! - the commit's position in format 1: the byte before its end, which is all that is given.
@@ -72,6 +73,8 @@ pub struct Decoder {
     truncated: Option<Truncated>,
     /// Format 1: the transaction whose head has come.
     open: Option<first::Open>,
+    /// A change came since the last transaction began.
+    wrote: bool,
     scratch: Scratch,
 }
 
@@ -121,6 +124,7 @@ impl Decoder {
             origins: HashMap::new(),
             truncated: None,
             open: None,
+            wrote: false,
             scratch: Scratch::default(),
         }
     }
@@ -128,16 +132,13 @@ impl Decoder {
     /// What [`Step::Describe`] asked for: the table as the catalog has it now.
     pub fn describe(&mut self, described: Described) {
         let name = described.name.clone();
-        let known = self.tables.get_mut(name.schema.as_bytes(), name.name.as_bytes());
-        let relation = match known {
-            Some(Known::Table(table)) => Some(table.relation.clone()),
-            _ => None,
-        };
-        self.tables.describe(&name, Table::new(described, relation.as_ref()));
+        let relation = self.tables.last(&name).map(|table| &table.relation);
+        let table = Table::new(described, relation);
+        self.tables.describe(&name, table);
     }
 
-    /// The other answer: the table takes no part in the job, or is gone. Its changes are passed
-    /// over without a word.
+    /// The other answer: the table takes no part in the job. Its changes are passed over without a
+    /// word, until it is asked for again.
     pub fn ignore(&mut self, table: &QualifiedName) {
         self.tables.ignore(table);
     }
@@ -181,13 +182,24 @@ impl Decoder {
         }
         match action {
             Action::Begin => {
+                self.wrote = false;
                 let origin = self.origin(fields.origin);
                 fields.begin(origin).map(|begin| Step::Event(Event::Begin(begin)))
             }
-            Action::Commit => fields.commit(lsn).map(|commit| Step::Event(Event::Commit(commit))),
+            Action::Commit => {
+                self.committed();
+                fields.commit(lsn).map(|commit| Step::Event(Event::Commit(commit)))
+            }
             Action::Message => fields.message(lsn),
             Action::Insert | Action::Update | Action::Delete => self.change(action, &fields, lsn),
             Action::Truncate => Ok(Step::Nothing),
+        }
+    }
+
+    /// DDL leaves an empty transaction.
+    fn committed(&mut self) {
+        if !self.wrote {
+            self.tables.outdate();
         }
     }
 
@@ -206,6 +218,7 @@ impl Decoder {
     /// One table of a TRUNCATE. The statement's tables come one by one with the same position, and
     /// must be emptied by one statement again, or foreign keys among them forbid it.
     fn truncate(&mut self, fields: &Fields<'_>, lsn: Lsn) -> Outcome<Step> {
+        self.wrote = true;
         let other = |held: &Truncated| held.lsn != fields.lsn;
         if self.truncated.as_ref().is_some_and(other)
             && let Some(step) = self.truncated()
@@ -238,6 +251,7 @@ impl Decoder {
         rows: Rows<'_>,
         lsn: Lsn,
     ) -> Outcome<Step> {
+        self.wrote = true;
         let Scratch { new, old, schema, name } = &mut self.scratch;
         let (schema, name) = names(schema, name, fields)?;
         let table = match self.tables.get_mut(schema, name) {

@@ -9,9 +9,11 @@ use crate::cutover::canary;
 use crate::id::{QualifiedName, Stream, quote_ident, quote_literal};
 use crate::pg;
 
-use super::super::ability;
+use super::super::{ability, admit, reading};
 use super::end::End;
-use super::{Check, Finding};
+use super::finding::some;
+use super::{Check, Finding, Side};
+use crate::catalog::Table;
 
 /// How a role that owns nothing stands with the source's tables.
 pub(super) struct Given {
@@ -63,10 +65,65 @@ impl Check<'_> {
         if self.options.reverse {
             findings.extend(self.writable().await?);
         }
-        let message = "its seal is a trigger, which only owners of the tables can open again: give \
-             cutover a route that holds clients, and --fence none";
-        findings.push(Finding::warning(self.source.side, "fence-lock", "--fence lock", message));
+        findings.push(no_lock(self.source.side));
         Ok(findings)
+    }
+
+    /// True if the source will be read by a decoder that needs no publication, so that SELECT and
+    /// slots are all that following takes.
+    pub(super) async fn reads_text(&self) -> bool {
+        let rows = |table: &&Table| self.options.selection.has_rows(&table.name) && !table.unlogged;
+        let tables: Vec<_> = self.tables.iter().filter(rows).map(|t| t.name.clone()).collect();
+        let (side, job, wanted) = (&self.source.config, &self.options.job, &self.options.wanted);
+        let decoder = reading::choose_decoder(side, job, Stream::Forward, &tables, wanted).await;
+        decoder.is_ok_and(|(decoder, _)| decoder.is_textual())
+    }
+
+    /// What the way back takes of a source that is followed without: no errors, as arming it looks
+    /// again.
+    pub(super) async fn way_back(
+        &mut self,
+        not_owned: Vec<Finding>,
+        given: &Given,
+    ) -> pg::Result<Vec<Finding>> {
+        let mut findings = Vec::new();
+        if !self.options.reverse {
+            return Ok(findings);
+        }
+        let (side, role) = (self.source.side, self.source.facts.role.clone());
+        if !admit::may_have_tables(&mut self.source.session).await? {
+            let message = "its place on this side is schema walferry, which the role may not make: \
+                 a cutover will be refused";
+            let object = format!("role {role}");
+            let finding = Finding::warning(side, "schema-right", object, message);
+            findings.push(finding.fix(admit::schema_grant(&role)));
+        }
+        if not_owned.is_empty() {
+            return Ok(findings);
+        }
+        if !given.acting.is_empty() {
+            findings.push(self.acting(not_owned, given));
+        }
+        findings.extend(self.writable().await?);
+        findings.push(no_lock(side));
+        Ok(findings)
+    }
+
+    /// Triggers and the like of others' tables.
+    fn acting(&self, not_owned: Vec<Finding>, given: &Given) -> Finding {
+        let message = format!(
+            "what acts on rows of {} would act on what the way back writes there, and only their \
+             owner can set it aside: a cutover will fail. (A job keeps to what it found when it \
+             was made, so before `walferry run`.)",
+            some(&given.acting)
+        );
+        let role = quote_ident(&self.source.facts.role);
+        let fix = match self.source.major_version() {
+            0..15 => not_owned.into_iter().filter_map(|f| f.fix).collect::<Vec<_>>().join("\n"),
+            _ => format!("GRANT SET ON PARAMETER session_replication_role TO {role};"),
+        };
+        let object = format!("role {}", self.source.facts.role);
+        Finding::warning(self.source.side, "acting-right", object, message).fix(fix)
     }
 
     fn publication(&self, given: &Given) -> Finding {
@@ -117,6 +174,12 @@ impl Check<'_> {
         let finding = Finding::warning(self.source.side, "write-right", object, message);
         Ok(Some(finding.fix(grants.join("\n"))))
     }
+}
+
+fn no_lock(side: Side) -> Finding {
+    let message = "its seal is a trigger, which only owners of the tables can open again: give \
+         cutover a route that holds clients, and --fence none";
+    Finding::warning(side, "fence-lock", "--fence lock", message)
 }
 
 async fn may_be_replica(end: &mut End) -> pg::Result<bool> {

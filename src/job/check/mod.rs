@@ -20,6 +20,7 @@ mod finding;
 mod given;
 mod identity;
 mod objects;
+mod older;
 mod reading;
 mod rights;
 mod server;
@@ -120,6 +121,7 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.tables().await?;
     check.identities().await?;
     check.objects().await?;
+    check.older().await?;
     check.target().await?;
     check.tools().await;
     check.traffic(start).await?;

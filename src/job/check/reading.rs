@@ -1,7 +1,7 @@
 //! By which decoder and transport each side would be read, and why.
 
 use crate::catalog::Table;
-use crate::id::QualifiedName;
+use crate::id::{QualifiedName, Stream};
 use crate::pg::{self, Config};
 
 use super::super::Error;
@@ -35,7 +35,9 @@ impl Check<'_> {
         tables: &[QualifiedName],
         wanted: Wanted,
     ) -> pg::Result<()> {
-        let chosen = match choose(config, tables, &wanted).await {
+        let stream = if side == Side::Source { Stream::Forward } else { Stream::Reverse };
+        let job = self.options.job.clone();
+        let chosen = match choose(config, &job, stream, tables, &wanted).await {
             Ok(chosen) => chosen,
             Err(Error::Pg(error)) if error.is_closed() => return Err(error),
             // Who may not replicate has been told so; all else follows from it.
@@ -60,7 +62,8 @@ impl Check<'_> {
     /// A pull needs no replication connection.
     fn forgive(&mut self, side: Side) {
         for finding in &mut self.findings {
-            if finding.side == side && finding.code == "replication-connection" {
+            let walsender = ["replication-connection", "no-free-wal-sender"];
+            if finding.side == side && walsender.contains(&finding.code) {
                 finding.level = Level::Info;
             }
         }

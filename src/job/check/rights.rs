@@ -81,6 +81,10 @@ impl Check<'_> {
         let oids = if oids.is_empty() { "null" } else { oids };
         let (not_owned, mut findings) = tables(&mut self.source, oids, reverse).await?;
         let given = self.given(oids).await?;
+        if self.reads_text().await {
+            findings.extend(self.way_back(not_owned, &given).await?);
+            return Ok(findings);
+        }
         // Only their owners can set aside what would act on the way back's rows.
         let owns = not_owned.is_empty();
         if owns || !given.acting.is_empty() {
@@ -180,9 +184,10 @@ async fn replica_role(end: &mut End) -> pg::Result<Option<Finding>> {
     // So that they do not act on applied changes.
     let how = match end.side {
         Side::Source => {
-            "from the cutover on, and for as long as it is the old side, its triggers and rules \
-             are disabled and its foreign keys dropped; rollback and finish bring them back as \
-             they were"
+            "from the cutover on, and for as long as it is the old side, triggers and rules of \
+             tables that the role owns are disabled and their foreign keys dropped; rollback and \
+             finish bring them back as they were. Those of other owners' tables it cannot set \
+             aside, and then leads no way back to them"
         }
         _ => "triggers, rules and foreign keys are made there in the cutover only",
     };

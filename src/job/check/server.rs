@@ -33,6 +33,7 @@ impl Check<'_> {
             let room = capacity(end, self.options).into_iter();
             self.findings.extend(room.filter(|f| !begun || f.code == "wal-level"));
             self.findings.extend(timeouts(end));
+            self.findings.extend(truncate(end, self.options.reverse));
             if end.facts.in_recovery {
                 let message = "is a standby: connect to the primary (add \
                      target_session_attrs=read-write to the connection string to find it)";
@@ -75,8 +76,8 @@ impl Check<'_> {
                 "target-older",
                 format!("PostgreSQL {}", versions.1),
                 format!(
-                    "the target is older than the source (PostgreSQL {}): what is new there fails \
-                     when the schema is made",
+                    "the target is older than the source (PostgreSQL {}): what is known to be new \
+                     there is listed as too-new or left-out",
                     versions.0
                 ),
             ));
@@ -95,6 +96,24 @@ fn version(end: &End) -> Option<Finding> {
         let message = format!("is newer than {}, the newest this was tested with", VERSIONS.1);
         Finding::warning(end.side, "version-untested", name, message)
     })
+}
+
+/// Logical decoding leaves TRUNCATE out before 11, whichever plugin prints it.
+fn truncate(end: &End, reverse: bool) -> Option<Finding> {
+    let decodes = end.side == Side::Source || reverse;
+    if end.major_version() >= 11 || !decodes {
+        return None;
+    }
+    let (when, other) = match end.side {
+        Side::Target => ("here after the cutover", "source"),
+        _ => ("while the job runs", "target"),
+    };
+    let message = format!(
+        "is not decoded by PostgreSQL {}: rows that it removes {when} stay on the {other}, and no \
+         one is told. Use DELETE instead; `walferry verify` names the rows of one that happened",
+        end.major_version()
+    );
+    Some(Finding::warning(end.side, "truncate-not-decoded", "TRUNCATE", message))
 }
 
 /// What the server has room for. The target needs all of it too once there is a way back.

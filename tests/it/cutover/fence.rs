@@ -131,3 +131,36 @@ async fn maintenance_delays_the_cutover_and_readers_are_not_disturbed() {
     reader.execute("commit").await.unwrap();
     stage.end().await;
 }
+
+/// Holding clients and locking tables have their time each.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hook_that_takes_longer_than_the_lock_timeout_leaves_time_for_locks() {
+    let stage = Stage::start().await;
+    let route = "hook:if [ $WALFERRY_PHASE = hold ]; then sleep 0.3; fi";
+    stage.ends.done(&["cutover", "--timeout", "5s", "--route", route]).await;
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cutover_that_nothing_would_stop_writers_for_is_refused() {
+    let stage = Stage::start().await;
+    let ended = stage.ends.walferry(&["cutover", "--fence", "none"]).await;
+    assert!(ended.code != Some(0) && ended.err.contains("add --route"), "{ended:?}");
+    assert_eq!(stage.phase().await, "following");
+    stage.end().await;
+}
+
+/// A pooler may be paused meanwhile: another job at the same notes must not be waited for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_only_fence_does_not_wait_for_another_job_for_ever() {
+    let stage = Stage::start().await;
+    let mut other = session(&stage.ends.source_uri()).await;
+    other.execute("begin; lock table walferry.read_only in exclusive mode").await.unwrap();
+    let cutover = stage.ends.walferry(&["cutover", "--fence", "read-only", "--timeout", "1s"]);
+    let ended = tokio::time::timeout(Duration::from_secs(60), cutover).await.expect("it hangs");
+    assert!(ended.err.contains("could not stop writers"), "{ended:?}");
+    assert_eq!(stage.phase().await, "following");
+    other.execute("rollback").await.unwrap();
+    stage.ends.done(&["cutover", "--fence", "read-only"]).await;
+    stage.end().await;
+}

@@ -275,3 +275,40 @@ async fn a_run_that_is_stopped_during_a_cutover_undoes_it_first() {
     assert_eq!(seen.errors, Vec::<String>::new());
     assert_all_there(&ends.target, &seen, 0);
 }
+
+/// The seal is that of an earlier flip, whatever the fence of this one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rollback_without_a_fence_that_fails_leaves_the_old_side_shut() {
+    let stage = Stage::start().await;
+    stage.ends.done(&["cutover"]).await;
+    let route = "hook:[ $WALFERRY_PHASE != switch ]";
+    let ended = stage.ends.walferry(&["rollback", "--fence", "none", "--route", route]).await;
+    assert!(ended.err.contains("in phase switch"), "{ended:?}");
+    let refused = stage.ends.source.psql("app", "insert into public.t values (1, 'stray')");
+    assert!(refused.unwrap_err().to_string().contains("this database has moved"));
+    stage.end().await;
+}
+
+/// One hook lets clients through, the next fails: what they wrote comes home, with its numbers.
+#[tokio::test(flavor = "multi_thread")]
+async fn numbers_of_rows_that_came_home_are_not_given_again() {
+    let ends = Ends::start(15, 15);
+    let table = "create table public.ident (id int generated always as identity \
+        primary key, v int); \
+        insert into public.ident (v) select 1 from generate_series(1, 10)";
+    ends.source.psql("app", table).unwrap();
+    let stage = Stage::of(ends).await;
+    let hook = Hook::new(&stage, None);
+    let sql = "insert into public.ident (v) select 2 from generate_series(1, 5)";
+    let psql = "/usr/lib/postgresql/15/bin/psql";
+    let uri = stage.ends.target_uri();
+    hook.on("switch", &format!("{psql} -X '{uri}' -c '{sql}' && exit 1\nexit 3\n"));
+    let ended = stage.ends.walferry(&["cutover", "--route", &hook.route()]).await;
+    assert!(ended.err.contains("exit status: 1"), "{ended:?}");
+    let came = "select max(id) from public.ident where v = 2";
+    let last: i64 = stage.ends.source.psql("app", came).unwrap().parse().unwrap();
+    let next = "select nextval('public.ident_id_seq')";
+    let next: i64 = stage.ends.source.psql("app", next).unwrap().parse().unwrap();
+    assert!(next > last, "the source gives {next}, and {last} is in use");
+    stage.end().await;
+}

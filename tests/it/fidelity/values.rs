@@ -78,6 +78,22 @@ async fn types_that_users_made_find_their_rows_without_a_key() {
     .await;
 }
 
+/// `row(null) is null`, yet it is a value. PostgreSQL's regression suite has both (test_tbl3).
+#[tokio::test(flavor = "multi_thread")]
+async fn null_and_a_composite_of_nulls_are_told_apart_without_a_key() {
+    told(
+        "null_composites",
+        "create type pair as (a int, b text); \
+         create table t (c pair); alter table t replica identity full; \
+         insert into t values (row(null, null)), (null), (row(null, null)), (null), \
+             (row(null, null)), (null), (row(1, null))",
+        "delete from t where ctid = '(0,2)'; delete from t where ctid = '(0,3)'; \
+         update t set c = row(2, 'x') where ctid = '(0,4)'",
+        "update t set c = row(3, 'y') where ctid = '(0,1)'; delete from t where ctid = '(0,6)'",
+    )
+    .await;
+}
+
 /// Padding, lengths, precisions: what a modifier did to a value is done.
 #[tokio::test(flavor = "multi_thread")]
 async fn modifiers_and_padding_are_kept() {

@@ -34,7 +34,8 @@ async fn missing_rights_and_wrong_passwords_leave_both_sides_untouched() {
     let mover = (ends.source.uri_as("mover", "app"), ends.target.uri_as("mover", "app"));
     let texts = ["ALTER ROLE \"mover\" REPLICATION", "walferry check"];
     refused_untouched(&ends, &mover.0, &ends.target_uri(), &texts).await;
-    let texts = ["GRANT CREATE ON DATABASE", "pg_replication_origin_session_setup"];
+    // Origins are no must any more: without them a marker tells whose a transaction is.
+    let texts = ["GRANT CREATE ON DATABASE", "ALTER ROLE \"mover\" REPLICATION"];
     refused_untouched(&ends, &ends.source_uri(), &mover.1, &texts).await;
 
     let wrong = ends.source.uri_as("checked:wr0ng", "app");

@@ -12,8 +12,10 @@ use crate::support::job::route_of;
 #[tokio::test(flavor = "multi_thread")]
 async fn a_role_that_owns_nothing_moves_a_database_with_what_check_prints() {
     let ends = roles::managed((15, 15)).await;
-    let mut needed = roles::printed(&ends, &["error"], &[]).await;
-    needed.extend(roles::printed(&ends, &["warning"], &["write-right"]).await);
+    // Without being asked for pgoutput, check chooses a decoder that needs no publication.
+    let asked = ["--decoder", "pgoutput"];
+    let mut needed = roles::printed_by(&ends, &asked, &["error"], &[]).await;
+    needed.extend(roles::printed_by(&ends, &asked, &["warning"], &["write-right"]).await);
     let sql: Vec<&str> = needed.iter().map(|(_, fix)| fix.as_str()).collect();
     let sql = sql.join("\n");
     assert!(needed.iter().all(|(side, _)| side == "source"), "{needed:?}");
@@ -67,14 +69,15 @@ async fn a_role_that_owns_nothing_moves_a_database_with_what_check_prints() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_role_with_select_alone_follows_and_is_told_what_a_cutover_needs() {
     let ends = roles::managed((15, 15)).await;
-    let needed = roles::printed(&ends, &["error"], &["publication-right"]).await;
+    let asked = ["--decoder", "pgoutput"];
+    let needed = roles::printed_by(&ends, &asked, &["error"], &["publication-right"]).await;
     assert_eq!(needed.len(), 1);
     roles::grant(&ends, &needed);
     let first = writer(&ends.source.uri_as("owner", "app"), 100.0, 1).await;
     let mut run = ends.spawn(&["run", "--no-owner"]);
     ends.until_phase(&mut run, "following").await;
     ends.done(&["verify"]).await;
-    let refused = ends.walferry(&["cutover", "--fence", "none"]).await;
+    let refused = ends.walferry(&["cutover", "--fence", "none", "--route", "hook:true"]).await;
     assert_eq!(refused.code, Some(1));
     let grant = "GRANT INSERT, UPDATE, DELETE, TRUNCATE ON bank.accounts TO mover;";
     assert!(refused.err.contains(grant), "{refused:?}");

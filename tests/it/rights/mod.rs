@@ -3,6 +3,7 @@
 mod aside;
 mod managed;
 mod roles;
+mod textual;
 
 use walferry::demo::writer::Writer;
 

@@ -3,6 +3,7 @@
 use serde_json::Value;
 use walferry::demo::server::Server;
 use walferry::demo::writer::create_schema;
+use walferry::pg::{Config, Purpose, Session};
 
 use crate::support::job::Ends;
 
@@ -35,7 +36,12 @@ pub async fn owner_of(majors: (u32, u32), sql: &str) -> Ends {
 /// the target owner of the database, with REPLICATION. No foreign keys and triggers on the source:
 /// who neither owns its tables nor may set the replica role cannot lead a way back to those.
 pub async fn managed(majors: (u32, u32)) -> Ends {
-    let ends = ends(majors);
+    managed_of(Ends::start(majors.0, majors.1)).await
+}
+
+/// The same on servers that run already.
+pub async fn managed_of(ends: Ends) -> Ends {
+    let ends = with_role(ends);
     let may = |may: &str| ends.source.psql("app", may).unwrap();
     may("create role owner login; grant create on database app to owner");
     create_schema(&ends.source.uri_as("owner", "app"), 1).await.unwrap();
@@ -54,7 +60,10 @@ pub async fn managed(majors: (u32, u32)) -> Ends {
 }
 
 fn ends(majors: (u32, u32)) -> Ends {
-    let mut ends = Ends::start(majors.0, majors.1);
+    with_role(Ends::start(majors.0, majors.1))
+}
+
+fn with_role(mut ends: Ends) -> Ends {
     let make = format!("create role {ROLE} login replication");
     for server in [&ends.source, &ends.target] {
         server.psql("postgres", &make).unwrap();
@@ -67,7 +76,17 @@ fn ends(majors: (u32, u32)) -> Ends {
 
 /// What `check` prints as mending findings of these levels (and, if any, codes), by side.
 pub async fn printed(ends: &Ends, levels: &[&str], codes: &[&str]) -> Vec<(String, String)> {
-    let report = ends.walferry(&["check", "--json"]).await.json();
+    printed_by(ends, &[], levels, codes).await
+}
+
+/// The same of a check that is asked for more.
+pub async fn printed_by(
+    ends: &Ends,
+    asked: &[&str],
+    levels: &[&str],
+    codes: &[&str],
+) -> Vec<(String, String)> {
+    let report = ends.walferry(&[&["check", "--json"], asked].concat()).await.json();
     let findings = report["findings"].as_array().unwrap().clone();
     let text = |finding: &Value, key: &str| finding[key].as_str().unwrap_or_default().to_string();
     let wanted = findings.iter().filter(|finding| {
@@ -88,4 +107,31 @@ pub fn grant(ends: &Ends, printed: &[(String, String)]) {
         let server: &Server = if side == "source" { &ends.source } else { &ends.target };
         server.psql("app", fix).unwrap();
     }
+}
+
+/// Without pg_read_all_stats the server hides what other roles' sessions are.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_only_fence_ends_sessions_it_may_not_look_into_or_refuses() {
+    let ends = owner((15, 15)).await;
+    let needed = printed(&ends, &["error"], &[]).await;
+    grant(&ends, &needed);
+    ends.source.psql("app", &format!("alter database app owner to {ROLE}")).unwrap();
+    let other = "create role other login; grant all on all tables in schema bank to other; \
+                 grant usage on schema bank to other";
+    ends.source.psql("app", other).unwrap();
+    ends.target.psql("app", "create role other login").unwrap();
+    let config = Config::parse(&ends.source.uri_as("other", "app")).unwrap();
+    let config = config.with_application_name("app");
+    let mut client = Session::connect(&config, Purpose::Sql).await.unwrap();
+    let mut run = ends.spawn(&["run"]);
+    ends.until_phase(&mut run, "following").await;
+    let ended = ends.walferry(&["cutover", "--fence", "read-only"]).await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(ended.err.contains("of role other"), "{ended:?}");
+    client.execute("delete from bank.accounts where false").await.unwrap();
+    ends.source.psql("app", "grant pg_signal_backend to mover").unwrap();
+    ends.done(&["cutover", "--fence", "read-only"]).await;
+    client.execute("delete from bank.accounts where false").await.unwrap_err();
+    run.signal("INT");
+    run.ended().await.expect_success();
 }

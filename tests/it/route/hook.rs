@@ -115,3 +115,19 @@ async fn a_hook_that_leaves_a_daemon_behind_does_not_hold_us_up() {
     route("sleep 3 &").switch(&sides(Stream::Forward)).await.unwrap();
     assert!(began.elapsed() < Duration::from_secs(2));
 }
+
+/// The time for a flip ran out in the middle of a hook: it must not switch clients after the undo.
+#[tokio::test]
+async fn a_hook_that_is_given_up_is_killed_with_all_it_started() {
+    let file = std::env::temp_dir().join(format!("walferry-hook-{:016x}", fastrand::u64(..)));
+    let command = format!("echo > {0}.begun; (sleep 2; echo > {0}) && true", file.display());
+    let begun = file.with_extension("begun");
+    let (hook, sides) = (route(&command), sides(Stream::Forward));
+    tokio::select! {
+        ended = hook.switch(&sides) => panic!("{ended:?}"),
+        () = async { while !begun.exists() { tokio::task::yield_now().await } } => {}
+    }
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert!(!file.exists(), "the hook went on");
+    std::fs::remove_file(begun).unwrap();
+}

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
+use walferry::demo::binaries;
 
 /// A walferry under way. Dropped, it is killed.
 #[derive(Debug)]
@@ -50,6 +51,10 @@ impl Walferry {
                 command.env_remove(name);
             }
         }
+        // pg_dump 18 beside Debian's 15: walferry takes the lowest that can read the source.
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let dirs = std::env::split_paths(&path).chain(binaries::client_dirs());
+        command.env("PATH", std::env::join_paths(dirs).unwrap());
         command.args(arguments).envs(environment.iter().copied()).kill_on_drop(true);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();

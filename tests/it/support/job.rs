@@ -1,5 +1,6 @@
 //! A job between two servers, driven by the commands a user would type.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -16,6 +17,16 @@ pub struct Ends {
     /// Where walferry connects to; not the servers themselves where a proxy stands between.
     pub source_via: String,
     pub target_via: String,
+    /// `--buffer` of every command; as the variable WALFERRY_TEST_BUFFER says: a spool or memory.
+    pub buffer: Option<String>,
+    /// Where spools of this job may be; removed with it.
+    pub spool_dir: PathBuf,
+}
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.spool_dir);
+    }
 }
 
 impl Ends {
@@ -31,7 +42,19 @@ impl Ends {
             server.psql("postgres", "create database app").unwrap();
         }
         let (source_via, target_via) = (source.uri("app"), target.uri("app"));
-        Ends { source, target, source_via, target_via }
+        let name = format!("walferry-it-{}-{:x}", std::process::id(), fastrand::u64(..));
+        let spool_dir = std::env::temp_dir().join(name);
+        let ends = Ends { source, target, source_via, target_via, buffer: None, spool_dir };
+        if std::env::var("WALFERRY_TEST_BUFFER").is_ok_and(|kind| kind == "spool") {
+            return ends.with_spool();
+        }
+        ends
+    }
+
+    /// Every command from now on is given a spool of this job's own.
+    pub fn with_spool(mut self) -> Ends {
+        self.buffer = Some(format!("spool:{}", self.spool_dir.display()));
+        self
     }
 
     pub fn source_uri(&self) -> String {
@@ -44,8 +67,15 @@ impl Ends {
 
     /// Starts a command.
     pub fn spawn(&self, arguments: &[&str]) -> Walferry {
-        let environment =
-            [("WALFERRY_SOURCE", &*self.source_via), ("WALFERRY_TARGET", &*self.target_via)];
+        self.spawn_on(arguments, &[])
+    }
+
+    /// Starts a command with more variables.
+    pub fn spawn_on(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Walferry {
+        let mut environment =
+            vec![("WALFERRY_SOURCE", &*self.source_via), ("WALFERRY_TARGET", &*self.target_via)];
+        environment.extend(self.buffer.as_deref().map(|buffer| ("WALFERRY_BUFFER", buffer)));
+        environment.extend(variables);
         Walferry::spawn_with(arguments, &environment)
     }
 

@@ -1,0 +1,135 @@
+//! Which changes of a batch are written, decided and counted once, whatever order they are then
+//! written in.
+
+use std::sync::Arc;
+
+use super::batch::Batch;
+use super::error::{Error, Result};
+use super::routing::{Route, Routes};
+use super::statement::Locator;
+use super::{MESSAGE_PREFIX, Message};
+use crate::change::{Begin, Change, Chunk, Relation, Snapshot};
+
+/// Something to write.
+#[derive(Debug)]
+pub(super) enum Step {
+    /// One INSERT, UPDATE or DELETE: its chunk and change in the batch.
+    Row(usize, usize),
+    /// One TRUNCATE, and which of its tables are meant.
+    Truncate(usize, usize, Vec<Arc<Relation>>),
+}
+
+/// What a batch comes to.
+#[derive(Debug, Default)]
+pub(super) struct Admitted {
+    /// In the order of the stream.
+    pub steps: Vec<Step>,
+    /// Messages that are handed on once their transaction is committed.
+    pub messages: Vec<Message>,
+    /// A trigger or rule on one of the tables may look at the order of changes.
+    pub acts: bool,
+    /// Updates and deletes of tables that are searched whole for each.
+    pub searches: usize,
+}
+
+impl Step {
+    /// Chunk and change of the step.
+    pub fn of<'a>(&self, batch: &'a Batch) -> Option<(&'a Chunk, &'a Change)> {
+        let (Step::Row(chunk, change) | Step::Truncate(chunk, change, _)) = self;
+        let chunk = batch.chunks.get(*chunk)?;
+        Some((chunk, chunk.changes.get(*change)?))
+    }
+}
+
+/// Counts every change of the batch, and gives those to be written. Every relation must have its
+/// route.
+pub(super) fn admit(routes: &mut Routes, batch: &Batch) -> Result<Admitted> {
+    let mut admitted = Admitted::default();
+    for (chunk_at, chunk) in batch.chunks.iter().enumerate() {
+        for (change_at, change) in chunk.changes.iter().enumerate() {
+            match change {
+                Change::Message { lsn, prefix, content, .. }
+                    if prefix.starts_with(MESSAGE_PREFIX) =>
+                {
+                    let (prefix, content) = (prefix.clone(), content.clone());
+                    admitted.messages.push(Message { prefix, content, lsn: *lsn });
+                }
+                Change::Message { .. } => {}
+                Change::Truncate { relations, .. } => {
+                    let written = truncated(routes, &chunk.begin, relations);
+                    if !written.is_empty() {
+                        admitted.steps.push(Step::Truncate(chunk_at, change_at, written));
+                    }
+                }
+                _ if admitted.row(routes, &chunk.begin, change)? => {
+                    admitted.steps.push(Step::Row(chunk_at, change_at));
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(admitted)
+}
+
+impl Admitted {
+    fn row(&mut self, routes: &mut Routes, begin: &Begin, change: &Change) -> Result<bool> {
+        let relation = relations(change).next();
+        let shut = relation.is_some_and(|r| routes.is_shut(r));
+        let Some(route) = relation.and_then(|r| routes.get_mut(r)) else {
+            return Err(Error::Broken("a change without a route".to_string()));
+        };
+        if !count(route, begin, shut) {
+            return Ok(false);
+        }
+        if let Some(mapping) = &route.mapping {
+            self.acts |= mapping.table.acts;
+            let searches =
+                mapping.locator == Locator::Whole && !matches!(change, Change::Insert { .. });
+            self.searches += usize::from(searches);
+        }
+        Ok(true)
+    }
+}
+
+/// Those tables that are neither outside the job nor newer on the target.
+fn truncated(
+    routes: &mut Routes,
+    begin: &Begin,
+    relations: &[Arc<Relation>],
+) -> Vec<Arc<Relation>> {
+    let mut written = Vec::new();
+    for relation in relations {
+        let shut = routes.is_shut(relation);
+        let Some(route) = routes.get_mut(relation) else { continue };
+        if count(route, begin, shut) && !written.contains(relation) {
+            written.push(relation.clone());
+        }
+    }
+    written
+}
+
+/// Counts a change of the route's table; true if it is to be written.
+fn count(route: &mut Route, begin: &Begin, shut: bool) -> bool {
+    route.counts.decoded += 1;
+    let seen =
+        |(snapshot, lsn): &(Snapshot, _)| begin.commit_lsn < *lsn && snapshot.sees(begin.xid);
+    let copied = route.copied.as_ref().is_some_and(seen);
+    if shut || route.mapping.is_none() || copied {
+        route.counts.filtered += 1;
+        return false;
+    }
+    route.counts.applied += 1;
+    true
+}
+
+/// The tables a change touches.
+pub(super) fn relations(change: &Change) -> impl Iterator<Item = &Arc<Relation>> {
+    let (one, many): (Option<&Arc<Relation>>, &[Arc<Relation>]) = match change {
+        Change::Insert { relation, .. }
+        | Change::Update { relation, .. }
+        | Change::Delete { relation, .. } => (Some(relation), &[]),
+        Change::Truncate { relations, .. } => (None, relations),
+        Change::Message { .. } => (None, &[]),
+    };
+    one.into_iter().chain(many)
+}

@@ -1,0 +1,123 @@
+//! One request to the target: its bytes, what each statement in it is for, and what came back.
+
+use super::error::{Error, Result};
+use crate::lsn::Lsn;
+use crate::pg::{self, Pipeline, Reply};
+
+/// What a statement of a request is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// BEGIN, savepoints, settings, counters.
+    Aside,
+    /// One step of the batch, by its place; `bare` is an INSERT whose tag must say 1.
+    Step {
+        /// Place among the steps.
+        at: usize,
+        /// The command tag is to be looked at.
+        bare: bool,
+    },
+    /// A set of rows; a bare INSERT of so many, whose tag must say so.
+    Set {
+        /// How many rows the tag must tell.
+        bare: Option<usize>,
+    },
+    /// Progress.
+    Progress,
+    /// COMMIT.
+    Commit,
+    /// The question where the log stands.
+    Position,
+}
+
+/// Statements being collected, in one order of writing.
+#[derive(Debug, Default)]
+pub(super) struct Request {
+    /// Their bytes.
+    pub pipeline: Pipeline,
+    /// One for each statement that answers.
+    pub roles: Vec<Role>,
+    /// Prepared statements that it drops.
+    pub closed: Vec<String>,
+}
+
+impl Request {
+    /// Adds a statement without parameters whose answer does not matter.
+    pub fn aside(&mut self, sql: &str) {
+        self.pipeline.once(sql);
+        self.roles.push(Role::Aside);
+    }
+
+    /// Adds a prepared statement without parameters.
+    pub fn run(&mut self, name: &str, role: Role) {
+        self.pipeline.run(name, std::iter::empty());
+        self.roles.push(role);
+    }
+}
+
+/// What came back.
+#[derive(Debug, Default)]
+pub(super) struct Replies {
+    done: usize,
+    commit_tag: Option<String>,
+    position: Option<pg::Row>,
+    /// The first bare INSERT whose tag was not what it had to be.
+    odd: Option<usize>,
+}
+
+impl Replies {
+    /// Takes the next reply.
+    pub fn take(&mut self, roles: &[Role], reply: Reply) {
+        let role = roles.get(self.done);
+        match reply {
+            Reply::Row(row) => {
+                if role == Some(&Role::Position) {
+                    self.position = Some(row);
+                }
+            }
+            Reply::Done(tag) => {
+                let rows = match role {
+                    Some(Role::Step { bare: true, .. }) => Some(1),
+                    Some(Role::Set { bare }) => *bare,
+                    _ => None,
+                };
+                let told = || tag.rsplit(' ').next().and_then(|n| n.parse().ok());
+                if rows.is_some_and(|rows| told() != Some(rows)) {
+                    self.odd = self.odd.or(Some(self.done));
+                }
+                if role == Some(&Role::Commit) {
+                    self.commit_tag = Some(tag);
+                }
+                self.done += 1;
+            }
+        }
+    }
+
+    /// The role of the statement that has not been answered: the one that failed.
+    pub fn failed(&self, roles: &[Role]) -> Option<Role> {
+        roles.get(self.done).copied()
+    }
+
+    /// The role of a bare INSERT that inserted another number of rows.
+    pub fn odd(&self, roles: &[Role]) -> Option<Role> {
+        roles.get(self.odd?).copied()
+    }
+
+    /// Where the log stands after COMMIT; `None` if the request did not commit. An error if COMMIT
+    /// did not commit, or replies are missing.
+    pub fn settle(self, roles: &[Role], end_lsn: Lsn) -> Result<Option<(Lsn, Lsn)>> {
+        if roles.contains(&Role::Commit) {
+            let tag = self.commit_tag.unwrap_or_default();
+            if tag != "COMMIT" {
+                return Err(Error::NotCommitted { tag, end_lsn });
+            }
+        }
+        if self.done != roles.len() {
+            let (done, due) = (self.done, roles.len());
+            return Err(Error::Broken(format!("{done} replies where {due} are due")));
+        }
+        match self.position {
+            Some(row) => Ok(Some((row.lsn(0)?, row.lsn(1)?))),
+            None => Ok(None),
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! A batch's net change, written as sets: for each table the rows that go, those that change, those
+//! that come. Tables do not act on each other here (foreign keys and triggers are off), so their
+//! order does not matter; a TRUNCATE is written where it stands, after all that came before it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::admit::{Step, relations};
+use super::batch::Batch;
+use super::encode::{Arrays, Carrier, NoValue};
+use super::error::Result;
+use super::plan::{self, Copies, Entry, Net, Rules};
+use super::request::{Request, Role};
+use super::routing::{Names, Prepared, Route};
+use super::setwise;
+use super::statement::{Locator, Mapping};
+use super::writer::Writer;
+use crate::change::{Change, Relation, ReplicaIdentity, Row, Value};
+use crate::pg::Param;
+
+/// Fewer changes of a table than this are not worth a set, whose statements cost more to start.
+const TABLE_CHANGES_MIN: usize = 4;
+
+/// The steps of each table, tables in the order of their first mention: a table described anew
+/// within the batch has two entries, and the older description comes first.
+#[derive(Default)]
+struct Tables {
+    list: Vec<(Arc<Relation>, Vec<usize>)>,
+    places: HashMap<usize, usize>,
+}
+
+impl Tables {
+    fn add(&mut self, relation: &Arc<Relation>, at: usize) {
+        let next = self.list.len();
+        let place = *self.places.entry(Arc::as_ptr(relation).addr()).or_insert(next);
+        if place == next {
+            self.list.push((relation.clone(), Vec::new()));
+        }
+        if let Some((_, steps)) = self.list.get_mut(place) {
+            steps.push(at);
+        }
+    }
+}
+
+/// What is done with a table: rows encoded, and not yet part of a request.
+enum Sets {
+    Keyed { keys: Vec<usize>, deletes: Arrays, updates: Vec<Updates>, inserts: Arrays },
+    Whole { deletes: Arrays, inserts: Arrays },
+}
+
+/// Updates that set the same columns.
+struct Updates {
+    set: Vec<usize>,
+    arrays: Arrays,
+}
+
+impl Writer {
+    /// Adds the statements of all steps, in set order as far as tables have one.
+    pub(super) fn sets(
+        &mut self,
+        request: &mut Request,
+        batch: &Batch,
+        steps: &[Step],
+    ) -> Result<()> {
+        let mut tables = Tables::default();
+        for (at, step) in steps.iter().enumerate() {
+            match (step, step.of(batch)) {
+                (Step::Row(..), Some((_, change))) => {
+                    relations(change).for_each(|relation| tables.add(relation, at));
+                }
+                _ => {
+                    self.tables(request, batch, steps, std::mem::take(&mut tables))?;
+                    self.step(request, batch, at, step)?;
+                }
+            }
+        }
+        self.tables(request, batch, steps, tables)
+    }
+
+    fn tables(
+        &mut self,
+        request: &mut Request,
+        batch: &Batch,
+        steps: &[Step],
+        tables: Tables,
+    ) -> Result<()> {
+        for (relation, places) in tables.list {
+            let chosen = || places.iter().filter_map(|at| steps.get(*at));
+            let route = self.routes.get_mut(&relation);
+            let few = !self.always_sets && places.len() < TABLE_CHANGES_MIN;
+            if let Some(route) = route
+                && let Some(mapping) = &route.mapping
+                && !(few && mapping.locator != Locator::Whole)
+                && let Some(sets) =
+                    fold(route, mapping, || chosen().filter_map(|step| Some(step.of(batch)?.1)))
+            {
+                write(request, &mut self.names, route, sets);
+                continue;
+            }
+            for at in places {
+                if let Some(step) = steps.get(at) {
+                    self.step(request, batch, at, step)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The table's net change, encoded; `None` if its changes are to be written one by one.
+fn fold<'a, I: Iterator<Item = &'a Change>>(
+    route: &Route,
+    mapping: &Mapping,
+    changes: impl Fn() -> I,
+) -> Option<Sets> {
+    let mut written = mapping.written().peekable();
+    written.peek()?;
+    if written.any(|c| mapping.carrier(c) == Carrier::None) {
+        return None;
+    }
+    let width = mapping.places.len();
+    let mut rules = Rules {
+        width,
+        keys: &[],
+        complete: mapping.is_complete(),
+        settable: true,
+        full: route.relation.identity == ReplicaIdentity::Full,
+    };
+    match &mapping.locator {
+        Locator::Key(keys) => {
+            let mut keys = keys.clone();
+            keys.sort_unstable();
+            rules.keys = &keys;
+            // SET cannot write such a column, and the stream does not say whether it changed.
+            rules.settable = mapping.identity_always().is_none_or(|c| keys.contains(&c));
+            let entries = plan::keyed(&rules, changes())?;
+            encode_keyed(mapping, keys, &entries).ok()
+        }
+        Locator::Whole if rules.complete => {
+            encode_whole(mapping, &plan::whole(width, changes())?).ok()
+        }
+        Locator::Whole => None,
+        Locator::None => {
+            let mut inserts = Arrays::new(mapping, &mapping.written().collect::<Vec<_>>());
+            for change in changes() {
+                let Change::Insert { new, .. } = change else { return None };
+                (new.len() == width).then_some(())?;
+                inserts.push(new).ok()?;
+            }
+            Some(Sets::Whole { deletes: Arrays::new(mapping, &[]), inserts })
+        }
+    }
+}
+
+fn encode_keyed(
+    mapping: &Mapping,
+    keys: Vec<usize>,
+    entries: &[Entry<'_>],
+) -> std::result::Result<Sets, NoValue> {
+    let columns: Vec<usize> = mapping.written().collect();
+    let mut deletes = Arrays::new(mapping, &keys);
+    let mut inserts = Arrays::new(mapping, &columns);
+    let mut updates: Vec<Updates> = Vec::new();
+    for entry in entries {
+        match &entry.net {
+            Net::Nothing => {}
+            Net::Delete => deletes.push(entry.key)?,
+            Net::Insert(image) => inserts.push(image)?,
+            Net::Replace(image) => {
+                deletes.push(entry.key)?;
+                inserts.push(image)?;
+            }
+            Net::Update(image) => {
+                let sets = |u: &Updates| is_set(&columns, &keys, image).eq(u.set.iter().copied());
+                let place = match updates.iter().position(sets) {
+                    Some(place) => place,
+                    None => {
+                        let set: Vec<usize> = is_set(&columns, &keys, image).collect();
+                        let arrays = Arrays::new(mapping, &[keys.as_slice(), &set].concat());
+                        updates.push(Updates { set, arrays });
+                        updates.len() - 1
+                    }
+                };
+                if let Some(updates) = updates.get_mut(place) {
+                    updates.arrays.push(image)?;
+                }
+            }
+        }
+    }
+    Ok(Sets::Keyed { keys, deletes, updates, inserts })
+}
+
+/// Which columns an update sets: what may be written, is no key, and is known.
+fn is_set<'a>(
+    columns: &'a [usize],
+    keys: &'a [usize],
+    image: &'a Row,
+) -> impl Iterator<Item = usize> + 'a {
+    image.values().enumerate().filter_map(move |(column, value)| {
+        let set = value != Value::Unchanged
+            && columns.binary_search(&column).is_ok()
+            && keys.binary_search(&column).is_err();
+        set.then_some(column)
+    })
+}
+
+fn encode_whole(mapping: &Mapping, entries: &[Copies<'_>]) -> std::result::Result<Sets, NoValue> {
+    let columns: Vec<usize> = mapping.written().collect();
+    let mut deletes = Arrays::new(mapping, &columns);
+    let mut inserts = Arrays::new(mapping, &columns);
+    for entry in entries {
+        (0..entry.deleted).try_for_each(|_| deletes.push(&entry.row))?;
+        (0..entry.inserted).try_for_each(|_| inserts.push(&entry.row))?;
+    }
+    Ok(Sets::Whole { deletes, inserts })
+}
+
+/// Adds the statements: what goes before what changes before what comes, as a row may take a unique
+/// value that another gives up.
+fn write(request: &mut Request, names: &mut Names, route: &mut Route, sets: Sets) {
+    let mut inserts = match sets {
+        Sets::Keyed { keys, mut deletes, updates, inserts } => {
+            let sql = |mapping: &Mapping| setwise::delete(mapping, &keys);
+            run(request, names, route, b"sd".to_vec(), &mut deletes, true, sql);
+            for Updates { set, mut arrays } in updates {
+                let mut key = b"su".to_vec();
+                set.iter().for_each(|c| key.extend_from_slice(&(*c as u16).to_be_bytes()));
+                let sql = |mapping: &Mapping| setwise::update(mapping, &keys, &set);
+                run(request, names, route, key, &mut arrays, true, sql);
+            }
+            inserts
+        }
+        Sets::Whole { mut deletes, inserts } => {
+            search(request, route, &mut deletes);
+            inserts
+        }
+    };
+    let guarded = route.mapping.as_ref().is_some_and(|m| m.table.counts_inserts);
+    run(request, names, route, b"si".to_vec(), &mut inserts, guarded, setwise::insert);
+}
+
+/// Adds one statement over arrays, prepared at its first use; none for no rows.
+fn run(
+    request: &mut Request,
+    names: &mut Names,
+    route: &mut Route,
+    key: Vec<u8>,
+    arrays: &mut Arrays,
+    guarded: bool,
+    sql: impl FnOnce(&Mapping) -> String,
+) {
+    let Some(mapping) = route.mapping.as_ref().filter(|_| arrays.rows() > 0) else { return };
+    let prepared = route.statements.entry(key).or_insert_with(|| {
+        let name = names.next();
+        request.pipeline.parse(&name, &sql(mapping), &[]);
+        Prepared { name, binds: Vec::new() }
+    });
+    bind(request, &prepared.name, arrays, guarded);
+}
+
+/// Adds the DELETE by whole rows. It is planned anew each time, as the best way depends on how
+/// many rows there are, and by what the session forbids otherwise.
+fn search(request: &mut Request, route: &Route, deletes: &mut Arrays) {
+    let Some(mapping) = route.mapping.as_ref().filter(|_| deletes.rows() > 0) else { return };
+    request.aside(&search_plans(true));
+    request.pipeline.parse("", &setwise::delete_whole(mapping), &[]);
+    bind(request, "", deletes, true);
+    request.aside(&search_plans(false));
+}
+
+/// Scans and hash joins, and nothing else, or what the session has otherwise. All three: the cost
+/// of a forbidden scan is so high that next to it every join looks the same, and of a table that
+/// was never analyzed the planner may think that it is small enough for a nested loop.
+fn search_plans(whole: bool) -> String {
+    let (scans, loops) = if whole { ("on", "off") } else { ("off", "on") };
+    format!(
+        "select pg_catalog.set_config('enable_seqscan', '{scans}', true), \
+         pg_catalog.set_config('enable_hashjoin', '{scans}', true), \
+         pg_catalog.set_config('enable_nestloop', '{loops}', true)"
+    )
+}
+
+fn bind(request: &mut Request, name: &str, arrays: &mut Arrays, guarded: bool) {
+    let rows = arrays.rows();
+    let expected = rows.to_string();
+    let mut params: Vec<Param<'_>> = arrays.params().collect();
+    if guarded {
+        params.push(Param::Text(Some(expected.as_bytes())));
+    }
+    request.pipeline.run_mixed(name, &params);
+    request.roles.push(Role::Set { bare: (!guarded).then_some(rows) });
+}

@@ -1,0 +1,154 @@
+//! SQL text of the statements that write sets of rows of one table. Pure.
+//!
+//! Every column is one array parameter; the rows are `v`, their columns `c0`, `c1` by their place
+//! in the relation. As for single rows, a count that is not the expected one is an error on the
+//! server, so that the batch travels in one round trip.
+
+use super::encode::Carrier;
+use super::statement::{GUARD_PREFIX, Mapping};
+use crate::id::quote_ident;
+
+/// INSERT of rows with every column that may be written, of which there must be one.
+pub(super) fn insert(mapping: &Mapping) -> String {
+    let columns: Vec<usize> = mapping.written().collect();
+    let target = mapping.table.name.quoted();
+    let names = list(&columns, |c| name(mapping, c));
+    let (values, rows) = (values(mapping, &columns), rows(mapping, &columns));
+    let insert = format!(
+        "insert into {target} ({names}) overriding system value select {values} from {rows}"
+    );
+    match mapping.table.counts_inserts {
+        true => format!("with u as ({insert} returning 1) {}", guard(columns.len(), false)),
+        false => insert,
+    }
+}
+
+/// DELETE of the rows with these keys, each of one row.
+pub(super) fn delete(mapping: &Mapping, keys: &[usize]) -> String {
+    let (only, table) = (mapping.table.only(), mapping.table.name.quoted());
+    let (found, rows) = (found(mapping, keys), rows(mapping, keys));
+    let guard = guard(keys.len(), !is_unique(mapping, keys));
+    format!(
+        "with u as (delete from {only}{table} as t using {rows} where {found} returning v.n) \
+         {guard}"
+    )
+}
+
+/// UPDATE of the rows with these keys, each of one row; the parameters are the keys, then what is
+/// set. With nothing to set, the rows must only be there.
+pub(super) fn update(mapping: &Mapping, keys: &[usize], set: &[usize]) -> String {
+    let columns = [keys, set].concat();
+    let (only, table) = (mapping.table.only(), mapping.table.name.quoted());
+    let (found, rows) = (found(mapping, keys), rows(mapping, &columns));
+    let guard = guard(columns.len(), !is_unique(mapping, keys));
+    let update = if set.is_empty() {
+        format!("select v.n from {only}{table} as t, {rows} where {found}")
+    } else {
+        let assignments =
+            list(set, |c| format!("{} = v.c{c}::{}", name(mapping, c), type_name(mapping, c)));
+        format!(
+            "update {only}{table} as t set {assignments} from {rows} where {found} returning v.n"
+        )
+    };
+    format!("with u as ({update}) {guard}")
+}
+
+/// DELETE of rows that read the same as those given, exactly one for each, by one pass over the
+/// table. A row reads as `row(...)::text` does, which tells NULL from every text; rows that are
+/// equal and read otherwise (1.0 and 1.00) are not met, and the guard says so.
+pub(super) fn delete_whole(mapping: &Mapping) -> String {
+    let columns: Vec<usize> = mapping.written().collect();
+    let (only, table) = (mapping.table.only(), mapping.table.name.quoted());
+    let rows = rows(mapping, &columns);
+    let given = values(mapping, &columns);
+    let there = list(&columns, |c| format!("t.{}", name(mapping, c)));
+    let guard = guard(columns.len(), false);
+    // One file's rows are fetched by their places; those of partitions take a second pass.
+    let places = match mapping.table.is_partitioned() {
+        true => "using s where d.ctid = s.i and d.tableoid = s.o and s.k <= s.m",
+        false => "where d.ctid = any (array(select s.i from s where s.k <= s.m))",
+    };
+    // The order by which one of equals is chosen does not matter: they are equal.
+    format!(
+        "with w as (select row({given})::text as r, pg_catalog.count(*) as m from {rows} \
+         group by 1), \
+         s as (select t.tableoid as o, t.ctid as i, w.m, pg_catalog.row_number() over \
+         (partition by w.r) as k from {only}{table} as t join w on row({there})::text = w.r), \
+         u as (delete from {only}{table} as d {places} returning 1) {guard}"
+    )
+}
+
+/// Whether no two rows of the target can have the same key.
+fn is_unique(mapping: &Mapping, keys: &[usize]) -> bool {
+    let is_key = |unique: &String| {
+        keys.iter().any(|c| mapping.target(*c).is_some_and(|column| column.name == *unique))
+    };
+    !mapping.table.key.is_empty() && mapping.table.key.iter().all(is_key)
+}
+
+/// Gives 1 if as many rows were met as the parameter after `columns` says, and each of `v` one
+/// where several may have the same key.
+fn guard(columns: usize, several: bool) -> String {
+    let expected = format!("${}::int8", columns + 1);
+    let each = match several {
+        true => format!(" and pg_catalog.count(distinct u.n) = {expected}"),
+        false => String::new(),
+    };
+    format!(
+        "select case when pg_catalog.count(*) = {expected}{each} then 1 \
+         else pg_catalog.concat('{GUARD_PREFIX}', pg_catalog.count(*))::int end from u"
+    )
+}
+
+/// `unnest(...)` of the parameters, one a column, with the number of each row as `n`.
+fn rows(mapping: &Mapping, columns: &[usize]) -> String {
+    let arrays: Vec<String> = columns
+        .iter()
+        .enumerate()
+        .map(|(place, column)| {
+            let base = mapping.target(*column).map_or("text", |c| &c.base_type_name);
+            match mapping.carrier(*column) {
+                Carrier::Text => format!("${}::text[]", place + 1),
+                Carrier::Literal | Carrier::None => format!("${}::{base}[]", place + 1),
+            }
+        })
+        .collect();
+    let names = list(columns, |c| format!("c{c}"));
+    format!("unnest({}) with ordinality as v({names}, n)", arrays.join(", "))
+}
+
+fn values(mapping: &Mapping, columns: &[usize]) -> String {
+    list(columns, |c| format!("v.c{c}::{}", type_name(mapping, c)))
+}
+
+fn found(mapping: &Mapping, keys: &[usize]) -> String {
+    let parts: Vec<String> = keys
+        .iter()
+        .filter_map(|c| {
+            let target = mapping.target(*c)?;
+            let base = &target.base_type_name;
+            let mut name = format!("t.{}", quote_ident(&target.name));
+            // As for single rows: a polymorphic operator does not look through a domain.
+            if target.type_name != *base {
+                name = format!("{name}::{base}");
+            }
+            Some(match &target.equality {
+                Some(operator) => format!("{name} {operator} v.c{c}::{base}"),
+                None => format!("{name}::text = v.c{c}::{base}::text"),
+            })
+        })
+        .collect();
+    parts.join(" and ")
+}
+
+fn list(columns: &[usize], text: impl Fn(usize) -> String) -> String {
+    columns.iter().map(|c| text(*c)).collect::<Vec<_>>().join(", ")
+}
+
+fn name(mapping: &Mapping, column: usize) -> String {
+    mapping.target(column).map_or_else(String::new, |c| quote_ident(&c.name))
+}
+
+fn type_name(mapping: &Mapping, column: usize) -> &str {
+    mapping.target(column).map_or("text", |c| &c.type_name)
+}

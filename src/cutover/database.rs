@@ -1,0 +1,145 @@
+//! A database that is read-only for a time, and its clients: what `--fence read-only` is made of.
+
+use std::time::Duration;
+
+use super::{Error, Result};
+use crate::id::{JobName, quote_ident, quote_literal};
+use crate::pg::Session;
+
+/// Ends every client session. An application's own name may begin with ours.
+const TERMINATE_CLIENTS: &str = "select pid, pg_catalog.pg_terminate_backend(pid) \
+     from pg_catalog.pg_stat_activity where datname = pg_catalog.current_database() \
+     and {CLIENT}";
+
+/// A client session but our own and our runner's. What kind of backend another role's session is
+/// stays hidden from roles without pg_read_all_stats: it counts as a client unless it has no role
+/// (autovacuum) or is a walsender.
+const CLIENT: &str = "(backend_type = 'client backend' or backend_type is null \
+        and usesysid is not null \
+        and pid not in (select w.pid from pg_catalog.pg_stat_get_wal_senders() w)) \
+     and pid <> pg_catalog.pg_backend_pid() and application_name is distinct from 'walferry' \
+     and application_name is distinct from pg_catalog.current_setting('application_name')";
+
+/// Clients that pg_terminate_backend would refuse to end for us.
+const UNENDABLE: &str = "select pid, coalesce(r.rolname, '?'), m.rolname \
+     from pg_catalog.pg_stat_activity a \
+     left join pg_catalog.pg_roles r on r.oid = a.usesysid \
+     join pg_catalog.pg_roles m on m.rolname = current_user and not m.rolsuper \
+     where datname = pg_catalog.current_database() and {CLIENT} \
+     and (r.rolsuper or not pg_catalog.pg_has_role(usesysid, 'usage') \
+        and not pg_catalog.pg_has_role('pg_signal_backend', 'usage')) order by pid limit 1";
+
+/// Asks every client session to end; true if there was none.
+pub(super) async fn empty(session: &mut Session) -> Result<bool> {
+    Ok(session.query(&TERMINATE_CLIENTS.replace("{CLIENT}", CLIENT)).await?.is_empty())
+}
+
+/// Sessions that are open keep their own setting, so a read-only database stops only those that
+/// can be ended.
+pub(super) async fn refuse_unendable(session: &mut Session) -> Result<()> {
+    let Some(row) = session.query_opt(&UNENDABLE.replace("{CLIENT}", CLIENT), &[]).await? else {
+        return Ok(());
+    };
+    Err(Error::NotEnded { pid: row.string(0)?, role: row.string(1)?, own: row.string(2)? })
+}
+
+/// How long opening a database again may wait for another job that is at the same notes.
+const NOTES_WAIT: Duration = Duration::from_secs(3);
+
+/// Begins a transaction that alone changes the notes on a read-only database. Clients may be held:
+/// it must not wait for ever.
+fn lock_notes(wait: Duration) -> String {
+    format!(
+        "begin; set local lock_timeout = {}; lock table walferry.read_only in exclusive mode",
+        wait.as_millis().max(1)
+    )
+}
+
+/// Makes the database read-only and keeps what it had before, which another job may know already.
+pub(super) async fn shut_database(
+    session: &mut Session,
+    job: &JobName,
+    wait: Duration,
+) -> Result<()> {
+    let outcome = async {
+        session.execute(&lock_notes(wait)).await?;
+        let (database, now) = default_of(session).await?;
+        session
+            .query_params(
+                "insert into walferry.read_only select $1, case \
+                    when exists (select 1 from walferry.read_only) \
+                    then (select before from walferry.read_only limit 1) else $2 end \
+                 on conflict (job) do nothing",
+                &[Some(job.as_str()), now.as_deref()],
+            )
+            .await?;
+        let sql = format!("alter database {database} set default_transaction_read_only = on");
+        session.execute(&format!("{sql}; commit")).await?;
+        Ok(())
+    };
+    let outcome = outcome.await;
+    tidy(session).await?;
+    outcome
+}
+
+/// Gives the database the default back that it had before a read-only fence of the job, unless
+/// another job's stands there. Idempotent.
+pub(super) async fn open_database(session: &mut Session, job: &JobName) -> Result<()> {
+    let there = "select pg_catalog.to_regclass('walferry.read_only') is not null";
+    if !session.query_one(there, &[]).await?.bool(0)? {
+        return Ok(());
+    }
+    // Before the lock, which somebody else may hold: usually there is nothing to give back.
+    let mine = "select exists (select 1 from walferry.read_only where job = $1)";
+    if !session.query_one(mine, &[Some(job.as_str())]).await?.bool(0)? {
+        return Ok(());
+    }
+    let outcome = async {
+        session.execute(&lock_notes(NOTES_WAIT)).await?;
+        let kept = session
+            .query_opt(
+                "delete from walferry.read_only where job = $1 returning before, \
+                 (select count(*) from walferry.read_only) = 1",
+                &[Some(job.as_str())],
+            )
+            .await?;
+        if let Some(kept) = kept.filter(|kept| kept.bool(1).unwrap_or(true)) {
+            let sql = match kept.opt(0)? {
+                Some(before) => format!("set {SETTING} = {}", quote_literal(before)),
+                None => format!("reset {SETTING}"),
+            };
+            let (database, _) = default_of(session).await?;
+            session.execute(&format!("alter database {database} {sql}")).await?;
+        }
+        session.execute("commit").await?;
+        Ok(())
+    };
+    let outcome = outcome.await;
+    tidy(session).await?;
+    outcome
+}
+
+const SETTING: &str = "default_transaction_read_only";
+
+/// The database's quoted name, and its own default of [`SETTING`] if it has one.
+async fn default_of(session: &mut Session) -> Result<(String, Option<String>)> {
+    let row = session
+        .query_one(
+            "select d.datname, (select pg_catalog.split_part(c.s, '=', 2) \
+                from pg_catalog.pg_db_role_setting r, pg_catalog.unnest(r.setconfig) c(s) \
+                where r.setdatabase = d.oid and r.setrole = 0 \
+                and pg_catalog.split_part(c.s, '=', 1) = $1) \
+             from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()",
+            &[Some(SETTING)],
+        )
+        .await?;
+    Ok((quote_ident(row.str(0)?), row.opt(1)?.map(str::to_string)))
+}
+
+/// Ends a transaction that an error left open.
+pub(super) async fn tidy(session: &mut Session) -> Result<()> {
+    if session.in_transaction() {
+        session.execute("rollback").await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,76 @@
+//! Tables that no stream carries because they came after it: a cutover without their rows would
+//! lose them without a word, so it is refused by name.
+
+use std::collections::HashSet;
+
+use super::Result;
+use super::run::Runner;
+use crate::catalog::Table;
+use crate::cutover;
+use crate::decode::Plugin;
+use crate::id::{QualifiedName, Stream};
+use crate::pg::{Purpose, Session};
+use crate::source::publication;
+
+impl Runner {
+    /// A table that was made after the job began is in no publication: its rows would stay behind
+    /// and nothing would say so. A new partition of an old table is published with its parent, and
+    /// must be on the other side.
+    pub(super) async fn refuse_new_tables(&mut self, flip: Stream) -> Result<()> {
+        let reading = self.reading(flip).await?;
+        let unfollowed = self.unfollowed(flip).await?;
+        let (live, dest, names) = match flip {
+            Stream::Forward => (&self.config.source, &self.config.target, ("source", "target")),
+            Stream::Reverse => (&self.config.target, &self.config.source, ("target", "source")),
+        };
+        let publication = self.config.job.object(flip);
+        let tables: Vec<_> = self.tables(live).await?.into_iter().map(|t| t.name).collect();
+        let mut session = Session::connect(live, Purpose::Sql).await?;
+        let unpublished = match reading.plugin()? == Plugin::Pgoutput {
+            true => publication::missing(&mut session, &publication, &tables).await?,
+            false => unfollowed,
+        };
+        let there = self.fenced_tables(dest).await?;
+        let here = self.fenced_tables(live).await?;
+        let mut wrong: Vec<String> = unpublished
+            .iter()
+            .map(|t| format!("{t} is not in the {}'s publication {publication}", names.0))
+            .collect();
+        let absent = here.iter().filter(|t| !there.contains(t) && !unpublished.contains(t));
+        wrong.extend(absent.map(|t| format!("{t} is not on the {}", names.1)));
+        if wrong.is_empty() {
+            return Ok(());
+        }
+        Err(cutover::Error::NotFollowed { tables: wrong }.into())
+    }
+
+    /// Tables that a decoder without a publication passes over: made since, be it under an old
+    /// name, and no partition of one that takes part.
+    async fn unfollowed(&mut self, flip: Stream) -> Result<Vec<QualifiedName>> {
+        let live = match flip {
+            Stream::Forward => self.config.source.clone(),
+            Stream::Reverse => self.config.target.clone(),
+        };
+        let followed = self.store.load_readings().await?.tables(flip);
+        let tables = self.tables(&live).await?;
+        let this = |table: &Table| followed.contains(table.oid, &table.name);
+        let mut names: HashSet<QualifiedName> =
+            tables.iter().filter(|table| this(table)).map(|table| table.name.clone()).collect();
+        let mut unfollowed = tables.len();
+        loop {
+            for table in &tables {
+                let parent = table.partition_of.as_ref();
+                if parent.is_some_and(|parent| names.contains(parent)) {
+                    names.insert(table.name.clone());
+                }
+            }
+            let left = tables.iter().map(|t| &t.name).filter(|name| !names.contains(name));
+            let left: Vec<QualifiedName> = left.cloned().collect();
+            // A partition of a partition may have been looked at before its parent.
+            if left.is_empty() || left.len() == unfollowed {
+                return Ok(left);
+            }
+            unfollowed = left.len();
+        }
+    }
+}

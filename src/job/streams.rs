@@ -1,0 +1,124 @@
+//! Starting and stopping a runner's two streams.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::Result;
+use super::admit::recorded;
+use super::pipeline::{Pipe, PipeOptions, TableFilter, Visibility};
+use super::run::Runner;
+use super::spooling::SpoolOptions;
+use super::state::{Event, Phase};
+use crate::catalog::{Selection, tables};
+use crate::copy;
+use crate::id::{QualifiedName, Stream};
+use crate::lsn::Lsn;
+use crate::pg::{Config, Purpose, Session};
+
+/// A stream that has not reached a batch boundary by then is cut off, as a crash would.
+pub(super) const STREAM_PATIENCE: Duration = Duration::from_millis(1500);
+
+impl Runner {
+    /// Applies from where the target stands; a stream that only filled its spool begins to.
+    pub(super) async fn follow_forward(&mut self) -> Result<Option<Event>> {
+        let visibility =
+            copy::visibility(&mut self.store.session, self.config.job.as_str()).await?;
+        match &self.forward {
+            Some(pipe) => pipe.begin_apply(visibility),
+            None => self.forward = Some(self.pipe(Stream::Forward, Some(visibility)).await?),
+        }
+        Ok(None)
+    }
+
+    /// While rows are copied, changes already go into the spool, so that WAL does not pile up.
+    pub(super) async fn capture_forward(&mut self) -> Result<()> {
+        if self.forward.is_none() && self.spool.is_some() {
+            self.forward = Some(self.pipe(Stream::Forward, None).await?);
+        }
+        Ok(())
+    }
+
+    pub(super) async fn follow_reverse(&mut self) -> Result<Option<Event>> {
+        let row = self.row().await?;
+        let open = match (row.phase, &row.flip) {
+            (Phase::Switched, _) => true,
+            (Phase::CuttingOver, Some(flip)) => {
+                flip.flip == "reverse" || self.switch_had_begun(flip).await?
+            }
+            _ => false,
+        };
+        self.reverse_open.store(open, Ordering::SeqCst);
+        if row.armed && self.reverse.is_none() {
+            self.reverse = Some(self.pipe(Stream::Reverse, Some(HashMap::new())).await?);
+        }
+        Ok(None)
+    }
+
+    /// Starts one stream.
+    pub(super) async fn pipe(
+        &mut self,
+        stream: Stream,
+        visibility: Option<Visibility>,
+    ) -> Result<Pipe> {
+        let row = self.row().await?;
+        let reading = self.reading(stream).await?;
+        let (from, to, system) = match stream {
+            Stream::Forward => (&self.config.source, &self.config.target, row.source_system),
+            Stream::Reverse => (&self.config.target, &self.config.source, row.target_system),
+        };
+        // A partition made since is of a published table, or it would not be in the stream: only
+        // tables known to be left out are filtered, the rest must be applied or refused by name.
+        let left_out = self.left_out(from).await?;
+        let canary = self.config.job.canary();
+        let tables: TableFilter = Arc::new(move |table: &QualifiedName| match &*table.schema {
+            "walferry" => *table == canary,
+            _ => !left_out.contains(table),
+        });
+        let ability = match stream {
+            Stream::Forward => row.abilities.target,
+            Stream::Reverse => row.abilities.source,
+        };
+        let gate = (stream == Stream::Reverse).then(|| self.reverse_open.clone());
+        Ok(Pipe::start(PipeOptions {
+            job: self.config.job.clone(),
+            stream,
+            from: from.clone(),
+            to: to.clone(),
+            transport: reading.transport()?,
+            plain_numbers: self.config.wanted.plain_numbers,
+            followed: Arc::new(self.store.load_readings().await?.tables(stream)),
+            recorded: recorded(from, system.as_deref(), &reading.decoder),
+            tables,
+            ability,
+            visibility,
+            spool: self.spool.clone().map(|place| SpoolOptions {
+                place,
+                limit_bytes: self.config.buffer.spool_bytes,
+                wal_budget_bytes: self.config.buffer.wal_budget_bytes,
+                made_lsn: row.slot_lsn.filter(|_| stream == Stream::Forward).unwrap_or(Lsn::ZERO),
+            }),
+            gate,
+            tuning: self.config.tuning,
+        }))
+    }
+
+    /// Stops both streams, at a batch boundary where that does not take long.
+    pub(super) async fn stop_streams(&mut self) {
+        let stop = async |pipe: Option<Pipe>| {
+            if let Some(pipe) = pipe {
+                pipe.stop(STREAM_PATIENCE).await;
+            }
+        };
+        tokio::join!(stop(self.forward.take()), stop(self.reverse.take()));
+    }
+
+    /// Tables of a side whose rows take no part.
+    async fn left_out(&self, side: &Config) -> Result<HashSet<QualifiedName>> {
+        let mut session = Session::connect(side, Purpose::Sql).await?;
+        let all = tables(&mut session, &Selection::default()).await?;
+        let names = all.into_iter().map(|t| t.name);
+        Ok(names.filter(|name| !self.selection.has_rows(name)).collect())
+    }
+}
