@@ -125,6 +125,11 @@ impl Error {
         }
         Error::Io { doing, file, source: Arc::new(source) }
     }
+
+    /// True if a file was not there.
+    pub(super) fn is_gone(&self) -> bool {
+        matches!(self, Error::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
 }
 
 impl Faulty for Error {

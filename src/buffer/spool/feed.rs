@@ -189,17 +189,36 @@ impl Run {
     ) -> Result<()> {
         loop {
             match self.shared.next(reader.at(), &self.stop) {
-                Next::Frames { end } => {
-                    while let Some(item) = reader.next(end)? {
-                        let unwanted = is_below(&item, self.from_lsn);
-                        if !unwanted && handle.block_on(queue.push(item)).is_err() {
-                            return Ok(());
-                        }
+                Next::Frames { end } => match self.frames(reader, end, queue, handle) {
+                    Ok(true) => {}
+                    Ok(false) => return Ok(()),
+                    // A reader that begins where the target stands, or that nobody listens to any
+                    // more, may come to a segment that is just being removed.
+                    Err(error) if error.is_gone() && self.shared.is_released(reader.at().0) => {
+                        reader.go_to(reader.at().0, u64::MAX);
                     }
-                }
+                    Err(error) => return Err(error),
+                },
                 Next::Segment { number, body } => reader.go_to(number, body),
                 Next::End => return Ok(()),
             }
         }
+    }
+
+    /// Hands on what the segment has up to `end`. False if nobody takes it any more.
+    fn frames<D: Disk>(
+        &self,
+        reader: &mut Reader<D>,
+        end: u64,
+        queue: &mut memory::Sender,
+        handle: &Handle,
+    ) -> Result<bool> {
+        while let Some(item) = reader.next(end)? {
+            let unwanted = is_below(&item, self.from_lsn);
+            if !unwanted && handle.block_on(queue.push(item)).is_err() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 }

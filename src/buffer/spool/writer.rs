@@ -204,6 +204,13 @@ impl Shared {
         }
     }
 
+    /// True if the segment may be removed already: the target has all of it.
+    pub fn is_released(&self, number: u64) -> bool {
+        let state = self.state();
+        let found = state.segments.iter().find(|segment| segment.number == number);
+        found.is_none_or(|segment| !segment.open && segment.end_lsn <= state.release_lsn)
+    }
+
     pub fn sink_gone(&self) {
         self.state().sink_gone = true;
         self.send(Order::Wake);

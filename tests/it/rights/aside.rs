@@ -8,7 +8,7 @@ use walferry::demo::server::Server;
 
 use super::roles::{self, ROLE};
 use crate::support::job::Ends;
-use crate::support::until;
+use crate::support::{Inventory, until};
 
 /// Everything that acts on rows: cascades of each kind, a key to its own table, a key that is not
 /// valid, one with a comment, triggers enabled and not, and a rule.
@@ -65,7 +65,7 @@ async fn assert_equal(ends: &Ends) {
 
 async fn story(majors: (u32, u32)) -> Ends {
     let ends = roles::owner_of(majors, SCHEMA).await;
-    let needed = roles::printed(&ends, &["error"], &[]).await;
+    let needed = roles::printed_by(&ends, &["--decoder", "pgoutput"], &["error"], &[]).await;
     roles::grant(&ends, &needed);
     work(&ends.source, 1000);
     ends
@@ -176,7 +176,7 @@ async fn a_kill_in_the_cutover_leaves_keys_and_triggers_where_they_belong() {
             ends.done(&["rollback"]).await;
         }
         until_valid(&ends.source).await;
-        let now = ends.inventories().await.0;
+        let now = Inventory::now(&ends.source_uri()).await;
         assert_eq!(before.acts_unlike(&now), Vec::<String>::new());
         work(&ends.source, wait as i32 * 1000 + 500);
         ends.done(&["verify"]).await;

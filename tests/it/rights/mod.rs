@@ -57,7 +57,7 @@ async fn moved_on(writer: &Writer) {
 
 /// What a superuser has to grant an owner: one thing.
 async fn needs_only_create(ends: &Ends) {
-    let needed = roles::printed(ends, &["error"], &[]).await;
+    let needed = roles::printed_by(ends, &["--decoder", "pgoutput"], &["error"], &[]).await;
     let create =
         ("source".to_string(), r#"GRANT CREATE ON DATABASE "app" TO "mover";"#.to_string());
     assert_eq!(needed, [create]);

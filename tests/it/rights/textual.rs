@@ -48,7 +48,8 @@ async fn follow(ends: &Ends, asked: &[&'static str], writer: &Writer) -> (Walfer
         ends.done(&with(&["verify"], asked)).await;
     }
     source_is_bare(ends);
-    let refused = ends.walferry(&with(&["cutover", "--fence", "none"], asked)).await;
+    let refused =
+        ends.walferry(&with(&["cutover", "--fence", "none", "--route", "hook:true"], asked)).await;
     assert_eq!(refused.code, Some(1));
     assert_eq!(needed.len(), 2, "{needed:?}");
     for (_, fix) in &needed {
@@ -166,14 +167,14 @@ async fn bank_by_wal2json(ends: Ends, transport: &'static str) {
     let first = crate::job::writer(&owner, 100.0, 1).await;
     let (run, before) = follow(&ends, &asked, &first).await;
     let first = first.stop().await;
-    ends.done(&with(&["cutover", "--fence", "none"], &asked)).await;
+    ends.done(&with(&["cutover", "--fence", "none", "--route", "hook:true"], &asked)).await;
     nothing_loops(&ends).await;
     for i in 0..50 {
         let sql = format!("update bank.accounts set abalance = abalance + {i} where aid = {i} + 1");
         ends.target.psql("app", &sql).unwrap();
     }
     ends.done(&with(&["verify"], &asked)).await;
-    ends.done(&with(&["rollback", "--fence", "none"], &asked)).await;
+    ends.done(&with(&["rollback", "--fence", "none", "--route", "hook:true"], &asked)).await;
     let second = crate::job::writer(&owner, 100.0, 100).await;
     assert!(second.committed_more(50).await, "the writer is stuck");
     ends.done(&with(&["verify"], &asked)).await;

@@ -55,8 +55,24 @@ const QUERIES: &[&str] = &[
 ];
 
 impl Inventory {
-    /// Lists what is there now. As superuser.
+    /// Lists what is there, once sessions that were closed a moment ago have ended: a server takes
+    /// its time for that. What is still there after two seconds is listed. As superuser.
     pub async fn take(uri: &str) -> Inventory {
+        let config = Config::parse(uri).unwrap().with_application_name("inventory");
+        let mut session = Session::connect(&config, Purpose::Sql).await.unwrap();
+        let sql = "select 1 from pg_stat_activity where application_name like 'walferry%' \
+            and application_name <> 'walferry writer'";
+        for _ in 0..40 {
+            if session.query(sql).await.unwrap().is_empty() {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+        Inventory::now(uri).await
+    }
+
+    /// Lists what is there now, in the middle of a job too. As superuser.
+    pub async fn now(uri: &str) -> Inventory {
         let config = Config::parse(uri).unwrap().with_application_name("inventory");
         let mut session = Session::connect(&config, Purpose::Sql).await.unwrap();
         let mut things = BTreeSet::new();
