@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use tokio::runtime::Runtime;
-use walferry::demo::binaries;
 use walferry::demo::compare::compare_without;
 use walferry::demo::server::{Server, StopMode};
 use walferry::pg::{Config, Purpose, Session};
@@ -87,6 +86,14 @@ impl Pair {
 
     /// An empty database on the target again.
     pub fn empty_target(&self) -> Result<()> {
+        // A database with a subscription cannot be dropped; its slot belongs to the next runs.
+        let names = self.target.psql(DATABASE, "select subname from pg_subscription")?;
+        for name in names.lines().filter(|name| !name.is_empty()) {
+            for what in ["disable", "set (slot_name = none)"] {
+                self.target.psql(DATABASE, &format!("alter subscription {name} {what}"))?;
+            }
+            self.target.psql(DATABASE, &format!("drop subscription {name}"))?;
+        }
         self.target
             .psql("postgres", &format!("drop database if exists {DATABASE} with (force)"))?;
         self.target.psql("postgres", &format!("create database {DATABASE}"))?;
@@ -104,7 +111,7 @@ impl Pair {
     /// pg_dump of the source's schema, or of its rows too, into a file for pg_restore.
     pub fn dump(&self, schema_only: bool) -> Result<PathBuf> {
         let path = self.scratch.join("dump");
-        let mut command = Command::new(binaries::client("pg_dump")?);
+        let mut command = Command::new(Server::default_bin()?.join("pg_dump"));
         command.args(["-Fc", "-Z0", "--no-publications", "--no-subscriptions", "-f"]).arg(&path);
         if schema_only {
             command.arg("--schema-only");
@@ -115,7 +122,7 @@ impl Pair {
 
     /// pg_restore of one section, or of all, into the target.
     pub fn restore_dump(&self, dump: &Path, section: Option<&str>, jobs: usize) -> Result<()> {
-        let mut command = Command::new(binaries::client("pg_restore")?);
+        let mut command = Command::new(Server::default_bin()?.join("pg_restore"));
         command.args(["-e", "-j", &jobs.to_string(), "-d", &self.target_uri()]);
         if let Some(section) = section {
             command.args(["--section", section]);

@@ -1,7 +1,6 @@
 //! Contestants on their marks: each has its slot on the source and its own copy of the target, set
 //! up before anything is written, and all read the same source afterwards.
 
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -129,7 +128,7 @@ impl Stage {
         self.pair.save(&self.pair.source, "source")
     }
 
-    fn set_up(&self, peer: Peer, dump: &PathBuf) -> Result<()> {
+    fn set_up(&self, peer: Peer, dump: &std::path::Path) -> Result<()> {
         let (pair, tag) = (&self.pair, peer.tag());
         if matches!(peer, Peer::WalferryFar | Peer::Receive) {
             return match peer {
