@@ -7,7 +7,7 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo test fuzz kill faults matrix regress spool-bench cutover-bench setup check-style build clean
+.PHONY: help demo test fuzz kill faults matrix regress bench spool-bench cutover-bench setup check-style build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -19,6 +19,7 @@ help:
 	@echo "make regress          PostgreSQL's own regression suite as the workload (a download first)"
 	@echo "make matrix [PAIRS=\"10-18 ...\"]  the whole job between any two of PostgreSQL 10 to 18"
 	@echo "make cutover-bench    stalls of writers through pgbouncer, release binary [ROUNDS=5]"
+	@echo "make bench [SCALE=1 ROUNDS=5]  whole jobs beside the peers (not finished yet, see bench/README.md)"
 	@echo "make check-style      only formatting and lints"
 	@echo "make build            the release binary, target/release/walferry"
 
@@ -77,3 +78,14 @@ regress: setup
 matrix:
 	@WALFERRY_TEST_MAJORS="10 11 12 13 14 16 17 18" sh tests/setup.sh test
 	WALFERRY_PAIRS="$(PAIRS)" cargo test --locked --test it -- --nocapture matrix::
+
+# Whole jobs beside the peers; not finished yet, see bench/README.md.
+bench:
+	@sh tests/setup.sh bench
+	SCALE=$(SCALE) ROUNDS=$(ROUNDS) ONLY=$(ONLY) PEERS=$(PEERS) \
+		cargo bench --locked --bench jobs
+
+BENCHES = copy tables catchup shapes large follow far cost growth
+.PHONY: $(addprefix bench-,$(BENCHES))
+$(addprefix bench-,$(BENCHES)): bench-%:
+	@$(MAKE) --no-print-directory bench ONLY=$*

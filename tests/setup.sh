@@ -1,7 +1,7 @@
 #!/bin/sh
-# Makes a bare Debian 12 ready for `make demo` and `make test`. Says what it will install, then
-# installs it, as root or through sudo; takes no time where everything is there.
-# Usage: setup.sh [demo|test]
+# Makes a bare Debian 12 ready for `make demo`, `make test` and `make bench`. Says what it will
+# install, then installs it, as root or through sudo; takes no time where everything is there.
+# Usage: setup.sh [demo|test|bench]
 set -eu
 
 what=${1:-test}
@@ -27,6 +27,10 @@ need /usr/lib/postgresql/15/bin/postgres postgresql-15
 need /usr/lib/postgresql/15/bin/pg_dump postgresql-client-15
 need /usr/sbin/pgbouncer pgbouncer
 command -v cc >/dev/null || packages="$packages gcc libc6-dev"
+# The peers that walferry is measured beside.
+if [ "$what" = bench ]; then
+    need /usr/bin/pgcopydb pgcopydb
+fi
 missing=
 dump=
 if [ "$what" = test ]; then
