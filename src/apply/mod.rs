@@ -325,28 +325,13 @@ async fn set_up(session: &mut Session, replica_role: bool) -> Result<()> {
     // the cost that this adds to scans must not start the JIT compiler. Sets are joined to a table
     // by its index, row by row, for the same reason.
     let mut settings = "set synchronous_commit = off; set enable_seqscan = off; \
-         set enable_hashjoin = off; set enable_mergejoin = off; \
-         set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; \
-         set tcp_keepalives_count = 3"
+         set enable_hashjoin = off; set enable_mergejoin = off"
         .to_string();
     if session.major_version() >= 11 {
         settings.push_str("; set jit = off");
     }
-    // Such a database takes bytes as they are, and refuses what is no UTF-8 of a session that says
-    // it talks that.
-    if session.parameter("server_encoding") == Some("SQL_ASCII") {
-        settings.push_str("; set client_encoding = 'SQL_ASCII'");
-    }
     session.execute(&settings).await?;
-    if session.major_version() >= 14 {
-        // Not known on every platform; keepalives alone will do.
-        let check = session.execute("set client_connection_check_interval = '5s'").await;
-        if let Err(error) = check
-            && error.is_closed()
-        {
-            return Err(error.into());
-        }
-    }
+    session.pass_unknown_bytes().await?;
     Ok(())
 }
 

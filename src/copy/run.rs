@@ -129,16 +129,10 @@ async fn open_target(config: &Config) -> Result<Target> {
 }
 
 /// A session that writes. Commits do not wait for the disk: the mark of a part is in the same
-/// transaction as its rows, so a crash of the server loses both or neither. Keepalives, so that a
-/// host that went away does not hold row locks for two hours.
+/// transaction as its rows, so a crash of the server loses both or neither.
 async fn connect_target(config: &Config) -> Result<(Session, bool)> {
     let mut session = Session::connect(config, Purpose::Sql).await?;
-    session
-        .execute(
-            "set synchronous_commit = off; set tcp_keepalives_idle = 10; \
-             set tcp_keepalives_interval = 5; set tcp_keepalives_count = 3",
-        )
-        .await?;
+    session.execute("set synchronous_commit = off").await?;
     match session.execute("set session_replication_role = replica").await {
         Ok(_) => Ok((session, true)),
         Err(error) if error.code() == Some("42501") => Ok((session, false)),

@@ -89,10 +89,7 @@ pub async fn compare_without(
 async fn open(uri: &str, label: &str) -> Result<Session> {
     let config = Config::parse(uri)?.labelled(label).with_application_name("walferry compare");
     let mut session = Session::connect(&config, Purpose::Sql).await?;
-    // Bytes of no known meaning are let out as they are only to a session that says this.
-    if session.parameter("server_encoding") == Some("SQL_ASCII") {
-        session.execute("set client_encoding = 'SQL_ASCII'").await?;
-    }
+    session.pass_unknown_bytes().await?;
     Ok(session)
 }
 

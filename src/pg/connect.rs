@@ -23,8 +23,8 @@ const SETTINGS: &str = "-c DateStyle=ISO -c IntervalStyle=postgres -c extra_floa
      -c bytea_output=hex -c array_nulls=on -c xmloption=content -c TimeZone=UTC \
      -c lc_monetary=C -c statement_timeout=0 -c lock_timeout=0 \
      -c idle_in_transaction_session_timeout=0 -c default_transaction_read_only=off \
-     -c default_transaction_isolation=read\\ committed -c row_security=off -c array_nulls=on \
-     -c xmloption=content -c standard_conforming_strings=on -c quote_all_identifiers=off \
+     -c default_transaction_isolation=read\\ committed -c row_security=off \
+     -c standard_conforming_strings=on -c quote_all_identifiers=off \
      -c exit_on_error=off -c search_path= \
      -c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3";
 

@@ -112,6 +112,18 @@ impl Session {
         self.greeting.parameters.get(name).map(String::as_str)
     }
 
+    /// Lets a SQL_ASCII database's bytes in and out as they are (pgcopydb#874): their meaning is not
+    /// known, and of a session that says it talks UTF-8 the server refuses what is none. Nothing
+    /// where the database has an encoding.
+    ///
+    /// <https://www.postgresql.org/docs/current/multibyte.html>
+    pub async fn pass_unknown_bytes(&mut self) -> Result<()> {
+        if self.parameter("server_encoding") == Some("SQL_ASCII") {
+            self.execute("set client_encoding = 'SQL_ASCII'").await?;
+        }
+        Ok(())
+    }
+
     /// `server_version_num`'s major part: 10 to 18 and on.
     pub fn major_version(&self) -> u32 {
         let text = self.parameter("server_version").unwrap_or_default();

@@ -87,11 +87,7 @@ impl Pull {
         }
         // A chunk that fits does not go through a temporary file.
         session.execute("set work_mem = '64MB'").await?;
-        // Its bytes have no known meaning, and no other client encoding would let them out
-        // (pgcopydb#874).
-        if session.parameter("server_encoding") == Some("SQL_ASCII") {
-            session.execute("set client_encoding = 'SQL_ASCII'").await?;
-        }
+        session.pass_unknown_bytes().await?;
         let mut spoken = options.spoken()?;
         let peeks = loop {
             let wanted = plugin_options(spoken, session.major_version(), &options);

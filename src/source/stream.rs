@@ -47,11 +47,7 @@ impl Stream {
             slot::free(&mut session, name, FREE_WAIT).await?;
         }
         let interval = feedback_interval(&mut session).await?;
-        // Its bytes have no known meaning, and no other client encoding would let them out
-        // (pgcopydb#874).
-        if session.parameter("server_encoding") == Some("SQL_ASCII") {
-            session.execute("set client_encoding = 'SQL_ASCII'").await?;
-        }
+        session.pass_unknown_bytes().await?;
         let mut spoken = options.spoken()?;
         let started = loop {
             let wanted = plugin_options(spoken, session.major_version(), &options);

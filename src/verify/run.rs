@@ -377,13 +377,8 @@ async fn open(side: &Side, end: End) -> Result<Session> {
     if major_version >= 11 {
         settings.push_str("set jit = off;");
     }
-    if major_version >= 17 {
-        settings.push_str("set transaction_timeout = 0;");
-    }
-    if session.parameter("server_encoding") == Some("SQL_ASCII") {
-        settings.push_str("set client_encoding = 'SQL_ASCII';");
-    }
     session.execute(&settings).await?;
+    session.pass_unknown_bytes().await?;
     if let Some(snapshot) = &side.snapshot {
         let begin = format!(
             "begin isolation level repeatable read read only; set transaction snapshot {}; \
