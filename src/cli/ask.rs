@@ -8,13 +8,15 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::job::client::Client;
-use crate::job::store::Store;
+use crate::job::store::{JobRow, Store};
 use crate::job::{self, JobConfig, Notice, Phase, Runner, Until, lease};
 use crate::pg::{Purpose, Session};
 
 /// A way to reach the job's runner.
 pub struct Asker {
     config: JobConfig,
+    /// The job as it was when this connected.
+    pub row: JobRow,
     /// The connection for commands.
     pub client: Client,
     own: Option<Own>,
@@ -33,9 +35,9 @@ impl Asker {
         let mut store = Store::new(home, config.job.clone());
         let row = store.load_existing().await?;
         // The job knows its tables; these commands need not repeat the options.
-        config.options = row.options;
+        config.options = row.options.clone();
         let client = Client::connect(&config.target, &config.job).await?;
-        let mut asker = Asker { config, client, own: None };
+        let mut asker = Asker { config, row, client, own: None };
         asker.ensure_runner().await?;
         Ok(asker)
     }

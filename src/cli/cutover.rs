@@ -7,13 +7,12 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::ask::Asker;
-use super::options::{FlipArgs, JobArgs};
+use super::options::{FlipArgs, JobArgs, learn};
 use super::print;
 use super::run::stop_on_signal;
 use crate::config::{self, parse_duration};
 use crate::id::Stream;
-use crate::job::FlipRequest;
-use crate::route::Route;
+use crate::job::{FlipRequest, JobConfig, Phase};
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]
@@ -31,8 +30,11 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 /// Cutover and rollback alike.
 pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<ExitCode> {
-    let request = request(stream, job, args)?;
-    let mut asker = Asker::connect(&job.job()?).await?;
+    let config = job.job()?;
+    let mut request = request(stream, job, args, &config)?;
+    let mut asker = Asker::connect(&config).await?;
+    choose_routes(&mut request, args, &asker)?;
+    tell_passwords(&mut request, args, &mut asker).await?;
     let wait =
         Duration::from_millis(request.timeout_ms + request.max_hold_ms) + Duration::from_secs(120);
     let (stop, mut stopping) = watch::channel(false);
@@ -60,10 +62,72 @@ pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Res
         }
     }
     closed?;
+    if outcome.pointer("/released") == Some(&Value::Bool(false)) {
+        let why = print::text(&outcome, "/unreleased");
+        eprintln!(
+            "walferry: switched, but clients are not let through on every route: {why}. \
+             `walferry run` tries again every few seconds; its --skip-route leaves out one that is \
+             gone"
+        );
+        return Ok(ExitCode::FAILURE);
+    }
     Ok(ExitCode::SUCCESS)
 }
 
-fn request(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<FlipRequest> {
+/// Gives the routes' passwords to a runner elsewhere, and says which of them nobody else will have.
+async fn tell_passwords(
+    request: &mut FlipRequest,
+    args: &FlipArgs,
+    asker: &mut Asker,
+) -> anyhow::Result<()> {
+    let secrets = asker.config().secrets.clone();
+    let given = !args.route.is_empty();
+    for route in secrets.known_here_only(&request.routes).iter().filter(|_| given) {
+        eprintln!(
+            "the password of {route} is not stored: should this switch be cut short, \
+             `walferry run` can undo it with a line in ~/.pgpass, WALFERRY_ROUTE_PASSWORD, or this \
+             --route again"
+        );
+    }
+    if !asker.is_own() && secrets.any(&request.routes)? {
+        let letters = asker.ask("letter_box", &Value::Null, LETTER_WAIT).await?;
+        request.letter = secrets.letter(&request.routes, print::text(&letters, "/address"))?;
+    }
+    Ok(())
+}
+
+/// A runner that is alive answers at its next turn.
+const LETTER_WAIT: Duration = Duration::from_secs(60);
+
+/// Clients that were led over by a route are led back by it, unless others are given.
+fn choose_routes(
+    request: &mut FlipRequest,
+    args: &FlipArgs,
+    asker: &Asker,
+) -> Result<(), config::Error> {
+    let flipped = matches!(asker.row.phase, Phase::Switched | Phase::RolledBack);
+    if let Some(last) = asker.row.flip.as_ref().filter(|_| flipped)
+        && request.routes.is_empty()
+        && !args.no_route
+    {
+        request.routes = last.waiting();
+        for route in asker.config().secrets.routes(&request.routes).iter().flatten() {
+            eprintln!("by the route of the last switch: {route} (--no-route: by none)");
+        }
+    }
+    if request.fence == "none" && request.routes.is_empty() {
+        let message = "with none, only a route stops writers: add --route, or use --fence lock";
+        return Err(config::Error::Value { option: "--fence", message: message.to_string() });
+    }
+    Ok(())
+}
+
+fn request(
+    stream: Stream,
+    job: &JobArgs,
+    args: &FlipArgs,
+    config: &JobConfig,
+) -> anyhow::Result<FlipRequest> {
     let file = job.file()?.cutover;
     let time = |own: Option<Duration>, file: Option<String>, default: u64| {
         let value = match (own, file) {
@@ -75,22 +139,21 @@ fn request(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<Fli
             .map(|v| v.as_millis() as u64)
             .map_err(|message| config::Error::Value { option: "[cutover]", message })
     };
-    let routes = if args.route.is_empty() { file.route } else { args.route.clone() };
+    let given = match (args.route.as_slice(), args.no_route) {
+        ([], true) => Vec::new(),
+        ([], false) => file.route,
+        (given, _) => given.to_vec(),
+    };
+    let routes = learn(&config.secrets, "--route", &given)?;
     let value = |option, e: String| config::Error::Value { option, message: e };
-    for route in &routes {
-        Route::parse(route).map_err(|e| value("--route", e.to_string()))?;
-    }
     let fence = args.fence.clone().or(file.fence).unwrap_or_else(|| "lock".to_string());
     fence.parse::<crate::cutover::FenceKind>().map_err(|e| value("--fence", e.to_string()))?;
-    if fence == "none" && routes.is_empty() {
-        let message = "with none, only a route stops writers: add --route, or use --fence lock";
-        return Err(value("--fence", message.to_string()).into());
-    }
     Ok(FlipRequest {
         flip: stream.to_string(),
         attempt: format!("{:016x}", fastrand::u64(..)),
         fence,
         routes,
+        letter: None,
         max_lag_ms: time(args.max_lag, file.max_lag, 1_000)?,
         timeout_ms: time(args.timeout, file.timeout, 30_000)?,
         lock_timeout_ms: time(args.lock_timeout, file.lock_timeout, 200)?,
@@ -129,6 +192,7 @@ mod tests {
         let mut flip = FlipArgs {
             fence: None,
             route: Vec::new(),
+            no_route: false,
             max_lag: None,
             timeout: None,
             lock_timeout: None,
@@ -136,11 +200,13 @@ mod tests {
             dry_run: false,
             json: false,
         };
-        let asked = request(Stream::Forward, &job, &flip).unwrap();
+        let config = job.job().unwrap();
+        let asked = request(Stream::Forward, &job, &flip, &config).unwrap();
         assert_eq!((asked.max_hold_ms, asked.lock_timeout_ms), (7_000, 200));
         flip.max_hold = Some(Duration::from_secs(2));
-        assert_eq!(request(Stream::Forward, &job, &flip).unwrap().max_hold_ms, 2_000);
-        assert!(!job.job().unwrap().owners);
+        let asked = request(Stream::Forward, &job, &flip, &config).unwrap();
+        assert_eq!(asked.max_hold_ms, 2_000);
+        assert!(!config.owners);
         std::fs::remove_file(&path).unwrap();
     }
 }

@@ -11,9 +11,11 @@ use crate::config::{self, File, parse_duration, parse_size};
 use crate::id::JobName;
 use crate::job::place::{Buffer, BufferOptions, SPOOL_BYTES};
 use crate::job::reading::Wanted;
+use crate::job::routes::RouteSecrets;
 use crate::job::store::JobOptions;
 use crate::job::{self, JobConfig};
 use crate::pg::Config;
+use crate::secret::SecretString;
 
 /// Name of a job that was not given one.
 const DEFAULT_NAME: &str = "main";
@@ -151,6 +153,7 @@ impl JobArgs {
                 )?,
             },
             tuning,
+            secrets: secrets(&file.cutover.route)?,
         })
     }
 }
@@ -208,6 +211,24 @@ where
     given.transpose().map_err(value)
 }
 
+/// Passwords of routes: those in the file's routes, and the one in WALFERRY_ROUTE_PASSWORD.
+fn secrets(routes: &[String]) -> Result<RouteSecrets, config::Error> {
+    let variable = std::env::var("WALFERRY_ROUTE_PASSWORD").ok().filter(|text| !text.is_empty());
+    let secrets = RouteSecrets::new(variable.map(SecretString::from));
+    learn(&secrets, "[cutover] route", routes)?;
+    Ok(secrets)
+}
+
+/// Routes as they are stored; their passwords are kept for this process.
+pub fn learn(
+    secrets: &RouteSecrets,
+    option: &'static str,
+    routes: &[String],
+) -> Result<Vec<String>, config::Error> {
+    let learnt: Result<_, _> = routes.iter().map(|route| secrets.learn(route)).collect();
+    learnt.map_err(|e| config::Error::Value { option, message: e.to_string() })
+}
+
 /// Options of cutover and rollback.
 #[derive(Clone, Debug, Args)]
 pub struct FlipArgs {
@@ -215,9 +236,12 @@ pub struct FlipArgs {
     #[arg(long, value_name = "KIND")]
     pub fence: Option<String>,
     /// Where clients find the data: hook:COMMAND or pgbouncer:ADMIN_URI,INI_PATH,DBNAME; may be
-    /// given again
+    /// given again [default: those of the last switch]
     #[arg(long, value_name = "KIND:...")]
     pub route: Vec<String>,
+    /// Lead no clients: neither by the routes of the last switch nor by those of walferry.toml
+    #[arg(long, conflicts_with = "route")]
+    pub no_route: bool,
     /// Do not begin while the stream is further behind [default: 1s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub max_lag: Option<Duration>,

@@ -9,10 +9,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use super::options::JobArgs;
+use super::options::{JobArgs, learn};
 use super::print;
 use crate::copy::CopyProgress;
-use crate::job::{self, Notice, Runner, Until};
+use crate::job::store::Store;
+use crate::job::{self, JobConfig, Notice, Runner, Until, lease};
+use crate::pg::{Purpose, Session};
 
 /// Where `--until` ends a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -31,12 +33,23 @@ pub struct Args {
     /// Return there, for scripts; otherwise run until stopped
     #[arg(long, value_name = "PHASE")]
     until: Option<UntilArg>,
+    /// A route of a switch that was cut short, with the password that is nowhere else
+    #[arg(long, value_name = "KIND:...")]
+    route: Vec<String>,
+    /// A route that is gone for good (hook, pgbouncer, or the whole of it): a switch that it keeps
+    /// from being undone or finished goes on without it
+    #[arg(long, value_name = "KIND")]
+    skip_route: Vec<String>,
 }
 
 /// Runs the job. 0 when `--until` was reached, it was stopped by hand, or the job ended; 1 on an
 /// error.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let config = args.job.job()?;
+    learn(&config.secrets, "--route", &args.route)?;
+    if !args.skip_route.is_empty() && skip_routes(&config, &args.skip_route).await? {
+        return Ok(ExitCode::SUCCESS);
+    }
     let (stop, stopping) = watch::channel(false);
     tokio::spawn(stop_on_signal(stop));
     let until = match args.until {
@@ -63,6 +76,23 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// Takes routes out of a switch that waits for them. True if a runner is alive, which goes on
+/// without them.
+async fn skip_routes(config: &JobConfig, routes: &[String]) -> anyhow::Result<bool> {
+    let home = Session::connect(&config.target, Purpose::Sql).await?;
+    let mut store = Store::new(home, config.job.clone());
+    for route in routes {
+        for line in job::routes::skip(&mut store, config, route).await? {
+            println!("left out {line}");
+        }
+    }
+    let alive = lease::holder(&mut store.session, &config.job).await?;
+    if let Some(pid) = &alive {
+        eprintln!("the runner that is alive (backend {pid} on the target) goes on without it");
+    }
+    Ok(alive.is_some())
 }
 
 /// The first signal stops in order, the second at once; both are safe.

@@ -103,6 +103,10 @@ pub struct Outcome {
     pub retries: u32,
     /// All steps.
     pub steps: Vec<Step>,
+    /// Clients were let through on every route. For a dry run: nobody was held.
+    pub released: bool,
+    /// Why not.
+    pub unreleased: Option<String>,
 }
 
 struct Flight<'a, J> {
@@ -125,7 +129,15 @@ pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome
         flight.end_last().await?;
         let steps = flight.steps;
         let switched_lsn = Lsn::ZERO.to_string();
-        return Ok(Outcome { switched_lsn, fenced_ms: 0.0, retries: 0, steps });
+        let (released, unreleased) = (true, None);
+        return Ok(Outcome {
+            switched_lsn,
+            fenced_ms: 0.0,
+            retries: 0,
+            steps,
+            released,
+            unreleased,
+        });
     }
     let mut fence = None;
     match flight.fly(&mut fence).await {
@@ -218,12 +230,14 @@ impl<J: Journal> Flight<'_, J> {
         }
         let ms = started.elapsed().as_secs_f64() * 1e3;
         self.steps.push(Step { name: "point of no return".to_string(), ms });
-        self.release().await;
+        let unreleased = self.release().await;
         Ok(Outcome {
             switched_lsn: barrier_lsn.to_string(),
             fenced_ms: held.elapsed().as_secs_f64() * 1e3,
             retries,
             steps: std::mem::take(&mut self.steps),
+            released: unreleased.is_none(),
+            unreleased,
         })
     }
 
@@ -250,7 +264,7 @@ impl<J: Journal> Flight<'_, J> {
         });
         step!(self, "seal", {
             match fence.seal(&self.plan.rules, &self.plan.tables).await {
-                Ok(()) => fence::open(dest, &self.plan.job).await,
+                Ok(()) => fence::open_for_now(dest, &self.plan.job).await,
                 Err(error) => Err(error),
             }
         });
@@ -264,8 +278,9 @@ impl<J: Journal> Flight<'_, J> {
     }
 
     /// After the point of no return an error must not undo anything: it is logged, the job stays
-    /// marked as not released, and the runner repeats the release until it holds.
-    async fn release(&mut self) {
+    /// marked as not released, and the runner repeats the release until it holds. Gives why it has
+    /// to.
+    async fn release(&mut self) -> Option<String> {
         let started = Instant::now();
         match undo::release(&self.plan.routes, &self.plan.context).await {
             Ok(()) => {
@@ -279,9 +294,11 @@ impl<J: Journal> Flight<'_, J> {
                 if let Err(error) = recorded {
                     tracing::warn!(%error, "clients were released, but it could not be recorded");
                 }
+                None
             }
             Err(error) => {
                 tracing::error!(%error, "switched, but clients could not be released; retrying");
+                Some(error.to_string())
             }
         }
     }

@@ -29,9 +29,27 @@ const UNENDABLE: &str = "select pid, coalesce(r.rolname, '?'), m.rolname \
      and (r.rolsuper or not pg_catalog.pg_has_role(usesysid, 'usage') \
         and not pg_catalog.pg_has_role('pg_signal_backend', 'usage')) order by pid limit 1";
 
-/// Asks every client session to end; true if there was none.
-pub(super) async fn empty(session: &mut Session) -> Result<bool> {
-    Ok(session.query(&TERMINATE_CLIENTS.replace("{CLIENT}", CLIENT)).await?.is_empty())
+/// Ends client sessions, those begun since a time (or just before, as a login takes a while) or
+/// all: sessions that are open keep their own setting. False if some are still there after a
+/// second.
+pub(super) async fn end_clients(session: &mut Session, since: Option<&str>) -> Result<bool> {
+    let mut sql = TERMINATE_CLIENTS.replace("{CLIENT}", CLIENT);
+    if let Some(since) = since {
+        let since = quote_literal(since);
+        sql.push_str(&format!(
+            " and coalesce(backend_start > {since}::timestamptz - interval '1 minute', true)"
+        ));
+    }
+    // One that was just starting may show itself late, so it takes two looks that find none.
+    let mut empty = 0;
+    for _ in 0..200 {
+        empty = if session.query(&sql).await?.is_empty() { empty + 1 } else { 0 };
+        if empty == 2 {
+            return Ok(true);
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Ok(false)
 }
 
 /// Sessions that are open keep their own setting, so a read-only database stops only those that
@@ -67,8 +85,9 @@ pub(super) async fn shut_database(
         session
             .query_params(
                 "insert into walferry.read_only select $1, case \
-                    when exists (select 1 from walferry.read_only) \
-                    then (select before from walferry.read_only limit 1) else $2 end \
+                    when exists (select 1 from walferry.read_only where opened_at is null) \
+                    then (select before from walferry.read_only where opened_at is null limit 1) \
+                    else $2 end \
                  on conflict (job) do nothing",
                 &[Some(job.as_str()), now.as_deref()],
             )
@@ -82,27 +101,50 @@ pub(super) async fn shut_database(
     outcome
 }
 
-/// Gives the database the default back that it had before a read-only fence of the job, unless
-/// another job's stands there. Idempotent.
-pub(super) async fn open_database(session: &mut Session, job: &JobName) -> Result<()> {
+/// How a database is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Opening {
+    /// The note goes.
+    ForGood,
+    /// By a flip that may be undone: the note stays, with the time, for [`shut_again`].
+    ByFlip,
+}
+
+/// True if the job has a note on a read-only database here, of those that `which` allows.
+async fn noted(session: &mut Session, job: &JobName, which: &str) -> Result<bool> {
     let there = "select pg_catalog.to_regclass('walferry.read_only') is not null";
     if !session.query_one(there, &[]).await?.bool(0)? {
-        return Ok(());
+        return Ok(false);
     }
+    let mine = format!("select exists (select 1 from walferry.read_only where job = $1 {which})");
+    Ok(session.query_one(&mine, &[Some(job.as_str())]).await?.bool(0)?)
+}
+
+/// Gives the database the default back that it had before a read-only fence of the job, unless
+/// another job's stands there. Idempotent.
+pub(super) async fn open_database(
+    session: &mut Session,
+    job: &JobName,
+    opening: Opening,
+) -> Result<()> {
     // Before the lock, which somebody else may hold: usually there is nothing to give back.
-    let mine = "select exists (select 1 from walferry.read_only where job = $1)";
-    if !session.query_one(mine, &[Some(job.as_str())]).await?.bool(0)? {
+    if !noted(session, job, "").await? {
         return Ok(());
     }
+    let change = match opening {
+        Opening::ForGood => "delete from walferry.read_only where job = $1",
+        Opening::ByFlip => {
+            "update walferry.read_only set opened_at = clock_timestamp() \
+             where job = $1 and opened_at is null"
+        }
+    };
+    // RETURNING sees the table as it was: the job's own note is counted if it shuts the database.
+    let ours_alone = "(select count(*) = 1 and bool_or(job = $1) from walferry.read_only \
+                      where opened_at is null)";
     let outcome = async {
         session.execute(&lock_notes(NOTES_WAIT)).await?;
-        let kept = session
-            .query_opt(
-                "delete from walferry.read_only where job = $1 returning before, \
-                 (select count(*) from walferry.read_only) = 1",
-                &[Some(job.as_str())],
-            )
-            .await?;
+        let sql = format!("{change} returning before, {ours_alone}");
+        let kept = session.query_opt(&sql, &[Some(job.as_str())]).await?;
         if let Some(kept) = kept.filter(|kept| kept.bool(1).unwrap_or(true)) {
             let sql = match kept.opt(0)? {
                 Some(before) => format!("set {SETTING} = {}", quote_literal(before)),
@@ -117,6 +159,42 @@ pub(super) async fn open_database(session: &mut Session, job: &JobName) -> Resul
     let outcome = outcome.await;
     tidy(session).await?;
     outcome
+}
+
+/// Makes a database read-only again that a flip had opened and then was undone, and ends the
+/// sessions that began in between. Idempotent.
+pub(super) async fn shut_again(session: &mut Session, job: &JobName) -> Result<()> {
+    if !noted(session, job, "and opened_at is not null").await? {
+        return Ok(());
+    }
+    let outcome = async {
+        session.execute(&lock_notes(NOTES_WAIT)).await?;
+        let (database, _) = default_of(session).await?;
+        session.execute(&format!("alter database {database} set {SETTING} = on; commit")).await?;
+        let sql = "select opened_at from walferry.read_only where job = $1 \
+                   and opened_at is not null";
+        if let Some(row) = session.query_opt(sql, &[Some(job.as_str())]).await?
+            && !end_clients(session, Some(row.str(0)?)).await?
+        {
+            return Err(Error::NotShut { peer: session.peer().to_string() });
+        }
+        // Last: whoever repeats this after a crash has to end those sessions too.
+        let sql = "update walferry.read_only set opened_at = null where job = $1";
+        session.query_params(sql, &[Some(job.as_str())]).await?;
+        Ok(())
+    };
+    let outcome = outcome.await;
+    tidy(session).await?;
+    outcome
+}
+
+/// Forgets that a flip opened the database: it was made, and the side is live for good.
+pub(super) async fn forget_opened(session: &mut Session, job: &JobName) -> Result<()> {
+    if noted(session, job, "and opened_at is not null").await? {
+        let sql = "delete from walferry.read_only where job = $1 and opened_at is not null";
+        session.query_params(sql, &[Some(job.as_str())]).await?;
+    }
+    Ok(())
 }
 
 const SETTING: &str = "default_transaction_read_only";

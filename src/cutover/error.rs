@@ -88,6 +88,15 @@ pub enum Error {
         /// The role of ours.
         own: String,
     },
+    /// Sessions begun on the old side during an undone flip do not end.
+    #[error(
+        "{peer} is read-only again, but sessions that began there while it was not do not end; \
+         end them by pg_terminate_backend"
+    )]
+    NotShut {
+        /// Which server.
+        peer: String,
+    },
     /// The stream did not reach the barrier in time.
     #[error(
         "the target did not reach the barrier {barrier_lsn} within {waited:?} (applied \
@@ -165,7 +174,8 @@ pub enum Error {
     /// Undoing failed; the job stays in cutting_over and the same is tried again by any command.
     #[error(
         "{cause}; and undoing failed: {undo}. The job is in cutting_over: `walferry run` (or \
-         cutover again) repeats the undoing"
+         cutover again) repeats the undoing; --skip-route of `run` leaves out a route that is \
+         gone for good"
     )]
     NotUndone {
         /// What went wrong first.
@@ -183,6 +193,7 @@ impl Faulty for Error {
             // reaches the runner belongs to an undoing, which nobody else will do.
             Error::Unknown { .. } | Error::NotUndone { .. } | Error::Journal(_) => Fault::Retry,
             Error::Drain { .. } | Error::StreamStopped => Fault::Retry,
+            Error::NoAnswer { .. } | Error::NotShut { .. } => Fault::Retry,
             _ => Fault::Stop,
         }
     }

@@ -20,7 +20,7 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::database::{self, open_database, refuse_unendable, shut_database, tidy};
+use super::database::{self, Opening, open_database, refuse_unendable, shut_database, tidy};
 use super::{Error, Result, Rules};
 use crate::id::{JobName, QualifiedName};
 use crate::pg::{Config, Purpose, Session};
@@ -89,6 +89,7 @@ impl Fence {
         let millis = (max_hold + Duration::from_secs(1)).as_millis();
         session.execute(&format!("set idle_in_transaction_session_timeout = {millis}")).await?;
         hasten(&mut session).await;
+        database::forget_opened(&mut session, job).await?;
         let mut trigger_sql = String::new();
         if kind == FenceKind::ReadOnly {
             refuse_unendable(&mut session).await?;
@@ -162,15 +163,8 @@ impl Fence {
             Err(Error::Pg(error)) if error.code() == Some("55P03") => return Ok(false),
             outcome => outcome?,
         }
-        // Sessions that are open keep their own setting: they must go. One that was just starting
-        // may show itself late, so it takes two looks that find none.
-        let mut empty = 0;
-        for _ in 0..200 {
-            empty = if database::empty(&mut self.session).await? { empty + 1 } else { 0 };
-            if empty == 2 {
-                return Ok(true);
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
+        if database::end_clients(&mut self.session, None).await? {
+            return Ok(true);
         }
         open(&mut self.session, &self.job).await?;
         Ok(false)
@@ -334,6 +328,17 @@ pub async fn clear_way(session: &mut Session, job: &JobName) -> Result<()> {
 /// (which locks out writers for a moment, not readers), and the database may be written again.
 /// Idempotent.
 pub async fn open(session: &mut Session, job: &JobName) -> Result<()> {
+    open_triggers(session, job).await?;
+    open_database(session, job, Opening::ForGood).await
+}
+
+/// The same by a flip that may still be undone, so that [`shut`] finds what it opened.
+pub async fn open_for_now(session: &mut Session, job: &JobName) -> Result<()> {
+    open_triggers(session, job).await?;
+    open_database(session, job, Opening::ByFlip).await
+}
+
+async fn open_triggers(session: &mut Session, job: &JobName) -> Result<()> {
     let seal = seal_name(job);
     let shut: Vec<String> = seals(session, job, "and t.tgenabled <> 'D'")
         .await?
@@ -342,15 +347,15 @@ pub async fn open(session: &mut Session, job: &JobName) -> Result<()> {
         .collect();
     // All in one message, as writers may be waiting; where a lock is in the way, one by one.
     if shut.len() > 1 && retry_once(session, &shut.join("; ")).await? {
-        return open_database(session, job).await;
+        return Ok(());
     }
     for sql in &shut {
         retry_locks(session, sql).await?;
     }
-    open_database(session, job).await
+    Ok(())
 }
 
-/// Shuts the seals that [`open`] opened. Idempotent; makes none.
+/// Shuts what [`open_for_now`] opened: triggers, and the database. Idempotent; makes no new seal.
 pub async fn shut(session: &mut Session, job: &JobName) -> Result<()> {
     let seal = seal_name(job);
     hasten(session).await;
@@ -358,12 +363,12 @@ pub async fn shut(session: &mut Session, job: &JobName) -> Result<()> {
         retry_locks(session, &format!("alter table {} enable trigger {seal}", table.quoted()))
             .await?;
     }
-    Ok(())
+    database::shut_again(session, job).await
 }
 
 /// Drops the job's seals for good, for finish and cancel. Idempotent.
 pub async fn remove(session: &mut Session, job: &JobName) -> Result<()> {
-    open_database(session, job).await?;
+    open_database(session, job, Opening::ForGood).await?;
     hasten(session).await;
     let seal = seal_name(job);
     for table in seals(session, job, "").await? {

@@ -43,7 +43,7 @@ pub use choreography::{Journal, Outcome, Plan, Step, run};
 pub use error::Error;
 pub use fence::FenceKind;
 pub use rules::Rules;
-pub use undo::{release, undo};
+pub use undo::{release, seal_other, undo};
 
 /// Result with this room's error.
 pub type Result<T> = std::result::Result<T, Error>;

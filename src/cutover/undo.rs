@@ -5,12 +5,17 @@ use std::time::Duration;
 
 use super::fence::{self, Fence, FenceKind};
 use super::{Error, Result, Rules};
-use crate::id::Stream;
+use crate::clock::Deadline;
+use crate::id::{QualifiedName, Stream};
 use crate::pg::{Config, Purpose, Session};
 use crate::route::{Context, Route};
 
 /// How long the live side may take to be opened before its clients are let go all the same.
 const OPEN_WAIT: Duration = Duration::from_secs(5);
+
+/// How long sealing the other side is tried, and one try of it.
+const SEAL_WAIT: Duration = Duration::from_secs(10);
+const LOCK_WAIT: Duration = Duration::from_millis(200);
 
 /// Takes back a flip of this process: its fence, if one was prepared, then as [`undo`] does.
 ///
@@ -71,10 +76,28 @@ pub async fn undo(
     for route in routes.iter().rev() {
         undone = undone.and(route.undo(context).await);
     }
+    // Nor must the other side take writes while a route is waited for.
+    let shut = shut_other(context).await;
     undone?;
     opened?;
     silenced?;
-    shut_other(context).await
+    shut
+}
+
+/// After an undoing that had to leave a route as it was: whoever that route still leads to the
+/// other side is refused there, by triggers on `tables`, as after a flip the other way. Idempotent.
+pub async fn seal_other(context: &Context, tables: &[QualifiedName]) -> Result<()> {
+    let other = other_side(context);
+    let mut fence = Fence::prepare(FenceKind::Lock, &context.job, other, tables, OPEN_WAIT).await?;
+    let deadline = Deadline::after(SEAL_WAIT);
+    while !fence.raise(LOCK_WAIT).await? {
+        if deadline.passed() {
+            let blockers = fence.blockers().await?;
+            return Err(Error::Fence { waited: SEAL_WAIT, blockers });
+        }
+        tokio::time::sleep(LOCK_WAIT * 2).await;
+    }
+    fence.seal(&Rules::default(), tables).await
 }
 
 async fn silence_dest(context: &Context, rules: &Rules) -> Result<()> {
@@ -86,12 +109,16 @@ async fn silence_dest(context: &Context, rules: &Rules) -> Result<()> {
 /// of this one: without the earlier one's triggers nothing is done here. That side is not
 /// live again now: sessions that were connected to it since must not write there (vitess#9453).
 async fn shut_other(context: &Context) -> Result<()> {
-    let other = match context.flip {
+    let mut session = Session::connect(other_side(context), Purpose::Sql).await?;
+    fence::shut(&mut session, &context.job).await
+}
+
+/// The side that the flip led to.
+fn other_side(context: &Context) -> &Config {
+    match context.flip {
         Stream::Forward => &context.target,
         Stream::Reverse => &context.source,
-    };
-    let mut session = Session::connect(other, Purpose::Sql).await?;
-    fence::shut(&mut session, &context.job).await
+    }
 }
 
 /// Lets clients through, on whichever side the routes now point to.

@@ -48,8 +48,11 @@ impl Runner {
             self.check_streams()?;
             self.busy.store(false, Ordering::SeqCst);
             self.store_positions(&mut probes).await?;
-            self.release_late().await?;
+            let led = self.lead_late().await?;
             self.busy.store(true, Ordering::SeqCst);
+            if led.is_some() {
+                return Ok(led);
+            }
             if phase == Phase::CatchingUp && self.is_level() {
                 self.build_rest().await?;
                 return Ok(Some(Event::CaughtUp));
@@ -60,7 +63,10 @@ impl Runner {
                 Until::Told => false,
             };
             if due {
-                return Ok(None);
+                return match &self.late {
+                    Some(late) if late.keeps_phase() => Err(Error::Remote(late.said.clone())),
+                    _ => Ok(None),
+                };
             }
             if let Some(event) = self.hear().await? {
                 return Ok(event);
@@ -73,17 +79,6 @@ impl Runner {
             }
             self.busy.store(true, Ordering::SeqCst);
         }
-    }
-
-    /// Clients that could not be let through after a switch are let through as soon as they can be.
-    async fn release_late(&mut self) -> Result<()> {
-        if self.unreleased {
-            match self.release_clients().await {
-                Ok(_) => self.unreleased = false,
-                Err(error) => self.say(Notice::Trouble(error.to_string())),
-            }
-        }
-        Ok(())
     }
 
     /// Short while something is about to happen, so that scripts do not wait for the turn's end.
@@ -120,9 +115,11 @@ impl Runner {
                     return Ok(Some(None));
                 }
                 "ping" => Ok(Value::Null),
+                "letter_box" => self.letter_box(),
                 "flip" => {
                     let request: FlipRequest = serde_json::from_value(asked.args)
                         .map_err(|e| Error::State(e.to_string()))?;
+                    self.take_letter(request.letter.as_deref());
                     match self.arm(&request).await {
                         // Arming may have waited for long transactions. Nobody wants it any more.
                         Ok(_) if client::asker_gone(&mut self.store.session, &asked.id).await? => {

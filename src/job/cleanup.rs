@@ -5,7 +5,7 @@
 //! The home schema goes last, as it holds the memory of what is still to be done.
 
 use super::admit::{accept_systems, place};
-use super::flip::{context, parse_routes, stream_of};
+use super::flip::{context, stream_of};
 use super::lease::Lease;
 use super::run::JobConfig;
 use super::state::{Event, Phase, step};
@@ -138,7 +138,8 @@ async fn remove_spool(config: &JobConfig, row: &JobRow, dropped: &mut Vec<String
 async fn forget_routes(config: &JobConfig, row: &JobRow) -> Result<()> {
     let Some(record) = &row.flip else { return Ok(()) };
     let context = context(config, stream_of(&record.flip));
-    for route in parse_routes(&[&*record.routes, &*record.earlier_routes].concat())? {
+    let routes = [&*record.routes, &*record.earlier_routes].concat();
+    for route in config.secrets.routes(&routes)? {
         route.forget(&context).await.map_err(cutover::Error::from)?;
     }
     Ok(())

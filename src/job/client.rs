@@ -183,8 +183,17 @@ pub(super) async fn settle(store: &mut Store, row: &JobRow, own: Option<&str>) -
                     steps.push(json!({ "name": line.step, "ms": line.ms }));
                 }
                 let (lsn, held) = (&flip.switched_lsn, flip.fenced_ms);
-                Ok(json!({ "switched_lsn": lsn, "fenced_ms": held, "steps": steps }))
+                Ok({
+                    let released = flip.released;
+                    json!({ "switched_lsn": lsn, "fenced_ms": held, "steps": steps,
+                        "released": released })
+                })
             }
+            None if row.phase == Phase::CuttingOver => Err(format!(
+                "the runner ended while it was at `{}`, and what it had begun is not undone yet{}",
+                command.str(1)?,
+                row.error.as_ref().map_or(String::new(), |error| format!(": {error}"))
+            )),
             None => Err(format!(
                 "the runner ended while it was at `{}`, and what it had begun has been undone; the \
                  job is in {}: ask again",

@@ -13,7 +13,8 @@ do $do$ begin
         comment on schema walferry is 'made by walferry';
     end if;
 end $do$;
-create table if not exists walferry.read_only (job text primary key, before text);
+create table if not exists walferry.read_only (
+    job text primary key, before text, opened_at timestamptz);
 create or replace function walferry.seal() returns trigger language plpgsql as $seal$
 begin
     -- A stream's session that may not set session_replication_role says so.

@@ -208,6 +208,29 @@ pub enum Error {
         /// Why.
         message: String,
     },
+    /// A route keeps a flip from being undone, or its clients from being let through.
+    #[error(
+        "a switch that was begun cannot be {todo} yet: {cause}. It is tried again every few \
+         seconds. A password is not stored: give WALFERRY_ROUTE_PASSWORD, a line in ~/.pgpass, or \
+         --route to `walferry run`. If the route is gone for good, \
+         `walferry run --skip-route KIND` (hook or pgbouncer) goes on without it and says what to \
+         do by hand"
+    )]
+    RouteWaits {
+        /// `undone`, or `finished` and what that means.
+        todo: &'static str,
+        /// What the route said.
+        cause: String,
+    },
+    /// `--skip-route` where nothing waits for such a route.
+    #[error(
+        "--skip-route is for a route that keeps a switch from being undone or finished, and no \
+         switch waits for one: {detail}"
+    )]
+    NothingToSkip {
+        /// What is so instead.
+        detail: String,
+    },
     /// A runner did not answer a command.
     #[error("the runner did not answer `{verb}` within {wait:?}; walferry status shows its state")]
     NoAnswer {

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::prepare::publish;
+use super::routes::Late;
 use super::run::{JobConfig, Notice, Runner, published};
 use super::state::{Event, Phase};
 use super::store::{FlipRecord, Store};
@@ -16,7 +17,7 @@ use crate::cutover::{self, FenceKind, Journal, Plan, Rules, Step, barrier};
 use crate::id::{QualifiedName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
-use crate::route::{self, Route};
+use crate::route;
 use crate::source::slot;
 use crate::{apply, catalog};
 
@@ -32,8 +33,11 @@ pub struct FlipRequest {
     pub attempt: String,
     /// `--fence`.
     pub fence: String,
-    /// `--route`, as given.
+    /// `--route`, without passwords.
     pub routes: Vec<String>,
+    /// The passwords, for the runner that was asked alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub letter: Option<String>,
     /// `--max-lag`, in milliseconds.
     pub max_lag_ms: u64,
     /// `--timeout`, in milliseconds.
@@ -62,6 +66,7 @@ impl FlipRequest {
             flip: self.flip.clone(),
             fence: self.fence.clone(),
             routes: self.routes.clone(),
+            skipped: Vec::new(),
             released: false,
             switched_lsn: None,
             fenced_ms: None,
@@ -93,7 +98,7 @@ impl Runner {
         let row = self.row().await?;
         let event = Event::FlipAsked(request.stream());
         super::state::step(row.phase, event)?;
-        parse_routes(&request.routes)?;
+        self.config.secrets.routes(&request.routes)?;
         request.fence.parse::<FenceKind>()?;
         if !row.armed {
             // A stream that stands still would keep the slot from being made, and says less then.
@@ -168,7 +173,7 @@ impl Runner {
                 let value = serde_json::to_value(&outcome).unwrap_or(Value::Null);
                 self.answer_flip(Ok(value)).await?;
                 let flown = self.row().await?.flip;
-                self.unreleased = flown.is_some_and(|flip| !flip.released);
+                self.late = flown.filter(|flip| !flip.released).map(|_| Late::release());
                 Ok(Event::Flipped(flip))
             }
             // Answered once it is known.
@@ -260,7 +265,7 @@ impl Runner {
             tables,
             selection: self.selection.clone(),
             fence: request.fence.parse()?,
-            routes: parse_routes(&request.routes)?,
+            routes: self.config.secrets.routes(&request.routes)?,
             context: context(&self.config, flip),
             max_lag: millis(request.max_lag_ms),
             lock_timeout: millis(request.lock_timeout_ms),
@@ -316,33 +321,10 @@ impl Runner {
         Err(cutover::Error::RogueWrites { changes: row.parse(0)?, table: row.string(1)? }.into())
     }
 
-    /// After a crash in the middle of a flip that had not passed its point of no return.
-    pub(super) async fn undo_flip(&mut self) -> Result<Event> {
-        let row = self.row().await?;
-        let Some(record) = row.flip else {
-            return Ok(Event::FlipUndone(Phase::Following));
-        };
-        self.say(Notice::Said(format!("undoing the {} flip that was cut short", record.flip)));
-        let flip = stream_of(&record.flip);
-        let rules = self.rules(flip).await?;
-        let live = match flip {
-            Stream::Forward => &self.config.source,
-            Stream::Reverse => &self.config.target,
-        };
-        let routes = parse_routes(&record.routes)?;
-        let fence = record.fence.parse()?;
-        cutover::undo(live, fence, &routes, &context(&self.config, flip), &rules).await?;
-        if flip == Stream::Forward && self.switch_had_begun(&record).await? {
-            self.bring_home().await?;
-        }
-        self.reverse_open.store(flip == Stream::Reverse, Ordering::SeqCst);
-        Ok(Event::FlipUndone(self.note_undone().await?))
-    }
-
     /// Undoing has let clients through already; a later run must not tell routes to release them
     /// for a flip that was not made.
     /// Gives the phase the flip came from.
-    async fn note_undone(&mut self) -> Result<Phase> {
+    pub(super) async fn note_undone(&mut self) -> Result<Phase> {
         let Some(mut record) = self.row().await?.flip else { return Ok(Phase::Following) };
         record.released = true;
         self.store.set_flip(&record).await?;
@@ -370,23 +352,11 @@ impl Runner {
     }
 
     /// What clients wrote on the target meanwhile, and sequences past its numbers.
-    async fn bring_home(&mut self) -> Result<()> {
+    pub(super) async fn bring_home(&mut self) -> Result<()> {
         self.drain_reverse().await?;
         let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
         Ok(cutover::sequences::come_home(&mut target, &mut source, &self.selection).await?)
-    }
-
-    /// After a crash between the point of no return and the release of clients.
-    pub(super) async fn release_clients(&mut self) -> Result<Option<Event>> {
-        let Some(mut record) = self.row().await?.flip.filter(|f| !f.released) else {
-            return Ok(None);
-        };
-        let routes = parse_routes(&record.routes)?;
-        cutover::release(&routes, &context(&self.config, stream_of(&record.flip))).await?;
-        record.released = true;
-        self.store.set_flip(&record).await?;
-        Ok(None)
     }
 }
 
@@ -398,13 +368,6 @@ pub(super) fn context(config: &JobConfig, flip: Stream) -> route::Context {
         source: config.source.clone(),
         target: config.target.clone(),
     }
-}
-
-/// Reads `--route` values.
-pub fn parse_routes(texts: &[String]) -> Result<Vec<Route>> {
-    let routes: std::result::Result<Vec<Route>, route::Error> =
-        texts.iter().map(|text| Route::parse(text)).collect();
-    Ok(routes.map_err(cutover::Error::from)?)
 }
 
 /// The journal in the home database.

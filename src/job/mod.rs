@@ -10,7 +10,8 @@
 //!   constraints. `streams`: starting and stopping them. `pipeline`: one stream, kept going;
 //!   `spooling`: one through a spool. `attend`: what a runner does while it follows: commands,
 //!   `positions`. `vigil`: the lease, and servers that fall silent. `flip`: arming the way back,
-//!   and the choreography with its journal. `cleanup`: finish and cancel.
+//!   and the choreography with its journal; `routes`: its routes, and those that are gone.
+//!   `cleanup`: finish and cancel.
 //! - `ability`: what the roles may do, and so how each side is written. `reading`: how each side is
 //!   read. `validating`: foreign keys that came back at a switch.
 //! - `client`: commands from other processes. `align`: both sides held at one point, for verify.
@@ -40,6 +41,7 @@ pub mod place;
 mod positions;
 mod prepare;
 pub mod reading;
+pub mod routes;
 pub mod run;
 mod spooling;
 pub mod state;

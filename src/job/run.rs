@@ -15,6 +15,7 @@ use super::lease::{self, Holder};
 use super::pipeline::Pipe;
 use super::place::{BufferOptions, Chosen};
 use super::reading::Wanted;
+use super::routes::{Late, RouteSecrets};
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobOptions, JobRow, Store};
 use super::streams::STREAM_PATIENCE;
@@ -29,6 +30,7 @@ use crate::fault::{Fault, Faulty};
 use crate::id::{JobName, QualifiedName};
 use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
+use crate::secret::LetterBox;
 use crate::source::HeldSlot;
 
 /// How long servers that were never reached are tried.
@@ -57,6 +59,8 @@ pub struct JobConfig {
     pub buffer: BufferOptions,
     /// How changes are applied.
     pub tuning: Tuning,
+    /// Passwords of routes.
+    pub secrets: RouteSecrets,
 }
 
 /// When the runner returns.
@@ -119,8 +123,10 @@ pub struct Runner {
     pub(super) hold: Option<String>,
     /// The hold must not come too late.
     pub(super) hold_exact: bool,
-    /// A switch was made and clients could not be let through yet.
-    pub(super) unreleased: bool,
+    /// What could not be done yet because of a route.
+    pub(super) late: Option<Late>,
+    /// Where the next asker's passwords go.
+    pub(super) letters: Option<LetterBox>,
     pub(super) level_at: Option<Lsn>,
     /// See [`Vigil`].
     pub(super) busy: Arc<AtomicBool>,
@@ -287,7 +293,8 @@ impl Runner {
             slot: None,
             hold: None,
             hold_exact: false,
-            unreleased: false,
+            late: None,
+            letters: None,
             level_at: None,
             busy,
             validating: None,
@@ -352,7 +359,8 @@ impl Runner {
             }
             Command::FollowReverse => self.follow_reverse().await?,
             Command::CatchUp => self.measure_level().await?,
-            Command::Flip(_) | Command::UndoFlip | Command::ReleaseClients => {
+            Command::UndoFlip | Command::ReleaseClients => self.lead_or_wait(command).await?,
+            Command::Flip(_) => {
                 let _ = self.flying.send_replace(true);
                 let outcome = self.lead_clients(command).await;
                 let _ = self.flying.send_replace(false);
@@ -363,7 +371,7 @@ impl Runner {
         })
     }
 
-    async fn lead_clients(&mut self, command: Command) -> Result<Option<Event>> {
+    pub(super) async fn lead_clients(&mut self, command: Command) -> Result<Option<Event>> {
         Ok(match command {
             Command::Flip(flip) => Some(self.flip(flip).await?),
             Command::UndoFlip => Some(self.undo_flip().await?),

@@ -214,7 +214,8 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
 
 /// What leads out of the phase `cutting_over`.
 const NOT_UNDONE: &str = "a switch has been begun and has to be undone first: `walferry run` does \
-    that, once both servers and every route of it can be reached; then cancel again";
+    that, once both servers and every route of it can be reached (--skip-route leaves out one that \
+    is gone for good); then cancel again";
 
 /// Why a flip cannot start in a phase.
 fn no_flip(phase: Phase, flip: Stream) -> (&'static str, &'static str) {
@@ -225,6 +226,10 @@ fn no_flip(phase: Phase, flip: Stream) -> (&'static str, &'static str) {
         (Phase::RolledBack, Stream::Reverse) => {
             ("rollback", "it has been made already; cutover leads over again")
         }
+        (Phase::CuttingOver, _) => (
+            if flip == Stream::Forward { "cutover" } else { "rollback" },
+            "one that was begun has to be undone first; walferry status tells what it waits for",
+        ),
         (_, Stream::Forward) => {
             ("cutover", "it starts from following; walferry status tells how far it is")
         }

@@ -94,8 +94,11 @@ pub struct FlipRecord {
     pub flip: String,
     /// `lock`, `read-only` or `none`.
     pub fence: String,
-    /// Routes as given on the command line.
+    /// Routes as given on the command line, without passwords.
     pub routes: Vec<String>,
+    /// Those of them that a person has given up.
+    #[serde(default)]
+    pub skipped: Vec<String>,
     /// Routes of earlier flips that are not among these: what they kept on disk goes with the job.
     #[serde(default)]
     pub earlier_routes: Vec<String>,
@@ -107,6 +110,14 @@ pub struct FlipRecord {
     /// How long writers had been held by then, in milliseconds.
     #[serde(default)]
     pub fenced_ms: Option<f64>,
+}
+
+impl FlipRecord {
+    /// The routes that are not given up.
+    pub fn waiting(&self) -> Vec<String> {
+        let waits = |route: &&String| !self.skipped.contains(route);
+        self.routes.iter().filter(waits).cloned().collect()
+    }
 }
 
 /// One line of the journal.
@@ -251,6 +262,18 @@ impl Store {
     pub async fn set_flip(&mut self, flip: &FlipRecord) -> Result<()> {
         let flip = json(flip)?;
         self.set("flip", Some(&flip)).await
+    }
+
+    /// Stores which routes were given up, unless another flip has begun since.
+    pub async fn set_skipped(&mut self, flip: &FlipRecord) -> Result<()> {
+        self.session
+            .query_params(
+                "update walferry.job set flip = pg_catalog.jsonb_set(flip, '{skipped}', $2::jsonb) \
+                 where name = $1 and flip ->> 'attempt' = $3",
+                &[Some(self.job.as_str()), Some(&json(&flip.skipped)?), Some(&flip.attempt)],
+            )
+            .await?;
+        Ok(())
     }
 
     /// Stores the phase and the flip together: the point of no return, and its undoing.

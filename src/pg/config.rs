@@ -135,6 +135,12 @@ impl Config {
         })
     }
 
+    /// A connection string without its password, and that: for what is to be stored.
+    pub fn split_password(text: &str) -> Result<(String, Option<SecretString>)> {
+        let (text, password) = conninfo::split_password(text)?;
+        Ok((text, password.map(SecretString::from)))
+    }
+
     /// The same server under a name for people (`source`, `target`).
     pub fn labelled(mut self, label: &str) -> Config {
         self.label = label.to_string();

@@ -116,6 +116,20 @@ pub(super) fn read(text: &str) -> Result<Parameters> {
     }
 }
 
+/// The connection string without its password, which comes apart. Unchanged where it has none, else
+/// as key=value pairs.
+pub(super) fn split_password(text: &str) -> Result<(String, Option<String>)> {
+    let mut parameters = read(text)?;
+    let Some(password) = parameters.remove("password") else {
+        return Ok((text.trim().to_string(), None));
+    };
+    let quoted = |value: &str| value.replace('\\', "\\\\").replace('\'', "\\'");
+    let pair = |(key, value): (&&str, &String)| format!("{key}='{}'", quoted(value));
+    let mut pairs: Vec<String> = parameters.iter().map(pair).collect();
+    pairs.sort();
+    Ok((pairs.join(" "), Some(password)))
+}
+
 fn refused(message: impl Into<String>) -> Error {
     Error::Config(format!("connection string: {}", message.into()))
 }

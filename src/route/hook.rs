@@ -47,6 +47,14 @@ impl Hook {
         self
     }
 
+    pub(super) fn by_hand(&self, context: &Context, switched: bool) -> String {
+        let phase = if switched { "release" } else { "undo" };
+        let variables = environment(phase, context, None);
+        let variables: Vec<String> = variables.iter().map(|(k, v)| format!("{k}={v}")).collect();
+        let command = cleaned(&self.command, context);
+        format!("do what the hook does in phase {phase}: {} {command}", variables.join(" "))
+    }
+
     /// Runs one phase; an exit status other than 0 is an error, and so is taking too long.
     pub(super) async fn run(
         &self,

@@ -42,6 +42,7 @@ pub use pgbouncer::Pgbouncer;
 use crate::fault::{Fault, Faulty};
 use crate::id::Stream;
 use crate::pg::{self, Config};
+use crate::secret::{SecretString, holds_secret};
 
 /// Result with this room's error.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -152,6 +153,55 @@ impl Route {
         }
     }
 
+    /// The route as it may be stored, and the password that was in it. A pgbouncer's file is made
+    /// absolute, as another process will read it. Errors: not a route; a hook whose command holds a
+    /// password.
+    pub fn stored(text: &str) -> Result<(String, Option<SecretString>)> {
+        Route::parse(text)?;
+        match text.split_once(':') {
+            Some(("pgbouncer", rest)) => Pgbouncer::stored(rest),
+            _ if holds_secret(text) => Err(Error::Usage(
+                "the hook's command holds a password, and would be stored in the job's tables: \
+                 have the command read it from a file or a variable"
+                    .to_string(),
+            )),
+            _ => Ok((text.to_string(), None)),
+        }
+    }
+
+    /// The same with a password for its console, instead of what PGPASSWORD or a password file say.
+    pub fn with_password(mut self, password: SecretString) -> Route {
+        if let Route::Pgbouncer(pooler) = &mut self {
+            pooler.set_password(password);
+        }
+        self
+    }
+
+    /// The password for its console, if one is known.
+    pub fn password(&self) -> Option<SecretString> {
+        match self {
+            Route::Hook(_) => None,
+            Route::Pgbouncer(pooler) => pooler.password(),
+        }
+    }
+
+    /// `hook` or `pgbouncer`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Route::Hook(_) => "hook",
+            Route::Pgbouncer(_) => "pgbouncer",
+        }
+    }
+
+    /// What a person has to do where this route is not there to be asked: for clients to be led to
+    /// where the flip goes (`switched`), or to where they were.
+    pub fn by_hand(&self, context: &Context, switched: bool) -> String {
+        match self {
+            Route::Hook(hook) => hook.by_hand(context, switched),
+            Route::Pgbouncer(pooler) => pooler.by_hand(context, switched),
+        }
+    }
+
     /// True if clients can be held here. Such routes switch before others: whoever asks them
     /// waits, and finds everything else switched when let go.
     pub fn holds(&self) -> bool {
@@ -250,6 +300,15 @@ mod tests {
         let route = Route::parse("pgbouncer:postgres://u:hush@h:6432/,/etc/p.ini,shop").unwrap();
         assert!(route.holds());
         assert_eq!(route.to_string(), "pgbouncer h:6432, /etc/p.ini, shop");
+        let (stored, password) =
+            Route::stored("pgbouncer:postgres://u:hu%2Csh@h:6432/?sslmode=require,p.ini,shop")
+                .unwrap();
+        assert!(!stored.contains("sh@") && stored.contains("/p.ini,shop"), "{stored}");
+        assert_eq!(crate::secret::ExposeSecret::expose_secret(&password.unwrap()), "hu,sh");
+        let shown = Route::parse(&stored).unwrap().to_string();
+        assert!(shown.starts_with("pgbouncer h:6432, /"), "{shown}");
+        let said = Route::stored("hook:./flip.sh --password=hush").unwrap_err().to_string();
+        assert!(said.contains("from a file or a variable") && !said.contains("hush"), "{said}");
         let route = Route::parse("hook:./flip.sh --password=hush postgres://u:hush@h/d").unwrap();
         assert!(!route.holds());
         assert!(!route.to_string().contains("hush"), "{route}");

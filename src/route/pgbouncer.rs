@@ -11,7 +11,8 @@ use super::ini::{self, Words};
 use super::{Context, Error, Result};
 use crate::clock::Deadline;
 use crate::id::{Stream, quote_ident};
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{self, Config, Purpose, Session};
+use crate::secret::SecretString;
 
 /// One database of one pgbouncer, its admin console, and the file that says where it leads.
 #[derive(Clone, Debug)]
@@ -61,9 +62,59 @@ impl Pgbouncer {
         Ok(Pgbouncer { admin, ini: PathBuf::from(ini.trim()), dbname: dbname.trim().to_string() })
     }
 
+    /// `ADMIN_URI,INI_PATH,DBNAME` without the password, and that.
+    pub(super) fn stored(text: &str) -> Result<(String, Option<SecretString>)> {
+        let pooler = Pgbouncer::parse(text)?;
+        let admin = text.rsplitn(3, ',').nth(2).unwrap_or_default();
+        let (admin, password) =
+            Config::split_password(admin).map_err(|e| Error::Usage(e.to_string()))?;
+        let ini = std::path::absolute(&pooler.ini).unwrap_or_else(|_| pooler.ini.clone());
+        Ok((format!("pgbouncer:{admin},{},{}", ini.display(), pooler.dbname), password))
+    }
+
+    pub(super) fn set_password(&mut self, password: SecretString) {
+        self.admin.password = Some(password);
+    }
+
+    pub(super) fn password(&self) -> Option<SecretString> {
+        let host = self.admin.hosts.first()?;
+        self.admin.password_for(host).cloned()
+    }
+
+    pub(super) fn by_hand(&self, context: &Context, switched: bool) -> String {
+        let target = (context.flip == Stream::Forward) == switched;
+        let side = if target { &context.target } else { &context.source };
+        let (hosts, ports): (Vec<&str>, Vec<String>) =
+            side.hosts.iter().map(|h| (h.host.as_str(), h.port.to_string())).unzip();
+        let (name, ini) = (&self.dbname, self.ini.display());
+        let mut text = format!(
+            "in {ini} (section [databases], line \"{name}\") have host={} port={} dbname={}, as \
+             clients must find the {} there; then RELOAD and RESUME {name} on its console, or \
+             restart it",
+            hosts.join("|"),
+            ports.join("|"),
+            side.dbname,
+            if target { "target" } else { "source" },
+        );
+        let kept = self.keep_file(context).path;
+        if !target && kept.exists() {
+            text.push_str(&format!("; the whole line as it was is in {}", kept.display()));
+        }
+        text
+    }
+
     async fn console(&self) -> Result<Session> {
         let session = Session::connect(&self.admin, Purpose::PoolerAdmin).await;
-        session.map_err(|source| Error::Console { doing: "opening its console".into(), source })
+        session.map_err(|source| {
+            let refused = matches!(source, pg::Error::Connect { transient: false, .. });
+            let doing = match refused && self.password().is_none() {
+                true => {
+                    "opening its console without a password (WALFERRY_ROUTE_PASSWORD may give it)"
+                }
+                false => "opening its console",
+            };
+            Error::Console { doing: doing.to_string(), source }
+        })
     }
 
     async fn command(&self, console: &mut Session, command: &str) -> Result<()> {
@@ -106,7 +157,7 @@ impl Pgbouncer {
         let answer = console.query_with_columns(what).await;
         let (columns, rows) =
             answer.map_err(|source| Error::Console { doing: what.to_string(), source })?;
-        let pairs = |row: &crate::pg::Row| {
+        let pairs = |row: &pg::Row| {
             let value = |index| row.opt(index).ok().flatten().unwrap_or_default().to_string();
             columns.iter().enumerate().map(|(i, name)| (name.clone(), value(i))).collect()
         };

@@ -14,6 +14,8 @@ async fn pgdog_1121_and_1201_a_stream_that_is_behind_is_not_switched() {
     brake.execute("begin; lock table public.t in share mode").await.unwrap();
     load.more(20).await;
     stage.run = stage.ends.spawn(&["run", "--schema-only", "public.log"]);
+    let alive = async || stage.ends.status().await["runner"].is_string();
+    crate::support::until("the runner is there", alive).await;
     let ended = stage.ends.walferry(&["cutover", "--max-lag", "300ms"]).await;
     assert_eq!(ended.code, Some(1), "{ended:?}");
     assert!(ended.err.contains("not proven") || ended.err.contains("behind"), "{}", ended.err);

@@ -5,6 +5,7 @@ mod gates;
 mod kills;
 mod modes;
 mod neighbours;
+mod routes;
 mod stragglers;
 mod undo;
 

@@ -312,3 +312,51 @@ async fn numbers_of_rows_that_came_home_are_not_given_again() {
     assert!(next > last, "the source gives {next}, and {last} is in use");
     stage.end().await;
 }
+
+/// A read-only database that a rollback had opened is shut again when the rollback is undone, for
+/// new sessions and for those that came in between.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rollback_that_fails_leaves_a_read_only_side_read_only() {
+    let stage = Stage::start().await;
+    stage.ends.done(&["cutover", "--fence", "read-only"]).await;
+    let hook = Hook::new(&stage, None);
+    let route = hook.route();
+    let write = "insert into public.side values (default, 'stray')";
+    let write = write.replace("default", "(select coalesce(max(id), 0) + 1 from public.side)");
+    let refused = || stage.ends.source.psql("app", &write).unwrap_err().to_string();
+    let setting = "select coalesce(string_agg(setconfig::text, ' '), 'none') \
+                   from pg_db_role_setting";
+    let shut = "{default_transaction_read_only=on}";
+    for fence in ["read-only", "lock"] {
+        assert!(refused().contains("read-only transaction"), "{}", refused());
+        hook.stop_at("switch");
+        hook.fail_after_stop("switch");
+        let arguments = ["rollback", "--fence", fence, "--route", &*route, "--max-hold", "20s"];
+        let rollback = stage.ends.spawn(&arguments);
+        hook.reached().await;
+        // Nothing refuses writes there now: it is about to be live.
+        let mut between = super::session(&stage.ends.source_uri()).await;
+        between.execute(&write).await.unwrap();
+        hook.go();
+        let ended = rollback.ended().await;
+        assert!(ended.err.contains("in phase switch"), "{ended:?}");
+        assert!(refused().contains("read-only transaction"), "{fence}: {}", refused());
+        assert!(between.execute(&write).await.unwrap_err().is_closed(), "{fence}");
+        assert_eq!(stage.ends.source.psql("app", setting).unwrap(), shut, "{fence}");
+        stage.ends.target.psql("app", &write).unwrap();
+        hook.on("switch", "");
+    }
+    stage.ends.done(&["rollback", "--fence", "read-only", "--route", &route]).await;
+    stage.ends.source.psql("app", &write).unwrap();
+    assert_eq!(stage.ends.source.psql("app", setting).unwrap(), "none");
+    // What was opened for good is not shut by another flip that fails.
+    hook.on("switch", "exit 1\n");
+    assert_eq!(stage.ends.walferry(&["cutover", "--route", &route]).await.code, Some(1));
+    assert_eq!(stage.ends.source.psql("app", setting).unwrap(), "none");
+    assert_eq!(stage.ends.target.psql("app", setting).unwrap(), shut);
+    stage.ends.source.psql("app", &write).unwrap();
+    stage.ends.done(&["verify"]).await;
+    stage.ends.done(&["finish"]).await;
+    assert_eq!(stage.ends.target.psql("app", setting).unwrap(), "none");
+    stage.run.ended().await.expect_success();
+}
