@@ -42,3 +42,14 @@ pub const TCP_USER_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A connection attempt takes no longer than this unless connect_timeout says so.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A statement of the control plane (the job's tables, positions, catalogs of one object) that has
+/// no answer by then has a server that hangs. They take milliseconds; a commit may wait for a
+/// standby, and a checkpoint for a slow disk.
+pub const CONTROL_WAIT: Duration = Duration::from_secs(30);
+
+/// The same for what looks at whole catalogs and sizes of all tables, as `check` does.
+pub const CATALOG_WAIT: Duration = Duration::from_secs(600);
+
+/// A pooler's console answers from memory.
+pub const CONSOLE_WAIT: Duration = Duration::from_secs(10);

@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 use crate::job::client::Client;
 use crate::job::store::{JobRow, Store};
 use crate::job::{self, JobConfig, Notice, Phase, Runner, Until, lease};
-use crate::pg::{Purpose, Session};
+use crate::pg::Session;
 
 /// A way to reach the job's runner.
 pub struct Asker {
@@ -31,7 +31,7 @@ impl Asker {
     /// Connects. Fails if there is no such job. Starts a runner of our own if none is alive.
     pub async fn connect(config: &JobConfig) -> anyhow::Result<Asker> {
         let mut config = config.clone();
-        let home = Session::connect(&config.target, Purpose::Sql).await?;
+        let home = Session::control(&config.target).await?;
         let mut store = Store::new(home, config.job.clone());
         let row = store.load_existing().await?;
         // The job knows its tables; these commands need not repeat the options.

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use super::finish::end;
+use super::finish::{end, show};
 use super::options::JobArgs;
 use crate::job::cleanup::Ending;
 use crate::job::state::Event;
@@ -22,9 +22,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let source_is_gone = args.source_is_gone;
     let ending = Ending { event: Event::CancelAsked, keep_history: false, source_is_gone };
     let done = end(&args.job.job()?, ending).await?;
-    for line in done.dropped {
-        println!("dropped {line}");
-    }
+    show(&done);
     println!(
         "canceled: the source {}. Tables that were created on the target are still \
          there; drop them before moving to the same database again",

@@ -39,6 +39,7 @@ pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Res
         Duration::from_millis(request.timeout_ms + request.max_hold_ms) + Duration::from_secs(120);
     let (stop, mut stopping) = watch::channel(false);
     tokio::spawn(stop_on_signal(stop));
+    let routeless = request.routes.is_empty();
     let request = serde_json::to_value(&request)?;
     let answer = tokio::select! {
         answer = asker.ask("flip", &request, wait) => answer,
@@ -54,6 +55,13 @@ pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Res
         print::json(&outcome)?;
     } else {
         show(stream, args.dry_run, &outcome);
+        if routeless && !args.dry_run {
+            let (to, from) = ends_of(stream);
+            eprintln!(
+                "no route was given: point applications to the {to} now; the {from} takes no more \
+                 writes"
+            );
+        }
         if own && !args.dry_run {
             eprintln!(
                 "no runner was alive, so this command drove the job and has ended; start `walferry \
@@ -162,11 +170,19 @@ fn request(
     })
 }
 
+/// Where a flip leads to, and from.
+fn ends_of(stream: Stream) -> (&'static str, &'static str) {
+    match stream {
+        Stream::Forward => ("target", "source"),
+        Stream::Reverse => ("source", "target"),
+    }
+}
+
 fn show(stream: Stream, dry_run: bool, outcome: &Value) {
     for step in print::list(outcome, "/steps") {
         println!("{:>10.1} ms  {}", print::number(step, "/ms"), print::text(step, "/name"));
     }
-    let side = if stream == Stream::Forward { "target" } else { "source" };
+    let (side, _) = ends_of(stream);
     if dry_run {
         println!("ready: the way there and back is proven; nothing was changed");
         return;

@@ -13,7 +13,7 @@ use crate::job::lease::{self, Lease};
 use crate::job::state::Event;
 use crate::job::store::Store;
 use crate::job::{self, JobConfig};
-use crate::pg::{Purpose, Session};
+use crate::pg::Session;
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]
@@ -33,18 +33,26 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let (keep_history, source_is_gone) = (args.keep_history, args.source_is_gone);
     let ending = Ending { event: Event::FinishAsked, keep_history, source_is_gone };
     let done = end(&args.job.job()?, ending).await?;
-    for line in done.dropped {
-        println!("dropped {line}");
-    }
+    show(&done);
     let side = if source_is_gone { "on the target" } else { "on either side" };
     let but = if keep_history { " but the history in schema walferry on the target" } else { "" };
     println!("finished: nothing of walferry is left {side}{but}");
     Ok(ExitCode::SUCCESS)
 }
 
+/// What was dropped, and what is left to do.
+pub fn show(done: &CleanedUp) {
+    for line in &done.dropped {
+        println!("dropped {line}");
+    }
+    for line in &done.left {
+        eprintln!("clients may still be held by {line}");
+    }
+}
+
 /// Stops the runner that is alive, takes the lease, and cleans up.
 pub async fn end(config: &JobConfig, ending: Ending) -> anyhow::Result<CleanedUp> {
-    let home = Session::connect(&config.target, Purpose::Sql).await?;
+    let home = Session::control(&config.target).await?;
     let mut store = Store::new(home, config.job.clone());
     let row = store.load_existing().await?;
     // Refused before the runner is disturbed.
@@ -61,15 +69,18 @@ async fn take_lease(config: &JobConfig) -> anyhow::Result<Lease> {
     named.target = named.target.with_application_name(&lease::application_name(&config.job));
     let deadline = Deadline::after(Duration::from_secs(60));
     let mut client = Client::connect(&config.target, &config.job).await?;
-    let mut asked = false;
+    let mut asked: Option<String> = None;
     loop {
         if let Some(lease) = Lease::try_take(&named.target, &config.job).await? {
             return Ok(lease);
         }
-        if !asked {
-            eprintln!("stopping the runner");
-            client.post("stop", &json!({})).await?;
-            asked = true;
+        match &asked {
+            // Read by the runner for as long as it is kept fresh.
+            Some(id) => drop(client.poll(id).await?),
+            None => {
+                eprintln!("stopping the runner");
+                asked = Some(client.post("stop", &json!({})).await?);
+            }
         }
         if deadline.passed() {
             let pid = lease::holder(client.session(), &config.job).await?.unwrap_or_default();

@@ -14,7 +14,7 @@ use super::print;
 use crate::copy::CopyProgress;
 use crate::job::store::Store;
 use crate::job::{self, JobConfig, Notice, Runner, Until, lease};
-use crate::pg::{Purpose, Session};
+use crate::pg::Session;
 
 /// Where `--until` ends a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -81,7 +81,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 /// Takes routes out of a switch that waits for them. True if a runner is alive, which goes on
 /// without them.
 async fn skip_routes(config: &JobConfig, routes: &[String]) -> anyhow::Result<bool> {
-    let home = Session::connect(&config.target, Purpose::Sql).await?;
+    let home = Session::control(&config.target).await?;
     let mut store = Store::new(home, config.job.clone());
     for route in routes {
         for line in job::routes::skip(&mut store, config, route).await? {

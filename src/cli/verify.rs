@@ -99,7 +99,7 @@ async fn line(
     from: &Config,
     to: &Config,
 ) -> anyhow::Result<align::Line> {
-    let home = Session::connect(&config.target, Purpose::Sql).await?;
+    let home = Session::control(&config.target).await?;
     let mut readings = Store::new(home, config.job.clone()).load_readings().await?;
     Ok(align::Line {
         stream,
@@ -112,7 +112,7 @@ async fn line(
 
 /// The stream that keeps the other side current in this phase.
 async fn flowing(config: &JobConfig) -> anyhow::Result<Stream> {
-    let home = Session::connect(&config.target, Purpose::Sql).await?;
+    let home = Session::control(&config.target).await?;
     let row = Store::new(home, config.job.clone()).load().await?;
     let phase = row.map_or(Phase::Planned, |row| row.phase);
     match phase {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::{Error, Result};
 use crate::clock::Deadline;
 use crate::id::{JobName, Stream};
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{Config, Session};
 
 /// The job's canary table, on both sides.
 pub fn ddl(job: &JobName) -> String {
@@ -26,8 +26,8 @@ pub async fn prove(
     dest: &Config,
     wait: Duration,
 ) -> Result<()> {
-    let mut live = Session::connect(live, Purpose::Sql).await?;
-    let mut dest = Session::connect(dest, Purpose::Sql).await?;
+    let mut live = Session::control(live).await?;
+    let mut dest = Session::control(dest).await?;
     send(job, flip, &mut live, &mut dest, wait).await?;
     send(job, flip.opposite(), &mut dest, &mut live, wait).await
 }

@@ -14,12 +14,15 @@ use crate::catalog::Selection;
 use crate::clock::{Backoff, Deadline};
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::lsn::Lsn;
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{Config, Session};
 use crate::route::{self, Route};
 
 /// How long the home database may take to commit the point of no return. Until it has answered,
 /// nobody knows on which side applications belong, and clients are let go on neither.
 const PONR_WAIT: Duration = Duration::from_secs(10);
+
+/// How long it may take to say who is in the way, while writers are still held.
+const BLOCKER_WAIT: Duration = Duration::from_millis(500);
 
 /// How long a canary may take on each leg.
 const CANARY_WAIT: Duration = Duration::from_secs(10);
@@ -178,8 +181,8 @@ impl<J: Journal> Flight<'_, J> {
         });
         step!(self, "lag", {
             let plan = &mut *self.plan;
-            let mut session = Session::connect(&plan.live, Purpose::Sql).await?;
-            let mut dest = Session::connect(&plan.dest, Purpose::Sql).await?;
+            let mut session = Session::control(&plan.live).await?;
+            let mut dest = Session::control(&plan.dest).await?;
             self.stood = Some(Stood::read(&mut session, &mut dest).await?);
             barrier::gate(&mut session, &mut plan.carry, plan.max_lag).await
         });
@@ -206,8 +209,8 @@ impl<J: Journal> Flight<'_, J> {
         let fence =
             Fence::prepare(plan.fence, &plan.job, &plan.live, &plan.tables, plan.max_hold).await?;
         let fence = slot.insert(fence);
-        let mut live = Session::connect(&plan.live, Purpose::Sql).await?;
-        let mut dest = Session::connect(&plan.dest, Purpose::Sql).await?;
+        let mut live = Session::control(&plan.live).await?;
+        let mut dest = Session::control(&plan.dest).await?;
         fence::clear_way(&mut dest, &plan.job).await?;
         let max_hold = plan.max_hold;
         let (held, retries) = step!(self, "fence", self.stop_writers(fence).await);
@@ -216,7 +219,7 @@ impl<J: Journal> Flight<'_, J> {
         let flipping = self.while_held(fence, &mut live, &mut dest, held);
         let barrier_lsn = match tokio::time::timeout(limit, flipping).await {
             Ok(outcome) => outcome?,
-            Err(_) => return Err(self.held_too_long()),
+            Err(_) => return Err(self.held_too_long(fence, &mut live).await),
         };
         let started = Instant::now();
         let committing = self.journal.point_of_no_return(barrier_lsn, held.elapsed());
@@ -272,9 +275,15 @@ impl<J: Journal> Flight<'_, J> {
         Ok(barrier_lsn)
     }
 
-    fn held_too_long(&self) -> Error {
+    /// Says also who keeps the fence's session waiting, as readers do where it drops foreign keys.
+    async fn held_too_long(&self, fence: &Fence, live: &mut Session) -> Error {
         let after = self.steps.last().map_or("", |step| &step.name).to_string();
-        Error::Held { after, waited: self.plan.max_hold }
+        let asking = tokio::time::timeout(BLOCKER_WAIT, fence.in_the_way(live));
+        let blockers = match asking.await {
+            Ok(Ok(blockers)) => blockers,
+            _ => String::new(),
+        };
+        Error::Held { after, waited: self.plan.max_hold, blockers }
     }
 
     /// After the point of no return an error must not undo anything: it is logged, the job stays

@@ -112,14 +112,18 @@ pub enum Error {
     },
     /// A step between the fence and the switch took too long.
     #[error(
-        "writers had been held for {waited:?} and the step after \"{after}\" was not done; nothing \
-         was switched and writers go on. See whether both servers answer, or raise --max-hold"
+        "writers had been held for {waited:?} and the step after \"{after}\" was not done{}; \
+         nothing was switched and writers go on. See whether both servers answer, or raise \
+         --max-hold",
+        if blockers.is_empty() { String::new() } else { format!("; in its way: {blockers}") }
     )]
     Held {
         /// The last step that was done.
         after: String,
         /// For how long.
         waited: Duration,
+        /// Transactions that the fence's session waited for; empty if for none.
+        blockers: String,
     },
     /// A server does not answer.
     #[error("the live side did not answer within {waited:?}")]

@@ -23,7 +23,7 @@ use std::time::Duration;
 use super::database::{self, Opening, open_database, refuse_unendable, shut_database, tidy};
 use super::{Error, Result, Rules};
 use crate::id::{JobName, QualifiedName};
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{Config, Row, Session};
 
 /// Name of the trigger with which a job seals a table: 54 bytes at most.
 pub fn seal_name(job: &JobName) -> String {
@@ -63,6 +63,9 @@ impl FromStr for FenceKind {
     }
 }
 
+/// What a server may take to answer beyond the waits that it was told.
+const RAISE_SLACK: Duration = Duration::from_secs(5);
+
 /// A fence that is ready to be put up, with what could be prepared while writers still go on.
 #[derive(Debug)]
 pub struct Fence {
@@ -85,7 +88,7 @@ impl Fence {
         tables: &[QualifiedName],
         max_hold: Duration,
     ) -> Result<Fence> {
-        let mut session = Session::connect(live, Purpose::Sql).await?;
+        let mut session = Session::control(live).await?;
         let millis = (max_hold + Duration::from_secs(1)).as_millis();
         session.execute(&format!("set idle_in_transaction_session_timeout = {millis}")).await?;
         hasten(&mut session).await;
@@ -118,6 +121,7 @@ impl Fence {
     /// One try to stop writers, for at most `wait`. `Ok(false)`: somebody holds a lock; nobody
     /// waits for us any more.
     pub async fn raise(&mut self, wait: Duration) -> Result<bool> {
+        self.session.set_patience(wait + RAISE_SLACK);
         match self.kind {
             FenceKind::None => Ok(true),
             FenceKind::ReadOnly => self.raise_read_only(wait).await,
@@ -182,7 +186,7 @@ impl Fence {
         }
         let pid = self.session.process_id().to_string();
         drop(self.session);
-        let mut session = Session::connect(live, Purpose::Sql).await?;
+        let mut session = Session::control(live).await?;
         loop {
             let left = session
                 .query_opt(
@@ -227,33 +231,48 @@ impl Fence {
         let mut rows = self.session.query(&format!("{BLOCKERS} and {HOLDS_LOCK} {OLDEST}")).await?;
         if rows.is_empty() {
             // A pooler that is paused waits for transactions without locks, too.
-            rows = self.session.query(&format!("{BLOCKERS} {OLDEST}")).await?;
+            rows = self.session.query(&format!("{BLOCKERS} and {IN_TRANSACTION} {OLDEST}")).await?;
         }
-        let mut lines = Vec::new();
-        for row in &rows {
-            lines.push(format!(
-                "pid {} ({}, {}) in a transaction for {} s: {}",
-                row.str(0)?,
-                row.str(1)?,
-                row.opt(2)?.unwrap_or("running"),
-                row.str(3)?,
-                row.opt(4)?.unwrap_or("")
-            ));
-        }
+        let mut lines = described(&rows)?;
         if lines.is_empty() {
             lines.push("locks were held by transactions that have ended since".to_string());
         }
         Ok(lines.join("; "))
     }
+
+    /// The transactions that this fence's session waits for now, asked by another session.
+    pub async fn in_the_way(&self, other: &mut Session) -> Result<String> {
+        let pid = self.session.process_id();
+        let sql =
+            format!("{BLOCKERS} and a.pid = any(pg_catalog.pg_blocking_pids({pid})) {OLDEST}");
+        Ok(described(&other.query(&sql).await?)?.join("; "))
+    }
 }
 
-/// Transactions of others.
+/// Rows of [`BLOCKERS`] for people.
+fn described(rows: &[Row]) -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for row in rows {
+        lines.push(format!(
+            "pid {} ({}, {}) in a transaction for {} s: {}",
+            row.str(0)?,
+            row.str(1)?,
+            row.opt(2)?.unwrap_or("running"),
+            row.str(3)?,
+            row.opt(4)?.unwrap_or("")
+        ));
+    }
+    Ok(lines)
+}
+
+/// Sessions of others. What they do is hidden from roles without pg_read_all_stats, all but the
+/// locks they hold.
 const BLOCKERS: &str = "select a.pid, coalesce(a.usename, 'autovacuum'), a.state, \
      coalesce(extract(epoch from pg_catalog.clock_timestamp() - a.xact_start), 0)::int8, \
      pg_catalog.left(pg_catalog.regexp_replace(a.query, '\\s+', ' ', 'g'), 80) \
      from pg_catalog.pg_stat_activity a \
      where a.datname = pg_catalog.current_database() and a.pid <> pg_catalog.pg_backend_pid() \
-     and a.xact_start is not null and a.application_name is distinct from \
+     and a.application_name is distinct from \
         pg_catalog.current_setting('application_name')";
 
 /// Those that hold a lock which keeps a table from being fenced.
@@ -261,6 +280,8 @@ const HOLDS_LOCK: &str = "exists (select 1 from pg_catalog.pg_locks l where l.pi
      and l.locktype = 'relation' and l.granted and l.relation >= 16384 \
      and l.mode in ('RowExclusiveLock', 'ShareUpdateExclusiveLock', 'ShareLock', \
         'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock'))";
+
+const IN_TRANSACTION: &str = "a.xact_start is not null";
 
 const OLDEST: &str = "order by a.xact_start limit 5";
 

@@ -5,10 +5,13 @@
 
 use std::time::Duration;
 
+use tokio::sync::watch;
+
 use super::Result;
 use crate::catalog::{self, Selection};
 use crate::id::{QualifiedName, Stream};
-use crate::pg::{Config, Purpose, Session};
+use crate::lsn::Lsn;
+use crate::pg::{Config, Session};
 use crate::route::Context;
 use crate::schema::{self, Dump};
 
@@ -28,6 +31,8 @@ pub struct Rules {
     pub selection: Selection,
     /// Where those that are not built yet are found.
     pub dump: Option<Dump>,
+    /// Holds the stream that writes to the other side.
+    pub brake: Option<watch::Sender<Option<Lsn>>>,
 }
 
 impl Rules {
@@ -54,19 +59,27 @@ impl Rules {
         Ok(())
     }
 
-    /// The stream goes on writing to the other side: nothing may act there.
+    /// The stream goes on writing to the other side: nothing may act there. It is held from the
+    /// beginning, and for good if this fails or is given up.
     pub async fn silence_dest(&self, context: &Context) -> Result<()> {
         let dest = match context.flip {
             Stream::Forward => &context.target,
             Stream::Reverse => &context.source,
         };
-        if self.dest { silence(dest, &self.job, &self.selection).await } else { Ok(()) }
+        if !self.dest {
+            return Ok(());
+        }
+        let hold = |lsn| self.brake.as_ref().map(|brake| brake.send_replace(lsn));
+        hold(Some(Lsn::ZERO));
+        silence(dest, &self.job, &self.selection).await?;
+        hold(None);
+        Ok(())
     }
 
     /// Applications go on writing to the live side.
     pub(super) async fn wake_live(&self, live: &Config) -> Result<()> {
         if self.live {
-            let mut session = Session::connect(live, Purpose::Sql).await?;
+            let mut session = Session::control(live).await?;
             schema::restore(&mut session, &self.job).await?;
         }
         Ok(())
@@ -75,7 +88,7 @@ impl Rules {
 
 /// Sets aside what would act on rows that a stream writes to this side.
 async fn silence(side: &Config, job: &str, selection: &Selection) -> Result<()> {
-    let mut session = Session::connect(side, Purpose::Sql).await?;
+    let mut session = Session::control(side).await?;
     session.execute(&format!("set lock_timeout = {}", READER_WAIT.as_millis())).await?;
     let tables = catalog::tables(&mut session, selection).await?;
     let tables: Vec<QualifiedName> = tables.into_iter().map(|table| table.name).collect();

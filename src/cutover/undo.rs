@@ -7,7 +7,7 @@ use super::fence::{self, Fence, FenceKind};
 use super::{Error, Result, Rules};
 use crate::clock::Deadline;
 use crate::id::{QualifiedName, Stream};
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{Config, Session};
 use crate::route::{Context, Route};
 
 /// How long the live side may take to be opened before its clients are let go all the same.
@@ -60,7 +60,7 @@ pub async fn undo(
     let opened = async {
         rules.wake_live(live).await?;
         if kind != FenceKind::None {
-            let mut session = Session::connect(live, Purpose::Sql).await?;
+            let mut session = Session::control(live).await?;
             fence::hasten(&mut session).await;
             fence::open(&mut session, &context.job).await?;
         }
@@ -109,7 +109,7 @@ async fn silence_dest(context: &Context, rules: &Rules) -> Result<()> {
 /// of this one: without the earlier one's triggers nothing is done here. That side is not
 /// live again now: sessions that were connected to it since must not write there (vitess#9453).
 async fn shut_other(context: &Context) -> Result<()> {
-    let mut session = Session::connect(other_side(context), Purpose::Sql).await?;
+    let mut session = Session::control(other_side(context)).await?;
     fence::shut(&mut session, &context.job).await
 }
 

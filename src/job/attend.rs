@@ -17,7 +17,7 @@ use crate::clock::PgTimestamp;
 use crate::cutover::barrier;
 use crate::id::Stream;
 use crate::lsn::Lsn;
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{Config, Session};
 
 /// Commands are announced by NOTIFY; this is how often the table is looked at all the same, and
 /// positions are stored.
@@ -217,7 +217,7 @@ impl Runner {
 
     /// Remembers where the source's WAL ends now; once the target is there it is level.
     pub(super) async fn measure_level(&mut self) -> Result<Option<Event>> {
-        let mut session = Session::connect(&self.config.source, Purpose::Sql).await?;
+        let mut session = Session::control(&self.config.source).await?;
         self.level_at = Some(barrier::mark(&mut session, "level").await?);
         Ok(None)
     }
@@ -272,7 +272,7 @@ async fn end_of_wal(config: &Config, probe: &mut Option<Session>) -> Option<Lsn>
     let asking = async {
         let mut session = match probe.take() {
             Some(session) => session,
-            None => Session::connect(config, Purpose::Sql).await.ok()?,
+            None => Session::control(config).await.ok()?,
         };
         let sql = "select pg_catalog.pg_current_wal_insert_lsn()";
         let row = session.query_one(sql, &[]).await.ok()?;

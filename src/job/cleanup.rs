@@ -4,16 +4,18 @@
 //! Every drop is idempotent, so a clean-up that was cut short is done again by the same command.
 //! The home schema goes last, as it holds the memory of what is still to be done.
 
-use super::admit::{accept_systems, place};
+use std::time::Duration;
+
+use super::admit::accept_systems;
 use super::flip::{context, stream_of};
 use super::lease::Lease;
 use super::run::JobConfig;
 use super::state::{Event, Phase, step};
 use super::store::{JobRow, Store};
-use super::{Error, Result, lease};
+use super::{Result, lease};
 use crate::cutover::{self, fence};
 use crate::id::Stream;
-use crate::pg::{Purpose, Session};
+use crate::pg::{Config, Purpose, Session};
 use crate::source::{publication, slot};
 use crate::{apply, schema};
 
@@ -28,6 +30,9 @@ const HOME_TABLES: [(&str, &str); 7] = [
     ("job", "name"),
 ];
 
+/// What a route that could not be reached before may take now.
+const RELEASE_WAIT: Duration = Duration::from_secs(5);
+
 /// What a clean-up did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CleanedUp {
@@ -35,6 +40,8 @@ pub struct CleanedUp {
     pub phase: Phase,
     /// What was dropped, one line each.
     pub dropped: Vec<String>,
+    /// What a person has to do.
+    pub left: Vec<String>,
 }
 
 /// How a job is ended.
@@ -49,13 +56,11 @@ pub struct Ending {
 }
 
 /// Ends a job. `lease` must be held by the caller.
-pub async fn clean_up(config: &JobConfig, ending: Ending, _lease: &Lease) -> Result<CleanedUp> {
+pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Result<CleanedUp> {
     let Ending { event, keep_history, source_is_gone } = ending;
-    let home = Session::connect(&config.target, Purpose::Sql).await?;
+    let home = Session::control(&config.target).await?;
     let mut store = Store::new(home, config.job.clone());
-    let row = store.load().await?;
-    let row = row
-        .ok_or_else(|| Error::NoJob { job: config.job.to_string(), peer: place(&config.target) })?;
+    let row = store.load_existing().await?;
     let phase = match (row.phase, event) {
         // A clean-up that was cut short is taken up again.
         (Phase::Finished, Event::FinishAsked) => Phase::Finished,
@@ -63,18 +68,22 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, _lease: &Lease) -> Res
     };
     let mut source = None;
     if !source_is_gone {
-        let mut session = Session::connect(&config.source, Purpose::Sql).await?;
+        let mut session = Session::control(&config.source).await?;
         // Dropped on another system, the slot of the true one would be forgotten and fill its disk.
         accept_systems(&row, &mut session, &mut store.session).await?;
         lease::end_predecessors(&mut session, &config.job, &[]).await?;
         source = Some(session);
     }
+    // A build or a copy that was abandoned goes on in its server for a while, and keeps its locks.
+    lease::end_predecessors(&mut store.session, &config.job, &[lease.process_id()]).await?;
+    let left = let_clients_go(config, &row).await?;
     store.set_phase(phase).await?;
     let mut dropped = Vec::new();
-    if let Some(source) = &mut source {
-        drop_objects(source, config, Stream::Forward, &mut dropped).await?;
+    if let Some(session) = &mut source {
+        drop_objects(session, &config.source, config, Stream::Forward, &mut dropped).await?;
     }
-    drop_objects(&mut store.session, config, Stream::Reverse, &mut dropped).await?;
+    let home = &mut store.session;
+    drop_objects(home, &config.target, config, Stream::Reverse, &mut dropped).await?;
     forget_routes(config, &row).await?;
     remove_spool(config, &row, &mut dropped).await?;
     if let Some(source) = &mut source {
@@ -82,12 +91,31 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, _lease: &Lease) -> Res
     }
     let keep = keep_history || forget_job(&mut store, config, keep_history).await? > 0;
     drop_schema(&mut store.session, config, &mut dropped, keep).await?;
-    Ok(CleanedUp { phase, dropped })
+    Ok(CleanedUp { phase, dropped, left })
+}
+
+/// Clients that a route still holds, as it could not be reached after the switch, are not waited
+/// for any more. Gives what a person has to do.
+async fn let_clients_go(config: &JobConfig, row: &JobRow) -> Result<Vec<String>> {
+    let flipped = matches!(row.phase, Phase::Switched | Phase::RolledBack);
+    let mut left = Vec::new();
+    let Some(record) = row.flip.as_ref().filter(|flip| flipped && !flip.released) else {
+        return Ok(left);
+    };
+    let context = context(config, stream_of(&record.flip));
+    for route in config.secrets.routes(&record.waiting())? {
+        let tried = tokio::time::timeout(RELEASE_WAIT, route.release(&context)).await;
+        if !matches!(tried, Ok(Ok(()))) {
+            left.push(format!("{route}: {}", route.by_hand(&context, true)));
+        }
+    }
+    Ok(left)
 }
 
 /// What the side has of the streams: `reads` is the one that is read there.
 async fn drop_objects(
     session: &mut Session,
+    side: &Config,
     config: &JobConfig,
     reads: Stream,
     dropped: &mut Vec<String>,
@@ -98,7 +126,9 @@ async fn drop_objects(
     }
     slot::drop(session, &name).await?;
     schema::restore(session, config.job.as_str()).await?;
-    schema::validate(session, config.job.as_str()).await?;
+    // Takes as long as reading the tables.
+    let mut validating = Session::connect(side, Purpose::Sql).await?;
+    schema::validate(&mut validating, config.job.as_str()).await?;
     publication::drop(session, &name).await?;
     apply::forget(session, &config.job.object(reads.opposite())).await?;
     fence::remove(session, &config.job).await?;

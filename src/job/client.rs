@@ -14,7 +14,7 @@ use super::store::{JobRow, Store};
 use crate::clock::Deadline;
 use crate::fault::{Fault, Faulty};
 use crate::id::JobName;
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{Config, Session};
 
 /// A row whose asker was silent for so many seconds is not acted on.
 pub const STALE_SECONDS: u32 = 5;
@@ -44,7 +44,7 @@ pub struct Client {
 impl Client {
     /// Connects to the home database.
     pub async fn connect(home: &Config, job: &JobName) -> Result<Client> {
-        let session = Session::connect(home, Purpose::Sql).await?;
+        let session = Session::control(home).await?;
         Ok(Client { session, home: home.clone(), job: job.clone() })
     }
 
@@ -73,7 +73,7 @@ impl Client {
             Ok(polled) => return polled,
             Err(_) => {}
         }
-        if let Ok(session) = Session::connect(&self.home, Purpose::Sql).await {
+        if let Ok(session) = Session::control(&self.home).await {
             self.session = session;
         }
         Ok(None)
@@ -136,6 +136,16 @@ pub async fn take(session: &mut Session, job: &JobName) -> Result<Option<Asked>>
     let Some(row) = row else { return Ok(None) };
     let args = serde_json::from_str(row.str(2)?).map_err(|e| Error::State(e.to_string()))?;
     Ok(Some(Asked { id: row.string(0)?, verb: row.string(1)?, args }))
+}
+
+/// Takes and answers a `stop`, whatever is before it in the queue.
+pub(super) async fn take_stop(session: &mut Session, job: &JobName) -> Result<bool> {
+    let sql = format!(
+        "update walferry.command set state = 'done' where job = $1 and verb = 'stop' \
+         and state = 'queued' \
+         and seen_at > clock_timestamp() - interval '{STALE_SECONDS} seconds' returning id"
+    );
+    Ok(!session.query_params(&sql, &[Some(job.as_str())]).await?.is_empty())
 }
 
 /// Answers a command.

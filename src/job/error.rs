@@ -83,14 +83,17 @@ pub enum Error {
     State(String),
     /// No such job.
     #[error(
-        "there is no job \"{job}\" on {peer}; walferry run starts one (or give the right \
-         --name and --target)"
+        "there is no job \"{job}\" on {peer}{}; walferry run starts one (or give the right \
+         --name and --target)",
+        if others.is_empty() { String::new() } else { format!(", but there is {others}") }
     )]
     NoJob {
         /// The name asked for.
         job: String,
         /// Where it was looked for.
         peer: String,
+        /// Names of the jobs that are there.
+        others: String,
     },
     /// A different server than the one the job was made with.
     #[error(
@@ -242,6 +245,9 @@ pub enum Error {
     /// A command failed in the runner, which said why.
     #[error("{0}")]
     Remote(String),
+    /// `finish` or `cancel` asked the runner to stop.
+    #[error("the job is being ended by finish or cancel")]
+    Ended,
     /// Asked to stop while waiting.
     #[error("stopped; the same command goes on from here")]
     Interrupted,

@@ -21,6 +21,9 @@ use crate::route;
 use crate::source::slot;
 use crate::{apply, catalog};
 
+/// How long what was written during an undone flip may take to come home.
+const HOME_DRAIN: Duration = Duration::from_secs(60);
+
 /// How long the home database may take to answer before the runner begins anew.
 const HOME_WAIT: Duration = Duration::from_secs(5);
 
@@ -114,7 +117,7 @@ impl Runner {
     async fn gate(&mut self, request: &FlipRequest) -> Result<()> {
         let carry = self.forward.as_ref().map(|pipe| pipe.applied.clone());
         let mut carry = carry.ok_or(cutover::Error::StreamStopped)?;
-        let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
+        let mut source = Session::control(&self.config.source).await?;
         // Streams of a runner that has just begun are still connecting.
         let max_lag = Duration::from_millis(request.max_lag_ms).max(HOME_WAIT);
         Ok(barrier::gate(&mut source, &mut carry, max_lag).await?)
@@ -124,8 +127,9 @@ impl Runner {
     async fn make_reverse(&mut self, wait: Duration) -> Result<()> {
         let name = self.config.job.object(Stream::Reverse);
         let tables = self.tables(&self.config.target).await?;
+        // Publishing may wait for locks.
         let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
-        let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
+        let mut source = Session::control(&self.config.source).await?;
         // A canary proves the way, not the right to every table (law 8).
         let names: Vec<QualifiedName> = tables.iter().map(|table| table.name.clone()).collect();
         let mut grants = super::ability::missing_grants(&mut source, &names).await?;
@@ -186,8 +190,10 @@ impl Runner {
             Err(error) => {
                 self.renew_home().await?;
                 let error = self.because_of_reverse(error);
-                if flip == Stream::Forward && self.reverse_open.load(Ordering::SeqCst) {
-                    self.bring_home().await?;
+                if let Some(record) = self.row().await?.flip
+                    && self.switch_had_begun(&record).await?
+                {
+                    self.bring_home(flip).await?;
                 }
                 self.reverse_open.store(flip == Stream::Reverse, Ordering::SeqCst);
                 let back = self.note_undone().await?;
@@ -203,8 +209,7 @@ impl Runner {
         if matches!(asked.await, Ok(Ok(_))) {
             return Ok(());
         }
-        let opening = Session::connect(&self.config.target, Purpose::Sql);
-        let opened = tokio::time::timeout(HOME_WAIT, opening).await;
+        let opened = tokio::time::timeout(HOME_WAIT, Session::control(&self.config.target)).await;
         self.store.session = opened.map_err(|_| Error::LeaseLost)??;
         Ok(())
     }
@@ -287,19 +292,21 @@ impl Runner {
         };
         let unbuilt = flip == Stream::Forward && !dest.replica_role;
         let dump = if unbuilt { Some(self.dump().await?) } else { None };
+        let writing = if flip == Stream::Forward { &self.forward } else { &self.reverse };
         Ok(Rules {
             live: !live.replica_role,
             dest: !dest.replica_role,
             job: self.config.job.to_string(),
             selection: self.selection.clone(),
             dump,
+            brake: writing.as_ref().map(|pipe| pipe.hold.clone()),
         })
     }
 
     /// Every table that moves, those too whose rows stay behind: whoever writes to one on the old
     /// side after the switch is on the wrong server, and must be told.
     pub(super) async fn fenced_tables(&self, live: &Config) -> Result<Vec<QualifiedName>> {
-        let mut session = Session::connect(live, Purpose::Sql).await?;
+        let mut session = Session::control(live).await?;
         let tables = catalog::tables(&mut session, &self.selection).await?;
         Ok(tables.into_iter().map(|table| table.name).collect())
     }
@@ -308,8 +315,8 @@ impl Runner {
     /// what it counted was written to the target by somebody else.
     async fn refuse_rogue_writes(&mut self) -> Result<()> {
         // All that was written there until now has been seen and counted.
-        self.drain_reverse().await?;
-        let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
+        self.drain_home(Stream::Forward).await?;
+        let mut source = Session::control(&self.config.source).await?;
         let row = source
             .query_opt(
                 "select sum(filtered) over (), schema || '.' || name from walferry.stream_table \
@@ -337,26 +344,34 @@ impl Runner {
         Ok(lines.iter().any(|line| line.step == "switch"))
     }
 
-    /// Brings home what clients wrote on the target before their route was flipped back.
-    async fn drain_reverse(&mut self) -> Result<()> {
-        let Some(pipe) = &self.reverse else { return Ok(()) };
+    /// Waits until what was written on the side that a flip led to has come to the live one.
+    async fn drain_home(&mut self, flip: Stream) -> Result<()> {
+        let (pipe, away) = match flip {
+            Stream::Forward => (&self.reverse, &self.config.target),
+            Stream::Reverse => (&self.forward, &self.config.source),
+        };
+        let Some(pipe) = pipe else { return Ok(()) };
         let mut carry = pipe.applied.clone();
-        let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
-        let lsn = barrier::mark(&mut target, "undo").await?;
-        if barrier::reached(&mut carry, lsn, Duration::from_secs(60)).await? {
+        let mut away = Session::control(away).await?;
+        let lsn = barrier::mark(&mut away, "undo").await?;
+        if barrier::reached(&mut carry, lsn, HOME_DRAIN).await? {
             return Ok(());
         }
         let applied_lsn = carry.borrow().applied_lsn;
-        let waited = Duration::from_secs(60);
-        Err(cutover::Error::Drain { barrier_lsn: lsn, applied_lsn, waited }.into())
+        Err(cutover::Error::Drain { barrier_lsn: lsn, applied_lsn, waited: HOME_DRAIN }.into())
     }
 
-    /// What clients wrote on the target meanwhile, and sequences past its numbers.
-    pub(super) async fn bring_home(&mut self) -> Result<()> {
-        self.drain_reverse().await?;
-        let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
-        let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
-        Ok(cutover::sequences::come_home(&mut target, &mut source, &self.selection).await?)
+    /// Brings home what clients wrote on the other side before their route was flipped back, and
+    /// sets sequences past the numbers they had there.
+    pub(super) async fn bring_home(&mut self, flip: Stream) -> Result<()> {
+        self.drain_home(flip).await?;
+        let (away, home) = match flip {
+            Stream::Forward => (&self.config.target, &self.config.source),
+            Stream::Reverse => (&self.config.source, &self.config.target),
+        };
+        let mut away = Session::control(away).await?;
+        let mut home = Session::control(home).await?;
+        Ok(cutover::sequences::come_home(&mut away, &mut home, &self.selection).await?)
     }
 }
 

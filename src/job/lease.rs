@@ -7,11 +7,11 @@
 
 use std::time::Duration;
 
-use super::Result;
 use super::error::Error;
+use super::{Result, client};
 use crate::clock::Deadline;
 use crate::id::JobName;
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{Config, Session};
 
 /// Class of our advisory locks: "walf" would not fit a role's own numbers by accident.
 const LOCK_CLASS: i32 = 0x77_61_6c_66;
@@ -36,7 +36,7 @@ impl Lease {
     /// Takes the lease if it is free; `None` if another runner holds it. `home` must carry the
     /// application name of [`application_name`].
     pub async fn try_take(home: &Config, job: &JobName) -> Result<Option<Lease>> {
-        let mut session = Session::connect(home, Purpose::Sql).await?;
+        let mut session = Session::control(home).await?;
         // Not every platform or socket has these; where they are refused the defaults stay.
         let keepalives = "set tcp_keepalives_idle = 5; set tcp_keepalives_interval = 3; \
                           set tcp_keepalives_count = 3";
@@ -67,6 +67,12 @@ impl Lease {
         }
     }
 
+    /// True if finish or cancel asks for the runner's end; answers them.
+    pub async fn stop_asked(&mut self, job: &JobName) -> Result<bool> {
+        let asking = client::take_stop(&mut self.session, job);
+        tokio::time::timeout(Duration::from_secs(10), asking).await.map_err(|_| Error::LeaseLost)?
+    }
+
     /// Process id of the backend that holds it.
     pub fn process_id(&self) -> i32 {
         self.session.process_id()
@@ -88,7 +94,7 @@ pub async fn take(home: &Config, job: &JobName, last: Option<&Holder>) -> Result
             return Ok(lease);
         }
         if let Some(last) = last.filter(|_| turn == 1) {
-            let mut session = Session::connect(home, Purpose::Sql).await?;
+            let mut session = Session::control(home).await?;
             session
                 .query_params(
                     "select pg_catalog.pg_terminate_backend(pid) \
@@ -99,7 +105,7 @@ pub async fn take(home: &Config, job: &JobName, last: Option<&Holder>) -> Result
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let mut session = Session::connect(home, Purpose::Sql).await?;
+    let mut session = Session::control(home).await?;
     let pid = holder(&mut session, job).await?;
     Err(Error::Busy { job: job.to_string(), pid: pid.unwrap_or_default() })
 }

@@ -9,7 +9,7 @@ use crate::catalog::Table;
 use crate::cutover;
 use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
-use crate::pg::{Purpose, Session};
+use crate::pg::Session;
 use crate::source::publication;
 
 impl Runner {
@@ -25,7 +25,7 @@ impl Runner {
         };
         let publication = self.config.job.object(flip);
         let tables: Vec<_> = self.tables(live).await?.into_iter().map(|t| t.name).collect();
-        let mut session = Session::connect(live, Purpose::Sql).await?;
+        let mut session = Session::control(live).await?;
         let unpublished = match reading.plugin()? == Plugin::Pgoutput {
             true => publication::missing(&mut session, &publication, &tables).await?,
             false => unfollowed,

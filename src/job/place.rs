@@ -16,7 +16,7 @@ use crate::apply;
 use crate::buffer::spool;
 use crate::id::Stream;
 use crate::lsn::Lsn;
-use crate::pg::{Purpose, Session};
+use crate::pg::Session;
 use crate::source::slot;
 
 /// A spool holds so much unless told otherwise: hours of a busy source, and a fraction of any disk
@@ -183,7 +183,7 @@ pub(super) async fn wal_budget(config: &crate::pg::Config, given: Option<u64>) -
     if let Some(bytes) = given {
         return Ok(bytes);
     }
-    let mut session = Session::connect(config, Purpose::Sql).await?;
+    let mut session = Session::control(config).await?;
     let sql = "select setting::int8 from pg_catalog.pg_settings \
                where name = 'max_slot_wal_keep_size' and setting::int8 >= 0";
     let limit_mb: Option<u64> =

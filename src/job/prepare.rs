@@ -51,7 +51,9 @@ impl Runner {
         };
         self.say(Notice::Said("creating tables on the target".to_string()));
         let job = self.config.job.as_str().to_string();
-        for sql in schema::apply_pre(&mut self.store.session, &dump, &job).await? {
+        // Not the session for short statements: an extension may take its time.
+        let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
+        for sql in schema::apply_pre(&mut target, &dump, &job).await? {
             self.say(Notice::Said(format!("warning: the role may not, and it is left out: {sql}")));
         }
         Ok(Event::SchemaMade)

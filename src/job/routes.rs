@@ -223,8 +223,8 @@ impl Runner {
         let fence = record.fence.parse()?;
         cutover::undo(live, fence, &routes, &context(&self.config, flip), &rules).await?;
         self.leave_skipped(&record, flip).await?;
-        if flip == Stream::Forward && self.switch_had_begun(&record).await? {
-            self.bring_home().await?;
+        if self.switch_had_begun(&record).await? {
+            self.bring_home(flip).await?;
         }
         self.reverse_open.store(flip == Stream::Reverse, std::sync::atomic::Ordering::SeqCst);
         Ok(Event::FlipUndone(self.note_undone().await?))

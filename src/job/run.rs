@@ -28,8 +28,9 @@ use crate::clock::Backoff;
 use crate::copy::CopyProgress;
 use crate::fault::{Fault, Faulty};
 use crate::id::{JobName, QualifiedName};
+use crate::limit::CATALOG_WAIT;
 use crate::lsn::Lsn;
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{Config, Session};
 use crate::secret::LetterBox;
 use crate::source::HeldSlot;
 
@@ -227,7 +228,7 @@ impl Runner {
         };
         if let Err(error) = &outcome
             && error.fault() != Fault::Retry
-            && !matches!(error, Error::Interrupted)
+            && !matches!(error, Error::Interrupted | Error::Ended)
         {
             let _ = runner.store.set_error(Some(&error.to_string())).await;
         }
@@ -239,6 +240,10 @@ impl Runner {
             pipe.only_capture();
         }
         runner.stop_streams().await;
+        if matches!(outcome, Err(Error::Ended)) {
+            report(Notice::Ended);
+            return Ok(runner.row().await?.phase);
+        }
         outcome
     }
 
@@ -255,16 +260,15 @@ impl Runner {
         config.target = config.target.labelled("target").with_application_name(&name);
         let lease = lease::take(&config.target, &config.job, left.holder.as_ref()).await?;
         left.holder = Some(lease.holder().clone());
-        let mut home = Session::connect(&config.target, Purpose::Sql).await?;
-        let mut listener = Session::connect(&config.target, Purpose::Sql).await?;
+        let mut home = Session::control(&config.target).await?;
+        let mut listener = Session::control(&config.target).await?;
         let keep = [lease.process_id(), listener.process_id()];
         lease::end_predecessors(&mut home, &config.job, &keep).await?;
-        let mut source = Session::connect(&config.source, Purpose::Sql).await?;
+        let mut source = Session::control(&config.source).await?;
         let mut store = Store::new(home, config.job.clone());
         if left.opened && store.load().await?.is_none() {
             // It was finished or canceled while we were away: nothing is to be made anew.
-            let (job, peer) = (config.job.to_string(), store.session.peer().to_string());
-            return Err(Error::NoJob { job, peer });
+            return Err(store.no_job().await);
         }
         let selection = config.options.selection(&mut source).await?;
         let checked = admit(&config, &selection, &mut source, &mut store, report).await?;
@@ -277,7 +281,8 @@ impl Runner {
             .execute(&format!("listen {}", crate::id::quote_ident(&config.job.channel())))
             .await?;
         let busy = Arc::new(AtomicBool::new(true));
-        let vigil = Vigil::new(lease, config.source.clone(), busy.clone());
+        let flying = watch::channel(false).0;
+        let vigil = Vigil::new(lease, &config, busy.clone(), flying.subscribe());
         let runner = Runner {
             config,
             report: report.clone(),
@@ -288,7 +293,7 @@ impl Runner {
             forward: None,
             reverse: None,
             reverse_open: Arc::new(AtomicBool::new(false)),
-            flying: watch::channel(false).0,
+            flying,
             asked: None,
             slot: None,
             hold: None,
@@ -412,7 +417,8 @@ impl Runner {
 
     /// The same and unlogged ones, which are copied and cannot be followed.
     pub(super) async fn tables_with_rows(&self, side: &Config) -> Result<Vec<Table>> {
-        let mut session = Session::connect(side, Purpose::Sql).await?;
+        let mut session = Session::control(side).await?;
+        session.set_patience(CATALOG_WAIT);
         let mut all = tables(&mut session, &self.selection).await?;
         all.retain(|table| self.selection.has_rows(&table.name));
         Ok(all)
@@ -451,7 +457,7 @@ async fn wait_and_linger(stop: &mut watch::Receiver<bool>, flying: &mut watch::R
 
 /// Shows status what keeps the runner from its work, unless another runner has taken over.
 async fn store_trouble(config: &JobConfig, error: &Error, last: &Option<Holder>) -> Result<()> {
-    let session = Session::connect(&config.target, Purpose::Sql).await?;
+    let session = Session::control(&config.target).await?;
     let mut store = Store::new(session, config.job.clone());
     let holder = lease::holder(&mut store.session, &config.job).await?;
     let ours = last.as_ref().map(|last| last.pid.to_string());

@@ -198,14 +198,14 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
         (Phase::Switched | Phase::RolledBack, Event::FinishAsked) => {
             (Phase::Finished, vec![CleanUp])
         }
+        (Phase::CuttingOver, Event::FinishAsked | Event::CancelAsked) => {
+            return refuse(asked(event), NOT_UNDONE);
+        }
         (_, Event::FinishAsked) => {
             return refuse("finish", "it ends a job that was switched or rolled back; use cancel");
         }
         (Phase::Switched, Event::CancelAsked) => {
             return refuse("cancel", "the switch has been made; use rollback or finish");
-        }
-        (Phase::CuttingOver, Event::CancelAsked) => {
-            return refuse("cancel", NOT_UNDONE);
         }
         (_, Event::CancelAsked) => (Phase::Canceled, vec![CleanUp]),
         (phase, event) => unexpected(phase, event)?,
@@ -215,7 +215,7 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
 /// What leads out of the phase `cutting_over`.
 const NOT_UNDONE: &str = "a switch has been begun and has to be undone first: `walferry run` does \
     that, once both servers and every route of it can be reached (--skip-route leaves out one that \
-    is gone for good); then cancel again";
+    is gone for good); then ask again";
 
 /// Why a flip cannot start in a phase.
 fn no_flip(phase: Phase, flip: Stream) -> (&'static str, &'static str) {

@@ -4,15 +4,14 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::admit::place;
 use super::place::SpoolPlace;
 use super::reading::Reading;
 use super::state::Phase;
 use super::store::{Store, StreamRow};
-use super::{Error, Result, lease};
+use super::{Result, lease};
 use crate::id::{JobName, Stream};
 use crate::lsn::Lsn;
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{Config, Session};
 use crate::source::slot;
 
 /// A source that is silent must not keep status waiting for long: for each question.
@@ -123,16 +122,15 @@ fn spool_status(place: SpoolPlace, streams: &[&StreamRow]) -> SpoolStatus {
 /// Reads a job's status from its home. The source is asked too, if it is known and answers: a
 /// runner that is not alive leaves stale positions, and the slot knows better.
 pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Result<Status> {
-    let session = Session::connect(home, Purpose::Sql).await?;
+    let session = Session::control(home).await?;
     let mut store = Store::new(session, job.clone());
-    let row = store.load().await?;
-    let row = row.ok_or_else(|| Error::NoJob { job: job.to_string(), peer: place(home) })?;
+    let row = store.load_existing().await?;
     let readings = store.load_readings().await?;
     let runner = lease::holder(&mut store.session, job).await?;
     let mut positions = store.load_stream(Stream::Forward).await?.unwrap_or_default();
     let mut source = match source {
         Some(source) => {
-            let connecting = Session::connect(source, Purpose::Sql);
+            let connecting = Session::control(source);
             let connected = tokio::time::timeout(SOURCE_PATIENCE, connecting).await;
             connected.ok().and_then(std::result::Result::ok)
         }

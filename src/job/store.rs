@@ -181,11 +181,20 @@ impl Store {
 
     /// The job's row; an error that names job and server where there is none.
     pub async fn load_existing(&mut self) -> Result<JobRow> {
-        let row = self.load().await?;
-        row.ok_or_else(|| Error::NoJob {
-            job: self.job.to_string(),
-            peer: self.session.peer().to_string(),
-        })
+        match self.load().await? {
+            Some(row) => Ok(row),
+            None => Err(self.no_job().await),
+        }
+    }
+
+    /// The error for a job that is not here, which names those that are.
+    pub async fn no_job(&mut self) -> Error {
+        let sql = "select string_agg(pg_catalog.quote_ident(name), ', ' order by name) \
+                   from walferry.job";
+        let named = self.session.query_one(sql, &[]).await;
+        let others = named.ok().and_then(|row| row.opt(0).ok().flatten().map(str::to_string));
+        let (job, peer) = (self.job.to_string(), self.session.peer().to_string());
+        Error::NoJob { job, peer, others: others.unwrap_or_default() }
     }
 
     /// Writes a new job down, in phase planned. Harmless if it exists.

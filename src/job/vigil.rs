@@ -9,8 +9,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use tokio::sync::watch;
+
 use super::lease::Lease;
+use super::run::JobConfig;
 use super::{Error, Result};
+use crate::id::JobName;
 use crate::limit::SILENCE;
 use crate::pg::{self, Config, Purpose, Session};
 
@@ -25,17 +29,29 @@ pub(super) struct Vigil {
     /// The runner works on something that needs the source, and would wait for it without a limit.
     /// Otherwise only streams do, which notice silence themselves and keep on beside other work.
     busy: Arc<AtomicBool>,
+    job: JobName,
+    /// Clients are being led: not to be left in the middle.
+    flying: watch::Receiver<bool>,
 }
 
 impl Vigil {
-    pub fn new(lease: Lease, source: Config, busy: Arc<AtomicBool>) -> Vigil {
-        Vigil { lease, source, probe: None, busy }
+    pub fn new(
+        lease: Lease,
+        config: &JobConfig,
+        busy: Arc<AtomicBool>,
+        flying: watch::Receiver<bool>,
+    ) -> Vigil {
+        let (source, job) = (config.source.clone(), config.job.clone());
+        Vigil { lease, source, probe: None, busy, job, flying }
     }
 
     /// Returns why the runner has to begin again.
     pub async fn keep(&mut self) -> Error {
         loop {
             if let Err(error) = self.lease.check().await {
+                return error;
+            }
+            if let Err(error) = self.hear_stop().await {
                 return error;
             }
             if self.busy.load(Ordering::SeqCst)
@@ -45,6 +61,14 @@ impl Vigil {
             }
             tokio::time::sleep(TURN).await;
         }
+    }
+
+    /// Finish and cancel do not wait for the end of a copy, or of an index.
+    async fn hear_stop(&mut self) -> Result<()> {
+        if !*self.flying.borrow() && self.lease.stop_asked(&self.job).await? {
+            return Err(Error::Ended);
+        }
+        Ok(())
     }
 
     /// An error only for silence: whoever works there meets any other himself.

@@ -15,6 +15,7 @@ use super::connect::{self, Opened, Place};
 use super::frame::{Frame, FrameReader};
 use super::socket::Socket;
 use super::{Config, Error, Host, Result, Row, ServerError};
+use crate::limit::CONTROL_WAIT;
 
 /// What a session is for; decides its start-up parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +27,9 @@ pub enum Purpose {
     /// A pooler's admin console: it takes neither run-time settings nor the extended protocol.
     PoolerAdmin,
 }
+
+/// How much of a statement a time-out shows.
+const SHOWN_CHARS: usize = 200;
 
 /// A NOTIFY that arrived.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +63,8 @@ pub struct Session {
     farewell: Option<Box<ServerError>>,
     /// The connection is over, by an error that has been given.
     over: bool,
+    /// No statement may take longer.
+    patience: Option<Duration>,
 }
 
 impl Session {
@@ -69,6 +75,25 @@ impl Session {
     /// certificates from disk where TLS needs them.
     pub async fn connect(config: &Config, purpose: Purpose) -> Result<Session> {
         connect::open(config, purpose).await
+    }
+
+    /// A session for short statements: a server that takes one and then falls silent is an
+    /// [`Error::Timeout`] after [`CONTROL_WAIT`], which names the statement.
+    pub async fn control(config: &Config) -> Result<Session> {
+        Ok(Session::connect(config, Purpose::Sql).await?.with_patience(CONTROL_WAIT))
+    }
+
+    /// The same session, with a limit for each statement that is not part of a COPY, a pipeline or
+    /// a replication stream. After it the session cannot be used any more; the server may still be
+    /// at the statement.
+    pub fn with_patience(mut self, limit: Duration) -> Session {
+        self.patience = Some(limit);
+        self
+    }
+
+    /// Changes that limit.
+    pub fn set_patience(&mut self, limit: Duration) {
+        self.patience = Some(limit);
     }
 
     pub(super) fn from_opened(opened: Opened) -> Session {
@@ -84,6 +109,7 @@ impl Session {
             posted: 0,
             farewell: None,
             over: false,
+            patience: None,
         }
     }
 
@@ -180,9 +206,7 @@ impl Session {
             Ok(())
         });
         built.map_err(|e| self.protocol(format!("cannot encode query: {e}")))?;
-        self.begin_exchange()?;
-        self.send(&out).await?;
-        Ok(self.collect().await?.rows)
+        Ok(self.answer_to(&out, sql).await?.rows)
     }
 
     /// The one row of a query; no row or several is an error.
@@ -233,9 +257,27 @@ impl Session {
         let mut out = BytesMut::new();
         frontend::query(sql, &mut out)
             .map_err(|e| self.protocol(format!("cannot encode query: {e}")))?;
+        self.answer_to(&out, sql).await
+    }
+
+    /// Sends what asks for `sql`, and reads the answer.
+    async fn answer_to(&mut self, out: &[u8], sql: &str) -> Result<Answer> {
         self.begin_exchange()?;
-        self.send(&out).await?;
-        self.collect().await
+        let Some(limit) = self.patience else {
+            self.send(out).await?;
+            return self.collect().await;
+        };
+        let asking = async {
+            self.send(out).await?;
+            self.collect().await
+        };
+        if let Ok(answer) = tokio::time::timeout(limit, asking).await {
+            return answer;
+        }
+        self.over = true;
+        let text: Vec<&str> = sql.split_whitespace().collect();
+        let doing: String = text.join(" ").chars().take(SHOWN_CHARS).collect();
+        Err(Error::Timeout { peer: self.peer.clone(), doing, seconds: limit.as_secs().max(1) })
     }
 
     /// Reads up to ReadyForQuery; the first error is given after it.

@@ -11,6 +11,7 @@ use super::ini::{self, Words};
 use super::{Context, Error, Result};
 use crate::clock::Deadline;
 use crate::id::{Stream, quote_ident};
+use crate::limit::CONSOLE_WAIT;
 use crate::pg::{self, Config, Purpose, Session};
 use crate::secret::SecretString;
 
@@ -105,6 +106,7 @@ impl Pgbouncer {
 
     async fn console(&self) -> Result<Session> {
         let session = Session::connect(&self.admin, Purpose::PoolerAdmin).await;
+        let session = session.map(|session| session.with_patience(CONSOLE_WAIT));
         session.map_err(|source| {
             let refused = matches!(source, pg::Error::Connect { transient: false, .. });
             let doing = match refused && self.password().is_none() {
@@ -217,6 +219,7 @@ impl Pgbouncer {
     pub(super) async fn hold(&self, wait: Duration) -> Result<()> {
         let deadline = Deadline::after(wait);
         let mut console = self.console().await?;
+        console.set_patience(CONSOLE_WAIT + wait);
         // The console that said PAUSE hears nothing else until it is complete. The one that will
         // RESUME is open before, so that it cannot be refused when it matters.
         let mut rescue = self.console().await?;

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use crate::limit::CATALOG_WAIT;
 use crate::pg::{self, Config, Purpose, Session};
 
 use super::Side;
@@ -66,7 +67,8 @@ const FACTS: &str = "select pg_catalog.current_database(), pg_catalog.pg_is_in_r
 impl End {
     /// Connects and asks the first questions.
     pub async fn open(side: Side, config: &Config) -> pg::Result<End> {
-        let mut session = Session::connect(config, Purpose::Sql).await?;
+        let session = Session::connect(config, Purpose::Sql).await?;
+        let mut session = session.with_patience(CATALOG_WAIT);
         let facts = Facts::read(&mut session).await?;
         let settings = settings(config, &mut session).await?;
         Ok(End { side, config: config.clone(), session, facts, settings })

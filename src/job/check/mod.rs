@@ -12,9 +12,11 @@
 //! Nothing is written anywhere, so nothing survives a crash. A question that a server refuses to
 //! answer becomes a warning, never the end of the check.
 //!
-//! Left out: free disk space, which SQL does not show (sizes are told instead); what a route needs,
-//! which the route asks itself; the rows (that is what verify is for).
+//! Left out: free disk space, but for a target on this very machine (SQL does not show it; sizes
+//! are told instead); what a route needs, which the route asks itself; the rows (that is what
+//! verify is for).
 
+mod disk;
 mod end;
 mod finding;
 mod given;

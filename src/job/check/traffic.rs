@@ -49,13 +49,22 @@ impl Check<'_> {
         tokio::time::sleep(wait).await;
         let end = Sample::take(&mut self.source).await?;
         self.forecast(start.rate(&end));
+        if self.begun.is_none() {
+            let found = super::disk::room(&self.target, self.bytes_to_copy().1).await;
+            self.findings.extend(found);
+        }
         Ok(())
+    }
+
+    /// How many tables are to be copied, and their bytes.
+    fn bytes_to_copy(&self) -> (u64, u64) {
+        let selected = self.tables.iter().filter(|t| self.options.selection.has_rows(&t.name));
+        selected.fold((0, 0), |(count, bytes), table| (count + 1, bytes + table.bytes))
     }
 
     /// Sizes, and whether the slot's WAL fits while the copy runs.
     fn forecast(&mut self, wal_per_second: f64) {
-        let selected = self.tables.iter().filter(|t| self.options.selection.has_rows(&t.name));
-        let (count, total) = selected.fold((0, 0), |(n, b), t| (n + 1, b + t.bytes));
+        let (count, total) = self.bytes_to_copy();
         let facts = &self.source.facts;
         let speed = self.options.copy_bytes_per_second.max(1);
         let copy_seconds = total as f64 / speed as f64;

@@ -6,6 +6,7 @@ mod kills;
 mod modes;
 mod neighbours;
 mod routes;
+mod silence;
 mod stragglers;
 mod undo;
 

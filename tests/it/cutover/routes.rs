@@ -144,6 +144,27 @@ async fn a_pooler_that_is_gone_after_the_point_of_no_return_is_told_and_can_be_l
     stage.run.ended().await.expect_success();
 }
 
+/// Nobody is left to wait for it after the end of the job.
+#[tokio::test(flavor = "multi_thread")]
+async fn finish_names_a_pooler_that_may_still_hold_clients() {
+    let stage = Stage::start().await;
+    let pooler = PgBouncer::start(&stage.ends.source, &["app"]).unwrap();
+    let hook = Hook::new(&stage, None);
+    hook.stop_at("switch");
+    let (first, second) = (route_of(&pooler), hook.route());
+    let cutover = stage.ends.spawn(&["cutover", "--route", &first, "--route", &second]);
+    hook.reached().await;
+    drop(pooler);
+    hook.go();
+    assert_eq!(cutover.ended().await.code, Some(1));
+    waits(&stage.ends, "switched").await;
+    let ended = stage.ends.done(&["finish"]).await;
+    let by_hand =
+        ended.err.contains("may still be held by pgbouncer") && ended.err.contains("RESUME");
+    assert!(by_hand, "{}", ended.err);
+    stage.run.ended().await.expect_success();
+}
+
 /// From now on the pooler asks everybody for this password.
 async fn lock(pooler: &PgBouncer, password: &str) {
     let mut config = Config::parse(&pooler.admin_uri()).unwrap();

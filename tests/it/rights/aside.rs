@@ -189,3 +189,72 @@ async fn a_kill_in_the_cutover_leaves_keys_and_triggers_where_they_belong() {
     assert_eq!(before.diff(&after.0), Vec::<String>::new());
     assert_eq!(before.acts_unlike(&after.1), Vec::<String>::new());
 }
+
+/// Dropping a foreign key waits for readers too: with one in the way the cutover says which.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_in_the_way_of_a_foreign_key_is_named() {
+    let ends = story((15, 15)).await;
+    let mut run = ends.spawn(&["run"]);
+    ends.until_phase(&mut run, "following").await;
+    let config = walferry::pg::Config::parse(&ends.source_uri()).unwrap();
+    let config = config.with_application_name("report");
+    let mut reader =
+        walferry::pg::Session::connect(&config, walferry::pg::Purpose::Sql).await.unwrap();
+    reader.execute("begin; select count(*) from story.child").await.unwrap();
+    let ended = ends.walferry(&["cutover", "--max-hold", "2s"]).await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    let pid = format!("in its way: pid {} ", reader.process_id());
+    for part in [&*pid, "(postgres, ", "writers go on"] {
+        assert!(ended.err.contains(part), "{part}: {}", ended.err);
+    }
+    work(&ends.source, 2000);
+    reader.execute("commit").await.unwrap();
+    ends.done(&["cutover"]).await;
+    ends.done(&["verify"]).await;
+    ends.done(&["finish"]).await;
+    run.ended().await.expect_success();
+}
+
+/// A reader keeps the target's foreign keys from being set aside again after a cutover that failed:
+/// until they are, the stream waits, and nothing acts twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_acts_twice_while_an_undoing_waits_for_a_reader() {
+    let ends = story((15, 15)).await;
+    let mut run = ends.spawn(&["run"]);
+    ends.until_phase(&mut run, "following").await;
+    let config = walferry::pg::Config::parse(&ends.target_uri()).unwrap();
+    let config = config.with_application_name("report");
+    let mut reader =
+        walferry::pg::Session::connect(&config, walferry::pg::Purpose::Sql).await.unwrap();
+    // It begins once the foreign keys are there, and so does not keep them from coming.
+    let here = ends.source.dir().join("here");
+    let go = ends.source.dir().join("go");
+    let hook = format!(
+        "hook:if [ $WALFERRY_PHASE = switch ]; then touch {}; \
+         while [ ! -e {} ]; do sleep 0.05; done; exit 1; fi",
+        here.display(),
+        go.display()
+    );
+    let cutover = ends.spawn(&["cutover", "--max-hold", "20s", "--route", &hook]);
+    until("the switch", || async { here.exists() }).await;
+    reader.execute("begin; select count(*) from story.parent, story.child").await.unwrap();
+    std::fs::write(&go, "").unwrap();
+    // Writers go on as soon as they may, and long before the reader is gone.
+    let begun = std::time::Instant::now();
+    let one = format!("set role {ROLE}; insert into story.parent values (7000)");
+    while ends.source.psql("app", &one).is_err() {
+        assert!(begun.elapsed() < Duration::from_secs(30), "writers are held");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    work(&ends.source, 8000);
+    let ended = cutover.ended().await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(ended.err.contains("undoing failed"), "{}", ended.err);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    reader.execute("commit").await.unwrap();
+    ends.until_phase(&mut run, "following").await;
+    ends.done(&["verify"]).await;
+    assert_equal(&ends).await;
+    ends.done(&["cancel"]).await;
+    run.ended().await.expect_success();
+}
