@@ -61,7 +61,7 @@ fn one_run(stage: &Stage, peer: Peer, rate: u64, seconds: u64) -> Result<Sample>
     let pair = &stage.pair;
     let worker = stage.go(peer)?;
     pair.source.psql(DATABASE, "insert into bench_probe values (0)")?;
-    let first = "select exists (select 1 from bench_probe where id = 0)";
+    let first = "select exists (select from public.bench_probe where id = 0)";
     pair.wait_for(first, Instant::now(), PATIENCE, worker.as_ref())?;
     let mut command = Command::new(binaries::client("pgbench")?);
     command.args(["-n", "--random-seed=7", "-M", "prepared", "-c", "8", "-j", "2"]);

@@ -8,11 +8,12 @@ use clap::Args;
 use crate::apply::{Mode, Tuning};
 use crate::catalog::Selection;
 use crate::config::{self, File, parse_duration, parse_size};
+use crate::copy::Freeze;
 use crate::id::JobName;
 use crate::job::place::{Buffer, BufferOptions, SPOOL_BYTES};
 use crate::job::reading::Wanted;
 use crate::job::store::JobOptions;
-use crate::job::{self, JobConfig};
+use crate::job::{self, Bulk, JobConfig};
 use crate::pg::Config;
 
 /// Name of a job that was not given one.
@@ -103,7 +104,7 @@ impl JobArgs {
     /// Everything put together; a missing source or target is an error of usage.
     pub fn job(&self) -> anyhow::Result<JobConfig> {
         let file = self.file()?;
-        let tuning = tuning(self.apply, &file)?;
+        let (tuning, bulk) = (tuning(self.apply, &file)?, bulk(&file));
         let missing = |what, option, variable| config::Error::Missing { what, option, variable };
         let source = self.source.clone().or(file.source).ok_or(missing(
             "the source",
@@ -151,6 +152,7 @@ impl JobArgs {
                 )?,
             },
             tuning,
+            bulk,
         })
     }
 }
@@ -196,6 +198,18 @@ fn tuning(apply: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
     limits.transactions = sizes.batch_transactions.unwrap_or(limits.transactions).max(1);
     tuning.in_flight_max = sizes.batches_in_flight.unwrap_or(tuning.in_flight_max).max(1);
     Ok(tuning)
+}
+
+fn bulk(file: &File) -> Bulk {
+    let default = Bulk::default();
+    let freeze = match file.tuning.freeze {
+        None => default.freeze,
+        Some(true) => Freeze::Whole,
+        Some(false) => Freeze::Never,
+    };
+    let bundle_tables = file.tuning.bundle_tables.unwrap_or(default.bundle_tables).max(1);
+    let keys_beside = file.tuning.keys_beside.unwrap_or(default.keys_beside);
+    Bulk { bundle_tables, freeze, keys_beside }
 }
 
 /// `None` for `auto`, or for nothing given.

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::admit::{admit, make_tables};
+use super::copying::Bulk;
 use super::flip::FlipRequest;
 use super::lease::{self, Holder};
 use super::pipeline::Pipe;
@@ -57,6 +58,8 @@ pub struct JobConfig {
     pub buffer: BufferOptions,
     /// How changes are applied.
     pub tuning: Tuning,
+    /// How rows and indexes are made.
+    pub bulk: Bulk,
 }
 
 /// When the runner returns.
