@@ -271,7 +271,7 @@ fn small_tables() -> (String, String) {
     (schema, rows)
 }
 
-const SMALL_DONE: &str = "select count(*) filter (where state = 'done'), count(distinct xmin) \
+const SMALL_DONE: &str = "select count(*) filter (where state = 'done'), count(distinct xmin::text) \
                           from walferry.table_copy";
 
 #[tokio::test]
