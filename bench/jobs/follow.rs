@@ -19,7 +19,7 @@ use crate::machine::Machine;
 use crate::options::Options;
 use crate::pair::{DATABASE, Pair};
 use crate::process::Watched;
-use crate::report::{Contestant, OURS, Outcome, Sample, quantile, take_turns};
+use crate::report::{Contestant, OURS, Outcome, RATE, Sample, quantile, take_turns};
 use crate::stage::{PATIENCE, Peer, Stage};
 
 /// Between two probes.
@@ -81,7 +81,7 @@ fn one_run(stage: &Stage, peer: Peer, rate: u64, seconds: u64) -> Result<Sample>
     let parts = vec![
         ("p99".to_string(), of(0.99)?),
         ("longest".to_string(), of(1.0)?),
-        ("transactions a second".to_string(), achieved(&std::fs::read_to_string(said)?)),
+        (RATE.to_string(), achieved(&std::fs::read_to_string(said)?)),
     ];
     Ok(Sample { value: of(0.5)?, usage, parts })
 }
