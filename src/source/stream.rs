@@ -48,6 +48,7 @@ impl Stream {
         }
         let interval = feedback_interval(&mut session).await?;
         session.pass_unknown_bytes().await?;
+        session.keep_warnings();
         let mut spoken = options.spoken()?;
         let started = loop {
             let wanted = plugin_options(spoken, session.major_version(), &options);
@@ -186,6 +187,8 @@ impl<S: Sink> Reader<'_, S> {
 
     async fn take(&mut self, message: ReplicationMessage) -> Result<Option<End>> {
         self.silent_since = None;
+        // One that belongs to a transaction comes before its COMMIT.
+        self.intake.warned(self.session.take_warnings()).await?;
         let item = match message {
             ReplicationMessage::Data { start_lsn, data, .. } => {
                 self.pace.heard(false);
