@@ -8,6 +8,7 @@ use clap::Args;
 use crate::apply::{Mode, Tuning};
 use crate::catalog::Selection;
 use crate::config::{self, File, parse_duration, parse_size};
+use crate::decode::Plugin;
 use crate::id::JobName;
 use crate::job::place::{Buffer, BufferOptions, SPOOL_BYTES};
 use crate::job::reading::Wanted;
@@ -49,6 +50,10 @@ pub struct JobArgs {
     /// [default: auto]
     #[arg(long, value_name = "ORDER", value_parser = str::parse::<Mode>)]
     pub apply: Option<Mode>,
+    /// Read the source by this publication, which an administrator made; its row filters, column
+    /// lists and operations are what the job is of
+    #[arg(long, value_name = "NAME")]
+    pub publication: Option<String>,
     /// What decodes the source's log: pgoutput, wal2json, test_decoding or auto [default: auto]
     #[arg(long, value_name = "PLUGIN")]
     pub decoder: Option<String>,
@@ -119,7 +124,9 @@ impl JobArgs {
         let given = |own: &[String], file: Vec<String>| {
             if own.is_empty() { file } else { own.to_vec() }
         };
+        let publication = self.publication.clone().or(file.publication);
         let options = JobOptions {
+            publication: publication.clone(),
             include: given(&self.include, file.include),
             exclude: given(&self.exclude, file.exclude),
             schema_only: given(&self.schema_only, file.schema_only),
@@ -131,7 +138,12 @@ impl JobArgs {
             decoder: choice("--decoder", self.decoder.clone().or(file.decoder))?,
             plain_numbers: self.no_nan || file.no_nan,
             transport: choice("--transport", self.transport.clone().or(file.transport))?,
+            publication,
         };
+        if wanted.publication.is_some() && wanted.decoder.is_some_and(Plugin::is_textual) {
+            let message = "only pgoutput reads a publication: leave one of the two out".to_string();
+            return Err(config::Error::Value { option: "--decoder", message }.into());
+        }
         Ok(JobConfig {
             job,
             wanted,

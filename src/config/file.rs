@@ -32,6 +32,8 @@ pub struct File {
     pub wal_budget: Option<String>,
     /// `--apply`.
     pub apply: Option<String>,
+    /// `--publication`.
+    pub publication: Option<String>,
     /// `--decoder`.
     pub decoder: Option<String>,
     /// `--transport`.

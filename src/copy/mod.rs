@@ -36,6 +36,7 @@
 //!   or binary. - `run`: workers. - `transfer`: one part. - `progress`: counters. - `error`.
 
 pub mod error;
+mod family;
 pub mod format;
 pub mod parts;
 pub mod progress;

@@ -61,6 +61,8 @@ pub struct PipeOptions {
     pub to: Config,
     /// The tables that are read, where the decoder gives every table of the database.
     pub followed: Arc<Followed>,
+    /// The publications that are read, where the decoder is pgoutput.
+    pub publications: Vec<String>,
     /// See [`StreamOptions::plain_numbers`].
     pub plain_numbers: bool,
     /// How the slot is read.
@@ -122,6 +124,7 @@ impl PipeOptions {
             skip_origins: vec![opposite.clone()],
             skip_markers: vec![opposite],
             followed: self.followed.clone(),
+            publications: self.publications.clone(),
             plain_numbers: self.plain_numbers,
             confirmed_lsn,
             ..StreamOptions::new(&name, &name, start_lsn, self.recorded.clone())

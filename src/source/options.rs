@@ -17,8 +17,8 @@ use crate::pg;
 pub struct StreamOptions {
     /// The slot; its plugin is the recorded one.
     pub slot: String,
-    /// The publication, for pgoutput.
-    pub publication: String,
+    /// The publications, for pgoutput.
+    pub publications: Vec<String>,
     /// The target's durable progress: the exclusive end of what it has. The stream starts here.
     pub start_lsn: Lsn,
     /// What the slot may be told from the beginning: not beyond what is durable. The same, but
@@ -56,7 +56,7 @@ impl StreamOptions {
     pub fn new(slot: &str, publication: &str, start_lsn: Lsn, recorded: Recorded) -> Self {
         StreamOptions {
             slot: slot.to_string(),
-            publication: publication.to_string(),
+            publications: vec![publication.to_string()],
             start_lsn,
             confirmed_lsn: start_lsn,
             recorded,
@@ -169,10 +169,9 @@ fn pgoutput(major: u32, options: &StreamOptions) -> Vec<(&'static str, String)> 
         15 => 3,
         _ => 4,
     };
-    let mut wanted = vec![
-        ("proto_version", version.to_string()),
-        ("publication_names", quote_ident(&options.publication)),
-    ];
+    let names: Vec<String> = options.publications.iter().map(|name| quote_ident(name)).collect();
+    let mut wanted =
+        vec![("proto_version", version.to_string()), ("publication_names", names.join(","))];
     if options.messages && major >= 14 {
         wanted.push(("messages", "true".to_string()));
     }

@@ -16,6 +16,7 @@ mod matrix;
 mod newcomers;
 mod older;
 mod pg;
+mod publications;
 mod readings;
 mod regress;
 mod rights;

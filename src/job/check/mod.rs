@@ -21,6 +21,7 @@ mod given;
 mod identity;
 mod objects;
 mod older;
+mod publication;
 mod reading;
 mod rights;
 mod server;
@@ -118,6 +119,7 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.servers().await?;
     check.rights().await?;
     check.reading().await?;
+    check.published().await?;
     check.tables().await?;
     check.identities().await?;
     check.objects().await?;
