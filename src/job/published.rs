@@ -3,8 +3,8 @@
 //! starts and before a cutover.
 //!
 //! Rows, columns and operations that it leaves out are neither copied nor followed nor compared.
-//! Such a job has no way back, and so no cutover: the old side would keep rows that the target never
-//! had, and a TRUNCATE or a key used again there would act on them.
+//! Such a job has no way back, and so no cutover: the old side would keep rows that the target
+//! never had, and a TRUNCATE or a key used again there would act on them.
 //!
 //! walferry's own tables (the canary, and the marker where there are no origins) are shown by a
 //! publication of its own, read beside the other, or by the other where the role may make none.

@@ -31,8 +31,8 @@ impl Runner {
         Ok(None)
     }
 
-    /// What the copy has of tables that were read later than under the slot's snapshot, by the names
-    /// that their changes come under. All partitions that share one were read under one snapshot.
+    /// What the copy has of tables that were read later than under the slot's snapshot, by the
+    /// names that their changes come under. All partitions that share one were read under one snapshot.
     async fn visibility(&mut self) -> Result<Visibility> {
         let job = self.config.job.as_str();
         let mut visibility = copy::visibility(&mut self.store.session, job).await?;

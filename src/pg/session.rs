@@ -339,7 +339,8 @@ impl Session {
         }
     }
 
-    /// Keeps notifications, and warnings if they are wanted, drops other notices, turns errors into `Err`, gives the rest back.
+    /// Keeps notifications, and warnings if they are wanted, drops other notices, turns errors into
+    /// `Err`, gives the rest back.
     pub(super) fn absorb(&mut self, frame: Frame) -> Result<Option<Message>> {
         match frame {
             Frame::Message(Message::NotificationResponse(body)) => {

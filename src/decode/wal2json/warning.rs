@@ -8,8 +8,8 @@ const DROPPED: [&str; 3] = ["no tuple identifier for ", "no tuple data for ", "n
 /// The table of which the plugin says that it has left out a change, if that is what the notice
 /// says: of UPDATE and DELETE it does, where the table has no replica identity.
 ///
-/// Names are printed between quotes that are not doubled inside, so that one with `"."` in it may be
-/// read in several ways: all of them. Format 1 prints no schema, and the list is then empty.
+/// Names are printed between quotes that are not doubled inside, so that one with `"."` in it may
+/// be read in several ways: all of them. Format 1 prints no schema, and the list is then empty.
 pub fn dropped(notice: &str) -> Option<Vec<QualifiedName>> {
     let nothing = notice.ends_with("without primary key or replica identity is nothing");
     if !nothing && !DROPPED.iter().any(|text| notice.starts_with(text)) {

@@ -105,8 +105,8 @@ impl Check<'_> {
         let mut fix = self.own_tables_ddl(schema);
         fix.push(add_tables(&publication.name, &needed));
         let message = format!(
-            "does not show walferry's own tables, by which a cutover proves the way there and back, \
-             and role {} may not make a publication of its own: an administrator makes and adds \
+            "does not show walferry's own tables, by which a cutover proves the way there and \
+             back, and role {} may not make a publication of its own: an administrator makes and adds \
              them once",
             self.source.facts.role
         );
