@@ -4,6 +4,7 @@
 //! cluster needs to know what would move, how much of it, and what is gained, before anything does.
 //!
 //! - `model`: nodes, shards, and groups of co-located shards, as plain data.
+//! - `read`: what a cluster is made of, from a Citus coordinator, a plproxy definition or a file.
 //! - `plan`: pure; from a cluster and a wish to a list of tasks, each one whole group, with the
 //!   balance before and after.
 //!
@@ -14,6 +15,8 @@
 
 pub mod model;
 pub mod plan;
+pub mod read;
 
 pub use model::{Cluster, Group, Node, Shard};
 pub use plan::{Plan, Weigh, Wish, plan};
+pub use read::{Address, Found, read};

@@ -12,7 +12,7 @@
 //!   `positions`. `vigil`: the lease, and servers that fall silent. `flip`: arming the way back,
 //!   and the choreography with its journal. `cleanup`: finish and cancel.
 //! - `ability`: what the roles may do, and so how each side is written. `reading`: how each side is
-//!   read; `published`: by an administrator's publication. `validating`: foreign keys that came back
+//!   read; `published`: by which publication of others. `validating`: foreign keys that came back
 //!   at a switch.
 //! - `client`: commands from other processes. `align`: both sides held at one point, for verify.
 //!   `status`: what people and scripts see.

@@ -32,7 +32,8 @@ impl Runner {
     }
 
     /// What the copy has of tables that were read later than under the slot's snapshot, by the
-    /// names that their changes come under. All partitions that share one were read under one snapshot.
+    /// names that their changes come under. All partitions that share one were
+    /// read under one snapshot.
     async fn visibility(&mut self) -> Result<Visibility> {
         let job = self.config.job.as_str();
         let mut visibility = copy::visibility(&mut self.store.session, job).await?;

@@ -106,8 +106,8 @@ impl Check<'_> {
         fix.push(add_tables(&publication.name, &needed));
         let message = format!(
             "does not show walferry's own tables, by which a cutover proves the way there and \
-             back, and role {} may not make a publication of its own: an administrator makes and adds \
-             them once",
+             back, and role {} may not make a publication of its own: an administrator makes and \
+             adds them once",
             self.source.facts.role
         );
         let object = format!("publication {}", publication.name);
