@@ -12,6 +12,7 @@ mod faults;
 mod fidelity;
 mod input;
 mod job;
+mod large;
 mod matrix;
 mod newcomers;
 mod older;
