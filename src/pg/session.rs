@@ -112,9 +112,9 @@ impl Session {
         self.greeting.parameters.get(name).map(String::as_str)
     }
 
-    /// Lets a SQL_ASCII database's bytes in and out as they are (pgcopydb#874): their meaning is not
-    /// known, and of a session that says it talks UTF-8 the server refuses what is none. Nothing
-    /// where the database has an encoding.
+    /// Lets a SQL_ASCII database's bytes in and out as they are (pgcopydb#874): their meaning is
+    /// not known, and of a session that says it talks UTF-8 the server refuses what is none. Does
+    /// nothing where the database has an encoding.
     ///
     /// <https://www.postgresql.org/docs/current/multibyte.html>
     pub async fn pass_unknown_bytes(&mut self) -> Result<()> {

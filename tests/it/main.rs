@@ -5,6 +5,7 @@ mod apply;
 mod catalog;
 mod check;
 mod cli;
+mod cluster;
 mod copy;
 mod cutover;
 mod decode;
