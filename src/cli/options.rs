@@ -10,7 +10,7 @@ use crate::catalog::Selection;
 use crate::config::{self, File, parse_duration, parse_size};
 use crate::decode::Plugin;
 use crate::id::JobName;
-use crate::job::place::{Buffer, BufferOptions, SPOOL_BYTES};
+use crate::job::place::{Buffer, BufferOptions, SPOOL_BYTES, STREAMING_BYTES, StreamingOptions};
 use crate::job::reading::Wanted;
 use crate::job::store::JobOptions;
 use crate::job::{self, JobConfig};
@@ -77,6 +77,14 @@ pub struct JobArgs {
     /// what the spool has [default: a third of its max_slot_wal_keep_size, at most 10GB]
     #[arg(long, value_name = "SIZE")]
     pub wal_budget: Option<String>,
+    /// Have the source send large transactions while they are in progress, on or off: 14 and newer,
+    /// pgoutput by stream [default: off]
+    #[arg(long, value_name = "on|off")]
+    pub streaming: Option<String>,
+    /// Disk that transactions in progress may take here; beyond, the source keeps them
+    /// [default: 10GB]
+    #[arg(long, value_name = "SIZE")]
+    pub streaming_limit: Option<String>,
 }
 
 impl JobArgs {
@@ -162,8 +170,36 @@ impl JobArgs {
                     self.wal_budget.clone().or(file.wal_budget),
                 )?,
             },
+            streaming: self.streaming(file.streaming, file.streaming_limit)?,
             tuning,
         })
+    }
+
+    fn streaming(
+        &self,
+        in_file: Option<String>,
+        limit: Option<String>,
+    ) -> Result<Option<StreamingOptions>, config::Error> {
+        let limit = size("--streaming-limit", self.streaming_limit.clone().or(limit))?;
+        let wanted = on_off("--streaming", self.streaming.clone().or(in_file), false)?;
+        let limit_bytes = limit.unwrap_or(STREAMING_BYTES);
+        Ok(wanted.then_some(StreamingOptions { limit_bytes }))
+    }
+}
+
+fn on_off(
+    option: &'static str,
+    given: Option<String>,
+    default: bool,
+) -> Result<bool, config::Error> {
+    match given.as_deref() {
+        None => Ok(default),
+        Some("on") => Ok(true),
+        Some("off") => Ok(false),
+        Some(other) => {
+            let message = format!("\"{other}\" is neither on nor off");
+            Err(config::Error::Value { option, message })
+        }
     }
 }
 

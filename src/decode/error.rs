@@ -276,6 +276,17 @@ pub enum Error {
         /// Which message.
         event: &'static str,
     },
+    /// Messages of a transaction that is sent in progress, out of their order.
+    #[error(
+        "transaction {xid}, sent while in progress, {what}; run with --streaming off, and report \
+         it with the server's version"
+    )]
+    OddStream {
+        /// The top-level transaction.
+        xid: u32,
+        /// What is wrong with it.
+        what: &'static str,
+    },
 }
 
 impl Faulty for Error {
@@ -285,6 +296,7 @@ impl Faulty for Error {
             Error::NotAskedFor { .. } => Fault::Stop,
             // The server describes before it sends; if it seems not to have, we forgot.
             Error::UnknownRelation { .. } | Error::WrongCommit { .. } => Fault::Bug,
+            Error::OddStream { .. } => Fault::Bug,
             _ => Fault::Stop,
         }
     }

@@ -1,6 +1,7 @@
 //! Starting and stopping a runner's two streams.
 
 use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -11,6 +12,7 @@ use super::pipeline::{Pipe, PipeOptions, TableFilter, Visibility};
 use super::run::Runner;
 use super::spooling::SpoolOptions;
 use super::state::{Event, Phase};
+use crate::buffer::spool::Spill;
 use crate::catalog::{Selection, tables};
 use crate::copy;
 use crate::id::{QualifiedName, Stream};
@@ -19,6 +21,13 @@ use crate::pg::{Config, Purpose, Session};
 
 /// A stream that has not reached a batch boundary by then is cut off, as a crash would.
 pub(super) const STREAM_PATIENCE: Duration = Duration::from_millis(1500);
+
+/// Where large files may lie for a while. Not /tmp if it can be helped, which is often in memory.
+fn temporary() -> PathBuf {
+    let given = std::env::var_os("TMPDIR").filter(|dir| !dir.is_empty()).map(PathBuf::from);
+    let on_disk = || Some(PathBuf::from("/var/tmp")).filter(|dir| Path::is_dir(dir));
+    given.or_else(on_disk).unwrap_or_else(std::env::temp_dir)
+}
 
 impl Runner {
     /// Applies from where the target stands; a stream that only filled its spool begins to.
@@ -122,6 +131,11 @@ impl Runner {
                 limit_bytes: self.config.buffer.spool_bytes,
                 wal_budget_bytes: self.config.buffer.wal_budget_bytes,
                 made_lsn: row.slot_lsn.filter(|_| stream == Stream::Forward).unwrap_or(Lsn::ZERO),
+            }),
+            streaming: self.config.streaming.as_ref().map(|streaming| {
+                let dir = self.spool.as_ref().map(|place| PathBuf::from(&place.dir));
+                let dir = dir.unwrap_or_else(temporary);
+                Arc::new(Spill::new(dir, streaming.limit_bytes))
             }),
             gate,
             tuning: self.config.tuning,

@@ -287,6 +287,18 @@ pub enum Error {
         /// The server.
         peer: String,
     },
+    /// No room for a transaction in progress.
+    #[error(
+        "slot {slot}: changes of transactions in progress could not be kept on disk: {source}; \
+         the stream is opened again without them, so that the server keeps them until they commit \
+         (--streaming off does so always, --streaming-limit gives them more room)"
+    )]
+    Spill {
+        /// The slot.
+        slot: String,
+        /// Where, and what the system said.
+        source: std::io::Error,
+    },
     /// The source said nothing, not even when asked.
     #[error("{peer} sent nothing for {seconds:.1} s, not even an answer to a request for one")]
     Silent {
@@ -304,7 +316,7 @@ impl Faulty for Error {
             Error::Decode { source, .. } => source.fault(),
             // Open transactions end, readers go away, networks come back, snapshots are taken anew.
             Error::Blocked { .. } | Error::SlotInUse { .. } => Fault::Retry,
-            Error::Silent { .. } | Error::SnapshotGone { .. } => Fault::Retry,
+            Error::Silent { .. } | Error::SnapshotGone { .. } | Error::Spill { .. } => Fault::Retry,
             _ => Fault::Stop,
         }
     }

@@ -5,6 +5,7 @@ use tokio::sync::watch;
 
 use super::describe::Describer;
 use super::options::Spoken;
+use super::streamed::Streams;
 use super::{Counters, Error, Positions, Result, StreamOptions, marker};
 use crate::change::{Begin, Item, Sink};
 use crate::clock::PgTimestamp;
@@ -26,6 +27,7 @@ pub(super) struct Intake<'a, S> {
     /// The last message, which is to be decoded again.
     more: Option<(Bytes, Lsn)>,
     assembler: Assembler,
+    streams: Streams,
     /// Where items go.
     pub sink: &'a mut S,
     positions: &'a watch::Sender<Positions>,
@@ -57,6 +59,7 @@ impl<'a, S: Sink> Intake<'a, S> {
             describer: Describer::new(config, options.followed.clone()),
             more: None,
             assembler: Assembler::new(options.start_lsn),
+            streams: Streams::new(&options.slot, options.spill.clone()),
             sink,
             positions,
             buffered_lsn: options.start_lsn,
@@ -111,6 +114,7 @@ impl<'a, S: Sink> Intake<'a, S> {
                 }
                 Step::Nothing => return Ok(None),
             };
+            let Some(event) = self.streams.take(event).await? else { return Ok(None) };
             let item = self.event(event).map_err(|e| self.wrong(e))?;
             return Ok(item.and_then(|item| self.filter(item)));
         }
@@ -152,6 +156,11 @@ impl<'a, S: Sink> Intake<'a, S> {
 
     /// What the last message says besides.
     pub async fn more(&mut self) -> Result<Option<Option<Item>>> {
+        while let Some(event) = self.streams.next().await? {
+            if let Some(item) = self.event(event).map_err(|e| self.wrong(e))? {
+                return Ok(Some(self.filter(item)));
+            }
+        }
         match self.more.take() {
             Some((data, lsn)) => self.message(data, lsn).await.map(Some),
             None => Ok(None),

@@ -13,6 +13,7 @@ mod faults;
 mod fidelity;
 mod input;
 mod job;
+mod large;
 mod matrix;
 mod newcomers;
 mod older;

@@ -50,6 +50,8 @@ pub struct CheckOptions {
     pub selection: Selection,
     /// Decoder and transport, where they are not left to be chosen.
     pub wanted: Wanted,
+    /// Transactions in progress are to be sent.
+    pub streaming: bool,
     /// Parallel copies: each needs a connection on both sides.
     pub copy_jobs: usize,
     /// Whether a way back will be armed, for which both sides need the rights of the other.
@@ -72,6 +74,7 @@ impl CheckOptions {
             job,
             selection: Selection::default(),
             wanted: Wanted::default(),
+            streaming: false,
             copy_jobs: 4,
             reverse: true,
             copy_bytes_per_second: 50_000_000,
