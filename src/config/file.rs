@@ -30,8 +30,14 @@ pub struct File {
     pub spool_limit: Option<String>,
     /// `--wal-budget`.
     pub wal_budget: Option<String>,
+    /// `--streaming`.
+    pub streaming: Option<String>,
+    /// `--streaming-limit`.
+    pub streaming_limit: Option<String>,
     /// `--apply`.
     pub apply: Option<String>,
+    /// `--publication`.
+    pub publication: Option<String>,
     /// `--decoder`.
     pub decoder: Option<String>,
     /// `--transport`.

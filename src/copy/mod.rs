@@ -38,6 +38,7 @@
 //!   counters. - `error`.
 
 pub mod error;
+mod family;
 pub mod format;
 pub mod parts;
 pub mod progress;

@@ -112,17 +112,23 @@ fn column_list(table: &Table) -> String {
 /// COPY TO for the source. `with` is the list of COPY options.
 pub fn read_sql(table: &Table, part: &Part, with: &str) -> String {
     let name = table.name.quoted();
-    if part.parts == 1 {
+    let filter = table.published.filter.as_ref().map(|filter| format!("({filter})"));
+    if part.parts == 1 && filter.is_none() {
         // COPY of a table by its name leaves out the rows of inheritance children, as ONLY does.
         return format!("copy {name}{} to stdout with ({with})", column_list(table));
     }
     let columns: Vec<String> = table.stored_columns().map(|c| quote_ident(&c.name)).collect();
-    let lo = format!("ctid >= '({},0)'::pg_catalog.tid", part.lo_block);
-    let hi = part.hi_block.map(|hi| format!(" and ctid < '({hi},0)'::pg_catalog.tid"));
+    let mut conditions = Vec::new();
+    if part.parts > 1 {
+        conditions.push(format!("ctid >= '({},0)'::pg_catalog.tid", part.lo_block));
+        let hi = part.hi_block.map(|hi| format!("ctid < '({hi},0)'::pg_catalog.tid"));
+        conditions.extend(hi);
+    }
+    conditions.extend(filter);
     format!(
-        "copy (select {} from only {name} where {lo}{}) to stdout with ({with})",
+        "copy (select {} from only {name} where {}) to stdout with ({with})",
         columns.join(", "),
-        hi.unwrap_or_default()
+        conditions.join(" and ")
     )
 }
 
@@ -136,7 +142,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::catalog::Column;
+    use crate::catalog::{Column, Published};
     use crate::change::ReplicaIdentity;
 
     fn table(name: &str, blocks: u64, bytes: u64) -> Table {
@@ -161,6 +167,7 @@ mod tests {
             blocks,
             bytes,
             rows_estimate: -1.0,
+            published: Published::default(),
         }
     }
 
@@ -198,6 +205,17 @@ mod tests {
         assert_eq!(
             write_sql(&table, "x"),
             "copy \"s\".\"T\" (\"a\"\"b\", \"c\") from stdin with (x)"
+        );
+        let mut some = table.clone();
+        some.published.filter = Some("(c > 3) or (c is null)".to_string());
+        let second = read_sql(&some, &parts[1], "x");
+        assert!(second.ends_with("tid and ((c > 3) or (c is null))) to stdout with (x)"));
+        some.columns.pop();
+        let whole = self::parts(&some, u64::MAX, 15);
+        assert_eq!(
+            read_sql(&some, &whole[0], "x"),
+            "copy (select \"a\"\"b\" from only \"s\".\"T\" where ((c > 3) or (c is null))) \
+             to stdout with (x)"
         );
     }
 

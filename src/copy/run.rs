@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::task::JoinSet;
 
+use super::family::Families;
 use super::parts::{SMALL_BYTES, bundle, order, part_bytes, parts, weight};
 use super::snapshot::import;
 use super::store::{self, Stored};
@@ -93,13 +94,18 @@ pub async fn run(
     store_parts(&mut target, &source, options, tables).await?;
     drop(source);
     let stored = store::load(&mut target.session, &options.job).await?;
+    let families = Families::of(tables);
     let is_left = |table: &&Table| stored.get(&table.name).is_some_and(|parts| !is_whole(parts));
-    if !order(tables).iter().any(is_left) {
+    if !order(tables).iter().any(is_left) && families.torn(&stored).is_none() {
         report(progress, &stored);
         return Ok(());
     }
     let (mut source, snapshot_id) = import(&options.source, snapshot).await?;
     reset_mixed(&mut target, &mut source, options, &stored, &snapshot_id).await?;
+    for table in families.misfits(&stored, &snapshot_id) {
+        let only = target.only(&table);
+        store::reset(&mut target.session, &options.job, &table, only).await?;
+    }
     let stored = store::load(&mut target.session, &options.job).await?;
     report(progress, &stored);
     let queue = queue(&target, &source, options, tables, &stored);
@@ -122,8 +128,12 @@ pub async fn run(
     if let Some(table) = shared.rewritten() {
         return Err(Error::Rewritten { table });
     }
-    match store::uneven(&mut target, &options.job).await? {
-        Some(table) => Err(Error::Rewritten { table }),
+    if let Some(table) = store::uneven(&mut target, &options.job).await? {
+        return Err(Error::Rewritten { table });
+    }
+    // A partition that was rewritten has been read under a later snapshot than its siblings.
+    match families.torn(&store::load(&mut target, &options.job).await?) {
+        Some(root) => Err(Error::Rewritten { table: root.clone() }),
         None => Ok(()),
     }
 }

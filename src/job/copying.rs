@@ -40,7 +40,7 @@ impl Runner {
     /// Copies what is not yet copied and builds what is not yet built.
     pub(super) async fn copy(&mut self) -> Result<Event> {
         self.capture_forward().await?;
-        let tables = self.tables_with_rows(&self.config.source).await?;
+        let tables = self.copied_tables().await?;
         let progress = Arc::new(CopyProgress::new(&tables));
         self.say(Notice::Copying(progress.clone()));
         let (config, job) = (&self.config, self.config.job.as_str());

@@ -9,7 +9,7 @@ use postgres_protocol::message::backend::Message;
 use postgres_protocol::message::frontend;
 
 use super::frame::Frame;
-use super::{Error, Result, Session};
+use super::{Error, Result, ServerError, Session};
 
 /// Bytes of CopyData collected before they are sent: few system calls, little memory.
 const COPY_SEND_BYTES: usize = 256 << 10;
@@ -127,6 +127,11 @@ impl Session {
 }
 
 impl CopyOut<'_> {
+    /// As [`Session::take_warnings`], while the COPY runs.
+    pub fn take_warnings(&mut self) -> Vec<ServerError> {
+        self.session.take_warnings()
+    }
+
     /// The next piece of data (text and CSV: whole lines; binary: see the manual), `None` at the
     /// end, after which the session is ready again.
     pub async fn next(&mut self) -> Result<Option<Bytes>> {

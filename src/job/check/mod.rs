@@ -21,6 +21,7 @@ mod given;
 mod identity;
 mod objects;
 mod older;
+mod publication;
 mod reading;
 mod rights;
 mod server;
@@ -49,6 +50,8 @@ pub struct CheckOptions {
     pub selection: Selection,
     /// Decoder and transport, where they are not left to be chosen.
     pub wanted: Wanted,
+    /// Transactions in progress are to be sent.
+    pub streaming: bool,
     /// Parallel copies: each needs a connection on both sides.
     pub copy_jobs: usize,
     /// Whether a way back will be armed, for which both sides need the rights of the other.
@@ -73,6 +76,7 @@ impl CheckOptions {
             job,
             selection: Selection::default(),
             wanted: Wanted::default(),
+            streaming: false,
             copy_jobs: 4,
             reverse: true,
             copy_bytes_per_second: 50_000_000,
@@ -121,6 +125,7 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.servers().await?;
     check.rights().await?;
     check.reading().await?;
+    check.published().await?;
     check.tables().await?;
     check.identities().await?;
     check.objects().await?;
