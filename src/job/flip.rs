@@ -103,6 +103,7 @@ impl Runner {
         super::state::step(row.phase, event)?;
         self.config.secrets.routes(&request.routes)?;
         request.fence.parse::<FenceKind>()?;
+        self.refuse_partial().await?;
         if !row.armed {
             // A stream that stands still would keep the slot from being made, and says less then.
             self.gate(request).await?;
