@@ -56,6 +56,12 @@ pub struct Tuning {
     pub batch_transactions: Option<usize>,
     /// So many batches may be on their way to the target.
     pub batches_in_flight: Option<usize>,
+    /// Sets of new rows go into the target by COPY.
+    pub copy_inserts: Option<bool>,
+    /// Integers of sets travel in their binary form.
+    pub binary_integers: Option<bool>,
+    /// A streaming reader lets messages gather under a backlog.
+    pub gather_messages: Option<bool>,
 }
 
 /// `[cutover]`: defaults for cutover and rollback.

@@ -80,6 +80,8 @@ pub struct PipeOptions {
     pub gate: Option<Arc<AtomicBool>>,
     /// How they are applied.
     pub tuning: Tuning,
+    /// See [`StreamOptions::gather`].
+    pub gather: bool,
 }
 
 /// Both ways of keeping a stream going, through memory and through a spool, open their ends by
@@ -124,6 +126,7 @@ impl PipeOptions {
             followed: self.followed.clone(),
             plain_numbers: self.plain_numbers,
             confirmed_lsn,
+            gather: self.gather,
             ..StreamOptions::new(&name, &name, start_lsn, self.recorded.clone())
         };
         Ok(source::Reader::open(&self.from, self.transport, wanted).await?)

@@ -57,6 +57,8 @@ pub struct JobConfig {
     pub buffer: BufferOptions,
     /// How changes are applied.
     pub tuning: Tuning,
+    /// See [`crate::source::StreamOptions::gather`].
+    pub gather: bool,
 }
 
 /// When the runner returns.

@@ -101,6 +101,7 @@ impl Runner {
             }),
             gate,
             tuning: self.config.tuning,
+            gather: self.config.gather,
         }))
     }
 

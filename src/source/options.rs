@@ -45,6 +45,8 @@ pub struct StreamOptions {
     /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL: without
     /// that promise, each NULL in a column of a number's type is an error there.
     pub plain_numbers: bool,
+    /// Let messages that come densely gather for a millisecond before they are read, in a stream.
+    pub gather: bool,
     /// Messages asked for at a time by a pull; chosen by what chunks cost where `None`.
     pub pull_messages: Option<u32>,
     /// Where decoded and filtered changes are counted.
@@ -66,6 +68,7 @@ impl StreamOptions {
             silence: SILENCE,
             followed: Arc::default(),
             plain_numbers: false,
+            gather: true,
             pull_messages: None,
             counters: Counters::new(),
         }
