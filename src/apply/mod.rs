@@ -21,11 +21,12 @@
 //!
 //! # Two orders
 //! Row order (`rows`; SQL by `shape` and `statement`) is a prepared statement a change, as the
-//! source made them. Set order (`sets`; SQL by `setwise`, parameters by `encode`, rows of a COPY by `lines`) writes what
-//! becomes of each row in the end, folded by `plan`, as one DELETE, UPDATE and INSERT a table. A
-//! reader sees no difference, as a batch is one transaction in both. What only row order does right
-//! (a trigger that fires, a column that SET cannot write) is written in row order from the start;
-//! what the target refuses as a set is rolled back and written in row order, and counted.
+//! source made them. Set order (`sets`; SQL by `setwise`, parameters by `encode`, rows of a COPY by
+//! `lines`) writes what becomes of each row in the end, folded by `plan`, as one DELETE, UPDATE and
+//! INSERT or COPY a table. A reader sees no difference, as a batch is one transaction in both. What
+//! only row order does right (a trigger that fires, a column that SET cannot write) is written in
+//! row order from the start; what the target refuses as a set is rolled back and written in row
+//! order, and counted.
 //!
 //! # A row that is not there
 //! An UPDATE that meets no row means that source and target differ, and must roll the batch back;
@@ -49,7 +50,8 @@
 //! durable_lsn      (flush) T3                    (flush) T4 idle   <- what the slot may be told
 //! ```
 //!
-//! Left out on purpose: several target sessions, and setting single rows aside (`quarantined` is counted, and always 0).
+//! Left out on purpose: several target sessions, and setting single rows aside (`quarantined` is
+//! counted, and always 0).
 //!
 //! [`Item::Idle`]: crate::change::Item::Idle
 
