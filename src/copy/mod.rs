@@ -33,8 +33,10 @@
 //! table).
 //!
 //! - `parts`: pure; what is copied in which pieces. - `store`: the table of parts. - `format`: text
-//!   or binary. - `run`: workers. - `transfer`: one part. - `progress`: counters. - `error`.
+//!   or binary. - `run`: workers. - `transfer`: one part. - `again`: unlogged
+//!   tables, once more at a switch. - `progress`: counters. - `error`.
 
+mod again;
 pub mod error;
 pub mod format;
 pub mod parts;
@@ -44,6 +46,7 @@ pub mod snapshot;
 pub mod store;
 pub mod transfer;
 
+pub use again::Again;
 pub use error::Error;
 pub use format::Format;
 pub use progress::{CopyProgress, ProgressSnapshot, TableProgress};

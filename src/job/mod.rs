@@ -12,7 +12,8 @@
 //!   `positions`. `vigil`: the lease, and servers that fall silent. `flip`: arming the way back,
 //!   and the choreography with its journal. `cleanup`: finish and cancel.
 //! - `ability`: what the roles may do, and so how each side is written. `reading`: how each side is
-//!   read. `validating`: foreign keys that came back at a switch.
+//!   read. `validating`: foreign keys that came back at a switch. `rest`: what no
+//!   stream carries. `left`: what is left behind at a flip.
 //! - `client`: commands from other processes. `align`: both sides held at one point, for verify.
 //!   `status`: what people and scripts see.
 //!
@@ -34,12 +35,14 @@ mod ddl;
 pub mod error;
 mod flip;
 pub mod lease;
+mod left;
 mod newcomers;
 pub mod pipeline;
 pub mod place;
 mod positions;
 mod prepare;
 pub mod reading;
+pub mod rest;
 pub mod run;
 mod spooling;
 pub mod state;

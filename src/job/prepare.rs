@@ -221,6 +221,7 @@ pub(super) async fn check_ready(
 ) -> Result<()> {
     let mut options = check::CheckOptions::new(config.job.clone());
     options.selection = selection.clone();
+    options.large_objects = config.options.moves_large_objects();
     options.copy_jobs = config.jobs;
     options.wanted = config.wanted.clone();
     let mut found = check::run(&config.source, &config.target, options.clone()).await?;
