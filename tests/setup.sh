@@ -35,6 +35,7 @@ missing=
 dump=
 if [ "$what" = test ]; then
     need /usr/lib/postgresql/15/lib/wal2json.so postgresql-15-wal2json
+    need /usr/lib/postgresql/15/lib/plproxy.so postgresql-15-plproxy
     for major in $majors; do
         [ -x "$cache/pg/$major/bin/postgres" ] || missing="$missing $major"
     done

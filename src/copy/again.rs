@@ -103,7 +103,7 @@ impl Again {
             while let Some(data) = read.next().await? {
                 write.write(&data).await?;
             }
-            rows += write.finish().await?;
+            rows += write.finish().await?.iter().sum::<u64>();
         }
         Ok(rows)
     }

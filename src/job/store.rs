@@ -60,6 +60,9 @@ pub struct JobOptions {
     /// `--large-objects leave`.
     #[serde(default)]
     pub leave_large_objects: bool,
+    /// `--publication`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub publication: Option<String>,
 }
 
 impl JobOptions {
@@ -88,6 +91,7 @@ impl std::fmt::Display for JobOptions {
         if self.leave_large_objects {
             given.push("--large-objects leave".to_string());
         }
+        given.extend(self.publication.iter().map(|name| format!("--publication '{name}'")));
         f.write_str(if given.is_empty() { "none" } else { "" })?;
         f.write_str(&given.join(" "))
     }
