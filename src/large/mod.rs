@@ -1,6 +1,6 @@
 //! Large objects, which no decoder shows: copied whole, then brought level by difference.
 //!
-//! Why it exists: changes of pg_largeobject are in no logical stream, so every tool that follows one
+//! Why it exists: changes of pg_largeobject are in no logical stream, so every tool that follows
 //! leaves large objects behind, or carries those of the first minute only. What has changed can be
 //! found all the same: a page that was written bears the transaction that wrote it.
 //!
