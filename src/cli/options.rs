@@ -257,7 +257,10 @@ fn bulk(file: &File) -> Bulk {
     };
     let bundle_tables = file.tuning.bundle_tables.unwrap_or(default.bundle_tables).max(1);
     let keys_beside = file.tuning.keys_beside.unwrap_or(default.keys_beside);
-    Bulk { bundle_tables, freeze, keys_beside }
+    let memory =
+        file.tuning.maintenance_work_mem.map(|megabytes| megabytes.saturating_mul(1 << 20));
+    let maintenance_work_mem = memory.unwrap_or(default.maintenance_work_mem);
+    Bulk { bundle_tables, freeze, keys_beside, maintenance_work_mem }
 }
 
 /// `None` for `auto`, or for nothing given.

@@ -68,6 +68,9 @@ pub struct Tuning {
     pub freeze: Option<bool>,
     /// Whether keys of large tables are built beside their other indexes.
     pub keys_beside: Option<bool>,
+    /// maintenance_work_mem of sessions that build indexes, in megabytes, where the target's own is
+    /// less; 0 leaves it to the target.
+    pub maintenance_work_mem: Option<u64>,
 }
 
 /// `[cutover]`: defaults for cutover and rollback.
