@@ -8,12 +8,13 @@ use clap::Args;
 use crate::apply::{Mode, Tuning};
 use crate::catalog::Selection;
 use crate::config::{self, File, parse_duration, parse_size};
+use crate::copy::Freeze;
 use crate::decode::Plugin;
 use crate::id::JobName;
 use crate::job::place::{Buffer, BufferOptions, SPOOL_BYTES, STREAMING_BYTES, StreamingOptions};
 use crate::job::reading::Wanted;
 use crate::job::store::JobOptions;
-use crate::job::{self, JobConfig};
+use crate::job::{self, Bulk, JobConfig};
 use crate::pg::Config;
 
 /// Name of a job that was not given one.
@@ -116,7 +117,7 @@ impl JobArgs {
     /// Everything put together; a missing source or target is an error of usage.
     pub fn job(&self) -> anyhow::Result<JobConfig> {
         let file = self.file()?;
-        let tuning = tuning(self.apply, &file)?;
+        let (tuning, bulk) = (tuning(self.apply, &file)?, bulk(&file));
         let missing = |what, option, variable| config::Error::Missing { what, option, variable };
         let source = self.source.clone().or(file.source).ok_or(missing(
             "the source",
@@ -172,6 +173,8 @@ impl JobArgs {
             },
             streaming: self.streaming(file.streaming, file.streaming_limit)?,
             tuning,
+            gather: file.tuning.gather_messages.unwrap_or(true),
+            bulk,
         })
     }
 
@@ -239,11 +242,30 @@ fn tuning(apply: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
         None => in_file()?.unwrap_or_default(),
     };
     let sizes = file.tuning;
-    let limits = &mut tuning.limits;
-    limits.bytes = sizes.batch_bytes.unwrap_or(limits.bytes).max(1);
-    limits.transactions = sizes.batch_transactions.unwrap_or(limits.transactions).max(1);
+    // A size that was asked for does not grow.
+    let (limits, most) = (&mut tuning.limits, &mut tuning.limits_max);
+    if let Some(bytes) = sizes.batch_bytes {
+        (limits.bytes, most.bytes) = (bytes.max(1), bytes.max(1));
+    }
+    if let Some(transactions) = sizes.batch_transactions {
+        (limits.transactions, most.transactions) = (transactions.max(1), transactions.max(1));
+    }
+    tuning.copy_inserts = sizes.copy_inserts.unwrap_or(tuning.copy_inserts);
+    tuning.binary_integers = sizes.binary_integers.unwrap_or(tuning.binary_integers);
     tuning.in_flight_max = sizes.batches_in_flight.unwrap_or(tuning.in_flight_max).max(1);
     Ok(tuning)
+}
+
+fn bulk(file: &File) -> Bulk {
+    let default = Bulk::default();
+    let freeze = match file.tuning.freeze {
+        None => default.freeze,
+        Some(true) => Freeze::Whole,
+        Some(false) => Freeze::Never,
+    };
+    let bundle_tables = file.tuning.bundle_tables.unwrap_or(default.bundle_tables).max(1);
+    let keys_beside = file.tuning.keys_beside.unwrap_or(default.keys_beside);
+    Bulk { bundle_tables, freeze, keys_beside }
 }
 
 /// `None` for `auto`, or for nothing given.

@@ -51,6 +51,7 @@ mod streams;
 mod validating;
 mod vigil;
 
+pub use copying::Bulk;
 pub use error::Error;
 pub use flip::FlipRequest;
 pub use run::{JobConfig, Notice, Runner, Until};

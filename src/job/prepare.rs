@@ -244,6 +244,7 @@ pub(super) async fn check_ready(
     options.selection = selection.clone();
     options.copy_jobs = config.jobs;
     options.wanted = config.wanted.clone();
+    options.sample_only_for_limit = true;
     options.streaming = config.streaming.is_some();
     let mut found = check::run(&config.source, &config.target, options.clone()).await?;
     while found.findings.iter().any(|finding| finding.code == "unreachable") {

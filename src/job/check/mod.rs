@@ -60,6 +60,8 @@ pub struct CheckOptions {
     pub copy_bytes_per_second: u64,
     /// How long the WAL rate is measured.
     pub wal_sample: Duration,
+    /// Not at all where the source sets no limit that it could break: a run would only wait.
+    pub sample_only_for_limit: bool,
     /// Transactions that hold an xid for longer are reported.
     pub transaction_age: Duration,
     /// Prepared transactions older than this are errors: nobody is coming back for them.
@@ -79,6 +81,7 @@ impl CheckOptions {
             reverse: true,
             copy_bytes_per_second: 50_000_000,
             wal_sample: Duration::from_secs(1),
+            sample_only_for_limit: false,
             transaction_age: Duration::from_secs(30),
             prepared_age: Duration::from_secs(3600),
         }
