@@ -30,8 +30,14 @@ pub struct File {
     pub spool_limit: Option<String>,
     /// `--wal-budget`.
     pub wal_budget: Option<String>,
+    /// `--streaming`.
+    pub streaming: Option<String>,
+    /// `--streaming-limit`.
+    pub streaming_limit: Option<String>,
     /// `--apply`.
     pub apply: Option<String>,
+    /// `--publication`.
+    pub publication: Option<String>,
     /// `--decoder`.
     pub decoder: Option<String>,
     /// `--transport`.
@@ -56,6 +62,12 @@ pub struct Tuning {
     pub batch_transactions: Option<usize>,
     /// So many batches may be on their way to the target.
     pub batches_in_flight: Option<usize>,
+    /// Small tables that are copied, given indexes and analyzed together; 1 is each by itself.
+    pub bundle_tables: Option<usize>,
+    /// Whether tables copied whole are written frozen.
+    pub freeze: Option<bool>,
+    /// Whether keys of large tables are built beside their other indexes.
+    pub keys_beside: Option<bool>,
 }
 
 /// `[cutover]`: defaults for cutover and rollback.

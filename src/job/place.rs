@@ -50,6 +50,17 @@ impl Default for BufferOptions {
     }
 }
 
+/// `--streaming on` and what goes with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StreamingOptions {
+    /// Limit of each stream's files of transactions in progress, in bytes.
+    pub limit_bytes: u64,
+}
+
+/// Transactions in progress may take so much disk unless told otherwise: beyond, the server is
+/// asked to keep them on its own.
+pub const STREAMING_BYTES: u64 = 10 << 30;
+
 /// `walferry.job.spool`: where the job's spool is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SpoolPlace {

@@ -10,10 +10,11 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::admit::{admit, make_tables};
+use super::copying::Bulk;
 use super::flip::FlipRequest;
 use super::lease::{self, Holder};
 use super::pipeline::Pipe;
-use super::place::{BufferOptions, Chosen};
+use super::place::{BufferOptions, Chosen, StreamingOptions};
 use super::reading::Wanted;
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobOptions, JobRow, Store};
@@ -55,8 +56,12 @@ pub struct JobConfig {
     pub slot_timeout: Duration,
     /// Where changes wait.
     pub buffer: BufferOptions,
+    /// Have the server send transactions in progress, where it can.
+    pub streaming: Option<StreamingOptions>,
     /// How changes are applied.
     pub tuning: Tuning,
+    /// How rows and indexes are made.
+    pub bulk: Bulk,
 }
 
 /// When the runner returns.

@@ -1,6 +1,7 @@
 //! Starting and stopping a runner's two streams.
 
 use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -11,6 +12,7 @@ use super::pipeline::{Pipe, PipeOptions, TableFilter, Visibility};
 use super::run::Runner;
 use super::spooling::SpoolOptions;
 use super::state::{Event, Phase};
+use crate::buffer::spool::Spill;
 use crate::catalog::{Selection, tables};
 use crate::copy;
 use crate::id::{QualifiedName, Stream};
@@ -20,16 +22,41 @@ use crate::pg::{Config, Purpose, Session};
 /// A stream that has not reached a batch boundary by then is cut off, as a crash would.
 pub(super) const STREAM_PATIENCE: Duration = Duration::from_millis(1500);
 
+/// Where large files may lie for a while. Not /tmp if it can be helped, which is often in memory.
+fn temporary() -> PathBuf {
+    let given = std::env::var_os("TMPDIR").filter(|dir| !dir.is_empty()).map(PathBuf::from);
+    let on_disk = || Some(PathBuf::from("/var/tmp")).filter(|dir| Path::is_dir(dir));
+    given.or_else(on_disk).unwrap_or_else(std::env::temp_dir)
+}
+
 impl Runner {
     /// Applies from where the target stands; a stream that only filled its spool begins to.
     pub(super) async fn follow_forward(&mut self) -> Result<Option<Event>> {
-        let visibility =
-            copy::visibility(&mut self.store.session, self.config.job.as_str()).await?;
+        let visibility = self.visibility().await?;
         match &self.forward {
             Some(pipe) => pipe.begin_apply(visibility),
             None => self.forward = Some(self.pipe(Stream::Forward, Some(visibility)).await?),
         }
         Ok(None)
+    }
+
+    /// What the copy has of tables that were read later than under the slot's snapshot, by the
+    /// names that their changes come under. All partitions that share one were
+    /// read under one snapshot.
+    async fn visibility(&mut self) -> Result<Visibility> {
+        let job = self.config.job.as_str();
+        let mut visibility = copy::visibility(&mut self.store.session, job).await?;
+        let kept = self.store.load_readings().await?.publication;
+        for shown in kept.iter().flat_map(|publication| &publication.shown) {
+            let named = |(schema, name): &(String, String)| QualifiedName::new(schema, name);
+            let (table, under) = (named(&shown.table), named(&shown.under));
+            if table != under
+                && let Some(seen) = visibility.get(&table).cloned()
+            {
+                visibility.insert(under, seen);
+            }
+        }
+        Ok(visibility)
     }
 
     /// While rows are copied, changes already go into the spool, so that WAL does not pile up.
@@ -64,6 +91,11 @@ impl Runner {
     ) -> Result<Pipe> {
         let row = self.row().await?;
         let reading = self.reading(stream).await?;
+        if stream == Stream::Forward {
+            self.unchanged_publication().await?;
+        }
+        let readings = self.store.load_readings().await?;
+        let own = self.config.job.object(stream);
         let (from, to, system) = match stream {
             Stream::Forward => (&self.config.source, &self.config.target, row.source_system),
             Stream::Reverse => (&self.config.target, &self.config.source, row.target_system),
@@ -88,7 +120,8 @@ impl Runner {
             to: to.clone(),
             transport: reading.transport()?,
             plain_numbers: self.config.wanted.plain_numbers,
-            followed: Arc::new(self.store.load_readings().await?.tables(stream)),
+            followed: Arc::new(readings.tables(stream)),
+            publications: readings.publications(stream, &own),
             recorded: recorded(from, system.as_deref(), &reading.decoder),
             tables,
             ability,
@@ -98,6 +131,11 @@ impl Runner {
                 limit_bytes: self.config.buffer.spool_bytes,
                 wal_budget_bytes: self.config.buffer.wal_budget_bytes,
                 made_lsn: row.slot_lsn.filter(|_| stream == Stream::Forward).unwrap_or(Lsn::ZERO),
+            }),
+            streaming: self.config.streaming.as_ref().map(|streaming| {
+                let dir = self.spool.as_ref().map(|place| PathBuf::from(&place.dir));
+                let dir = dir.unwrap_or_else(temporary);
+                Arc::new(Spill::new(dir, streaming.limit_bytes))
             }),
             gate,
             tuning: self.config.tuning,
