@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Subcommand;
+use serde::Serialize;
 use serde_json::json;
 
 use super::print;
@@ -104,6 +105,16 @@ fn fraction(text: &str) -> Result<f64, String> {
     }
 }
 
+/// A plan as `--json` prints it.
+#[derive(Serialize)]
+struct Planned<'a> {
+    #[serde(flatten)]
+    plan: &'a Plan,
+    /// No finding is an error.
+    ready: bool,
+    findings: &'a [Finding],
+}
+
 /// Shows or plans. 0 done.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let wish = args.command.wish()?;
@@ -118,10 +129,8 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
             let age = args.transaction_age.unwrap_or(guard::TRANSACTION_AGE);
             let findings = guard::findings(&found, &plan, age).await?;
             if args.json {
-                let mut document = serde_json::to_value(&plan)?;
-                document["ready"] = json!(ready(&findings));
-                document["findings"] = json!(findings);
-                print::json(&document)?;
+                let ready = ready(&findings);
+                print::json(&Planned { plan: &plan, ready, findings: &findings })?;
             } else {
                 print_plan(&plan);
                 print_findings(&findings);
