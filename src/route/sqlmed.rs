@@ -310,14 +310,18 @@ impl SqlMed {
         }
     }
 
-    /// Every role that a user mapping goes to may log in on the new side.
+    /// Every role that a user mapping goes to may log in on the new side. Options of others'
+    /// mappings are hidden from all but superusers; those are passed over.
     async fn check_mappings(&self, session: &mut Session, context: &Context) -> Result<()> {
         let wrong = |source| Error::Router { doing: "reading user mappings".into(), source };
         let sql = "select coalesce((select o.option_value from \
              pg_catalog.pg_options_to_table(m.umoptions) o where o.option_name = 'user'), \
-             nullif(m.usename, 'public')) from pg_catalog.pg_user_mappings m where m.srvname = $1";
+             nullif(m.usename, 'public')) from pg_catalog.pg_user_mappings m where m.srvname = $1 \
+             and (m.umoptions is not null or m.usename in ('public', current_user) \
+             or pg_catalog.current_setting('is_superuser') = 'on')";
         let rows = session.query_params(sql, &[Some(&self.server)]).await.map_err(wrong)?;
-        if rows.is_empty() {
+        let any = "select 1 from pg_catalog.pg_user_mappings where srvname = $1 limit 1";
+        if session.query_opt(any, &[Some(&self.server)]).await.map_err(wrong)?.is_none() {
             return Err(self.setup(format!(
                 "has no user mapping, so nobody can use it: create user mapping for ROLE server {} \
                  options (user '...', password '...')",
