@@ -9,6 +9,7 @@
 //! needs no proof that it will do.
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use super::admit::{self, Admitted, relations};
 use super::batch::Batch;
@@ -47,6 +48,8 @@ pub(super) struct Landed {
     pub fell_back: bool,
     /// Messages of the transactions committed.
     pub messages: Vec<Message>,
+    /// When it was sent.
+    pub sent_at: Instant,
 }
 
 /// Puts batches into statements. Belongs to one session.
@@ -83,6 +86,7 @@ struct Flight {
     request: Request,
     replies: Replies,
     failure: Option<pg::Error>,
+    sent_at: Instant,
     /// All has been answered.
     over: bool,
 }
@@ -177,7 +181,8 @@ impl Writer {
         let position = self.settle(&mut flight)?;
         let messages =
             if flight.batch.commit.is_some() { flight.admitted.messages } else { Vec::new() };
-        Ok(Some(Landed { batch: flight.batch, rows, position, fell_back, messages }))
+        let sent_at = flight.sent_at;
+        Ok(Some(Landed { batch: flight.batch, rows, position, fell_back, messages, sent_at }))
     }
 
     /// Waits for whatever is under way and forgets it.
@@ -272,6 +277,7 @@ impl Writer {
             request: Request::default(),
             replies: Replies::default(),
             failure: None,
+            sent_at: Instant::now(),
             over: false,
         })
     }

@@ -173,6 +173,7 @@ impl JobArgs {
             },
             streaming: self.streaming(file.streaming, file.streaming_limit)?,
             tuning,
+            gather: file.tuning.gather_messages.unwrap_or(true),
             bulk,
         })
     }
@@ -241,9 +242,16 @@ fn tuning(apply: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
         None => in_file()?.unwrap_or_default(),
     };
     let sizes = file.tuning;
-    let limits = &mut tuning.limits;
-    limits.bytes = sizes.batch_bytes.unwrap_or(limits.bytes).max(1);
-    limits.transactions = sizes.batch_transactions.unwrap_or(limits.transactions).max(1);
+    // A size that was asked for does not grow.
+    let (limits, most) = (&mut tuning.limits, &mut tuning.limits_max);
+    if let Some(bytes) = sizes.batch_bytes {
+        (limits.bytes, most.bytes) = (bytes.max(1), bytes.max(1));
+    }
+    if let Some(transactions) = sizes.batch_transactions {
+        (limits.transactions, most.transactions) = (transactions.max(1), transactions.max(1));
+    }
+    tuning.copy_inserts = sizes.copy_inserts.unwrap_or(tuning.copy_inserts);
+    tuning.binary_integers = sizes.binary_integers.unwrap_or(tuning.binary_integers);
     tuning.in_flight_max = sizes.batches_in_flight.unwrap_or(tuning.in_flight_max).max(1);
     Ok(tuning)
 }
@@ -257,7 +265,10 @@ fn bulk(file: &File) -> Bulk {
     };
     let bundle_tables = file.tuning.bundle_tables.unwrap_or(default.bundle_tables).max(1);
     let keys_beside = file.tuning.keys_beside.unwrap_or(default.keys_beside);
-    Bulk { bundle_tables, freeze, keys_beside }
+    let memory =
+        file.tuning.maintenance_work_mem.map(|megabytes| megabytes.saturating_mul(1 << 20));
+    let maintenance_work_mem = memory.unwrap_or(default.maintenance_work_mem);
+    Bulk { bundle_tables, freeze, keys_beside, maintenance_work_mem }
 }
 
 /// `None` for `auto`, or for nothing given.

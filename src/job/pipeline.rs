@@ -85,6 +85,8 @@ pub struct PipeOptions {
     pub gate: Option<Arc<AtomicBool>>,
     /// How they are applied.
     pub tuning: Tuning,
+    /// See [`StreamOptions::gather`].
+    pub gather: bool,
 }
 
 /// Both ways of keeping a stream going, through memory and through a spool, open their ends by
@@ -137,6 +139,7 @@ impl PipeOptions {
             publications: self.publications.clone(),
             plain_numbers: self.plain_numbers,
             confirmed_lsn,
+            gather: self.gather,
             spill: self.spill(),
             ..StreamOptions::new(&name, &name, start_lsn, self.recorded.clone())
         };

@@ -60,6 +60,8 @@ pub struct JobConfig {
     pub streaming: Option<StreamingOptions>,
     /// How changes are applied.
     pub tuning: Tuning,
+    /// See [`crate::source::StreamOptions::gather`].
+    pub gather: bool,
     /// How rows and indexes are made.
     pub bulk: Bulk,
 }

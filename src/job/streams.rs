@@ -139,6 +139,7 @@ impl Runner {
             }),
             gate,
             tuning: self.config.tuning,
+            gather: self.config.gather,
         }))
     }
 

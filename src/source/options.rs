@@ -46,6 +46,8 @@ pub struct StreamOptions {
     /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL: without
     /// that promise, each NULL in a column of a number's type is an error there.
     pub plain_numbers: bool,
+    /// Let messages that come densely gather for a millisecond before they are read, in a stream.
+    pub gather: bool,
     /// Where transactions in progress wait for their end: with it, a server that can is asked to
     /// send them (pgoutput, 14 and on, by the replication protocol).
     pub spill: Option<Arc<dyn Spill>>,
@@ -71,6 +73,7 @@ impl StreamOptions {
             silence: SILENCE,
             followed: Arc::default(),
             plain_numbers: false,
+            gather: true,
             spill: None,
             pull_messages: None,
             counters: Counters::new(),
