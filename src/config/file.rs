@@ -22,6 +22,8 @@ pub struct File {
     pub exclude: Vec<String>,
     /// `--schema-only`.
     pub schema_only: Vec<String>,
+    /// `--large-objects`.
+    pub large_objects: Option<String>,
     /// `--jobs`.
     pub jobs: Option<usize>,
     /// `--buffer`.
@@ -85,6 +87,10 @@ pub struct Tuning {
 pub struct Cutover {
     /// `--fence`.
     pub fence: Option<String>,
+    /// `--refresh`.
+    pub refresh: Option<String>,
+    /// `--unlogged`.
+    pub unlogged: Option<String>,
     /// `--route`.
     pub route: Vec<String>,
     /// `--max-lag`.

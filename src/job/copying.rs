@@ -70,6 +70,7 @@ impl Runner {
                 Err(error) => return Err(error.into()),
             }
         }
+        self.copy_large_objects().await?;
         self.build(PostPhase::Indexes).await?;
         self.analyze(&tables).await?;
         // Tables read under different snapshots do not fit each other until the stream has passed
