@@ -14,6 +14,7 @@
 //! 4. The answers are held against the request: every statement met the rows it had to, COMMIT said
 //!    COMMIT. Positions go out by a watch channel.
 //!
+//! `prepared` carries two-phase commit, where progress cannot be in the transaction of the rows.
 //! `routing` and `target` know the tables, `progress` where the position is kept, `durable` what a
 //! crash of the target can take back, `count` law 10's books.
 //!
@@ -59,6 +60,7 @@ mod durable;
 mod encode;
 mod error;
 mod plan;
+mod prepared;
 mod progress;
 mod request;
 mod routing;
@@ -104,7 +106,9 @@ pub const DDL: &str = "do $$ begin if pg_catalog.to_regnamespace('walferry') is 
      stream text, schema text, name text, decoded bigint not null, applied bigint not null, \
      filtered bigint not null, quarantined bigint not null, primary key (stream, schema, name)); \
      create table if not exists walferry.stream_fallback (\
-     stream text primary key, batches bigint not null);";
+     stream text primary key, batches bigint not null); \
+     create table if not exists walferry.prepared (\
+     stream text, xid bigint, primary key (stream, xid));";
 
 /// Logical messages whose prefix starts with this are handed to [`Options::on_message`].
 pub const MESSAGE_PREFIX: &str = "walferry";

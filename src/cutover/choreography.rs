@@ -175,6 +175,8 @@ impl<J: Journal> Flight<'_, J> {
     }
 
     async fn check_routes(&self) -> Result<()> {
+        let mut live = Session::connect(&self.plan.live, Purpose::Sql).await?;
+        barrier::refuse_prepared(&mut live).await?;
         for route in &self.plan.routes {
             route.check(&self.plan.context).await?;
         }
@@ -235,7 +237,7 @@ impl<J: Journal> Flight<'_, J> {
         dest: &mut Session,
         held: Instant,
     ) -> Result<Lsn> {
-        let barrier_lsn = step!(self, "barrier", barrier::mark(live, "barrier").await);
+        let barrier_lsn = step!(self, "barrier", barrier::mark_held(live).await);
         step!(self, "drain", self.drain(barrier_lsn, held).await);
         if self.plan.rules.dest {
             step!(self, "rules", self.plan.rules.wake_dest(dest).await);

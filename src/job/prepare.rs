@@ -224,6 +224,7 @@ pub(super) async fn check_ready(
     options.copy_jobs = config.jobs;
     options.wanted = config.wanted.clone();
     options.streaming = config.streaming.is_some();
+    options.two_phase = config.two_phase;
     let mut found = check::run(&config.source, &config.target, options.clone()).await?;
     while found.findings.iter().any(|finding| finding.code == "unreachable") {
         // To a person this is a finding; the runner was there a moment ago, and knows from the
