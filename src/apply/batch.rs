@@ -34,7 +34,7 @@ pub(super) struct Batch {
 }
 
 impl Batch {
-    /// How its one transaction ends, where that is not with COMMIT: such a one is never with others.
+    /// How its one transaction ends, where that is not with COMMIT: such a one is alone.
     pub fn ending(&self) -> &Ending {
         self.chunks.first().map_or(&Ending::Commit, |chunk| &chunk.begin.ending)
     }

@@ -233,8 +233,8 @@ pub async fn durable_progress(session: &mut Session, stream: &str) -> Result<Lsn
     Progress { stream: stream.to_string(), kind: ProgressKind::Table }.flush(session).await
 }
 
-/// Drops a stream's progress and its counters, and rolls back what it has prepared. Harmless if there are none. The stream must not be
-/// running.
+/// Drops a stream's progress and its counters, and rolls back what it has prepared. Harmless if
+/// there are none. The stream must not be running.
 pub async fn forget(session: &mut Session, stream: &str) -> Result<()> {
     // Asked first: who may not call the function may not call it for no rows either.
     let known = "select 1 from pg_catalog.pg_replication_origin where roname = $1";

@@ -40,8 +40,8 @@ pub async fn reached(
     }
 }
 
-/// Refuses to leave a side on which transactions are prepared: no fence stops their COMMIT PREPARED,
-/// and after the switch it would write to the side that is left.
+/// Refuses to leave a side on which transactions are prepared: no fence stops their COMMIT
+/// PREPARED, and after the switch it would write to the side that is left.
 ///
 /// Asked as a gate, and once more when the fence holds.
 pub async fn refuse_prepared(session: &mut Session) -> Result<()> {

@@ -5,7 +5,8 @@
 //!
 //! ```text
 //! idle    0  lsn u64
-//! chunk   (1 | 2 ending u8  gid text)  xid u32  commit_lsn u64  commit_time i64  origin (0 | 1 text)  number u32
+//! chunk   (1 | 2 ending u8  gid text)  xid u32  commit_lsn u64  commit_time i64
+//!            origin (0 | 1 text)  number u32
 //!            commit (0 | 1 commit_lsn u64  end_lsn u64  commit_time i64)
 //!            relations u32, each: id u32  oid u32  schema text  name text  identity u8
 //!                columns u16, each: name text  type u32  modifier i32  key u8

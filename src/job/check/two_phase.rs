@@ -1,5 +1,5 @@
-//! What `--two-phase on` takes: a source that tells of PREPARE, a target that has room for it, and a
-//! writer that may tag what it prepares.
+//! What `--two-phase on` takes: a source that tells of PREPARE, a target that has room for it, and
+//! a writer that may tag what it prepares.
 
 use super::finding::Finding;
 use super::{Check, Side};
