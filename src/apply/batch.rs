@@ -31,6 +31,8 @@ pub(super) struct Batch {
     pub opens: bool,
     /// The last transaction's commit; `None` if the target transaction stays open for more chunks.
     pub commit: Option<Commit>,
+    /// There was enough for a batch; else for less.
+    pub full: bool,
 }
 
 impl Batch {
@@ -101,6 +103,11 @@ impl Batcher {
             abandoned: false,
             idle_lsn: None,
         }
+    }
+
+    /// Other bounds for the next batch.
+    pub fn resize(&mut self, limits: Limits) {
+        self.limits = limits;
     }
 
     /// False once there is enough for a batch, or what is there must be given out first.
@@ -249,13 +256,14 @@ impl Batcher {
     }
 
     fn give(&mut self, count: usize) -> Batch {
+        let full = self.is_full();
         let chunks: Vec<Chunk> = self.queue.drain(..count).collect();
         self.bytes -= chunks.iter().map(|c| c.bytes).sum::<usize>();
         self.complete = self.complete.saturating_sub(count);
         let commit = chunks.last().and_then(|c| c.commit);
         let opens = !self.open;
         self.open = commit.is_none();
-        Batch { chunks, opens, commit }
+        Batch { chunks, opens, commit, full }
     }
 }
 

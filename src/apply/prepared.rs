@@ -81,9 +81,11 @@ impl Prepared {
         self.states.get(&xid).copied()
     }
 
-    /// It is prepared now.
-    pub fn opened(&mut self, xid: u32) {
-        self.states.insert(xid, State::Open);
+    /// The batch is on the target: if it ended with PREPARE, that is there now.
+    pub fn landed(&mut self, batch: &Batch) {
+        if let (Some(begin), Some(_)) = (batch.prepares(), batch.commit) {
+            self.states.entry(begin.xid).or_insert(State::Open);
+        }
     }
 
     /// Adds what says, once it can be seen, that the transaction has committed: its first row.
@@ -93,9 +95,10 @@ impl Prepared {
         request.aside(&sql);
     }
 
-    /// Prepares the transaction, unless it is there already, and begins the one that books and
-    /// progress are in.
-    pub fn prepare(&self, request: &mut Request, begin: &Begin, there: bool) {
+    /// If the batch ends with PREPARE: that, unless it is there already, and the beginning of the
+    /// transaction that books and progress are in.
+    pub fn prepare(&self, request: &mut Request, batch: &Batch, there: bool) {
+        let Some(begin) = batch.prepares() else { return };
         if !there {
             let name = quote_literal(&self.name(begin));
             request.pipeline.once(&format!("prepare transaction {name}"));

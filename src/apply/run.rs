@@ -192,6 +192,9 @@ impl Applier {
     async fn land(&mut self) -> Result<()> {
         let landed = self.writer.land(&mut self.session, &self.progress).await?;
         let Some(landed) = landed else { return Ok(()) };
+        let took = self.landed_at.max(landed.sent_at).elapsed();
+        self.landed_at = Instant::now();
+        self.batcher.resize(self.growth.learn(landed.batch.full, took));
         self.applied.rows += landed.rows;
         self.applied.fallbacks += u64::from(landed.fell_back);
         let Some(commit) = landed.batch.commit else { return Ok(()) };

@@ -9,6 +9,7 @@
 //! needs no proof that it will do.
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use super::admit::{self, Admitted, relations};
 use super::batch::Batch;
@@ -48,6 +49,8 @@ pub(super) struct Landed {
     pub fell_back: bool,
     /// Messages of the transactions committed.
     pub messages: Vec<Message>,
+    /// When it was sent.
+    pub sent_at: Instant,
 }
 
 /// Puts batches into statements. Belongs to one session.
@@ -87,6 +90,7 @@ struct Flight {
     request: Request,
     replies: Replies,
     failure: Option<pg::Error>,
+    sent_at: Instant,
     /// All has been answered.
     over: bool,
 }
@@ -180,14 +184,11 @@ impl Writer {
         }
         let rows = flight.admitted.steps.len() as u64;
         let position = self.settle(&mut flight)?;
-        if let (Some(begin), Some(_), false) =
-            (flight.batch.prepares(), flight.batch.commit, flight.there)
-        {
-            self.prepared.opened(begin.xid);
-        }
+        self.prepared.landed(&flight.batch);
         let messages =
             if flight.batch.commit.is_some() { flight.admitted.messages } else { Vec::new() };
-        Ok(Some(Landed { batch: flight.batch, rows, position, fell_back, messages }))
+        let sent_at = flight.sent_at;
+        Ok(Some(Landed { batch: flight.batch, rows, position, fell_back, messages, sent_at }))
     }
 
     /// Waits for whatever is under way and forgets it.
@@ -287,6 +288,7 @@ impl Writer {
             request: Request::default(),
             replies: Replies::default(),
             failure: None,
+            sent_at: Instant::now(),
             over: false,
         })
     }
@@ -346,9 +348,7 @@ impl Writer {
             request.roles.push(Role::Aside);
         }
         if let (true, Some(commit)) = (flight.commits, &flight.batch.commit) {
-            if let Some(begin) = flight.batch.prepares() {
-                self.prepared.prepare(&mut request, begin, flight.there);
-            }
+            self.prepared.prepare(&mut request, &flight.batch, flight.there);
             if let Some(counts) = &flight.counts {
                 let counts = counts.iter().map(|p| p.as_bytes());
                 let params = std::iter::once(self.stream.as_bytes()).chain(counts).map(Some);

@@ -8,11 +8,13 @@ use clap::Args;
 use crate::apply::{Mode, Tuning};
 use crate::catalog::Selection;
 use crate::config::{self, File, parse_duration, parse_size};
+use crate::copy::Freeze;
+use crate::decode::Plugin;
 use crate::id::JobName;
 use crate::job::place::{Buffer, BufferOptions, SPOOL_BYTES, STREAMING_BYTES, StreamingOptions};
 use crate::job::reading::Wanted;
 use crate::job::store::JobOptions;
-use crate::job::{self, JobConfig};
+use crate::job::{self, Bulk, JobConfig};
 use crate::pg::Config;
 
 /// Name of a job that was not given one.
@@ -49,6 +51,10 @@ pub struct JobArgs {
     /// [default: auto]
     #[arg(long, value_name = "ORDER", value_parser = str::parse::<Mode>)]
     pub apply: Option<Mode>,
+    /// Read the source by this publication, which an administrator made; its row filters, column
+    /// lists and operations are what the job is of
+    #[arg(long, value_name = "NAME")]
+    pub publication: Option<String>,
     /// What decodes the source's log: pgoutput, wal2json, test_decoding or auto [default: auto]
     #[arg(long, value_name = "PLUGIN")]
     pub decoder: Option<String>,
@@ -115,7 +121,7 @@ impl JobArgs {
     /// Everything put together; a missing source or target is an error of usage.
     pub fn job(&self) -> anyhow::Result<JobConfig> {
         let file = self.file()?;
-        let tuning = tuning(self.apply, &file)?;
+        let (tuning, bulk) = (tuning(self.apply, &file)?, bulk(&file));
         let missing = |what, option, variable| config::Error::Missing { what, option, variable };
         let source = self.source.clone().or(file.source).ok_or(missing(
             "the source",
@@ -131,7 +137,9 @@ impl JobArgs {
         let given = |own: &[String], file: Vec<String>| {
             if own.is_empty() { file } else { own.to_vec() }
         };
+        let publication = self.publication.clone().or(file.publication);
         let options = JobOptions {
+            publication: publication.clone(),
             include: given(&self.include, file.include),
             exclude: given(&self.exclude, file.exclude),
             schema_only: given(&self.schema_only, file.schema_only),
@@ -143,7 +151,12 @@ impl JobArgs {
             decoder: choice("--decoder", self.decoder.clone().or(file.decoder))?,
             plain_numbers: self.no_nan || file.no_nan,
             transport: choice("--transport", self.transport.clone().or(file.transport))?,
+            publication,
         };
+        if wanted.publication.is_some() && wanted.decoder.is_some_and(Plugin::is_textual) {
+            let message = "only pgoutput reads a publication: leave one of the two out".to_string();
+            return Err(config::Error::Value { option: "--decoder", message }.into());
+        }
         Ok(JobConfig {
             job,
             wanted,
@@ -165,6 +178,8 @@ impl JobArgs {
             two_phase: on_off("--two-phase", self.two_phase.clone().or(file.two_phase), false)?,
             streaming: self.streaming(file.streaming, file.streaming_limit)?,
             tuning,
+            gather: file.tuning.gather_messages.unwrap_or(true),
+            bulk,
         })
     }
 
@@ -232,11 +247,30 @@ fn tuning(apply: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
         None => in_file()?.unwrap_or_default(),
     };
     let sizes = file.tuning;
-    let limits = &mut tuning.limits;
-    limits.bytes = sizes.batch_bytes.unwrap_or(limits.bytes).max(1);
-    limits.transactions = sizes.batch_transactions.unwrap_or(limits.transactions).max(1);
+    // A size that was asked for does not grow.
+    let (limits, most) = (&mut tuning.limits, &mut tuning.limits_max);
+    if let Some(bytes) = sizes.batch_bytes {
+        (limits.bytes, most.bytes) = (bytes.max(1), bytes.max(1));
+    }
+    if let Some(transactions) = sizes.batch_transactions {
+        (limits.transactions, most.transactions) = (transactions.max(1), transactions.max(1));
+    }
+    tuning.copy_inserts = sizes.copy_inserts.unwrap_or(tuning.copy_inserts);
+    tuning.binary_integers = sizes.binary_integers.unwrap_or(tuning.binary_integers);
     tuning.in_flight_max = sizes.batches_in_flight.unwrap_or(tuning.in_flight_max).max(1);
     Ok(tuning)
+}
+
+fn bulk(file: &File) -> Bulk {
+    let default = Bulk::default();
+    let freeze = match file.tuning.freeze {
+        None => default.freeze,
+        Some(true) => Freeze::Whole,
+        Some(false) => Freeze::Never,
+    };
+    let bundle_tables = file.tuning.bundle_tables.unwrap_or(default.bundle_tables).max(1);
+    let keys_beside = file.tuning.keys_beside.unwrap_or(default.keys_beside);
+    Bulk { bundle_tables, freeze, keys_beside }
 }
 
 /// `None` for `auto`, or for nothing given.

@@ -38,6 +38,8 @@ pub struct File {
     pub two_phase: Option<String>,
     /// `--apply`.
     pub apply: Option<String>,
+    /// `--publication`.
+    pub publication: Option<String>,
     /// `--decoder`.
     pub decoder: Option<String>,
     /// `--transport`.
@@ -62,6 +64,18 @@ pub struct Tuning {
     pub batch_transactions: Option<usize>,
     /// So many batches may be on their way to the target.
     pub batches_in_flight: Option<usize>,
+    /// Sets of new rows go into the target by COPY.
+    pub copy_inserts: Option<bool>,
+    /// Integers of sets travel in their binary form.
+    pub binary_integers: Option<bool>,
+    /// A streaming reader lets messages gather under a backlog.
+    pub gather_messages: Option<bool>,
+    /// Small tables that are copied, given indexes and analyzed together; 1 is each by itself.
+    pub bundle_tables: Option<usize>,
+    /// Whether tables copied whole are written frozen.
+    pub freeze: Option<bool>,
+    /// Whether keys of large tables are built beside their other indexes.
+    pub keys_beside: Option<bool>,
 }
 
 /// `[cutover]`: defaults for cutover and rollback.

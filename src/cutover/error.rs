@@ -36,8 +36,8 @@ pub enum Error {
     /// A prepared transaction would be left behind.
     #[error(
         "transaction {gid} of {owner} (xid {xid}){} is prepared on the side that is to be left, \
-         and nothing could stop its COMMIT PREPARED from writing there after the switch; end it with: \
-         commit prepared {gid}, or: rollback prepared {gid}", And(*others)
+         and nothing could stop its COMMIT PREPARED from writing there after the switch; end it \
+         with: commit prepared {gid}, or: rollback prepared {gid}", And(*others)
     )]
     Prepared {
         /// Its identifier, quoted.

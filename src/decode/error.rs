@@ -172,10 +172,14 @@ pub enum Error {
     },
     /// The plugin says that it left out a change.
     #[error(
-        "a change was not sent (\"{notice}\"): give the table a primary key or \
-         ALTER TABLE ... REPLICA IDENTITY FULL, and copy it again"
+        "wal2json has left out a change of table {table} (\"{notice}\"), and the target will never \
+         have it: give the table an identity, by a primary key or with \"ALTER TABLE {table} \
+         REPLICA IDENTITY FULL;\", then end this job with walferry cancel and start it anew, which \
+         copies the table again"
     )]
     Dropped {
+        /// The table, quoted as in SQL where that is known.
+        table: String,
         /// The server's WARNING.
         notice: String,
     },

@@ -62,6 +62,8 @@ pub struct PipeOptions {
     pub to: Config,
     /// The tables that are read, where the decoder gives every table of the database.
     pub followed: Arc<Followed>,
+    /// The publications that are read, where the decoder is pgoutput.
+    pub publications: Vec<String>,
     /// See [`StreamOptions::plain_numbers`].
     pub plain_numbers: bool,
     /// How the slot is read.
@@ -85,6 +87,8 @@ pub struct PipeOptions {
     pub gate: Option<Arc<AtomicBool>>,
     /// How they are applied.
     pub tuning: Tuning,
+    /// See [`StreamOptions::gather`].
+    pub gather: bool,
 }
 
 /// Both ways of keeping a stream going, through memory and through a spool, open their ends by
@@ -134,8 +138,10 @@ impl PipeOptions {
             skip_origins: vec![opposite.clone()],
             skip_markers: vec![opposite],
             followed: self.followed.clone(),
+            publications: self.publications.clone(),
             plain_numbers: self.plain_numbers,
             confirmed_lsn,
+            gather: self.gather,
             spill: self.spill(),
             two_phase: self.two_phase && self.transport == Transport::Stream,
             ..StreamOptions::new(&name, &name, start_lsn, self.recorded.clone())

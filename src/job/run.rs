@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::admit::{admit, make_tables};
+use super::copying::Bulk;
 use super::flip::FlipRequest;
 use super::lease::{self, Holder};
 use super::pipeline::Pipe;
@@ -61,6 +62,10 @@ pub struct JobConfig {
     pub two_phase: bool,
     /// How changes are applied.
     pub tuning: Tuning,
+    /// See [`crate::source::StreamOptions::gather`].
+    pub gather: bool,
+    /// How rows and indexes are made.
+    pub bulk: Bulk,
 }
 
 /// When the runner returns.

@@ -32,13 +32,31 @@ fn temporary() -> PathBuf {
 impl Runner {
     /// Applies from where the target stands; a stream that only filled its spool begins to.
     pub(super) async fn follow_forward(&mut self) -> Result<Option<Event>> {
-        let visibility =
-            copy::visibility(&mut self.store.session, self.config.job.as_str()).await?;
+        let visibility = self.visibility().await?;
         match &self.forward {
             Some(pipe) => pipe.begin_apply(visibility),
             None => self.forward = Some(self.pipe(Stream::Forward, Some(visibility)).await?),
         }
         Ok(None)
+    }
+
+    /// What the copy has of tables that were read later than under the slot's snapshot, by the
+    /// names that their changes come under. All partitions that share one were
+    /// read under one snapshot.
+    async fn visibility(&mut self) -> Result<Visibility> {
+        let job = self.config.job.as_str();
+        let mut visibility = copy::visibility(&mut self.store.session, job).await?;
+        let kept = self.store.load_readings().await?.publication;
+        for shown in kept.iter().flat_map(|publication| &publication.shown) {
+            let named = |(schema, name): &(String, String)| QualifiedName::new(schema, name);
+            let (table, under) = (named(&shown.table), named(&shown.under));
+            if table != under
+                && let Some(seen) = visibility.get(&table).cloned()
+            {
+                visibility.insert(under, seen);
+            }
+        }
+        Ok(visibility)
     }
 
     /// While rows are copied, changes already go into the spool, so that WAL does not pile up.
@@ -73,6 +91,11 @@ impl Runner {
     ) -> Result<Pipe> {
         let row = self.row().await?;
         let reading = self.reading(stream).await?;
+        if stream == Stream::Forward {
+            self.unchanged_publication().await?;
+        }
+        let readings = self.store.load_readings().await?;
+        let own = self.config.job.object(stream);
         let (from, to, system) = match stream {
             Stream::Forward => (&self.config.source, &self.config.target, row.source_system),
             Stream::Reverse => (&self.config.target, &self.config.source, row.target_system),
@@ -97,7 +120,8 @@ impl Runner {
             to: to.clone(),
             transport: reading.transport()?,
             plain_numbers: self.config.wanted.plain_numbers,
-            followed: Arc::new(self.store.load_readings().await?.tables(stream)),
+            followed: Arc::new(readings.tables(stream)),
+            publications: readings.publications(stream, &own),
             recorded: recorded(from, system.as_deref(), &reading.decoder),
             tables,
             ability,
@@ -117,6 +141,7 @@ impl Runner {
             two_phase: self.config.two_phase && stream == Stream::Forward,
             gate,
             tuning: self.config.tuning,
+            gather: self.config.gather,
         }))
     }
 

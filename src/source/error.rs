@@ -257,6 +257,18 @@ pub enum Error {
         /// What the server said.
         source: pg::Error,
     },
+    /// A publication that the stream is read by is gone, and the server goes on without.
+    #[error(
+        "slot {slot}: the source does not know a publication any more that the stream is read by \
+         ({notice}), and what was written since is lost to it; end this job with walferry cancel \
+         and start it anew"
+    )]
+    PublicationSkipped {
+        /// The slot.
+        slot: String,
+        /// What the server said.
+        notice: String,
+    },
     /// An exported snapshot whose holder is gone.
     #[error(
         "snapshot {name} does not exist any more: the session that exported it ended; \

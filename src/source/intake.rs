@@ -9,9 +9,9 @@ use super::streamed::Streams;
 use super::{Counters, Error, Positions, Result, StreamOptions, marker};
 use crate::change::{Begin, Item, Sink};
 use crate::clock::PgTimestamp;
-use crate::decode::{AnyDecoder, Assembler, Event, Plugin, Step};
+use crate::decode::{AnyDecoder, Assembler, Event, Plugin, Step, wal2json};
 use crate::lsn::Lsn;
-use crate::pg::Config;
+use crate::pg::{Config, ServerError};
 
 /// Decodes, filters, counts, and publishes how far it is.
 pub(super) struct Intake<'a, S> {
@@ -117,6 +117,40 @@ impl<'a, S: Sink> Intake<'a, S> {
             let Some(event) = self.streams.take(event).await? else { return Ok(None) };
             let item = self.event(event).map_err(|e| self.wrong(e))?;
             return Ok(item.and_then(|item| self.filter(item)));
+        }
+    }
+
+    /// Looks at what the server said before the message that comes next.
+    ///
+    /// Errors: that it has left out a change of a table that takes part (wal2json), or all that a
+    /// publication shows (pgoutput from 18 on, where it was dropped).
+    pub async fn warned(&mut self, warnings: Vec<ServerError>) -> Result<()> {
+        for warning in warnings {
+            tracing::warn!(slot = self.slot, %warning, "the source warns");
+            let notice = warning.message;
+            match self.plugin {
+                Plugin::Wal2json => self.dropped(notice).await?,
+                // The text is translated; 55000 is "object not in prerequisite state".
+                Plugin::Pgoutput if warning.code == "55000" => {
+                    return Err(Error::PublicationSkipped { slot: self.slot.clone(), notice });
+                }
+                Plugin::Pgoutput | Plugin::TestDecoding => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn dropped(&mut self, notice: String) -> Result<()> {
+        let Some(tables) = wal2json::dropped(&notice) else { return Ok(()) };
+        let mut table = tables.is_empty().then(|| "of that name".to_string());
+        for name in tables {
+            if self.describer.table(&name).await?.is_some() {
+                table = Some(name.quoted());
+            }
+        }
+        match table {
+            Some(table) => Err(self.wrong(crate::decode::Error::Dropped { table, notice })),
+            None => Ok(()),
         }
     }
 

@@ -18,8 +18,8 @@ use crate::pg;
 pub struct StreamOptions {
     /// The slot; its plugin is the recorded one.
     pub slot: String,
-    /// The publication, for pgoutput.
-    pub publication: String,
+    /// The publications, for pgoutput.
+    pub publications: Vec<String>,
     /// The target's durable progress: the exclusive end of what it has. The stream starts here.
     pub start_lsn: Lsn,
     /// What the slot may be told from the beginning: not beyond what is durable. The same, but
@@ -49,6 +49,8 @@ pub struct StreamOptions {
     /// Have a server that can (pgoutput, 15 and on) give prepared transactions at their PREPARE. A
     /// slot that was read so once is read so for ever.
     pub two_phase: bool,
+    /// Let messages that come densely gather for a millisecond before they are read, in a stream.
+    pub gather: bool,
     /// Where transactions in progress wait for their end: with it, a server that can is asked to
     /// send them (pgoutput, 14 and on, by the replication protocol).
     pub spill: Option<Arc<dyn Spill>>,
@@ -64,7 +66,7 @@ impl StreamOptions {
     pub fn new(slot: &str, publication: &str, start_lsn: Lsn, recorded: Recorded) -> Self {
         StreamOptions {
             slot: slot.to_string(),
-            publication: publication.to_string(),
+            publications: vec![publication.to_string()],
             start_lsn,
             confirmed_lsn: start_lsn,
             recorded,
@@ -75,6 +77,7 @@ impl StreamOptions {
             followed: Arc::default(),
             plain_numbers: false,
             two_phase: false,
+            gather: true,
             spill: None,
             pull_messages: None,
             counters: Counters::new(),
@@ -179,10 +182,9 @@ fn pgoutput(major: u32, options: &StreamOptions) -> Vec<(&'static str, String)> 
         15 => 3,
         _ => 4,
     };
-    let mut wanted = vec![
-        ("proto_version", version.to_string()),
-        ("publication_names", quote_ident(&options.publication)),
-    ];
+    let names: Vec<String> = options.publications.iter().map(|name| quote_ident(name)).collect();
+    let mut wanted =
+        vec![("proto_version", version.to_string()), ("publication_names", names.join(","))];
     if options.messages && major >= 14 {
         wanted.push(("messages", "true".to_string()));
     }

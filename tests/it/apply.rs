@@ -186,11 +186,13 @@ fn options() -> Options {
     tuned(order(), None)
 }
 
-/// The same in one order, and with other bounds.
+/// The same in one order, and with other bounds, which then do not grow.
 fn tuned(mode: Mode, limits: Option<Limits>) -> Options {
     let mut options = Options::new(STREAM);
     options.tuning.mode = mode;
-    options.tuning.limits = limits.unwrap_or_default();
+    if let Some(limits) = limits {
+        (options.tuning.limits, options.tuning.limits_max) = (limits, limits);
+    }
     options
 }
 

@@ -18,6 +18,7 @@ mod matrix;
 mod newcomers;
 mod older;
 mod pg;
+mod publications;
 mod readings;
 mod regress;
 mod rights;

@@ -21,6 +21,7 @@ mod given;
 mod identity;
 mod objects;
 mod older;
+mod publication;
 mod reading;
 mod rights;
 mod server;
@@ -62,6 +63,8 @@ pub struct CheckOptions {
     pub copy_bytes_per_second: u64,
     /// How long the WAL rate is measured.
     pub wal_sample: Duration,
+    /// Not at all where the source sets no limit that it could break: a run would only wait.
+    pub sample_only_for_limit: bool,
     /// Transactions that hold an xid for longer are reported.
     pub transaction_age: Duration,
     /// Prepared transactions older than this are errors: nobody is coming back for them.
@@ -82,6 +85,7 @@ impl CheckOptions {
             reverse: true,
             copy_bytes_per_second: 50_000_000,
             wal_sample: Duration::from_secs(1),
+            sample_only_for_limit: false,
             transaction_age: Duration::from_secs(30),
             prepared_age: Duration::from_secs(3600),
         }
@@ -126,6 +130,7 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.rights().await?;
     check.reading().await?;
     check.two_phase().await?;
+    check.published().await?;
     check.tables().await?;
     check.identities().await?;
     check.objects().await?;
