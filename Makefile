@@ -7,12 +7,13 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo test fuzz kill faults matrix regress bench spool-bench kill-spool outage latency cutover-bench setup check-style build clean
+.PHONY: help demo test fuzz decode-bench kill faults matrix regress bench spool-bench kill-spool outage latency cutover-bench setup check-style build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
 	@echo "make test             everything a change must pass: style, lints, all tests"
 	@echo "make fuzz [FUZZ=1000000]  that many mutated messages through each decoder"
+	@echo "make decode-bench     what a message costs in each decoder; fails where a bar is missed"
 	@echo "make kill [KILLS=200] [BUFFER=spool]  kill -9 at random moments; the end is exact each time"
 	@echo "make spool-bench      throughput of the spool beside dd, release build"
 	@echo "make kill-spool       kill -9 of run and of both servers through a spool [KILLS=200]"
@@ -43,6 +44,9 @@ cutover-bench: build
 # Optimised, as a million runs of a debug build take many minutes. WALFERRY_SEED repeats a run.
 fuzz:
 	WALFERRY_FUZZ=$(or $(FUZZ),1000000) cargo test --release --locked --lib -- --nocapture mutated
+
+decode-bench:
+	cargo bench --locked --bench decode
 
 setup:
 	@sh tests/setup.sh test

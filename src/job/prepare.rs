@@ -242,6 +242,7 @@ pub(super) async fn check_ready(
 ) -> Result<()> {
     let mut options = check::CheckOptions::new(config.job.clone());
     options.selection = selection.clone();
+    options.large_objects = config.options.moves_large_objects();
     options.copy_jobs = config.jobs;
     options.wanted = config.wanted.clone();
     options.sample_only_for_limit = true;
