@@ -16,6 +16,7 @@ use super::lease::{self, Holder};
 use super::pipeline::Pipe;
 use super::place::{BufferOptions, Chosen, StreamingOptions};
 use super::reading::Wanted;
+use super::rest::Refreshing;
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobOptions, JobRow, Store};
 use super::streams::STREAM_PATIENCE;
@@ -30,6 +31,7 @@ use crate::fault::{Fault, Faulty};
 use crate::id::{JobName, QualifiedName};
 use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
+use crate::schema::Unrefreshed;
 use crate::source::HeldSlot;
 
 /// How long servers that were never reached are tried.
@@ -58,6 +60,8 @@ pub struct JobConfig {
     pub buffer: BufferOptions,
     /// Have the server send transactions in progress, where it can.
     pub streaming: Option<StreamingOptions>,
+    /// Prepare on the target what is prepared on the source.
+    pub two_phase: bool,
     /// How changes are applied.
     pub tuning: Tuning,
     /// See [`crate::source::StreamOptions::gather`].
@@ -133,6 +137,10 @@ pub struct Runner {
     pub(super) busy: Arc<AtomicBool>,
     /// Foreign keys that are looked at after a flip.
     pub(super) validating: Option<Validating>,
+    /// Materialized views that are refreshed after a flip.
+    pub(super) refreshing: Option<Refreshing>,
+    /// Those that could not be before it.
+    pub(super) unrefreshed: Vec<Unrefreshed>,
     /// Check has passed in this session already, before the job was written down.
     pub(super) checked: bool,
     /// Where changes wait: a spool, or memory.
@@ -298,6 +306,8 @@ impl Runner {
             level_at: None,
             busy,
             validating: None,
+            refreshing: None,
+            unrefreshed: Vec::new(),
             checked,
             spool,
         };
