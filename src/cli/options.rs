@@ -90,6 +90,10 @@ pub struct JobArgs {
     /// [default: 10GB]
     #[arg(long, value_name = "SIZE")]
     pub streaming_limit: Option<String>,
+    /// Prepare on the target what is prepared on the source, on or off: 15 and newer, pgoutput by
+    /// stream; a slot read so once is read so for ever [default: off, they arrive at their commit]
+    #[arg(long, value_name = "on|off")]
+    pub two_phase: Option<String>,
 }
 
 impl JobArgs {
@@ -178,6 +182,7 @@ impl JobArgs {
                     self.wal_budget.clone().or(file.wal_budget),
                 )?,
             },
+            two_phase: on_off("--two-phase", self.two_phase.clone().or(file.two_phase), false)?,
             streaming: self.streaming(file.streaming, file.streaming_limit)?,
             tuning,
             gather: file.tuning.gather_messages.unwrap_or(true),

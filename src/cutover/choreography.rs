@@ -177,6 +177,8 @@ impl<J: Journal> Flight<'_, J> {
     }
 
     async fn check_routes(&self) -> Result<()> {
+        let mut live = Session::connect(&self.plan.live, Purpose::Sql).await?;
+        barrier::refuse_prepared(&mut live).await?;
         for route in &self.plan.routes {
             route.check(&self.plan.context).await?;
         }
@@ -240,7 +242,7 @@ impl<J: Journal> Flight<'_, J> {
         dest: &mut Session,
         held: Instant,
     ) -> Result<Lsn> {
-        let barrier_lsn = step!(self, "barrier", barrier::mark(live, "barrier").await);
+        let barrier_lsn = step!(self, "barrier", barrier::mark_held(live).await);
         let rest = self.plan.rest.is_there();
         step!(self, "drain", {
             match self.drain(barrier_lsn, held).await {
