@@ -14,6 +14,7 @@
 //! 4. The answers are held against the request: every statement met the rows it had to, COMMIT said
 //!    COMMIT. Positions go out by a watch channel.
 //!
+//! `prepared` carries two-phase commit, where progress cannot be in the transaction of the rows.
 //! Batches grow under a backlog for as long as the target is quick with them: `growth`.
 //!
 //! `routing` and `target` know the tables, `progress` where the position is kept, `durable` what a
@@ -64,6 +65,7 @@ mod error;
 mod growth;
 mod lines;
 mod plan;
+mod prepared;
 mod progress;
 mod request;
 mod routing;
@@ -110,7 +112,9 @@ pub const DDL: &str = "do $$ begin if pg_catalog.to_regnamespace('walferry') is 
      stream text, schema text, name text, decoded bigint not null, applied bigint not null, \
      filtered bigint not null, quarantined bigint not null, primary key (stream, schema, name)); \
      create table if not exists walferry.stream_fallback (\
-     stream text primary key, batches bigint not null);";
+     stream text primary key, batches bigint not null); \
+     create table if not exists walferry.prepared (\
+     stream text, xid bigint, primary key (stream, xid));";
 
 /// Logical messages whose prefix starts with this are handed to [`Options::on_message`].
 pub const MESSAGE_PREFIX: &str = "walferry";

@@ -90,6 +90,10 @@ pub struct JobArgs {
     /// [default: 10GB]
     #[arg(long, value_name = "SIZE")]
     pub streaming_limit: Option<String>,
+    /// Prepare on the target what is prepared on the source, on or off: 15 and newer, pgoutput by
+    /// stream; a slot read so once is read so for ever [default: off, they arrive at their commit]
+    #[arg(long, value_name = "on|off")]
+    pub two_phase: Option<String>,
 }
 
 impl JobArgs {
@@ -178,6 +182,7 @@ impl JobArgs {
                     self.wal_budget.clone().or(file.wal_budget),
                 )?,
             },
+            two_phase: on_off("--two-phase", self.two_phase.clone().or(file.two_phase), false)?,
             streaming: self.streaming(file.streaming, file.streaming_limit)?,
             tuning,
             gather: file.tuning.gather_messages.unwrap_or(true),
@@ -306,8 +311,9 @@ pub struct FlipArgs {
     /// What stops writers: lock, read-only or none [default: lock]
     #[arg(long, value_name = "KIND")]
     pub fence: Option<String>,
-    /// Where clients find the data: hook:COMMAND or pgbouncer:ADMIN_URI,INI_PATH,DBNAME; may be
-    /// given again
+    /// Where clients find the data: hook:COMMAND, pgbouncer:ADMIN_URI,INI_PATH,DBNAME,
+    /// fdw:URI,SERVER or plproxy:URI,CLUSTER,PARTITION (URI of the router's database); may be given
+    /// again
     #[arg(long, value_name = "KIND:...")]
     pub route: Vec<String>,
     /// Do not begin while the stream is further behind [default: 1s]

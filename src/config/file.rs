@@ -36,6 +36,8 @@ pub struct File {
     pub streaming: Option<String>,
     /// `--streaming-limit`.
     pub streaming_limit: Option<String>,
+    /// `--two-phase`.
+    pub two_phase: Option<String>,
     /// `--apply`.
     pub apply: Option<String>,
     /// `--publication`.

@@ -119,8 +119,8 @@ struct Flight<'a, J> {
 /// [`Error::NotUndone`] or [`Error::Unknown`].
 pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome> {
     // Routes that hold clients flip while nobody can pass; a hook may let clients through at once,
-    // so nothing that can fail may come after it.
-    plan.routes.sort_by_key(|route| !route.holds());
+    // so nothing that can fail may come after it. Foreign servers flip at the release.
+    plan.routes.sort_by_key(|route| (!route.holds(), matches!(route, Route::Hook(_))));
     let mut flight = Flight { plan, journal, steps: Vec::new(), stood: None };
     flight.gates().await?;
     if flight.plan.dry_run {
@@ -177,6 +177,8 @@ impl<J: Journal> Flight<'_, J> {
     }
 
     async fn check_routes(&self) -> Result<()> {
+        let mut live = Session::connect(&self.plan.live, Purpose::Sql).await?;
+        barrier::refuse_prepared(&mut live).await?;
         for route in &self.plan.routes {
             route.check(&self.plan.context).await?;
         }
@@ -240,7 +242,7 @@ impl<J: Journal> Flight<'_, J> {
         dest: &mut Session,
         held: Instant,
     ) -> Result<Lsn> {
-        let barrier_lsn = step!(self, "barrier", barrier::mark(live, "barrier").await);
+        let barrier_lsn = step!(self, "barrier", barrier::mark_held(live).await);
         let rest = self.plan.rest.is_there();
         step!(self, "drain", {
             match self.drain(barrier_lsn, held).await {

@@ -89,6 +89,22 @@ pub enum Error {
         /// How far the stream is.
         applied_lsn: Lsn,
     },
+    /// A prepared transaction would be left behind.
+    #[error(
+        "transaction {gid} of {owner} (xid {xid}){} is prepared on the side that is to be left, \
+         and nothing could stop its COMMIT PREPARED from writing there after the switch; end it \
+         with: commit prepared {gid}, or: rollback prepared {gid}", And(*others)
+    )]
+    Prepared {
+        /// Its identifier, quoted.
+        gid: String,
+        /// Who prepared it.
+        owner: String,
+        /// Its id.
+        xid: String,
+        /// How many more there are in the database.
+        others: usize,
+    },
     /// The canary did not come through.
     #[error(
         "the {leg} stream is not proven: a canary row did not arrive within {wait:?}; \
@@ -243,5 +259,14 @@ impl Faulty for Error {
             Error::Drain { .. } | Error::StreamStopped => Fault::Retry,
             _ => Fault::Stop,
         }
+    }
+}
+
+/// How many more of them there are.
+struct And(usize);
+
+impl std::fmt::Display for And {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.0 == 0 { Ok(()) } else { write!(f, " (and {} more)", self.0) }
     }
 }

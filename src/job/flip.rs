@@ -104,7 +104,10 @@ impl Runner {
         super::state::step(row.phase, event)?;
         parse_routes(&request.routes)?;
         request.fence.parse::<FenceKind>()?;
-        self.refuse_partial().await?;
+        // A rollback rests on the reverse stream's own publication.
+        if request.stream() == Stream::Forward {
+            self.refuse_partial().await?;
+        }
         if !row.armed {
             // A stream that stands still would keep the slot from being made, and says less then.
             self.gate(request).await?;
@@ -122,6 +125,8 @@ impl Runner {
         let carry = self.forward.as_ref().map(|pipe| pipe.applied.clone());
         let mut carry = carry.ok_or(cutover::Error::StreamStopped)?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
+        // Nor could the slot be made before they end, where they are carried as prepared.
+        barrier::refuse_prepared(&mut source).await?;
         // Streams of a runner that has just begun are still connecting.
         let max_lag = Duration::from_millis(request.max_lag_ms).max(HOME_WAIT);
         Ok(barrier::gate(&mut source, &mut carry, max_lag).await?)

@@ -60,6 +60,8 @@ pub struct JobConfig {
     pub buffer: BufferOptions,
     /// Have the server send transactions in progress, where it can.
     pub streaming: Option<StreamingOptions>,
+    /// Prepare on the target what is prepared on the source.
+    pub two_phase: bool,
     /// How changes are applied.
     pub tuning: Tuning,
     /// See [`crate::source::StreamOptions::gather`].

@@ -43,9 +43,8 @@
 //! behind is taken from the slot by [`slot::free`].
 //!
 //! Transactions that the server sends in progress, where it is asked to, are kept aside until they
-//! end (`streamed`).
-//!
-//! Left out for now: two-phase decoding.
+//! end (`streamed`). Prepared ones come at their PREPARE where that is asked for, and at their
+//! commit otherwise.
 
 pub mod choice;
 pub mod continuity;

@@ -30,6 +30,7 @@ mod tables;
 mod target;
 mod tools;
 mod traffic;
+mod two_phase;
 
 use std::time::Duration;
 
@@ -56,6 +57,8 @@ pub struct CheckOptions {
     pub wanted: Wanted,
     /// Transactions in progress are to be sent.
     pub streaming: bool,
+    /// Prepared transactions are to be carried as such.
+    pub two_phase: bool,
     /// Parallel copies: each needs a connection on both sides.
     pub copy_jobs: usize,
     /// Whether a way back will be armed, for which both sides need the rights of the other.
@@ -82,6 +85,7 @@ impl CheckOptions {
             large_objects: true,
             wanted: Wanted::default(),
             streaming: false,
+            two_phase: false,
             copy_jobs: 4,
             reverse: true,
             copy_bytes_per_second: 50_000_000,
@@ -130,6 +134,7 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.servers().await?;
     check.rights().await?;
     check.reading().await?;
+    check.two_phase().await?;
     check.published().await?;
     check.tables().await?;
     check.identities().await?;
