@@ -16,6 +16,7 @@ use super::lease::{self, Holder};
 use super::pipeline::Pipe;
 use super::place::{BufferOptions, Chosen, StreamingOptions};
 use super::reading::Wanted;
+use super::rest::Refreshing;
 use super::routes::{Late, RouteSecrets};
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobOptions, JobRow, Store};
@@ -32,6 +33,7 @@ use crate::id::{JobName, QualifiedName};
 use crate::limit::CATALOG_WAIT;
 use crate::lsn::Lsn;
 use crate::pg::{Config, Session};
+use crate::schema::Unrefreshed;
 use crate::secret::LetterBox;
 use crate::source::HeldSlot;
 
@@ -61,10 +63,14 @@ pub struct JobConfig {
     pub buffer: BufferOptions,
     /// Have the server send transactions in progress, where it can.
     pub streaming: Option<StreamingOptions>,
+    /// Prepare on the target what is prepared on the source.
+    pub two_phase: bool,
     /// How changes are applied.
     pub tuning: Tuning,
     /// Passwords of routes.
     pub secrets: RouteSecrets,
+    /// See [`crate::source::StreamOptions::gather`].
+    pub gather: bool,
     /// How rows and indexes are made.
     pub bulk: Bulk,
 }
@@ -138,6 +144,10 @@ pub struct Runner {
     pub(super) busy: Arc<AtomicBool>,
     /// Foreign keys that are looked at after a flip.
     pub(super) validating: Option<Validating>,
+    /// Materialized views that are refreshed after a flip.
+    pub(super) refreshing: Option<Refreshing>,
+    /// Those that could not be before it.
+    pub(super) unrefreshed: Vec<Unrefreshed>,
     /// Check has passed in this session already, before the job was written down.
     pub(super) checked: bool,
     /// Where changes wait: a spool, or memory.
@@ -308,6 +318,8 @@ impl Runner {
             level_at: None,
             busy,
             validating: None,
+            refreshing: None,
+            unrefreshed: Vec::new(),
             checked,
             spool,
         };

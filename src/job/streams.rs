@@ -137,8 +137,11 @@ impl Runner {
                 let dir = dir.unwrap_or_else(temporary);
                 Arc::new(Spill::new(dir, streaming.limit_bytes))
             }),
+            // Rows of the way back are marked in other ways than a prepared transaction can be.
+            two_phase: self.config.two_phase && stream == Stream::Forward,
             gate,
             tuning: self.config.tuning,
+            gather: self.config.gather,
         }))
     }
 
