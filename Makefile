@@ -7,13 +7,14 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo test fuzz kill faults matrix regress bench spool-bench cutover-bench setup check-style build clean
+.PHONY: help demo demo-kafka test fuzz kill faults matrix regress bench spool-bench cutover-bench setup check-style build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
+	@echo "make demo-kafka       the same through a throw-away Apache Kafka"
 	@echo "make test             everything a change must pass: style, lints, all tests"
 	@echo "make fuzz [FUZZ=1000000]  that many mutated messages through each decoder"
-	@echo "make kill [KILLS=200] [BUFFER=spool]  kill -9 at random moments; the end is exact each time"
+	@echo "make kill [KILLS=200] [BUFFER=spool|kafka]  kill -9 at random moments; the end is exact each time"
 	@echo "make spool-bench      throughput of the spool beside dd, release build"
 	@echo "make faults           restarts and network faults in every phase"
 	@echo "make regress          PostgreSQL's own regression suite as the workload (a download first)"
@@ -28,6 +29,11 @@ demo:
 	@sh tests/setup.sh demo
 	cargo build --release --quiet --locked
 	target/release/walferry demo $(if $(SCALE),--scale $(SCALE))
+
+demo-kafka:
+	@sh tests/setup.sh demo-kafka
+	cargo build --release --quiet --locked
+	target/release/walferry demo --kafka $(if $(SCALE),--scale $(SCALE))
 
 test: setup check-style
 	cargo test --locked --all-targets
@@ -60,10 +66,12 @@ clean:
 spool-bench:
 	cargo test --release --locked --lib throughput_beside_dd -- --ignored --nocapture
 
-# BUFFER=spool: through a spool instead of memory; works for `make faults` too.
+# BUFFER=spool or kafka: through that instead of memory; works for `make faults` too. With kafka the
+# broker and both servers are killed in turn as well.
 # KILLS: how often `walferry run` is killed with kill -9; WALFERRY_SEED repeats a run.
 kill: setup
-	WALFERRY_KILLS=$(or $(KILLS),200) WALFERRY_TEST_BUFFER=$(BUFFER) cargo test --locked --test it -- --nocapture faults::kill_9
+	WALFERRY_KILLS=$(or $(KILLS),200) WALFERRY_TEST_BUFFER=$(BUFFER) cargo test --locked --test it -- --nocapture \
+		$(if $(filter kafka,$(BUFFER)),kafka::moving::kill_9,faults::kill_9)
 
 # Servers restarted, and networks cut, silently cut and stalled, in every phase.
 faults: setup

@@ -12,6 +12,8 @@ mod faults;
 mod fidelity;
 mod input;
 mod job;
+#[cfg(feature = "kafka")]
+mod kafka;
 mod matrix;
 mod newcomers;
 mod older;

@@ -17,7 +17,8 @@ pub struct Ends {
     /// Where walferry connects to; not the servers themselves where a proxy stands between.
     pub source_via: String,
     pub target_via: String,
-    /// `--buffer` of every command; as the variable WALFERRY_TEST_BUFFER says: a spool or memory.
+    /// `--buffer` of every command; as the variable WALFERRY_TEST_BUFFER says: a spool, kafka or
+    /// memory.
     pub buffer: Option<String>,
     /// Where spools of this job may be; removed with it.
     pub spool_dir: PathBuf,
@@ -45,10 +46,19 @@ impl Ends {
         let name = format!("walferry-it-{}-{:x}", std::process::id(), fastrand::u64(..));
         let spool_dir = std::env::temp_dir().join(name);
         let ends = Ends { source, target, source_via, target_via, buffer: None, spool_dir };
-        if std::env::var("WALFERRY_TEST_BUFFER").is_ok_and(|kind| kind == "spool") {
-            return ends.with_spool();
+        match std::env::var("WALFERRY_TEST_BUFFER").unwrap_or_default().as_str() {
+            "spool" => ends.with_spool(),
+            #[cfg(feature = "kafka")]
+            "kafka" => ends.with_kafka(&crate::kafka::broker().address()),
+            _ => ends,
         }
-        ends
+    }
+
+    /// Every command from now on is given a topic of this job's own.
+    #[cfg(feature = "kafka")]
+    pub fn with_kafka(mut self, brokers: &str) -> Ends {
+        self.buffer = Some(format!("kafka:{brokers}/{}", crate::kafka::topic()));
+        self
     }
 
     /// Every command from now on is given a spool of this job's own.
