@@ -15,8 +15,9 @@ pub mod secret;
 pub mod change;
 pub mod pg;
 
-// Floor 2: pure decoding, and what a server says of itself.
+// Floor 2: pure decoding, and what servers and clusters say of themselves.
 pub mod catalog;
+pub mod cluster;
 pub mod decode;
 
 // Floor 3: stages. They never import each other.

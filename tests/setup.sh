@@ -51,6 +51,7 @@ if [ "$what" = test ]; then
     command -v protoc >/dev/null || packages="$packages protobuf-compiler"
     need /usr/lib/python3/dist-packages/google/protobuf/__init__.py python3-protobuf
     need /usr/lib/postgresql/15/lib/wal2json.so postgresql-15-wal2json
+    need /usr/lib/postgresql/15/lib/plproxy.so postgresql-15-plproxy
     for major in $majors; do
         [ -x "$cache/pg/$major/bin/postgres" ] || missing="$missing $major"
     done

@@ -19,7 +19,7 @@ use crate::machine::Machine;
 use crate::options::Options;
 use crate::pair::{DATABASE, Pair};
 use crate::process::Watched;
-use crate::report::{Contestant, OURS, Outcome, Sample, quantile, take_turns};
+use crate::report::{Contestant, OURS, Outcome, RATE, Sample, quantile, take_turns};
 use crate::stage::{PATIENCE, Peer, Stage};
 
 /// Between two probes.
@@ -61,7 +61,7 @@ fn one_run(stage: &Stage, peer: Peer, rate: u64, seconds: u64) -> Result<Sample>
     let pair = &stage.pair;
     let worker = stage.go(peer)?;
     pair.source.psql(DATABASE, "insert into bench_probe values (0)")?;
-    let first = "select exists (select 1 from bench_probe where id = 0)";
+    let first = "select exists (select from public.bench_probe where id = 0)";
     pair.wait_for(first, Instant::now(), PATIENCE, worker.as_ref())?;
     let mut command = Command::new(binaries::client("pgbench")?);
     command.args(["-n", "--random-seed=7", "-M", "prepared", "-c", "8", "-j", "2"]);
@@ -81,7 +81,7 @@ fn one_run(stage: &Stage, peer: Peer, rate: u64, seconds: u64) -> Result<Sample>
     let parts = vec![
         ("p99".to_string(), of(0.99)?),
         ("longest".to_string(), of(1.0)?),
-        ("transactions a second".to_string(), achieved(&std::fs::read_to_string(said)?)),
+        (RATE.to_string(), achieved(&std::fs::read_to_string(said)?)),
     ];
     Ok(Sample { value: of(0.5)?, usage, parts })
 }

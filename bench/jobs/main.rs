@@ -6,7 +6,8 @@
 //! counts once the end states were compared by `demo::compare`, which knows nothing of walferry.
 //!
 //! - `copying`: copy, tables, cost. `catchup`: catchup, shapes, large, far, growth. `follow`.
-//! - `report`, `plot`, `machine`: medians beside bars; a table, a plot, and the conditions.
+//! - `report`, `plot`, `machine`, `forecast`: medians beside bars; a table, a plot, the conditions,
+//!   and how long it will take.
 //!
 //! Exit code 1 if a bar is missed, or cannot be judged because a peer is missing; 2 if a job failed
 //! or an end state was wrong. Below half the full size it is a smoke run: only failures count. Not
@@ -17,6 +18,7 @@ mod catchup;
 mod copying;
 mod data;
 mod follow;
+mod forecast;
 mod machine;
 mod options;
 mod pair;
@@ -26,6 +28,7 @@ mod report;
 mod stage;
 
 use std::process::ExitCode;
+use std::time::Instant;
 
 use anyhow::Result;
 
@@ -51,14 +54,16 @@ fn main() -> ExitCode {
 /// True if every bar was met, or none was judged.
 fn bench() -> Result<bool> {
     let options = Options::read()?;
+    println!("scale {}, {} rounds; {}", options.scale, options.rounds, forecast::text(&options));
     let mut good = true;
     for scenario in &options.only {
-        let machine = Machine::describe(options.smoke)?;
+        let (machine, begun) = (Machine::describe(options.smoke)?, Instant::now());
         for outcome in run(scenario, &options, &machine)? {
             println!("\n{}\n{}\n", outcome.markdown(), machine.text());
             report::write(&outcome, &options.results)?;
             good &= outcome.bars.iter().all(|bar| bar.is_met() == Some(true));
         }
+        println!("{scenario} took {:.0} s", begun.elapsed().as_secs_f64());
     }
     println!("written to {}", options.results.display());
     if options.smoke {

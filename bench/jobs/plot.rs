@@ -1,7 +1,7 @@
 //! The results as one SVG: a group of bars for each scenario, its longest bar as wide as the page,
 //! a whisker from the fastest to the slowest round.
 
-use crate::report::{OURS, Outcome, quantile};
+use crate::report::{OURS, Outcome, RATE, quantile};
 
 const WIDTH: f64 = 900.0;
 const LABEL: f64 = 230.0;
@@ -20,9 +20,10 @@ pub fn svg(outcomes: &[Outcome]) -> String {
             escaped(&title)
         ));
         y += 8.0;
-        let most = outcome.entries.iter().filter_map(|e| quantile(&e.values, 1.0));
+        let entries = || outcome.entries.iter().filter(|entry| !entry.who.ends_with(RATE));
+        let most = entries().filter_map(|entry| quantile(&entry.values, 1.0));
         let most = most.fold(f64::MIN_POSITIVE, f64::max);
-        for entry in &outcome.entries {
+        for entry in entries() {
             let name = escaped(&entry.who);
             body.push_str(&format!("<text x=\"10\" y=\"{}\">{name}</text>\n", y + 14.0));
             if let (Some(low), Some(median), Some(high)) =

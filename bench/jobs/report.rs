@@ -13,6 +13,10 @@ use crate::process::Usage;
 /// The contestant whose failure ends the bench; a peer's is written down.
 pub const OURS: &str = "walferry";
 
+/// A part that is no time: it says whether the load was what was asked for, and is in the table
+/// alone.
+pub const RATE: &str = "transactions a second";
+
 /// One run of one contestant.
 #[derive(Clone, Debug, Default)]
 pub struct Sample {

@@ -21,7 +21,7 @@ pub const PATIENCE: Duration = Duration::from_secs(3600);
 const STOP: Duration = Duration::from_secs(60);
 
 /// Committed last, so whoever shows it has everything.
-const ARRIVED: &str = "select done from bench_mark";
+const ARRIVED: &str = "select done from public.bench_mark";
 
 /// Not FOR ALL TABLES: a subscription wants every published table on its side, and walferry puts a
 /// schema of its own beside them.

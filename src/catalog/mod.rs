@@ -5,11 +5,13 @@
 //! to 18 and name every schema, as sessions have an empty search_path. Nothing here writes.
 
 pub mod describe;
+pub mod publication;
 pub mod select;
 pub mod sequence;
 pub mod table;
 
 pub use describe::describe;
+pub use publication::{Publication, Published};
 pub use select::{PatternError, Selection};
 pub use sequence::{Sequence, sequences};
 pub use table::{Column, Table, TableKind, oids, tables};

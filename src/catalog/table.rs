@@ -6,7 +6,7 @@ use crate::change::ReplicaIdentity;
 use crate::id::{QualifiedName, quote_literal};
 use crate::pg::{Result, Row, Session};
 
-use super::Selection;
+use super::{Published, Selection};
 
 /// `pg_class.relkind`, as far as rows move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -63,6 +63,8 @@ pub struct Table {
     pub bytes: u64,
     /// `reltuples`; negative or 0 where never analyzed.
     pub rows_estimate: f64,
+    /// What is published of it; everything unless [`super::Publication::narrow`] said otherwise.
+    pub published: Published,
 }
 
 impl Table {
@@ -206,6 +208,7 @@ fn read_table(row: &Row, columns: &mut HashMap<u32, Vec<Column>>) -> Result<Tabl
         blocks: row.parse(10)?,
         bytes: row.parse(11)?,
         rows_estimate: row.parse(12)?,
+        published: Published::default(),
     })
 }
 

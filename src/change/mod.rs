@@ -8,6 +8,7 @@ pub mod feed;
 pub mod relation;
 pub mod row;
 pub mod sink;
+pub mod spill;
 pub mod transaction;
 pub mod visibility;
 
@@ -15,5 +16,6 @@ pub use feed::Feed;
 pub use relation::{Column, Relation, ReplicaIdentity};
 pub use row::{Row, RowBuilder, RowError, Value};
 pub use sink::{Sink, SinkClosed};
+pub use spill::{Spill, SpillFile};
 pub use transaction::{Begin, Change, Chunk, Commit, Item, OldRow};
 pub use visibility::Snapshot;

@@ -31,6 +31,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     wanted.selection = selection;
     wanted.copy_jobs = config.jobs;
     wanted.wanted = config.wanted.clone();
+    wanted.streaming = config.streaming.is_some();
     let report = check::run(&config.source, &config.target, wanted).await?;
     if args.json {
         print::json(&report)?;

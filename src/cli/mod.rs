@@ -13,6 +13,7 @@ mod ask;
 mod cancel;
 mod capture;
 mod check;
+mod cluster;
 mod cutover;
 mod demo;
 mod finish;
@@ -30,6 +31,7 @@ use clap::{Arg, CommandFactory, Parser, Subcommand};
 
 pub use options::JobArgs;
 
+use crate::cluster::read;
 use crate::{config, job, pg};
 
 /// walferry moves a live PostgreSQL database between servers while applications write.
@@ -69,6 +71,8 @@ pub enum Command {
     Finish(finish::Args),
     /// Give up before the switch, and clean up
     Cancel(cancel::Args),
+    /// Show a sharded cluster, and plan moves between its nodes
+    Cluster(cluster::Args),
 }
 
 /// The arguments with the command moved before the options given ahead of it, so that
@@ -112,6 +116,7 @@ pub async fn run(cli: Cli) -> ExitCode {
         Command::Rollback(args) => rollback::run(args).await,
         Command::Finish(args) => finish::run(args).await,
         Command::Cancel(args) => cancel::run(args).await,
+        Command::Cluster(args) => cluster::run(args).await,
     };
     match outcome {
         Ok(code) => code,
@@ -120,7 +125,8 @@ pub async fn run(cli: Cli) -> ExitCode {
             eprintln!("walferry: {text}");
             let usage = error.is::<config::Error>()
                 || matches!(error.downcast_ref(), Some(pg::Error::Config(_)))
-                || matches!(error.downcast_ref(), Some(job::Error::Pattern(_)));
+                || matches!(error.downcast_ref(), Some(job::Error::Pattern(_)))
+                || matches!(error.downcast_ref(), Some(read::Error::Usage(_)));
             ExitCode::from(if usage { 2 } else { 1 })
         }
     }

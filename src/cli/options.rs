@@ -9,12 +9,16 @@ use crate::apply::{Mode, Tuning};
 use crate::buffer::durable::KafkaProperties;
 use crate::catalog::Selection;
 use crate::config::{self, File, parse_duration, parse_size};
+use crate::copy::Freeze;
+use crate::decode::Plugin;
 use crate::id::JobName;
 use crate::job::opening::Half;
-use crate::job::place::{Buffer, BufferOptions, KafkaPlace, SPOOL_BYTES};
+use crate::job::place::{
+    Buffer, BufferOptions, KafkaPlace, SPOOL_BYTES, STREAMING_BYTES, StreamingOptions,
+};
 use crate::job::reading::Wanted;
 use crate::job::store::JobOptions;
-use crate::job::{self, JobConfig};
+use crate::job::{self, Bulk, JobConfig};
 use crate::pg::Config;
 
 /// Name of a job that was not given one.
@@ -51,6 +55,10 @@ pub struct JobArgs {
     /// [default: auto]
     #[arg(long, value_name = "ORDER", value_parser = str::parse::<Mode>)]
     pub apply: Option<Mode>,
+    /// Read the source by this publication, which an administrator made; its row filters, column
+    /// lists and operations are what the job is of
+    #[arg(long, value_name = "NAME")]
+    pub publication: Option<String>,
     /// What decodes the source's log: pgoutput, wal2json, test_decoding or auto [default: auto]
     #[arg(long, value_name = "PLUGIN")]
     pub decoder: Option<String>,
@@ -76,6 +84,14 @@ pub struct JobArgs {
     /// what the spool or topic has [default: a third of its max_slot_wal_keep_size, at most 10GB]
     #[arg(long, value_name = "SIZE")]
     pub wal_budget: Option<String>,
+    /// Have the source send large transactions while they are in progress, on or off: 14 and newer,
+    /// pgoutput by stream [default: off]
+    #[arg(long, value_name = "on|off")]
+    pub streaming: Option<String>,
+    /// Disk that transactions in progress may take here; beyond, the source keeps them
+    /// [default: 10GB]
+    #[arg(long, value_name = "SIZE")]
+    pub streaming_limit: Option<String>,
 }
 
 impl JobArgs {
@@ -107,7 +123,7 @@ impl JobArgs {
     /// Everything put together; a missing source or target is an error of usage.
     pub fn job(&self) -> anyhow::Result<JobConfig> {
         let file = self.file()?;
-        let tuning = tuning(self.apply, &file)?;
+        let (tuning, bulk) = (tuning(self.apply, &file)?, bulk(&file));
         let kafka = kafka_properties(&file)?;
         let missing = |what, option, variable| config::Error::Missing { what, option, variable };
         let source = self.source.clone().or(file.source).ok_or(missing(
@@ -124,7 +140,9 @@ impl JobArgs {
         let given = |own: &[String], file: Vec<String>| {
             if own.is_empty() { file } else { own.to_vec() }
         };
+        let publication = self.publication.clone().or(file.publication);
         let options = JobOptions {
+            publication: publication.clone(),
             include: given(&self.include, file.include),
             exclude: given(&self.exclude, file.exclude),
             schema_only: given(&self.schema_only, file.schema_only),
@@ -136,7 +154,12 @@ impl JobArgs {
             decoder: choice("--decoder", self.decoder.clone().or(file.decoder))?,
             plain_numbers: self.no_nan || file.no_nan,
             transport: choice("--transport", self.transport.clone().or(file.transport))?,
+            publication,
         };
+        if wanted.publication.is_some() && wanted.decoder.is_some_and(Plugin::is_textual) {
+            let message = "only pgoutput reads a publication: leave one of the two out".to_string();
+            return Err(config::Error::Value { option: "--decoder", message }.into());
+        }
         Ok(JobConfig {
             job,
             wanted,
@@ -156,9 +179,38 @@ impl JobArgs {
                 )?,
                 kafka,
             },
+            streaming: self.streaming(file.streaming, file.streaming_limit)?,
             tuning,
             half: Half::Both,
+            bulk,
         })
+    }
+
+    fn streaming(
+        &self,
+        in_file: Option<String>,
+        limit: Option<String>,
+    ) -> Result<Option<StreamingOptions>, config::Error> {
+        let limit = size("--streaming-limit", self.streaming_limit.clone().or(limit))?;
+        let wanted = on_off("--streaming", self.streaming.clone().or(in_file), false)?;
+        let limit_bytes = limit.unwrap_or(STREAMING_BYTES);
+        Ok(wanted.then_some(StreamingOptions { limit_bytes }))
+    }
+}
+
+fn on_off(
+    option: &'static str,
+    given: Option<String>,
+    default: bool,
+) -> Result<bool, config::Error> {
+    match given.as_deref() {
+        None => Ok(default),
+        Some("on") => Ok(true),
+        Some("off") => Ok(false),
+        Some(other) => {
+            let message = format!("\"{other}\" is neither on nor off");
+            Err(config::Error::Value { option, message })
+        }
     }
 }
 
@@ -257,6 +309,18 @@ fn tuning(apply: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
     limits.transactions = sizes.batch_transactions.unwrap_or(limits.transactions).max(1);
     tuning.in_flight_max = sizes.batches_in_flight.unwrap_or(tuning.in_flight_max).max(1);
     Ok(tuning)
+}
+
+fn bulk(file: &File) -> Bulk {
+    let default = Bulk::default();
+    let freeze = match file.tuning.freeze {
+        None => default.freeze,
+        Some(true) => Freeze::Whole,
+        Some(false) => Freeze::Never,
+    };
+    let bundle_tables = file.tuning.bundle_tables.unwrap_or(default.bundle_tables).max(1);
+    let keys_beside = file.tuning.keys_beside.unwrap_or(default.keys_beside);
+    Bulk { bundle_tables, freeze, keys_beside }
 }
 
 /// `None` for `auto`, or for nothing given.

@@ -89,6 +89,9 @@ async fn compare_once(
     };
     wanted.selection = selection;
     wanted.tables = tables;
+    let home = Session::connect(&config.target, Purpose::Sql).await?;
+    let mut store = Store::new(home, config.job.clone());
+    wanted.publication = store.load_readings().await?.publication;
     wanted.parallelism = config.jobs;
     Ok(verify::run(wanted).await?)
 }
@@ -103,7 +106,7 @@ async fn line(
     let mut readings = Store::new(home, config.job.clone()).load_readings().await?;
     Ok(align::Line {
         stream,
-        publication: config.job.object(stream),
+        publications: readings.publications(stream, &config.job.object(stream)),
         reading: readings.of(stream).clone().unwrap_or_default(),
         from: from.clone(),
         to: to.clone(),

@@ -31,8 +31,14 @@ pub struct File {
     pub spool_limit: Option<String>,
     /// `--wal-budget`.
     pub wal_budget: Option<String>,
+    /// `--streaming`.
+    pub streaming: Option<String>,
+    /// `--streaming-limit`.
+    pub streaming_limit: Option<String>,
     /// `--apply`.
     pub apply: Option<String>,
+    /// `--publication`.
+    pub publication: Option<String>,
     /// `--decoder`.
     pub decoder: Option<String>,
     /// `--transport`.
@@ -49,7 +55,8 @@ pub struct File {
     pub kafka: Kafka,
 }
 
-/// `[kafka]`: settings of librdkafka, as `kafka.security.protocol = "SASL_SSL"`. May hold passwords.
+/// `[kafka]`: settings of librdkafka, as `kafka.security.protocol = "SASL_SSL"`. May hold
+/// passwords.
 #[derive(Clone, Default, PartialEq, Deserialize)]
 #[serde(transparent)]
 pub struct Kafka(toml::Table);
@@ -106,6 +113,12 @@ pub struct Tuning {
     pub batch_transactions: Option<usize>,
     /// So many batches may be on their way to the target.
     pub batches_in_flight: Option<usize>,
+    /// Small tables that are copied, given indexes and analyzed together; 1 is each by itself.
+    pub bundle_tables: Option<usize>,
+    /// Whether tables copied whole are written frozen.
+    pub freeze: Option<bool>,
+    /// Whether keys of large tables are built beside their other indexes.
+    pub keys_beside: Option<bool>,
 }
 
 /// `[cutover]`: defaults for cutover and rollback.

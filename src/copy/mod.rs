@@ -7,7 +7,8 @@
 //!    shared snapshot, for as long as the worker lives. On the target: a transaction a part.
 //! 3. A part: `COPY ... TO STDOUT` and `COPY ... FROM STDIN`, bytes passed on untouched through a
 //!    bounded queue, so that reading and writing overlap. Its row turns `done` in the very
-//!    transaction that brought the rows.
+//!    transaction that brought the rows. Small tables share a transaction and a request; a table of
+//!    one part is written frozen, in the transaction that emptied it.
 //!
 //! States of a part: `todo` (set by prepare, and by a reset) -> `done` (with its rows). There is no
 //! third: what was begun and not committed left nothing behind.
@@ -28,14 +29,16 @@
 //! die. Worker B still sees the snapshot and does 3 and 4: t is whole. Had B died as well, the next
 //! call, under a fresh snapshot, would empty t and copy four parts, and leave finished tables be.
 //!
-//! Left out: COPY FREEZE (it needs the table made in the same transaction), origins (the reverse
-//! slot is made after the copy, so copied rows cannot come back), key ranges (ctid serves any
-//! table).
+//! Left out: COPY FREEZE of a table in several parts (it needs the table emptied in the same
+//! transaction), origins (the reverse slot is made after the copy, so copied rows cannot come
+//! back), key ranges (ctid serves any table).
 //!
 //! - `parts`: pure; what is copied in which pieces. - `store`: the table of parts. - `format`: text
-//!   or binary. - `run`: workers. - `transfer`: one part. - `progress`: counters. - `error`.
+//!   or binary. - `run`: workers. - `transfer`: what one transaction brings. - `progress`:
+//!   counters. - `error`.
 
 pub mod error;
+mod family;
 pub mod format;
 pub mod parts;
 pub mod progress;
@@ -47,7 +50,7 @@ pub mod transfer;
 pub use error::Error;
 pub use format::Format;
 pub use progress::{CopyProgress, ProgressSnapshot, TableProgress};
-pub use run::{Options, run};
+pub use run::{Freeze, Options, run};
 pub use snapshot::{SnapshotSource, export_snapshot};
 pub use store::{DDL, visibility};
 

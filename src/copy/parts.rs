@@ -7,6 +7,13 @@ use crate::id::{QualifiedName, quote_ident};
 /// larger or smaller than asked for.
 const BLOCK_BYTES: u64 = 8192;
 
+/// Tables up to this size, in bytes, are copied with others in one transaction. A larger one is
+/// worth a transaction of its own: what it takes then is small beside its rows.
+pub const SMALL_BYTES: u64 = 1 << 20;
+
+/// What is copied in one transaction holds at most so many bytes: what a failure costs.
+const BUNDLE_BYTES: u64 = 8 << 20;
+
 /// A piece of a table that one worker copies in one transaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
@@ -44,6 +51,45 @@ pub fn parts(table: &Table, part_bytes: u64, source_major: u32) -> Vec<Part> {
         .collect()
 }
 
+/// What a part of a table should hold at most: `limit`, or less where tables have to be cut finer
+/// for all workers to be busy to the end. With four parts' worth of work for each worker, the last
+/// one to end is late by a quarter of its time at most, and by less the more tables there are; a
+/// part below 64 MiB is done in about a second, and a table left whole can be written frozen.
+pub fn part_bytes(tables: &[&Table], jobs: usize, limit: u64) -> u64 {
+    let total: u64 = tables.iter().map(|table| weight(table)).sum();
+    let even = total / (4 * jobs.max(1) as u64);
+    even.max(64 << 20).min(limit).max(1)
+}
+
+/// Consecutive small ones are put together: at most `count`, of at most [`BUNDLE_BYTES`]; so few
+/// that each of `jobs` workers has several. Whatever is not small stays alone.
+pub fn bundle<T>(
+    items: Vec<T>,
+    small_bytes: impl Fn(&T) -> Option<u64>,
+    (count, jobs): (usize, usize),
+) -> Vec<Vec<T>> {
+    let small = items.iter().filter(|item| small_bytes(item).is_some()).count();
+    let count = count.min(small.div_ceil(4 * jobs.max(1))).max(1);
+    let mut bundles: Vec<Vec<T>> = Vec::new();
+    let mut open = 0;
+    for item in items {
+        let bytes = small_bytes(&item);
+        match (bytes, bundles.last_mut()) {
+            (Some(bytes), Some(bundle))
+                if open > 0 && bundle.len() < count && open + bytes <= BUNDLE_BYTES =>
+            {
+                open += bytes;
+                bundle.push(item);
+            }
+            _ => {
+                open = bytes.map_or(0, |bytes| bytes.max(1));
+                bundles.push(vec![item]);
+            }
+        }
+    }
+    bundles
+}
+
 /// Bytes to be read for a table: what decides who comes first.
 pub fn weight(table: &Table) -> u64 {
     table.bytes.max(table.blocks * BLOCK_BYTES)
@@ -66,17 +112,23 @@ fn column_list(table: &Table) -> String {
 /// COPY TO for the source. `with` is the list of COPY options.
 pub fn read_sql(table: &Table, part: &Part, with: &str) -> String {
     let name = table.name.quoted();
-    if part.parts == 1 {
+    let filter = table.published.filter.as_ref().map(|filter| format!("({filter})"));
+    if part.parts == 1 && filter.is_none() {
         // COPY of a table by its name leaves out the rows of inheritance children, as ONLY does.
         return format!("copy {name}{} to stdout with ({with})", column_list(table));
     }
     let columns: Vec<String> = table.stored_columns().map(|c| quote_ident(&c.name)).collect();
-    let lo = format!("ctid >= '({},0)'::pg_catalog.tid", part.lo_block);
-    let hi = part.hi_block.map(|hi| format!(" and ctid < '({hi},0)'::pg_catalog.tid"));
+    let mut conditions = Vec::new();
+    if part.parts > 1 {
+        conditions.push(format!("ctid >= '({},0)'::pg_catalog.tid", part.lo_block));
+        let hi = part.hi_block.map(|hi| format!("ctid < '({hi},0)'::pg_catalog.tid"));
+        conditions.extend(hi);
+    }
+    conditions.extend(filter);
     format!(
-        "copy (select {} from only {name} where {lo}{}) to stdout with ({with})",
+        "copy (select {} from only {name} where {}) to stdout with ({with})",
         columns.join(", "),
-        hi.unwrap_or_default()
+        conditions.join(" and ")
     )
 }
 
@@ -90,7 +142,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::catalog::Column;
+    use crate::catalog::{Column, Published};
     use crate::change::ReplicaIdentity;
 
     fn table(name: &str, blocks: u64, bytes: u64) -> Table {
@@ -115,6 +167,7 @@ mod tests {
             blocks,
             bytes,
             rows_estimate: -1.0,
+            published: Published::default(),
         }
     }
 
@@ -153,6 +206,41 @@ mod tests {
             write_sql(&table, "x"),
             "copy \"s\".\"T\" (\"a\"\"b\", \"c\") from stdin with (x)"
         );
+        let mut some = table.clone();
+        some.published.filter = Some("(c > 3) or (c is null)".to_string());
+        let second = read_sql(&some, &parts[1], "x");
+        assert!(second.ends_with("tid and ((c > 3) or (c is null))) to stdout with (x)"));
+        some.columns.pop();
+        let whole = self::parts(&some, u64::MAX, 15);
+        assert_eq!(
+            read_sql(&some, &whole[0], "x"),
+            "copy (select \"a\"\"b\" from only \"s\".\"T\" where ((c > 3) or (c is null))) \
+             to stdout with (x)"
+        );
+    }
+
+    #[test]
+    fn parts_are_cut_so_that_all_workers_end_together() {
+        let (one, ten) = (table("a", 1 << 17, 1 << 30), table("b", 1, 10 << 20));
+        assert_eq!(part_bytes(&[&one], 2, 256 << 20), 128 << 20);
+        assert_eq!(part_bytes(&[&one], 2, 32 << 20), 32 << 20, "the limit");
+        assert_eq!(part_bytes(&[&ten], 2, 256 << 20), 64 << 20, "not too fine");
+        assert_eq!(part_bytes(&[&one; 100], 4, 256 << 20), 256 << 20);
+    }
+
+    #[test]
+    fn small_tables_travel_together_and_large_ones_alone() {
+        let bundled = |sizes: &[u64], options| -> Vec<usize> {
+            let small = |size: &u64| (*size <= SMALL_BYTES).then_some(*size);
+            bundle(sizes.to_vec(), small, options).iter().map(Vec::len).collect()
+        };
+        let mut sizes = vec![9 << 20, 2 << 20];
+        sizes.resize(102, 0);
+        assert_eq!(bundled(&sizes, (64, 1)), [1, 1, 25, 25, 25, 25], "some for each worker");
+        assert_eq!(bundled(&sizes, (10, 1))[..4], [1, 1, 10, 10]);
+        assert_eq!(bundled(&sizes, (1, 1)).len(), 102, "switched off");
+        assert_eq!(bundled(&[1 << 20; 80], (64, 2)), [8; 10], "no more than a failure may cost");
+        assert!(bundled(&[], (64, 2)).is_empty());
     }
 
     proptest! {

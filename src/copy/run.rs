@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use tokio::task::JoinSet;
 
-use super::parts::{order, parts};
+use super::family::Families;
+use super::parts::{SMALL_BYTES, bundle, order, part_bytes, parts, weight};
 use super::snapshot::import;
 use super::store::{self, Stored};
-use super::transfer::{Origin, Work, transfer};
+use super::transfer::{Item, Origin, transfer};
 use super::{CopyProgress, Error, Format, Result, SnapshotSource, format};
 use crate::catalog::{Selection, Table, TableKind, tables};
 use crate::fault::{Fault, Faulty};
@@ -18,6 +19,20 @@ use crate::pg::{Config, Purpose, Session};
 
 /// A worker that lost a connection tries so often, then leaves the part to others and ends.
 const ATTEMPTS: u32 = 4;
+
+/// Which rows are written frozen, so that neither the first reader nor VACUUM has to write their
+/// pages again.
+///
+/// <https://www.postgresql.org/docs/current/sql-copy.html> (FREEZE)
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Freeze {
+    /// Those of tables that one transaction empties and fills, small ones left out: for these
+    /// TRUNCATE would take longer than it saves.
+    #[default]
+    Whole,
+    /// None.
+    Never,
+}
 
 /// How a copy is done.
 #[derive(Clone, Debug)]
@@ -31,15 +46,21 @@ pub struct Options {
     /// Workers, each with a session on both sides; 0 counts as 1.
     pub jobs: usize,
     /// Tables larger than this (TOAST included) are cut into parts of at most about this size, in
-    /// bytes. Only what is not stored yet is cut.
+    /// bytes; into smaller ones where workers would wait for the last. Only what is not stored yet
+    /// is cut.
     pub part_bytes: u64,
     /// How rows travel.
     pub format: Format,
+    /// Small tables that are copied in one transaction at most; 1 is each by itself.
+    pub bundle_tables: usize,
+    /// Which rows are written frozen.
+    pub freeze: Freeze,
 }
 
 impl Options {
     /// Four workers, parts of 256 MiB: large enough that starting one costs nothing, small enough
-    /// that one lost is soon read again.
+    /// that one lost is soon read again. Of small tables 64 together: their request is small, and
+    /// what a table costs by itself is then all there is.
     pub fn new(source: Config, target: Config, job: &str) -> Self {
         Options {
             source,
@@ -48,6 +69,8 @@ impl Options {
             jobs: 4,
             part_bytes: 256 << 20,
             format: Format::Auto,
+            bundle_tables: 64,
+            freeze: Freeze::Whole,
         }
     }
 }
@@ -71,13 +94,18 @@ pub async fn run(
     store_parts(&mut target, &source, options, tables).await?;
     drop(source);
     let stored = store::load(&mut target.session, &options.job).await?;
+    let families = Families::of(tables);
     let is_left = |table: &&Table| stored.get(&table.name).is_some_and(|parts| !is_whole(parts));
-    if !order(tables).iter().any(is_left) {
+    if !order(tables).iter().any(is_left) && families.torn(&stored).is_none() {
         report(progress, &stored);
         return Ok(());
     }
     let (mut source, snapshot_id) = import(&options.source, snapshot).await?;
     reset_mixed(&mut target, &mut source, options, &stored, &snapshot_id).await?;
+    for table in families.misfits(&stored, &snapshot_id) {
+        let only = target.only(&table);
+        store::reset(&mut target.session, &options.job, &table, only).await?;
+    }
     let stored = store::load(&mut target.session, &options.job).await?;
     report(progress, &stored);
     let queue = queue(&target, &source, options, tables, &stored);
@@ -89,6 +117,7 @@ pub async fn run(
             snapshot: snapshot.stored(),
             snapshot_lsn: snapshot.lsn(),
             snapshot_id,
+            freeze: options.freeze,
         },
         queue: Mutex::new(queue),
         rewritten: Mutex::new(Vec::new()),
@@ -99,8 +128,12 @@ pub async fn run(
     if let Some(table) = shared.rewritten() {
         return Err(Error::Rewritten { table });
     }
-    match store::uneven(&mut target, &options.job).await? {
-        Some(table) => Err(Error::Rewritten { table }),
+    if let Some(table) = store::uneven(&mut target, &options.job).await? {
+        return Err(Error::Rewritten { table });
+    }
+    // A partition that was rewritten has been read under a later snapshot than its siblings.
+    match families.torn(&store::load(&mut target, &options.job).await?) {
+        Some(root) => Err(Error::Rewritten { table: root.clone() }),
         None => Ok(()),
     }
 }
@@ -171,20 +204,32 @@ async fn store_parts(
     if !target.replica {
         check_triggers(target, &fresh, &options.target.user).await?;
     }
-    let empty: Vec<String> = fresh
+    check_empty(target, &fresh).await?;
+    let (major, bytes) =
+        (source.major_version(), part_bytes(&fresh, options.jobs, options.part_bytes));
+    let parts: Vec<_> = fresh.iter().flat_map(|table| parts(table, bytes, major)).collect();
+    target.session.execute(&store::insert_sql(&options.job, &parts)).await?;
+    Ok(())
+}
+
+/// Refuses tables that have rows. Those without a block, as most are, are not asked.
+async fn check_empty(target: &mut Target, tables: &[&Table]) -> Result<()> {
+    let has_no_block = |t: &Table| t.kind == TableKind::Plain && t.blocks == 0;
+    let mut asked = tables.to_vec();
+    asked.retain(|table| !target.tables.get(&table.name).is_some_and(has_no_block));
+    if asked.is_empty() {
+        return Ok(());
+    }
+    let empty: Vec<String> = asked
         .iter()
         .map(|t| format!("select exists (select from {}{})", target.only(&t.name), t.name.quoted()))
         .collect();
     let answers = target.session.query(&empty.join("; ")).await?;
-    for (table, row) in fresh.iter().zip(&answers) {
+    for (table, row) in asked.iter().zip(&answers) {
         if row.bool(0)? {
             return Err(Error::NotEmpty { table: table.name.clone() });
         }
     }
-    let major = source.major_version();
-    let parts: Vec<_> =
-        fresh.iter().flat_map(|table| parts(table, options.part_bytes, major)).collect();
-    target.session.execute(&store::insert_sql(&options.job, &parts)).await?;
     Ok(())
 }
 
@@ -276,19 +321,19 @@ fn queue(
     options: &Options,
     tables: &[Table],
     stored: &HashMap<QualifiedName, Vec<Stored>>,
-) -> VecDeque<Work> {
+) -> VecDeque<Vec<Item>> {
     let encoding = |session: &Session| -> String {
         session.parameter("server_encoding").unwrap_or("UTF8").to_string()
     };
     let (from, into) = (encoding(source), encoding(&target.session));
     let encodings = (from.as_str(), into.as_str());
-    let mut queue = VecDeque::new();
+    let mut queue = Vec::new();
     for table in order(tables) {
         let Some(there) = target.tables.get(&table.name) else { continue };
         let with = format::options(options.format, encodings, table, there);
         let shared = Arc::new(table.clone());
         let todo = stored.get(&table.name).into_iter().flatten().filter(|part| !part.done);
-        queue.extend(todo.map(|stored| Work {
+        queue.extend(todo.map(|stored| Item {
             table: shared.clone(),
             part: stored.part.clone(),
             with: with.clone(),
@@ -296,7 +341,13 @@ fn queue(
             begun: stored.begun,
         }));
     }
-    queue
+    let small = |item: &Item| {
+        let bytes = weight(&item.table);
+        // What may have left dead rows is emptied first, by itself.
+        let fits = item.part.parts == 1 && bytes <= SMALL_BYTES && !item.begun;
+        fits.then_some(bytes)
+    };
+    bundle(queue, small, (options.bundle_tables, options.jobs)).into()
 }
 
 /// The two sessions of a worker.
@@ -310,23 +361,24 @@ struct Shared {
     options: Options,
     source: SnapshotSource,
     origin: Origin,
-    queue: Mutex<VecDeque<Work>>,
+    /// What one transaction brings, each.
+    queue: Mutex<VecDeque<Vec<Item>>>,
     /// Tables that were rewritten on the source after the snapshot was taken.
     rewritten: Mutex<Vec<QualifiedName>>,
     progress: CopyProgress,
 }
 
 impl Shared {
-    fn take(&self) -> Option<Work> {
+    fn take(&self) -> Option<Vec<Item>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
     }
 
-    fn give_back(&self, work: Work) {
+    fn give_back(&self, work: Vec<Item>) {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).push_front(work);
     }
 
-    fn set_aside(&self, table: QualifiedName) {
-        self.rewritten.lock().unwrap_or_else(PoisonError::into_inner).push(table);
+    fn set_aside(&self, tables: Vec<QualifiedName>) {
+        self.rewritten.lock().unwrap_or_else(PoisonError::into_inner).extend(tables);
     }
 
     fn rewritten(&self) -> Option<QualifiedName> {
@@ -379,22 +431,32 @@ async fn work_off(shared: &Arc<Shared>, first: Pair) -> Result<Session> {
 }
 
 /// Takes parts until there are none. After a lost connection it opens others and tries the same
-/// part again; when it has to give up, the part goes back for the others.
+/// again; when it has to give up, it goes back for the others. Of a bundle that was refused, each
+/// table is tried by itself: that names the one at fault, and brings the rest.
 async fn worker(shared: Arc<Shared>, mut pair: Option<Pair>) -> Result<Option<Session>> {
     let mut attempts = 0;
     let mut last_process = None;
     while let Some(mut work) = shared.take() {
         match attempt(&shared, &mut pair, &work, &mut last_process).await {
-            Ok(()) => attempts = 0,
-            // For this table the snapshot is of no use any more; for all others it is.
-            Err(Error::Rewritten { table }) => shared.set_aside(table),
+            // For these tables the snapshot is of no use any more; for all others it is.
+            Ok(rewritten) => {
+                attempts = 0;
+                shared.set_aside(rewritten);
+            }
             Err(error) => {
                 pair = None;
+                let passing = error.fault() == Fault::Retry;
+                if work.len() > 1 && !passing {
+                    work.into_iter().rev().for_each(|item| shared.give_back(vec![item]));
+                    continue;
+                }
                 attempts += 1;
-                work.begun = true;
+                if let [only] = work.as_mut_slice() {
+                    only.begun = true;
+                }
                 shared.give_back(work);
                 let lost = matches!(error, Error::SnapshotLost { .. });
-                if error.fault() != Fault::Retry || lost || attempts >= ATTEMPTS {
+                if !passing || lost || attempts >= ATTEMPTS {
                     return Err(error);
                 }
                 tracing::warn!(%error, attempts, "copy worker connects again");
@@ -408,9 +470,9 @@ async fn worker(shared: Arc<Shared>, mut pair: Option<Pair>) -> Result<Option<Se
 async fn attempt(
     shared: &Shared,
     pair: &mut Option<Pair>,
-    work: &Work,
+    work: &[Item],
     last_process: &mut Option<i32>,
-) -> Result<()> {
+) -> Result<Vec<QualifiedName>> {
     if pair.is_none() {
         let mut fresh = shared.connect().await?;
         if let Some(process) = last_process.take() {
@@ -426,7 +488,7 @@ async fn attempt(
         }
         *pair = Some(fresh);
     }
-    let Some(pair) = pair else { return Ok(()) };
+    let Some(pair) = pair else { return Ok(Vec::new()) };
     *last_process = Some(pair.target.process_id());
     transfer(&mut pair.source, &mut pair.target, &shared.origin, work, &shared.progress).await
 }

@@ -1,8 +1,9 @@
 //! `walferry.table_copy` on the target: what is copied in which parts, and what of it is done.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::parts::Part;
+use super::transfer::Origin;
 use super::{Error, Result};
 use crate::change::Snapshot;
 use crate::id::{QualifiedName, quote_literal};
@@ -41,9 +42,7 @@ pub(super) struct Stored {
 
 /// What a finished part leaves behind.
 pub(super) struct Done<'a> {
-    pub snapshot: &'a str,
-    pub snapshot_lsn: Lsn,
-    pub snapshot_id: &'a str,
+    pub part: &'a Part,
     pub filenode: Option<u32>,
     pub rows: u64,
     pub bytes: u64,
@@ -125,28 +124,63 @@ pub(super) fn begun_sql(job: &str, part: &Part) -> String {
     )
 }
 
-/// Takes the part's row lock and tells whether it is done. An attempt whose connection was lost at
-/// COMMIT may have succeeded, or may still be under way on the server.
-pub(super) fn lock_sql(job: &str, part: &Part) -> String {
-    format!(
-        "select state = 'done' from walferry.table_copy where {} for update",
-        is_part(job, part)
-    )
+/// Begins a transaction, takes the parts' row locks and gives the tables whose part is done. An
+/// attempt whose connection was lost at COMMIT may have succeeded, or may still be under way on the
+/// server.
+pub(super) async fn lock(
+    session: &mut Session,
+    job: &str,
+    parts: impl ExactSizeIterator<Item = &Part>,
+) -> Result<HashSet<QualifiedName>> {
+    let count = parts.len();
+    let keys: Vec<String> = parts.map(|part| format!("({})", key(part))).collect();
+    let sql = format!(
+        "begin; select c.schema, c.name, c.state = 'done' from walferry.table_copy c \
+         join (values {}) v (schema, name, part) \
+         on c.schema = v.schema and c.name = v.name and c.part = v.part \
+         where c.job = {} for update of c",
+        keys.join(", "),
+        quote_literal(job)
+    );
+    let rows = session.query(&sql).await?;
+    if rows.len() != count {
+        return Err(Error::Bug(format!("{} of {count} parts are stored", rows.len())));
+    }
+    let mut done = HashSet::new();
+    for row in &rows {
+        if row.bool(2)? {
+            done.insert(QualifiedName::new(row.str(0)?, row.str(1)?));
+        }
+    }
+    Ok(done)
 }
 
-/// Turns the part `done`, in the transaction of its rows.
-pub(super) fn done_sql(job: &str, part: &Part, done: &Done<'_>) -> String {
+/// A part's name in a list of VALUES.
+fn key(part: &Part) -> String {
+    let Part { table, part, .. } = part;
+    format!("{}, {}, {part}", quote_literal(&table.schema), quote_literal(&table.name))
+}
+
+/// Turns parts `done`, in the transaction of their rows.
+pub(super) fn done_sql(origin: &Origin, done: &[Done<'_>]) -> String {
+    let values: Vec<String> = done
+        .iter()
+        .map(|Done { part, filenode, rows, bytes }| {
+            let filenode = filenode.map_or("null".to_string(), |filenode| filenode.to_string());
+            format!("({}, {filenode}::oid, {rows}, {bytes})", key(part))
+        })
+        .collect();
     format!(
-        "update walferry.table_copy set state = 'done', snapshot = {}, snapshot_lsn = '{}', \
-         snapshot_id = {}, filenode = {}, rows = {}, bytes = {}, \
-         done_at = pg_catalog.clock_timestamp() where {}",
-        quote_literal(done.snapshot),
-        done.snapshot_lsn,
-        quote_literal(done.snapshot_id),
-        done.filenode.map_or("null".to_string(), |filenode| filenode.to_string()),
-        done.rows,
-        done.bytes,
-        is_part(job, part)
+        "update walferry.table_copy c set state = 'done', snapshot = {}, snapshot_lsn = '{}', \
+         snapshot_id = {}, filenode = v.filenode, rows = v.rows, bytes = v.bytes, \
+         done_at = pg_catalog.clock_timestamp() \
+         from (values {}) v (schema, name, part, filenode, rows, bytes) where c.job = {} \
+         and c.schema = v.schema and c.name = v.name and c.part = v.part",
+        quote_literal(&origin.snapshot),
+        origin.snapshot_lsn,
+        quote_literal(&origin.snapshot_id),
+        values.join(", "),
+        quote_literal(&origin.job)
     )
 }
 
@@ -181,23 +215,25 @@ pub(super) async fn reset(
 }
 
 /// Empties a table inside of the open transaction: by TRUNCATE, or row by row where a foreign key
-/// of the target's own forbids that. `only` is `only ` but for a partitioned target.
+/// of the target's own forbids that. `only` is `only ` but for a partitioned target. True for
+/// TRUNCATE.
 pub(super) async fn empty(
     session: &mut Session,
     table: &QualifiedName,
     only: &str,
-) -> pg::Result<()> {
+) -> pg::Result<bool> {
     session.execute("savepoint walferry_empty").await?;
-    match session.execute(&format!("truncate {only}{}", table.quoted())).await {
-        Ok(_) => {}
+    let truncated = match session.execute(&format!("truncate {only}{}", table.quoted())).await {
+        Ok(_) => true,
         Err(error) if matches!(error.code(), Some("0A000" | "42501")) => {
             session.execute("rollback to savepoint walferry_empty").await?;
             session.execute(&format!("delete from {only}{}", table.quoted())).await?;
+            false
         }
         Err(error) => return Err(error),
-    }
+    };
     session.execute("release savepoint walferry_empty").await?;
-    Ok(())
+    Ok(truncated)
 }
 
 /// A table whose parts were not read under one snapshot from one file, though all are done.

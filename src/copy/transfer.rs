@@ -1,21 +1,27 @@
-//! One part, from the source's session into a transaction of the target's.
+//! Parts, from the source's session into one transaction of the target's.
+//!
+//! A part of a large table has a transaction to itself. Small tables travel together: their COPY
+//! statements are one request on either side, so that a table costs neither a round trip nor a
+//! commit. What refuses such a bundle is found by copying its tables one by one.
 
-use bytes::{Bytes, BytesMut};
 use tokio::sync::mpsc;
 
-use super::Result;
 use super::error::Error;
 use super::format::Wires;
 use super::parts::{Part, read_sql, write_sql};
 use super::progress::CopyProgress;
 use super::store::{self, Done};
+use super::{Freeze, Result};
 use crate::catalog::Table;
 use crate::id::QualifiedName;
 use crate::lsn::Lsn;
-use crate::pg::{self, Session};
+use crate::pg::{self, CopyChunk, Filled, Session};
 
 /// Rows are handed on in pieces of about this many bytes, so that the queue costs nothing a row.
 const CHUNK_BYTES: usize = 256 << 10;
+
+/// What a piece has room for at first where tables are small.
+const SMALL_CHUNK_BYTES: usize = 8 << 10;
 
 /// Pieces between the reader and the writer: 4 MiB, which covers the hiccups of either side. When
 /// it is full the reader waits, and the source's backend with it. A row larger than a piece is one.
@@ -23,7 +29,7 @@ const CHUNKS: usize = 16;
 
 /// What is needed to copy one part.
 #[derive(Clone, Debug)]
-pub(super) struct Work {
+pub(super) struct Item {
     pub table: std::sync::Arc<Table>,
     pub part: Part,
     /// COPY options.
@@ -34,6 +40,13 @@ pub(super) struct Work {
     pub begun: bool,
 }
 
+impl Item {
+    /// A whole table, from the first row to the last.
+    fn is_whole(&self) -> bool {
+        self.part.parts == 1
+    }
+}
+
 /// What all parts of a run have in common.
 #[derive(Clone, Debug)]
 pub(super) struct Origin {
@@ -42,55 +55,96 @@ pub(super) struct Origin {
     pub snapshot: String,
     pub snapshot_lsn: Lsn,
     pub snapshot_id: String,
+    pub freeze: Freeze,
 }
 
-/// Copies the part, unless it turns out to be done. On an error but `Rewritten` the sessions cannot
-/// be used again; closing them leaves nothing of the part on the target.
+/// Copies these parts in one transaction, but for those that turn out to be done; gives the tables
+/// that were rewritten since the snapshot was taken, which are left out. On an error the sessions
+/// cannot be used again; closing them leaves nothing on the target. The error names the table it
+/// is about only where that is the only one.
 pub(super) async fn transfer(
     source: &mut Session,
     target: &mut Session,
     origin: &Origin,
-    work: &Work,
+    work: &[Item],
     progress: &CopyProgress,
-) -> Result<()> {
-    let (job, part) = (origin.job.as_str(), &work.part);
-    let filenode = pin(source, work).await?;
-    target.execute(&store::begun_sql(job, part)).await?;
-    target.execute("begin").await?;
-    let locked = target.query(&store::lock_sql(job, part)).await?;
-    let Some(row) = locked.first() else {
-        let text = format!("part {} of {} is not stored", part.part, part.table);
-        return Err(Error::Bug(text));
-    };
-    if row.bool(0)? {
+) -> Result<Vec<QualifiedName>> {
+    let (mut pinned, rewritten) = pin(source, work).await?;
+    if pinned.is_empty() {
+        return Ok(rewritten);
+    }
+    if let [only] = work {
+        target.execute(&store::begun_sql(&origin.job, &only.part)).await?;
+    }
+    let done = store::lock(target, &origin.job, work.iter().map(|item| &item.part)).await?;
+    pinned.retain(|pinned| {
+        let is_done = done.contains(&pinned.item.part.table);
+        if is_done {
+            progress.part_done(&pinned.item.part.table);
+        }
+        !is_done
+    });
+    let Some(first) = pinned.first().map(|pinned| pinned.item) else {
         target.execute("rollback").await?;
-        progress.part_done(&part.table);
-        return Ok(());
-    }
-    if work.begun && part.parts == 1 {
-        // Dead rows of the attempt before would stay until a vacuum.
-        store::empty(target, &part.table, work.only).await.map_err(|e| refused(&part.table, e))?;
-    }
-    let mut count = Count { progress, table: &part.table, rows: 0, bytes: 0, kept: false };
-    let (sender, receiver) = mpsc::channel(CHUNKS);
-    let ((), rows) =
-        tokio::try_join!(read(source, work, sender, &mut count), write(target, work, receiver))?;
-    count.correct(rows);
-    let done = Done {
-        snapshot: &origin.snapshot,
-        snapshot_lsn: origin.snapshot_lsn,
-        snapshot_id: &origin.snapshot_id,
-        filenode,
-        rows,
-        bytes: count.bytes,
+        return Ok(rewritten);
     };
+    let refuse = |error| refused(&first.part.table, error);
+    let frozen = match work {
+        [only] => prepare(target, origin.freeze, only).await.map_err(refuse)?,
+        _ => false,
+    };
+    let mut counts: Vec<Count> =
+        pinned.iter().map(|pinned| Count::new(progress, &pinned.item.part.table)).collect();
+    let (sender, receiver) = mpsc::channel(CHUNKS);
+    let ((), rows) = tokio::try_join!(
+        read(source, &pinned, sender, &mut counts),
+        write(target, &pinned, frozen, receiver)
+    )?;
+    for (count, rows) in counts.iter_mut().zip(&rows) {
+        count.correct(*rows);
+    }
+    let done: Vec<Done<'_>> = pinned
+        .iter()
+        .zip(&counts)
+        .map(|(pinned, count)| Done {
+            part: &pinned.item.part,
+            filenode: pinned.filenode,
+            rows: count.rows,
+            bytes: count.bytes,
+        })
+        .collect();
     // Deferred constraints of the target's own are checked at COMMIT, hence the table's name.
-    let refuse = |error| refused(&part.table, error);
-    target.execute(&store::done_sql(job, part, &done)).await.map_err(refuse)?;
-    target.execute("commit").await.map_err(refuse)?;
-    count.kept = true;
-    progress.part_done(&part.table);
-    Ok(())
+    let sql = store::done_sql(origin, &done) + "; commit";
+    target.execute(&sql).await.map_err(refuse)?;
+    for mut count in counts {
+        count.kept = true;
+        progress.part_done(count.table);
+    }
+    Ok(rewritten)
+}
+
+/// Empties a whole table again if an attempt was made before: its dead rows would stay until a
+/// vacuum. True if the rows may be written frozen: then the table was emptied by TRUNCATE in this
+/// transaction, which nobody else can see into.
+async fn prepare(target: &mut Session, freeze: Freeze, item: &Item) -> pg::Result<bool> {
+    if !item.is_whole() {
+        return Ok(false);
+    }
+    // COPY FREEZE does not know partitioned tables.
+    let freezes = freeze == Freeze::Whole && !item.only.is_empty();
+    if !item.begun && !freezes {
+        return Ok(false);
+    }
+    let table = &item.part.table;
+    if !item.begun {
+        // It was empty when the copy began; rows that came since are somebody's.
+        let sql = format!("select exists (select from {}{})", item.only, table.quoted());
+        if target.query_one(&sql, &[]).await?.bool(0)? {
+            return Ok(false);
+        }
+    }
+    let truncated = store::empty(target, table, item.only).await?;
+    Ok(freezes && truncated)
 }
 
 /// Counts what is under way, and takes it back unless it was committed.
@@ -102,7 +156,11 @@ struct Count<'a> {
     kept: bool,
 }
 
-impl Count<'_> {
+impl<'a> Count<'a> {
+    fn new(progress: &'a CopyProgress, table: &'a QualifiedName) -> Count<'a> {
+        Count { progress, table, rows: 0, bytes: 0, kept: false }
+    }
+
     fn add(&mut self, rows: u64, bytes: usize) {
         self.rows += rows;
         self.bytes += bytes as u64;
@@ -124,83 +182,135 @@ impl Drop for Count<'_> {
     }
 }
 
-/// Reads the part to its end.
+/// What travels from the reader to the writer.
+enum Piece {
+    Rows(CopyChunk),
+    /// The table under way has no more.
+    End,
+}
+
+/// Reads the parts one after the other to their ends.
 async fn read(
     source: &mut Session,
-    work: &Work,
-    sender: mpsc::Sender<Bytes>,
-    count: &mut Count<'_>,
+    pinned: &[Pinned<'_>],
+    sender: mpsc::Sender<Piece>,
+    counts: &mut [Count<'_>],
 ) -> Result<()> {
-    let table = &work.part.table;
-    let sql = read_sql(&work.table, &work.part, &work.with.read);
-    let unreadable = |error| unreadable(table, error);
-    let mut copy = source.copy_out(&sql).await.map_err(unreadable)?;
-    let mut chunk = BytesMut::with_capacity(CHUNK_BYTES);
-    let mut rows = 0;
-    while let Some(data) = copy.next().await.map_err(unreadable)? {
-        rows += 1;
-        if !chunk.is_empty() && chunk.len() + data.len() > CHUNK_BYTES {
-            count.add(rows - 1, chunk.len());
-            rows = 1;
-            pass(&sender, chunk.split().freeze()).await?;
-            chunk.reserve(CHUNK_BYTES);
+    let sql: Vec<String> = pinned
+        .iter()
+        .map(|Pinned { item, .. }| read_sql(&item.table, &item.part, &item.with.read))
+        .collect();
+    let unreadable = |error| unreadable(pinned, error);
+    let mut copy = source.copy_out(&sql.join("; ")).await.map_err(unreadable)?;
+    let room = if pinned.len() > 1 { SMALL_CHUNK_BYTES } else { CHUNK_BYTES };
+    for count in counts {
+        loop {
+            let mut chunk = CopyChunk::with_capacity(room);
+            let (rows, filled) = copy.fill(&mut chunk, CHUNK_BYTES).await.map_err(unreadable)?;
+            count.add(rows, chunk.len());
+            if !chunk.is_empty() {
+                pass(&sender, Piece::Rows(chunk)).await?;
+            }
+            match filled {
+                Filled::Full => {}
+                Filled::Copied => break,
+                Filled::Ready => {
+                    return Err(Error::Bug(format!("no COPY of {} was made", count.table)));
+                }
+            }
         }
-        if data.len() >= CHUNK_BYTES {
-            count.add(rows, data.len());
-            rows = 0;
-            pass(&sender, data).await?;
-        } else {
-            chunk.extend_from_slice(&data);
-        }
+        pass(&sender, Piece::End).await?;
     }
-    count.add(rows, chunk.len());
-    pass(&sender, chunk.freeze()).await?;
-    Ok(())
+    let mut rest = CopyChunk::with_capacity(0);
+    match copy.fill(&mut rest, CHUNK_BYTES).await.map_err(unreadable)? {
+        (0, Filled::Ready) => Ok(()),
+        _ => Err(Error::Bug("rows came after the end of a copy".to_string())),
+    }
 }
 
-/// Locks the table until our transaction ends, so that nobody can rewrite it any more, and looks
-/// whether somebody has since the snapshot was taken (ALTER TYPE, TRUNCATE, CLUSTER): in the new
-/// file the snapshot may see nothing, and COPY would give no rows and no error. pg_class as the
-/// snapshot sees it still names the file before. Gives the file, for tables of several parts.
-async fn pin(source: &mut Session, work: &Work) -> Result<Option<u32>> {
-    let table = &work.part.table;
-    let sql = format!(
-        "lock table only {} in access share mode; \
-         select c.relfilenode, pg_catalog.pg_relation_filenode(c.oid) \
-         from pg_catalog.pg_class c where c.oid = {}",
-        table.quoted(),
-        work.table.oid
-    );
-    let rows = source.query(&sql).await.map_err(|error| unreadable(table, error))?;
-    let rewritten = || Error::Rewritten { table: table.clone() };
-    let row = rows.first().ok_or_else(rewritten)?;
-    let (seen, now): (Option<u32>, Option<u32>) = (row.parse_opt(0)?, row.parse_opt(1)?);
-    if seen != now {
-        return Err(rewritten());
-    }
-    Ok(if work.part.parts == 1 { None } else { now })
-}
-
-async fn pass(sender: &mpsc::Sender<Bytes>, chunk: Bytes) -> Result<()> {
+async fn pass(sender: &mpsc::Sender<Piece>, piece: Piece) -> Result<()> {
     // The writer ends before us only with an error, which try_join reports.
-    sender.send(chunk).await.map_err(|_| Error::Bug("the writer of a copy is gone".to_string()))
+    sender.send(piece).await.map_err(|_| Error::Bug("the writer of a copy is gone".to_string()))
 }
 
-/// Writes what comes; gives the number of rows the target counted.
+/// Writes what comes; gives the number of rows of each part that the target counted.
 async fn write(
     target: &mut Session,
-    work: &Work,
-    mut receiver: mpsc::Receiver<Bytes>,
-) -> Result<u64> {
-    let table = &work.part.table;
-    let sql = write_sql(&work.table, &work.with.write);
-    let mut copy = target.copy_in(&sql).await.map_err(|e| refused(table, e))?;
-    while let Some(chunk) = receiver.recv().await {
-        if !chunk.is_empty() {
-            copy.write(&chunk).await.map_err(|e| refused(table, e))?;
+    pinned: &[Pinned<'_>],
+    frozen: bool,
+    mut receiver: mpsc::Receiver<Piece>,
+) -> Result<Vec<u64>> {
+    let freeze = if frozen { ", freeze" } else { "" };
+    let sql: Vec<String> = pinned
+        .iter()
+        .map(|Pinned { item, .. }| write_sql(&item.table, &format!("{}{freeze}", item.with.write)))
+        .collect();
+    let refuse = |error| match pinned.first() {
+        Some(first) => refused(&first.item.part.table, error),
+        None => Error::Pg(error),
+    };
+    let mut copy = target.copy_in(&sql.join("; ")).await.map_err(refuse)?;
+    let mut left = pinned.len();
+    while let Some(piece) = receiver.recv().await {
+        match piece {
+            Piece::Rows(chunk) => copy.pass(chunk).await.map_err(refuse)?,
+            Piece::End => {
+                left = left.saturating_sub(1);
+                if left > 0 {
+                    copy.next();
+                }
+            }
         }
     }
-    copy.finish().await.map_err(|e| refused(table, e))
+    copy.finish().await.map_err(refuse)
+}
+
+/// A part whose table is locked and is what the snapshot sees.
+struct Pinned<'a> {
+    item: &'a Item,
+    /// Its file, for tables of several parts.
+    filenode: Option<u32>,
+}
+
+/// Locks the tables until our transaction ends, so that nobody can rewrite them any more, and looks
+/// whether somebody has since the snapshot was taken (ALTER TYPE, TRUNCATE, CLUSTER): in the new
+/// file the snapshot may see nothing, and COPY would give no rows and no error. pg_class as the
+/// snapshot sees it still names the file before. Gives those that are as they were, and the others.
+async fn pin<'a>(
+    source: &mut Session,
+    items: &'a [Item],
+) -> Result<(Vec<Pinned<'a>>, Vec<QualifiedName>)> {
+    let names: Vec<String> =
+        items.iter().map(|item| format!("only {}", item.part.table.quoted())).collect();
+    let oids: Vec<String> = items.iter().map(|item| item.table.oid.to_string()).collect();
+    let sql = format!(
+        "lock table {} in access share mode; \
+         select c.oid, c.relfilenode, pg_catalog.pg_relation_filenode(c.oid) \
+         from pg_catalog.pg_class c where c.oid in ({})",
+        names.join(", "),
+        oids.join(", ")
+    );
+    let unreadable = |error| match items.first() {
+        Some(first) => unreadable_table(&first.part.table, error),
+        None => Error::Pg(error),
+    };
+    let mut files = std::collections::HashMap::with_capacity(items.len());
+    for row in source.query(&sql).await.map_err(unreadable)? {
+        let (seen, now): (Option<u32>, Option<u32>) = (row.parse_opt(1)?, row.parse_opt(2)?);
+        files.insert(row.parse::<u32>(0)?, (seen, now));
+    }
+    let mut pinned = Vec::with_capacity(items.len());
+    let mut rewritten = Vec::new();
+    for item in items {
+        match files.get(&item.table.oid) {
+            Some((seen, now)) if seen == now => {
+                let filenode = if item.is_whole() { None } else { *now };
+                pinned.push(Pinned { item, filenode });
+            }
+            _ => rewritten.push(item.part.table.clone()),
+        }
+    }
+    Ok((pinned, rewritten))
 }
 
 fn refused(table: &QualifiedName, error: pg::Error) -> Error {
@@ -210,7 +320,14 @@ fn refused(table: &QualifiedName, error: pg::Error) -> Error {
     Error::Refused { table: table.clone(), error: Box::new(error) }
 }
 
-fn unreadable(table: &QualifiedName, error: pg::Error) -> Error {
+fn unreadable(pinned: &[Pinned<'_>], error: pg::Error) -> Error {
+    match pinned.first() {
+        Some(first) => unreadable_table(&first.item.part.table, error),
+        None => Error::Pg(error),
+    }
+}
+
+fn unreadable_table(table: &QualifiedName, error: pg::Error) -> Error {
     match error.server() {
         // "snapshot too old", where old_snapshot_threshold is set (up to 16).
         Some(said) if said.code == "72000" => {

@@ -172,10 +172,14 @@ pub enum Error {
     },
     /// The plugin says that it left out a change.
     #[error(
-        "a change was not sent (\"{notice}\"): give the table a primary key or \
-         ALTER TABLE ... REPLICA IDENTITY FULL, and copy it again"
+        "wal2json has left out a change of table {table} (\"{notice}\"), and the target will never \
+         have it: give the table an identity, by a primary key or with \"ALTER TABLE {table} \
+         REPLICA IDENTITY FULL;\", then end this job with walferry cancel and start it anew, which \
+         copies the table again"
     )]
     Dropped {
+        /// The table, quoted as in SQL where that is known.
+        table: String,
         /// The server's WARNING.
         notice: String,
     },
@@ -272,6 +276,17 @@ pub enum Error {
         /// Which message.
         event: &'static str,
     },
+    /// Messages of a transaction that is sent in progress, out of their order.
+    #[error(
+        "transaction {xid}, sent while in progress, {what}; run with --streaming off, and report \
+         it with the server's version"
+    )]
+    OddStream {
+        /// The top-level transaction.
+        xid: u32,
+        /// What is wrong with it.
+        what: &'static str,
+    },
 }
 
 impl Faulty for Error {
@@ -281,6 +296,7 @@ impl Faulty for Error {
             Error::NotAskedFor { .. } => Fault::Stop,
             // The server describes before it sends; if it seems not to have, we forgot.
             Error::UnknownRelation { .. } | Error::WrongCommit { .. } => Fault::Bug,
+            Error::OddStream { .. } => Fault::Bug,
             _ => Fault::Stop,
         }
     }

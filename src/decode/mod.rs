@@ -30,8 +30,9 @@
 //! Nothing survives a crash here and nothing has to: a new connection starts with a new decoder,
 //! and the server describes each relation again before its first change.
 //!
-//! Left out: streaming of transactions in progress and two-phase decoding are parsed, and refused
-//! by the assembler, as the reader does not ask for them.
+//! Transactions in progress are parsed here and put together by the reader, which has a disk; the
+//! assembler refuses their messages. Left out: two-phase decoding is parsed, and refused by the
+//! assembler, as the reader does not ask for it.
 //!
 //! [`Item`]: crate::change::Item
 

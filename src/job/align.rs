@@ -38,8 +38,8 @@ const SNAPSHOTS: usize = 50;
 pub struct Line {
     /// Which way.
     pub stream: Stream,
-    /// Its publication, where the decoder is pgoutput.
-    pub publication: String,
+    /// Its publications, where the decoder is pgoutput.
+    pub publications: Vec<String>,
     /// Decoder and transport.
     pub reading: Reading,
     /// The side that is read.
@@ -139,7 +139,10 @@ async fn hold_and_place(client: &mut Client, line: &Line, wait: Duration) -> Res
     loop {
         let name = format!("walferry_verify_{:08x}", fastrand::u32(..));
         let recorded = recorded(&line.from, None, &line.reading.decoder);
-        let options = StreamOptions::new(&name, &line.publication, Lsn::ZERO, recorded);
+        let options = StreamOptions {
+            publications: line.publications.clone(),
+            ..StreamOptions::new(&name, &name, Lsn::ZERO, recorded)
+        };
         let mut order = Order::watch(&line.from, options, deadline.left()).await?;
         for _ in 0..SNAPSHOTS {
             let outcome = place(client, line, &mut order, deadline).await;

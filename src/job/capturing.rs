@@ -1,13 +1,16 @@
 //! `walferry capture`: the half of a job that reads the source's slot into a topic, in a process of
 //! its own, mostly on a host near the source. The other half, `walferry apply`, is the runner.
 //!
-//! The two share no more than the home database and the topic. Capture makes nothing on either side:
-//! it waits until the runner has made the slot, reads it while the job lives, and ends with the job.
+//! The two share no more than the home database and the topic. Capture makes nothing on either
+//! side:
+//! it waits until the runner has made the slot, reads it while the job lives, and ends with the
+//! job.
 //! It has a lease of its own, beside the runner's: who holds it reads the forward slot. So a lost
 //! capture is taken over by another that waits for the lease; and a `run`, which does both, holds
 //! both leases, or only applies where a capture is alive.
 //!
-//! What survives a crash is in the topic; where reading goes on is seen from its end. While the home
+//! What survives a crash is in the topic; where reading goes on is seen from its end. While the
+//! home
 //! database is away, which is on the target, reading goes on without the lease, until another has
 //! it.
 //!
@@ -21,6 +24,7 @@ use super::lease::{self, Lease};
 use super::opening::Half;
 use super::pipeline::{Pipe, PipeOptions};
 use super::place::Place;
+use super::published::unchanged;
 use super::run::{JobConfig, Notice, Report};
 use super::state::Phase;
 use super::store::{JobRow, Store};
@@ -165,7 +169,7 @@ async fn hold(
             Some(row) if matches!(row.phase, Phase::Finished | Phase::Canceled) => {
                 return Ok(End::Over);
             }
-            Some(row) => keep_reading(config, &mut store, row, running).await?,
+            Some(row) => keep_reading(config, report, &mut store, row, running).await?,
         }
         if let Some(Running { pipe, .. }) = running {
             if let Some(message) = pipe.fatal() {
@@ -197,6 +201,7 @@ async fn store(config: &JobConfig) -> Result<Store> {
 /// Starts reading once there is a slot, and anew where that was made anew.
 async fn keep_reading(
     config: &JobConfig,
+    report: &Report,
     store: &mut Store,
     row: &JobRow,
     running: &mut Option<Running>,
@@ -211,6 +216,7 @@ async fn keep_reading(
     if !matches!(row.spool, Some(Place::Kafka(_))) {
         return Err(Error::NoTopic);
     }
+    unchanged(config, store, report).await?;
     let options = options(config, store, row).await?;
     *running = Some(Running { pipe: Pipe::start(options), slot_lsn: row.slot_lsn });
     Ok(())

@@ -4,27 +4,50 @@
 //! read under a fresh one, whose visibility the applier then respects. Foreign keys and the rest
 //! come once the target is consistent, which it is at once where all tables share one snapshot.
 
-use std::sync::Arc;
+use std::collections::{HashSet, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::run::{Notice, Runner};
+use tokio::task::JoinSet;
+
+use super::run::{Notice, Report, Runner};
 use super::state::Event;
 use super::{Error, Result};
-use crate::catalog::Table;
-use crate::copy::{self, CopyProgress, SnapshotSource};
-use crate::pg::{Purpose, Session};
+use crate::catalog::{Table, TableKind};
+use crate::copy::{self, CopyProgress, Freeze, SnapshotSource};
+use crate::id::QualifiedName;
+use crate::pg::{Config, Purpose, Session};
 use crate::schema::{self, PostOptions, PostPhase, PostProgress};
 use crate::source::{ExportedSnapshot, HeldSlot, snapshot};
+
+/// What makes the copy fast, each with a value that turns it off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bulk {
+    /// Small tables that share a transaction (copied, given indexes, analyzed) at most; 1 is off.
+    pub bundle_tables: usize,
+    /// Which rows are written frozen.
+    pub freeze: Freeze,
+    /// Keys of large tables are built beside their other indexes.
+    pub keys_beside: bool,
+}
+
+impl Default for Bulk {
+    fn default() -> Bulk {
+        Bulk { bundle_tables: 64, freeze: Freeze::default(), keys_beside: true }
+    }
+}
 
 impl Runner {
     /// Copies what is not yet copied and builds what is not yet built.
     pub(super) async fn copy(&mut self) -> Result<Event> {
         self.capture_forward().await?;
-        let tables = self.tables_with_rows(&self.config.source).await?;
+        let tables = self.copied_tables().await?;
         let progress = Arc::new(CopyProgress::new(&tables));
         self.say(Notice::Copying(progress.clone()));
         let (config, job) = (&self.config, self.config.job.as_str());
         let options = copy::Options {
             jobs: config.jobs,
+            bundle_tables: config.bulk.bundle_tables,
+            freeze: config.bulk.freeze,
             ..copy::Options::new(config.source.clone(), config.target.clone(), job)
         };
         loop {
@@ -51,21 +74,24 @@ impl Runner {
     }
 
     /// The planner would know nothing of the new tables until autovacuum comes by, and applications
-    /// may be switched to them before that.
+    /// may be switched to them before that. As many sessions as copied take the tables by the
+    /// handful, largest first.
     async fn analyze(&self, tables: &[Table]) -> Result<()> {
         self.say(Notice::Said("analyzing the target's tables".to_string()));
-        let mut session = Session::connect(&self.config.target, Purpose::Sql).await?;
-        // A help and no condition: a table that somebody has locked is left to autovacuum.
-        session.execute("set lock_timeout = '1s'").await?;
-        for table in tables {
-            match session.execute(&format!("analyze {}", table.name.quoted())).await {
-                Err(error) if error.code() == Some("55P03") => {
-                    self.say(Notice::Said(format!("{} is locked, not analyzed", table.name)));
-                }
-                analyzed => {
-                    analyzed?;
-                }
-            }
+        let names = analyzed(tables);
+        let jobs = self.config.jobs.max(1);
+        let count = self.config.bulk.bundle_tables.min(names.len().div_ceil(4 * jobs)).max(1);
+        let waiting: VecDeque<Vec<QualifiedName>> =
+            names.chunks(count).map(<[QualifiedName]>::to_vec).collect();
+        let sessions = jobs.min(waiting.len());
+        let waiting = Arc::new(Mutex::new(waiting));
+        let mut workers = JoinSet::new();
+        for _ in 0..sessions {
+            let (target, report) = (self.config.target.clone(), self.report.clone());
+            workers.spawn(analyze_waiting(target, waiting.clone(), report));
+        }
+        while let Some(ended) = workers.join_next().await {
+            ended.map_err(|e| Error::State(format!("analyzing: {e}")))??;
         }
         Ok(())
     }
@@ -106,16 +132,64 @@ impl Runner {
         let mut progress = move |at: PostProgress<'_>| {
             report(Notice::Building(at.done, at.total, at.statement.to_string()));
         };
-        let options = PostOptions {
-            job: self.config.job.to_string(),
-            phase,
-            postpone_acting,
-            parallel: self.config.jobs,
-            maintenance_work_mem: None,
-        };
+        let mut options = PostOptions::new(self.config.job.as_str(), phase);
+        options.postpone_acting = postpone_acting;
+        options.parallel = self.config.jobs;
+        options.bundle = self.config.bulk.bundle_tables;
+        options.keys_beside = self.config.bulk.keys_beside;
         schema::apply_post(&self.config.target, &dump, &options, &mut progress).await?;
         Ok(())
     }
+}
+
+/// What to name in ANALYZE, largest first: of a partitioned table the parent, which takes its
+/// partitions along.
+///
+/// <https://www.postgresql.org/docs/current/sql-analyze.html>
+fn analyzed(tables: &[Table]) -> Vec<QualifiedName> {
+    let all: HashSet<&QualifiedName> = tables.iter().map(|table| &table.name).collect();
+    let mut named: Vec<&Table> = tables
+        .iter()
+        .filter(|table| !table.partition_of.as_ref().is_some_and(|parent| all.contains(parent)))
+        .collect();
+    named.sort_by_key(|table| {
+        std::cmp::Reverse((table.kind == TableKind::Partitioned, table.bytes))
+    });
+    named.into_iter().map(|table| table.name.clone()).collect()
+}
+
+/// Analyzes handfuls of tables until none waits. A help and no condition: a table that somebody has
+/// locked is left to autovacuum.
+async fn analyze_waiting(
+    target: Config,
+    waiting: Arc<Mutex<VecDeque<Vec<QualifiedName>>>>,
+    report: Report,
+) -> Result<()> {
+    let mut session = Session::connect(&target, Purpose::Sql).await?;
+    session.execute("set lock_timeout = '1s'").await?;
+    let take = || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+    while let Some(names) = take() {
+        // Up to 10 the statement takes one table.
+        if session.major_version() > 10 && names.len() > 1 {
+            let list: Vec<String> = names.iter().map(QualifiedName::quoted).collect();
+            match session.execute(&format!("analyze {}", list.join(", "))).await {
+                Ok(_) => continue,
+                Err(error) if error.code() == Some("55P03") => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        for name in names {
+            match session.execute(&format!("analyze {}", name.quoted())).await {
+                Err(error) if error.code() == Some("55P03") => {
+                    report(Notice::Said(format!("{name} is locked, not analyzed")));
+                }
+                analyzed => {
+                    analyzed?;
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Keeps a snapshot alive.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::state::Refused;
 use crate::buffer::{durable, spool};
 use crate::fault::{Fault, Faulty};
+use crate::id::{QualifiedName, quote_ident};
 use crate::lsn::Lsn;
 use crate::{apply, catalog, copy, cutover, pg, schema, source, verify};
 
@@ -223,6 +224,56 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// No publication of the name given.
+    #[error(
+        "publication {publication} does not exist on the source: give the right --publication, or \
+         have it made (\"CREATE PUBLICATION {} FOR ALL TABLES;\")",
+        quote_ident(publication)
+    )]
+    NoPublication {
+        /// Its name.
+        publication: String,
+    },
+    /// Tables that the publication given does not show.
+    #[error(
+        "publication {publication} does not show {}: \"{fix}\" as its owner, or leave them out \
+         with --exclude",
+        names(tables)
+    )]
+    NotPublished {
+        /// Its name.
+        publication: String,
+        /// Which tables.
+        tables: Vec<QualifiedName>,
+        /// What mends it.
+        fix: String,
+    },
+    /// The publication given is not any more what it was.
+    #[error(
+        "publication {publication} was altered since the slot was made: {}. What was written to \
+         these tables meanwhile may be missing on the target, and nothing in the stream says so. \
+         End this job with walferry cancel and start it anew, which copies every table again",
+        changes.join("; ")
+    )]
+    PublicationChanged {
+        /// Its name.
+        publication: String,
+        /// What is different, one line for each.
+        changes: Vec<String>,
+    },
+    /// A job of a part of the rows has no way back.
+    #[error(
+        "publication {publication} leaves out a part of the tables ({}), so the old side would \
+         keep rows that the target never had: there is no way back, and therefore no cutover. \
+         Nothing was switched and writers go on; point clients to the target by hand and end with \
+         walferry cancel, or start a job by a publication of whole tables", left_out.join("; ")
+    )]
+    Partial {
+        /// Its name.
+        publication: String,
+        /// By table, what is left out.
+        left_out: Vec<String>,
+    },
     /// A stream stopped for good.
     #[error("the {stream} stream stopped: {message}")]
     Stream {
@@ -252,6 +303,10 @@ impl From<crate::buffer::kafka::Error> for Error {
     fn from(error: crate::buffer::kafka::Error) -> Self {
         Error::Buffer(error.into())
     }
+}
+
+fn names(tables: &[QualifiedName]) -> String {
+    tables.iter().map(QualifiedName::to_string).collect::<Vec<_>>().join(", ")
 }
 
 impl Faulty for Error {

@@ -12,7 +12,8 @@
 //!   `positions`. `vigil`: the lease, and servers that fall silent. `flip`: arming the way back,
 //!   and the choreography with its journal. `cleanup`: finish and cancel.
 //! - `ability`: what the roles may do, and so how each side is written. `reading`: how each side is
-//!   read. `validating`: foreign keys that came back at a switch.
+//!   read; `published`: by which publication of others. `validating`: foreign keys that came back
+//!   at a switch.
 //! - `client`: commands from other processes. `align`: both sides held at one point, for verify.
 //!   `status`: what people and scripts see.
 //!
@@ -41,6 +42,7 @@ pub mod pipeline;
 pub mod place;
 mod positions;
 mod prepare;
+mod published;
 pub mod reading;
 pub mod run;
 mod spooling;
@@ -51,6 +53,7 @@ mod streams;
 mod validating;
 mod vigil;
 
+pub use copying::Bulk;
 pub use error::Error;
 pub use flip::FlipRequest;
 pub use run::{JobConfig, Notice, Runner, Until};

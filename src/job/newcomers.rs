@@ -3,8 +3,8 @@
 
 use std::collections::HashSet;
 
-use super::Result;
 use super::run::Runner;
+use super::{Result, published};
 use crate::catalog::Table;
 use crate::cutover;
 use crate::decode::Plugin;
@@ -24,11 +24,19 @@ impl Runner {
             Stream::Reverse => (&self.config.target, &self.config.source, ("target", "source")),
         };
         let publication = self.config.job.object(flip);
-        let tables: Vec<_> = self.tables(live).await?.into_iter().map(|t| t.name).collect();
-        let mut session = Session::connect(live, Purpose::Sql).await?;
-        let unpublished = match reading.plugin()? == Plugin::Pgoutput {
-            true => publication::missing(&mut session, &publication, &tables).await?,
-            false => unfollowed,
+        let tables = self.tables(live).await?;
+        let given = self.config.options.publication.clone().filter(|_| flip == Stream::Forward);
+        let publication = given.clone().unwrap_or(publication);
+        let unpublished = match reading.plugin()? {
+            Plugin::Pgoutput if given.is_some() => {
+                published::unpublished(live, &publication, &tables).await?
+            }
+            Plugin::Pgoutput => {
+                let tables: Vec<_> = tables.into_iter().map(|t| t.name).collect();
+                let mut session = Session::connect(live, Purpose::Sql).await?;
+                publication::missing(&mut session, &publication, &tables).await?
+            }
+            _ => unfollowed,
         };
         let there = self.fenced_tables(dest).await?;
         let here = self.fenced_tables(live).await?;

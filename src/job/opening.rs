@@ -1,5 +1,5 @@
-//! Opening a stream's spool or topic: where it is, whose it must be, and what to say if it lacks what
-//! the slot was told.
+//! Opening a stream's spool or topic: where it is, whose it must be, and what to say if it lacks
+//! what the slot was told.
 //!
 //! Both servers are asked first: the target for its durable progress, the source for what its slot
 //! was told. What lies between must be in the spool or topic, or it is lost (law 4).

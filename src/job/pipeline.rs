@@ -22,7 +22,8 @@ use super::opening::{Half, SpoolOptions};
 use super::spooling;
 use crate::apply::{self, Applied, Applier, Tuning};
 use crate::buffer::memory;
-use crate::change::Snapshot;
+use crate::buffer::spool::Spill;
+use crate::change::{self, Snapshot};
 use crate::clock::Backoff;
 use crate::decode::Plugin;
 use crate::fault::{Fault, Faulty};
@@ -62,6 +63,8 @@ pub struct PipeOptions {
     pub to: Config,
     /// The tables that are read, where the decoder gives every table of the database.
     pub followed: Arc<Followed>,
+    /// The publications that are read, where the decoder is pgoutput.
+    pub publications: Vec<String>,
     /// See [`StreamOptions::plain_numbers`].
     pub plain_numbers: bool,
     /// How the slot is read.
@@ -77,6 +80,8 @@ pub struct PipeOptions {
     pub visibility: Option<Visibility>,
     /// Where changes wait; `None` for memory.
     pub spool: Option<SpoolOptions>,
+    /// Where transactions in progress wait for their end; `None` asks the server not to send them.
+    pub streaming: Option<Arc<Spill>>,
     /// While false, only walferry's own tables are applied.
     pub gate: Option<Arc<AtomicBool>>,
     /// How they are applied.
@@ -107,6 +112,13 @@ impl PipeOptions {
         self.transport == Transport::Pull && plugin.is_ok_and(|p| !p.tells_commit_first())
     }
 
+    /// The place for transactions in progress. Not for a reader that is opened because there was no
+    /// room: then the server keeps them, until that reader ends.
+    fn spill(&self) -> Option<Arc<dyn change::Spill>> {
+        let spill = self.streaming.clone().filter(|_| self.transport == Transport::Stream)?;
+        if spill.take_refused() { None } else { Some(spill) }
+    }
+
     /// Opens the slot to be read from `start_lsn` on, all below which is in hand already; the slot
     /// is told `confirmed_lsn` and nothing beyond.
     pub(super) async fn open_reader(
@@ -123,8 +135,10 @@ impl PipeOptions {
             skip_origins: vec![opposite.clone()],
             skip_markers: vec![opposite],
             followed: self.followed.clone(),
+            publications: self.publications.clone(),
             plain_numbers: self.plain_numbers,
             confirmed_lsn,
+            spill: self.spill(),
             ..StreamOptions::new(&name, &name, start_lsn, self.recorded.clone())
         };
         Ok(source::Reader::open(&self.from, self.transport, wanted).await?)

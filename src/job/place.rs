@@ -60,6 +60,17 @@ impl Default for BufferOptions {
     }
 }
 
+/// `--streaming on` and what goes with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StreamingOptions {
+    /// Limit of each stream's files of transactions in progress, in bytes.
+    pub limit_bytes: u64,
+}
+
+/// Transactions in progress may take so much disk unless told otherwise: beyond, the server is
+/// asked to keep them on its own.
+pub const STREAMING_BYTES: u64 = 10 << 30;
+
 /// `walferry.job.spool`: where the job's changes wait, if not in memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -267,8 +278,8 @@ async fn leave(
     store.set_spool(None).await
 }
 
-/// Removes a stream's spool; false if there was none. Topics stay: others may read them, and what is
-/// written next goes on behind what is there.
+/// Removes a stream's spool; false if there was none. Topics stay: others may read them, and what
+/// is written next goes on behind what is there.
 pub(super) async fn remove(place: &Place, name: &str) -> Result<bool> {
     let Place::Spool(place) = place else { return Ok(false) };
     let dir = place.of(name);

@@ -9,7 +9,7 @@ use super::run::{JobConfig, Notice, Report, Runner, published};
 use super::state::Event;
 use super::store::Store;
 use super::{Error, Result, check};
-use crate::catalog::Selection;
+use crate::catalog::{Selection, Table};
 use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
 use crate::pg::{Purpose, Session};
@@ -31,9 +31,12 @@ impl Runner {
         let tables = self.tables(&self.config.source).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
         let marked = !self.row().await?.abilities.source.origin;
-        let tables = published(&self.config.job, &tables, marked);
-        let reading = self.choose_reading(Stream::Forward, &tables).await?;
-        publish(&mut source, &name, &tables, &reading).await?;
+        let followed = published(&self.config.job, &tables, marked);
+        let reading = self.choose_reading(Stream::Forward, &followed).await?;
+        match self.config.options.publication.is_some() {
+            true => self.keep_publication(&mut source, &tables, marked).await?,
+            false => publish(&mut source, &name, &followed, &reading).await?,
+        }
         self.make_slot(&mut source, &name, &reading).await?;
         let dump = match self.store.load_dump().await? {
             Some((pre, post)) => schema::Dump { pre, post },
@@ -56,6 +59,24 @@ impl Runner {
             self.say(Notice::Said(format!("warning: the role may not, and it is left out: {sql}")));
         }
         Ok(Event::SchemaMade)
+    }
+
+    /// What an administrator's publication gives, as it is before the slot is made.
+    async fn keep_publication(
+        &mut self,
+        source: &mut Session,
+        tables: &[Table],
+        marked: bool,
+    ) -> Result<()> {
+        let name = self.config.job.object(Stream::Forward);
+        let made = self.row().await?.slot_lsn.is_some();
+        let mut readings = self.store.load_readings().await?;
+        if made && readings.publication.is_some() && slot::status(source, &name).await?.is_some() {
+            return Ok(());
+        }
+        let own = published(&self.config.job, &[], marked);
+        self.take_publication(source, &mut readings, tables, &own).await?;
+        self.store.save_readings(&readings).await
     }
 
     /// The schema as the target can take it, where that is older than the source.
@@ -202,6 +223,8 @@ pub(super) async fn check_ready(
     options.selection = selection.clone();
     options.copy_jobs = config.jobs;
     options.wanted = config.wanted.clone();
+    options.sample_only_for_limit = true;
+    options.streaming = config.streaming.is_some();
     let mut found = check::run(&config.source, &config.target, options.clone()).await?;
     while found.findings.iter().any(|finding| finding.code == "unreachable") {
         // To a person this is a finding; the runner was there a moment ago, and knows from the

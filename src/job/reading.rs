@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::store::Store;
 use super::{Error, Result};
+use crate::catalog;
 use crate::decode::Plugin;
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::pg::{Config, Purpose, Session};
@@ -24,6 +25,8 @@ pub struct Wanted {
     pub transport: Option<Transport>,
     /// `--no-nan`.
     pub plain_numbers: bool,
+    /// `--publication`: then the source's decoder is pgoutput.
+    pub publication: Option<String>,
 }
 
 /// How one stream is read, as stored with the job.
@@ -91,6 +94,13 @@ pub struct Readings {
     /// The same of the reverse stream.
     #[serde(default)]
     pub reverse_oids: Vec<u32>,
+    /// What the administrator's publication gave of the forward stream's tables before its slot was
+    /// made.
+    #[serde(default)]
+    pub publication: Option<catalog::Publication>,
+    /// The publications that the forward stream reads; none: one of its own name.
+    #[serde(default)]
+    pub publications: Vec<String>,
 }
 
 impl Readings {
@@ -99,6 +109,14 @@ impl Readings {
         match stream {
             Stream::Forward => &mut self.forward,
             Stream::Reverse => &mut self.reverse,
+        }
+    }
+
+    /// The publications that a stream reads; `own` is the name of the job's.
+    pub fn publications(&self, stream: Stream, own: &str) -> Vec<String> {
+        match (stream, self.publications.as_slice()) {
+            (Stream::Forward, given @ [_, ..]) => given.to_vec(),
+            _ => vec![own.to_string()],
         }
     }
 
@@ -260,6 +278,9 @@ pub(super) async fn choose_decoder(
     tables: &[QualifiedName],
     wanted: &Wanted,
 ) -> Result<(Plugin, String)> {
+    if let Some(name) = wanted.publication.as_ref().filter(|_| stream == Stream::Forward) {
+        return Ok((Plugin::Pgoutput, format!("publication {name} was asked for")));
+    }
     if let Some(decoder) = wanted.decoder {
         if !choice::has_plugin(side, decoder).await? {
             let reason = format!("the server does not have {decoder}");

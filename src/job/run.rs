@@ -11,11 +11,12 @@ use tokio::sync::watch;
 
 use super::admit::{admit, make_tables};
 use super::capturing;
+use super::copying::Bulk;
 use super::flip::FlipRequest;
 use super::lease::{self, Holder};
 use super::opening::Half;
 use super::pipeline::Pipe;
-use super::place::{BufferOptions, Chosen};
+use super::place::{BufferOptions, Chosen, StreamingOptions};
 use super::reading::Wanted;
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobOptions, JobRow, Store};
@@ -57,10 +58,14 @@ pub struct JobConfig {
     pub slot_timeout: Duration,
     /// Where changes wait.
     pub buffer: BufferOptions,
+    /// Have the server send transactions in progress, where it can.
+    pub streaming: Option<StreamingOptions>,
     /// How changes are applied.
     pub tuning: Tuning,
     /// Whether the forward stream is read by this process, or by another into a topic.
     pub half: Half,
+    /// How rows and indexes are made.
+    pub bulk: Bulk,
 }
 
 /// When the runner returns.

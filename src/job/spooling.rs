@@ -3,7 +3,8 @@
 //! The reader fills the spool whatever the target does, and the applier empties it whatever the
 //! source does. Each begins again from where it stands after a fault that may mend itself: the
 //! reader at the spool's end, the applier at the target's progress. What is said of a spool here
-//! goes for a topic as well, where the two ends may be two processes: [`Half`]. The slot is told what is
+//! goes for a topic as well, where the two ends may be two processes: [`Half`]. The slot is told
+//! what is
 //! durable on the target; only when the source keeps too much WAL for it, what is durable in the
 //! spool.
 //!

@@ -57,6 +57,9 @@ pub struct JobOptions {
     pub exclude: Vec<String>,
     /// `--schema-only`.
     pub schema_only: Vec<String>,
+    /// `--publication`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub publication: Option<String>,
 }
 
 impl JobOptions {
@@ -76,7 +79,8 @@ impl std::fmt::Display for JobOptions {
             ("--schema-only", &self.schema_only),
         ];
         let given = lists.iter().flat_map(|(option, list)| list.iter().map(move |p| (option, p)));
-        let given: Vec<String> = given.map(|(option, p)| format!("{option} '{p}'")).collect();
+        let mut given: Vec<String> = given.map(|(option, p)| format!("{option} '{p}'")).collect();
+        given.extend(self.publication.iter().map(|name| format!("--publication '{name}'")));
         f.write_str(if given.is_empty() { "none" } else { "" })?;
         f.write_str(&given.join(" "))
     }

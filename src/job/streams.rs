@@ -1,6 +1,7 @@
 //! Starting and stopping a runner's two streams.
 
 use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -9,10 +10,12 @@ use super::Result;
 use super::admit::recorded;
 use super::opening::{Half, SpoolOptions};
 use super::pipeline::{Pipe, PipeOptions, TableFilter, Visibility};
+use super::place::Place;
 use super::prepare::stored_reading;
 use super::run::{JobConfig, Runner};
 use super::state::{Event, Phase};
 use super::store::Store;
+use crate::buffer::spool::Spill;
 use crate::catalog::{Selection, tables};
 use crate::copy;
 use crate::id::{QualifiedName, Stream};
@@ -22,16 +25,41 @@ use crate::pg::{Config, Purpose, Session};
 /// A stream that has not reached a batch boundary by then is cut off, as a crash would.
 pub(super) const STREAM_PATIENCE: Duration = Duration::from_millis(1500);
 
+/// Where large files may lie for a while. Not /tmp if it can be helped, which is often in memory.
+fn temporary() -> PathBuf {
+    let given = std::env::var_os("TMPDIR").filter(|dir| !dir.is_empty()).map(PathBuf::from);
+    let on_disk = || Some(PathBuf::from("/var/tmp")).filter(|dir| Path::is_dir(dir));
+    given.or_else(on_disk).unwrap_or_else(std::env::temp_dir)
+}
+
 impl Runner {
     /// Applies from where the target stands; a stream that only filled its spool begins to.
     pub(super) async fn follow_forward(&mut self) -> Result<Option<Event>> {
-        let visibility =
-            copy::visibility(&mut self.store.session, self.config.job.as_str()).await?;
+        let visibility = self.visibility().await?;
         match &self.forward {
             Some(pipe) => pipe.begin_apply(visibility),
             None => self.forward = Some(self.pipe(Stream::Forward, Some(visibility)).await?),
         }
         Ok(None)
+    }
+
+    /// What the copy has of tables that were read later than under the slot's snapshot, by the
+    /// names that their changes come under. All partitions that share one were
+    /// read under one snapshot.
+    async fn visibility(&mut self) -> Result<Visibility> {
+        let job = self.config.job.as_str();
+        let mut visibility = copy::visibility(&mut self.store.session, job).await?;
+        let kept = self.store.load_readings().await?.publication;
+        for shown in kept.iter().flat_map(|publication| &publication.shown) {
+            let named = |(schema, name): &(String, String)| QualifiedName::new(schema, name);
+            let (table, under) = (named(&shown.table), named(&shown.under));
+            if table != under
+                && let Some(seen) = visibility.get(&table).cloned()
+            {
+                visibility.insert(under, seen);
+            }
+        }
+        Ok(visibility)
     }
 
     /// While rows are copied, changes already go into the spool, so that WAL does not pile up.
@@ -64,6 +92,9 @@ impl Runner {
         stream: Stream,
         visibility: Option<Visibility>,
     ) -> Result<Pipe> {
+        if stream == Stream::Forward {
+            self.unchanged_publication().await?;
+        }
         let gate = (stream == Stream::Reverse).then(|| self.reverse_open.clone());
         let options = pipe_options(&self.config, &mut self.store, &self.selection, stream).await?;
         let spool = options.spool.filter(|_| self.spool.is_some());
@@ -90,6 +121,8 @@ pub(super) async fn pipe_options(
 ) -> Result<PipeOptions> {
     let row = store.load_existing().await?;
     let reading = stored_reading(config, store, stream).await?;
+    let readings = store.load_readings().await?;
+    let own = config.job.object(stream);
     let (from, to, system) = match stream {
         Stream::Forward => (&config.source, &config.target, row.source_system),
         Stream::Reverse => (&config.target, &config.source, row.target_system),
@@ -113,11 +146,19 @@ pub(super) async fn pipe_options(
         to: to.clone(),
         transport: reading.transport()?,
         plain_numbers: config.wanted.plain_numbers,
-        followed: Arc::new(store.load_readings().await?.tables(stream)),
+        followed: Arc::new(readings.tables(stream)),
+        publications: readings.publications(stream, &own),
         recorded: recorded(from, system.as_deref(), &reading.decoder),
         tables,
         ability,
         visibility: None,
+        streaming: config.streaming.as_ref().map(|streaming| {
+            let dir = match &row.spool {
+                Some(Place::Spool(place)) => PathBuf::from(&place.dir),
+                _ => temporary(),
+            };
+            Arc::new(Spill::new(dir, streaming.limit_bytes))
+        }),
         spool: row.spool.map(|place| SpoolOptions {
             place,
             half: match stream {

@@ -25,7 +25,7 @@ const SETTINGS: &str = "-c DateStyle=ISO -c IntervalStyle=postgres -c extra_floa
      -c idle_in_transaction_session_timeout=0 -c default_transaction_read_only=off \
      -c default_transaction_isolation=read\\ committed -c row_security=off \
      -c standard_conforming_strings=on -c quote_all_identifiers=off \
-     -c exit_on_error=off -c search_path= \
+     -c exit_on_error=off -c client_min_messages=warning -c search_path= \
      -c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3";
 
 /// How often a server looks, in the middle of a statement, whether we are still there. With the

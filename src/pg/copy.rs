@@ -1,42 +1,97 @@
-//! COPY in and out, frames passed through untouched.
+//! COPY in and out, rows passed through untouched.
+//!
+//! Several COPY statements in one request are one exchange: [`CopyOut::fill`] says where each ends,
+//! and [`CopyIn::next`] goes on to the next without waiting for the one before. Should one fail,
+//! the server throws away what was sent for the others.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use postgres_protocol::message::backend::Message;
 use postgres_protocol::message::frontend;
 
 use super::frame::Frame;
-use super::{Error, Result, Session};
+use super::{Error, Result, ServerError, Session};
 
 /// Bytes of CopyData collected before they are sent: few system calls, little memory.
 const COPY_SEND_BYTES: usize = 256 << 10;
 
-/// A running `COPY ... TO STDOUT`. Dropped before its end, the session is unusable.
+/// A message's tag and length.
+const HEADER_BYTES: usize = 5;
+
+/// Rows on their way from one server to another: one CopyData message being put together, whatever
+/// the messages were that they came in. No row is copied more than the once that this takes.
+#[derive(Debug)]
+pub struct CopyChunk {
+    message: BytesMut,
+}
+
+impl CopyChunk {
+    /// An empty one with room for so many bytes; it grows.
+    pub fn with_capacity(bytes: usize) -> CopyChunk {
+        let mut message = BytesMut::with_capacity(HEADER_BYTES + bytes);
+        message.put_slice(b"d\0\0\0\0");
+        CopyChunk { message }
+    }
+
+    /// Bytes of rows in it.
+    pub fn len(&self) -> usize {
+        self.message.len().saturating_sub(HEADER_BYTES)
+    }
+
+    /// True if there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The whole message.
+    fn seal(mut self) -> Bytes {
+        let len = (self.message.len() - 1) as u32;
+        if let Some(place) = self.message.get_mut(1..HEADER_BYTES) {
+            place.copy_from_slice(&len.to_be_bytes());
+        }
+        self.message.freeze()
+    }
+}
+
+/// Why [`CopyOut::fill`] came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filled {
+    /// The chunk is full; there may be more.
+    Full,
+    /// The COPY under way is at its end; another of the same request may follow.
+    Copied,
+    /// Nothing follows: the session is ready again.
+    Ready,
+}
+
+/// A running `COPY ... TO STDOUT`, or several. Dropped before its end, the session is unusable.
 #[derive(Debug)]
 pub struct CopyOut<'a> {
     session: &'a mut Session,
 }
 
-/// A running `COPY ... FROM STDIN`. Dropped before [`CopyIn::finish`], the session is unusable and
-/// the server rolls back when it is dropped too.
+/// A running `COPY ... FROM STDIN`, or several. Dropped before [`CopyIn::finish`], the session is
+/// unusable and the server rolls back when it is dropped too.
 #[derive(Debug)]
 pub struct CopyIn<'a> {
     session: &'a mut Session,
     out: BytesMut,
+    /// Rows of those that have ended, as the server counted them.
+    counts: Vec<u64>,
     /// The server ended the COPY with an error, which has been given; it takes no more data.
     failed: bool,
 }
 
 impl Session {
-    /// Starts `COPY ... TO STDOUT`.
+    /// Starts `COPY ... TO STDOUT`, or several separated by semicolons.
     pub async fn copy_out(&mut self, sql: &str) -> Result<CopyOut<'_>> {
         self.start_copy(sql).await?;
         Ok(CopyOut { session: self })
     }
 
-    /// Starts `COPY ... FROM STDIN`.
+    /// Starts `COPY ... FROM STDIN`, or several separated by semicolons.
     pub async fn copy_in(&mut self, sql: &str) -> Result<CopyIn<'_>> {
         self.start_copy(sql).await?;
-        Ok(CopyIn { session: self, out: BytesMut::new(), failed: false })
+        Ok(CopyIn { session: self, out: BytesMut::new(), counts: Vec::new(), failed: false })
     }
 
     async fn start_copy(&mut self, sql: &str) -> Result<()> {
@@ -72,6 +127,11 @@ impl Session {
 }
 
 impl CopyOut<'_> {
+    /// As [`Session::take_warnings`], while the COPY runs.
+    pub fn take_warnings(&mut self) -> Vec<ServerError> {
+        self.session.take_warnings()
+    }
+
     /// The next piece of data (text and CSV: whole lines; binary: see the manual), `None` at the
     /// end, after which the session is ready again.
     pub async fn next(&mut self) -> Result<Option<Bytes>> {
@@ -90,9 +150,58 @@ impl CopyOut<'_> {
             }
         }
     }
+
+    /// Adds rows to `chunk` until it holds `limit` bytes or more, or a COPY ends. Gives the number
+    /// of messages added (text and CSV: rows), and why it came back. After [`Filled::Copied`] it is
+    /// called again, up to [`Filled::Ready`].
+    pub async fn fill(&mut self, chunk: &mut CopyChunk, limit: usize) -> Result<(u64, Filled)> {
+        let mut count = 0;
+        loop {
+            count += self.session.reader.gather(&mut chunk.message, limit + HEADER_BYTES);
+            if chunk.len() >= limit {
+                return Ok((count, Filled::Full));
+            }
+            let frame = self.session.reader.next().await.map_err(|e| self.session.lost(e))?;
+            if let Frame::CopyData(data) = frame {
+                chunk.message.put_slice(&data);
+                count += 1;
+                continue;
+            }
+            match self.session.absorb(frame) {
+                Ok(Some(Message::CommandComplete(_))) => return Ok((count, Filled::Copied)),
+                Ok(Some(Message::ReadyForQuery(body))) => {
+                    self.session.end_exchange(body.status());
+                    return Ok((count, Filled::Ready));
+                }
+                Ok(_) => {}
+                Err(error) => return Err(self.session.drain(error).await),
+            }
+        }
+    }
 }
 
 impl CopyIn<'_> {
+    /// Passes a chunk on. What the server refuses is reported as by [`CopyIn::write`].
+    pub async fn pass(&mut self, chunk: CopyChunk) -> Result<()> {
+        if self.failed {
+            return Err(self.over());
+        }
+        if self.out.len() + chunk.message.len() < COPY_SEND_BYTES {
+            self.out.put_slice(&chunk.seal());
+            return Ok(());
+        }
+        if !self.out.is_empty() {
+            self.flush().await?;
+        }
+        self.send(chunk.seal()).await
+    }
+
+    /// Ends the COPY under way and goes on to the next of the same request, at once: what the
+    /// server says of the first is read later.
+    pub fn next(&mut self) {
+        frontend::copy_done(&mut self.out);
+    }
+
     /// Adds data; sent when enough has come together. A row that the server refuses is reported
     /// here as soon as the server says so; the session is then ready again and this COPY over.
     pub async fn write(&mut self, data: &[u8]) -> Result<()> {
@@ -111,31 +220,46 @@ impl CopyIn<'_> {
     /// Sends what was collected, reading meanwhile: a server held up by its own notices would
     /// never take the rest, and an error must not wait for the end of the data.
     async fn flush(&mut self) -> Result<()> {
-        let mut out = self.out.split().freeze();
+        let out = self.out.split().freeze();
+        self.send(out).await
+    }
+
+    async fn send(&mut self, mut out: Bytes) -> Result<()> {
         let mut flushed = false;
         while !flushed {
             let Some(frame) = self.session.frame_or_write(&mut out, &mut flushed).await? else {
                 continue;
             };
-            if let Err(error) = self.session.absorb(frame) {
-                self.failed = true;
-                // What is left of `out` must still go out whole: half a message would be taken
-                // for the beginning of the next one. The server throws it away.
-                if !error.is_closed() {
-                    self.session.send(&out).await?;
+            match self.session.absorb(frame) {
+                Ok(message) => self.count(message.as_ref()),
+                Err(error) => {
+                    self.failed = true;
+                    // What is left of `out` must still go out whole: half a message would be taken
+                    // for the beginning of the next one. The server throws it away.
+                    if !error.is_closed() {
+                        self.session.send(&out).await?;
+                    }
+                    return Err(self.session.drain(error).await);
                 }
-                return Err(self.session.drain(error).await);
             }
         }
         Ok(())
+    }
+
+    fn count(&mut self, message: Option<&Message>) {
+        if let Some(Message::CommandComplete(body)) = message {
+            let tag = body.tag().unwrap_or_default();
+            self.counts.push(tag.rsplit(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0));
+        }
     }
 
     fn over(&self) -> Error {
         self.session.protocol("this COPY has already failed".to_string())
     }
 
-    /// Ends the COPY; gives the number of rows. On an error the session is ready again.
-    pub async fn finish(mut self) -> Result<u64> {
+    /// Ends the last COPY; gives the number of rows of each. On an error the session is ready
+    /// again.
+    pub async fn finish(mut self) -> Result<Vec<u64>> {
         if self.failed {
             return Err(self.over());
         }
@@ -158,24 +282,19 @@ impl CopyIn<'_> {
 
     /// Sends what is left and reads to the end, both at once: the server's last words may come
     /// before our last byte is known to be sent, and must not be read past.
-    async fn end(mut self) -> Result<u64> {
+    async fn end(mut self) -> Result<Vec<u64>> {
         let mut out = self.out.split().freeze();
         let mut flushed = false;
-        let mut count = 0;
         loop {
             let Some(frame) = self.session.frame_or_write(&mut out, &mut flushed).await? else {
                 continue;
             };
             match self.session.absorb(frame) {
-                Ok(Some(Message::CommandComplete(body))) => {
-                    let tag = body.tag().unwrap_or_default();
-                    count = tag.rsplit(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
-                }
                 Ok(Some(Message::ReadyForQuery(body))) => {
                     self.session.end_exchange(body.status());
-                    return Ok(count);
+                    return Ok(self.counts);
                 }
-                Ok(_) => {}
+                Ok(message) => self.count(message.as_ref()),
                 Err(error) => {
                     if !error.is_closed() {
                         self.session.send(&out).await?;

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use postgres_protocol::message::backend::{Header, Message};
 use tokio::io::{AsyncReadExt, ReadHalf};
 
@@ -55,6 +55,25 @@ impl FrameReader {
                 ));
             }
         }
+    }
+
+    /// Moves the payloads of CopyData messages that have arrived whole to the end of `into`, until
+    /// that holds `limit` bytes or more, or another message comes. Gives their number. Nothing is
+    /// allocated or counted for a message: rows come by the million.
+    pub fn gather(&mut self, into: &mut BytesMut, limit: usize) -> u64 {
+        let (mut count, mut at) = (0, 0);
+        while into.len() < limit {
+            let rest = self.buffer.get(at..).unwrap_or_default();
+            let Some((b"d", rest)) = rest.split_at_checked(1) else { break };
+            let Some((length, _)) = rest.split_first_chunk::<4>() else { break };
+            let length = u32::from_be_bytes(*length) as usize;
+            let Some(payload) = rest.get(4..length) else { break };
+            into.extend_from_slice(payload);
+            at += length + 1;
+            count += 1;
+        }
+        self.buffer.advance(at);
+        count
     }
 
     /// A message that has already arrived, without waiting.
@@ -145,6 +164,35 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[tokio::test]
+    async fn rows_are_gathered_up_to_the_limit_and_other_messages_left() {
+        let (ours, theirs) = tokio::net::UnixStream::pair().unwrap();
+        drop(theirs);
+        let (half, _) = tokio::io::split(Socket::Unix(ours));
+        let mut reader = FrameReader::new(half);
+        for (length, body) in [(6_u32, "ab"), (5, "c"), (4, ""), (7, "def"), (9, "ghijk")] {
+            reader.buffer.extend_from_slice(b"d");
+            reader.buffer.extend_from_slice(&length.to_be_bytes());
+            reader.buffer.extend_from_slice(body.as_bytes());
+        }
+        reader.buffer.extend_from_slice(b"c\0\0\0\x04d\0\0");
+        let mut rows = BytesMut::from(&b"-"[..]);
+        assert_eq!(reader.gather(&mut rows, 4), 2);
+        assert_eq!(&rows[..], b"-abc");
+        assert_eq!(reader.gather(&mut rows, 5), 2, "an empty row, and one over the limit");
+        assert_eq!(reader.gather(&mut rows, 5), 0, "it is full");
+        assert_eq!(reader.gather(&mut rows, 1 << 20), 1);
+        assert_eq!(&rows[..], b"-abcdefghijk");
+        assert!(matches!(reader.buffered(), Ok(Some(Frame::Message(Message::CopyDone)))));
+        assert_eq!(reader.gather(&mut rows, 1 << 20), 0, "half a message");
+    }
+
+    #[test]
+    fn a_length_below_its_own_four_bytes_is_not_gathered() {
+        let mut buffer = BytesMut::from(&b"d\0\0\0\x02xx"[..]);
+        assert!(take(&mut buffer).is_err());
     }
 
     #[test]

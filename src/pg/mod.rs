@@ -32,7 +32,7 @@ pub mod socket;
 pub mod tls;
 
 pub use config::{Config, Host};
-pub use copy::{CopyIn, CopyOut};
+pub use copy::{CopyChunk, CopyIn, CopyOut, Filled};
 pub use error::{Error, ServerError};
 pub use pipeline::{Event, Param, Pipeline, Reply};
 pub use replication::{CreatedSlot, ReplicationMessage};

@@ -57,6 +57,8 @@ pub struct Session {
     pub(super) posted: usize,
     /// A notice that announced the end of the session, as an immediate shutdown gives it.
     farewell: Option<Box<ServerError>>,
+    /// WARNINGs that nobody has taken yet, each text once; `None` where nobody wants them.
+    warnings: Option<Vec<ServerError>>,
     /// The connection is over, by an error that has been given.
     over: bool,
 }
@@ -83,6 +85,7 @@ impl Session {
             busy: false,
             posted: 0,
             farewell: None,
+            warnings: None,
             over: false,
         }
     }
@@ -112,9 +115,9 @@ impl Session {
         self.greeting.parameters.get(name).map(String::as_str)
     }
 
-    /// Lets a SQL_ASCII database's bytes in and out as they are (pgcopydb#874): their meaning is not
-    /// known, and of a session that says it talks UTF-8 the server refuses what is none. Nothing
-    /// where the database has an encoding.
+    /// Lets a SQL_ASCII database's bytes in and out as they are (pgcopydb#874): their meaning is
+    /// not known, and of a session that says it talks UTF-8 the server refuses what is none. Does
+    /// nothing where the database has an encoding.
     ///
     /// <https://www.postgresql.org/docs/current/multibyte.html>
     pub async fn pass_unknown_bytes(&mut self) -> Result<()> {
@@ -122,6 +125,17 @@ impl Session {
             self.execute("set client_encoding = 'SQL_ASCII'").await?;
         }
         Ok(())
+    }
+
+    /// From now on the server's WARNINGs are kept for [`Session::take_warnings`].
+    pub fn keep_warnings(&mut self) {
+        self.warnings.get_or_insert_default();
+    }
+
+    /// WARNINGs that came since they were last taken, before the message that was given last; each
+    /// text once.
+    pub fn take_warnings(&mut self) -> Vec<ServerError> {
+        self.warnings.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// `server_version_num`'s major part: 10 to 18 and on.
@@ -325,7 +339,8 @@ impl Session {
         }
     }
 
-    /// Keeps notifications, drops notices, turns errors into `Err`, gives the rest back.
+    /// Keeps notifications, and warnings if they are wanted, drops other notices, turns errors into
+    /// `Err`, gives the rest back.
     pub(super) fn absorb(&mut self, frame: Frame) -> Result<Option<Message>> {
         match frame {
             Frame::Message(Message::NotificationResponse(body)) => {
@@ -339,6 +354,11 @@ impl Session {
                 let notice = ServerError::from_fields(body.fields());
                 if notice.code.starts_with("57P") {
                     self.farewell = Some(Box::new(notice));
+                } else if let Some(warnings) = &mut self.warnings
+                    && notice.severity == "WARNING"
+                    && !warnings.iter().any(|known| known.message == notice.message)
+                {
+                    warnings.push(notice);
                 }
                 Ok(None)
             }

@@ -198,7 +198,7 @@ pub async fn build_acting(session: &mut Session, dump: &Dump, job: &str) -> Resu
             }
             None => sqls.push(step.statement.sql),
         }
-        sqls.push(record(job, &step.id));
+        sqls.push(record(job, std::iter::once(step.id.as_str())));
     }
     together(session, &sqls).await
 }

@@ -11,7 +11,8 @@
 //!    nothing is.
 //! 3. The rows are copied, by others, into tables without indexes, keys and triggers.
 //! 4. `apply_post` with [`PostPhase::Indexes`]: indexes and their constraints, in parallel, largest
-//!    table first; then partition indexes are attached, replica identities set.
+//!    table first, those of small tables many to a transaction; then indexes of partitions are
+//!    attached, replica identities set.
 //! 5. `apply_post` with [`PostPhase::Rest`]: foreign keys, triggers, rules, policies, materialized
 //!    views filled, event triggers last.
 //! 6. `set_sequences` at the cutover.
@@ -19,7 +20,7 @@
 //! Where the role may not keep triggers and foreign keys from acting on applied rows, step 5 leaves
 //! them out and `aside` makes them in the cutover.
 //!
-//! After a crash: each statement of post-data commits together with a row of
+//! After a crash: every statement of post-data commits together with its row of
 //! `walferry.schema_step`, and pre-data as a whole with another, so a run begun again leaves out
 //! exactly what is done. An index half built is gone with its transaction.
 //!
@@ -30,7 +31,8 @@
 //! named before anything is done), publications and subscriptions, changes of the schema while the
 //! job runs, indexes built CONCURRENTLY (nobody else works on the target yet).
 //!
-//! - `lex`, `script`, `plan`: pure; tokens, statements, order. - `depend`: views of the source.
+//! - `lex`, `script`, `plan`, `pack`: pure; tokens, statements, order, company.
+//! - `depend`: views of the source.
 //! - `dump`, `pre`, `post`, `aside`, `sequence`: the steps above. - `error`: what can go wrong.
 
 pub mod aside;
@@ -39,6 +41,7 @@ pub mod dump;
 pub mod error;
 pub mod lex;
 pub mod older;
+pub mod pack;
 pub mod plan;
 pub mod post;
 pub mod pre;

@@ -25,6 +25,8 @@ pub enum PostPhase {
 pub enum Wave {
     /// CREATE INDEX and constraints with an index: parallel.
     Build,
+    /// Constraints over indexes that were built beside others: see `pack::keys_beside`.
+    Adopt,
     /// ALTER INDEX ... ATTACH PARTITION: after both indexes exist (pgstream#1094).
     Attach,
     /// What is said of an index that exists: CLUSTER ON, REPLICA IDENTITY, statistics targets.
@@ -41,7 +43,7 @@ impl Wave {
     /// The half it belongs to.
     pub fn phase(self) -> PostPhase {
         match self {
-            Wave::Build | Wave::Attach | Wave::Mark => PostPhase::Indexes,
+            Wave::Build | Wave::Adopt | Wave::Attach | Wave::Mark => PostPhase::Indexes,
             Wave::ForeignKey | Wave::Rest | Wave::EventTrigger => PostPhase::Rest,
         }
     }
@@ -105,12 +107,17 @@ pub fn steps(post: &str, bytes: &HashMap<QualifiedName, u64>) -> Result<Vec<Step
             Step { id: format!("{hash:032x}.{nth}"), statement, wave, locks }
         })
         .collect();
-    let size = |step: &Step| -> u64 {
-        let tables = step.locks.iter().filter_map(|lock| bytes.get(&lock.table));
+    let sizes = |step: &Step| -> u64 {
+        let tables = step.locks.iter().map(|lock| size(bytes, lock));
         if step.wave.is_parallel() { tables.sum() } else { 0 }
     };
-    steps.sort_by_key(|step| (step.wave, std::cmp::Reverse(size(step))));
+    steps.sort_by_key(|step| (step.wave, std::cmp::Reverse(sizes(step))));
     Ok(steps)
+}
+
+/// Bytes of the table; 0 where it has no rows.
+pub(super) fn size(bytes: &HashMap<QualifiedName, u64>, lock: &Lock) -> u64 {
+    bytes.get(&lock.table).copied().unwrap_or(0)
 }
 
 /// FNV-1a with 128 bits: a collision would skip a statement, so 64 are too few to be calm about.

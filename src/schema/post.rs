@@ -1,12 +1,13 @@
 //! Post-data on the target: many sessions, each statement exactly once.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use tokio::task::JoinSet;
 
+use super::pack;
 use super::plan::{self, PostPhase, Step, Wave};
-use super::pre::{known_settings, record, set_local, texts, transaction};
+use super::pre::{known_settings, record, texts, transaction, with_settings};
 use super::{Dump, Error, Result};
 use crate::id::{QualifiedName, quote_literal};
 use crate::pg::{CancelHandle, Config, Purpose, Session};
@@ -26,8 +27,29 @@ pub struct PostOptions {
     pub postpone_acting: bool,
     /// Sessions at most; 0 counts as 1.
     pub parallel: usize,
-    /// maintenance_work_mem of each, in PostgreSQL's notation (`1GB`); the server's own if `None`.
-    pub maintenance_work_mem: Option<String>,
+    /// maintenance_work_mem of each, in bytes, where the server's own is less.
+    pub maintenance_work_mem: u64,
+    /// Statements about small tables that share a transaction at most; 1 is each by itself.
+    pub bundle: usize,
+    /// Keys of large tables are built beside their other indexes.
+    pub keys_beside: bool,
+}
+
+impl PostOptions {
+    /// Of the job, with everything that makes it fast.
+    pub fn new(job: &str, phase: PostPhase) -> PostOptions {
+        PostOptions {
+            job: job.to_string(),
+            phase,
+            postpone_acting: false,
+            parallel: 4,
+            // Enough to sort some 8 million keys without a file, and little beside the
+            // shared_buffers of a server that holds as many.
+            maintenance_work_mem: 256 << 20,
+            bundle: 64,
+            keys_beside: true,
+        }
+    }
 }
 
 /// How far it is.
@@ -43,7 +65,7 @@ pub struct PostProgress<'a> {
 
 /// Runs one half of post-data over up to `parallel` sessions of its own. Statements that an
 /// earlier call for this job has done are left out. `progress` is called at the start and the end
-/// of each statement, and must not block.
+/// of each transaction, with its first statement, and must not block.
 ///
 /// After an error the statements under way are canceled and rolled back, and a later call goes on
 /// from there. A refused statement is shown whole.
@@ -62,6 +84,9 @@ pub async fn apply_post(
         let postponed = options.postpone_acting && plan::acts(&step.statement.sql);
         step.wave.phase() == options.phase && !postponed
     });
+    if options.keys_beside {
+        steps = pack::keys_beside(steps, &bytes, &done);
+    }
     let total = steps.len();
     steps.retain(|step| !done.contains(&step.id));
     let mut crew = Crew {
@@ -70,17 +95,26 @@ pub async fn apply_post(
         known,
         idle: Vec::new(),
         busy: JoinSet::new(),
-        running: Vec::new(),
+        running: HashMap::new(),
+        started: 0,
         done: total - steps.len(),
         total,
     };
     crew.prepare(&mut session).await?;
     crew.idle.push(session);
-    let waves =
-        [Wave::Build, Wave::Attach, Wave::Mark, Wave::ForeignKey, Wave::Rest, Wave::EventTrigger];
+    let waves = [
+        Wave::Build,
+        Wave::Adopt,
+        Wave::Attach,
+        Wave::Mark,
+        Wave::ForeignKey,
+        Wave::Rest,
+        Wave::EventTrigger,
+    ];
     for wave in waves {
         let steps = steps.iter().filter(|step| step.wave == wave).cloned().collect();
-        if let Err(error) = crew.wave(wave, steps, progress).await {
+        let bundles = pack::bundles(steps, &bytes, (options.bundle, options.parallel));
+        if let Err(error) = crew.wave(wave, bundles.into(), progress).await {
             crew.cancel().await;
             return Err(error);
         }
@@ -116,18 +150,22 @@ struct Crew<'a> {
     options: &'a PostOptions,
     known: HashSet<String>,
     idle: Vec<Session>,
-    busy: JoinSet<(Session, Step, Result<()>)>,
-    running: Vec<(Step, CancelHandle)>,
+    busy: JoinSet<(Session, usize, Result<()>)>,
+    /// What each transaction under way runs, by its number.
+    running: HashMap<usize, (Vec<Step>, CancelHandle)>,
+    started: usize,
     done: usize,
     total: usize,
 }
 
 impl Crew<'_> {
     async fn prepare(&self, session: &mut Session) -> Result<()> {
-        if let Some(memory) = &self.options.maintenance_work_mem {
-            let sql = format!("set maintenance_work_mem = {}", quote_literal(memory));
-            session.execute(&sql).await?;
-        }
+        let kb = self.options.maintenance_work_mem >> 10;
+        let sql = format!(
+            "select pg_catalog.set_config(name, '{kb}', false) from pg_catalog.pg_settings \
+             where name = 'maintenance_work_mem' and setting::int8 < {kb}"
+        );
+        session.query(&sql).await?;
         Ok(())
     }
 
@@ -143,50 +181,50 @@ impl Crew<'_> {
     async fn wave(
         &mut self,
         wave: Wave,
-        mut waiting: Vec<Step>,
+        mut waiting: VecDeque<Vec<Step>>,
         progress: &mut (dyn FnMut(PostProgress<'_>) + Send),
     ) -> Result<()> {
         let parallel = if wave.is_parallel() { self.options.parallel.max(1) } else { 1 };
         loop {
             while self.running.len() < parallel {
-                let free = waiting
-                    .iter()
-                    .position(|step| self.running.iter().all(|(other, _)| step.is_free_of(other)));
-                let Some(index) = free else { break };
-                let step = waiting.remove(index);
-                self.report(&step, progress);
-                self.start(step).await?;
+                let others = self.running.values().flat_map(|(steps, _)| steps);
+                let free = waiting.iter().position(|steps| {
+                    steps.iter().all(|step| others.clone().all(|other| step.is_free_of(other)))
+                });
+                let Some(steps) = free.and_then(|index| waiting.remove(index)) else { break };
+                self.report(&steps, progress);
+                self.start(steps).await?;
             }
             let Some(ended) = self.busy.join_next().await else { return Ok(()) };
-            let (session, step, outcome) =
+            let (session, number, outcome) =
                 ended.map_err(|e| Error::Bug(format!("a schema statement: {e}")))?;
-            self.running.retain(|(other, _)| other.id != step.id);
+            let steps = self.running.remove(&number).map_or(Vec::new(), |(steps, _)| steps);
             outcome?;
             self.idle.push(session);
-            self.done += 1;
-            self.report(&step, progress);
+            self.done += steps.len();
+            self.report(&steps, progress);
         }
     }
 
-    fn report(&self, step: &Step, progress: &mut (dyn FnMut(PostProgress<'_>) + Send)) {
-        let statement = step.statement.sql.as_str();
-        progress(PostProgress { done: self.done, total: self.total, statement });
+    fn report(&self, steps: &[Step], progress: &mut (dyn FnMut(PostProgress<'_>) + Send)) {
+        if let Some(step) = steps.first() {
+            let statement = step.statement.sql.as_str();
+            progress(PostProgress { done: self.done, total: self.total, statement });
+        }
     }
 
-    async fn start(&mut self, step: Step) -> Result<()> {
+    /// Begins a transaction of these steps.
+    async fn start(&mut self, steps: Vec<Step>) -> Result<()> {
         let mut session = self.session().await?;
-        self.running.push((step.clone(), session.cancel_handle()));
-        let mut sqls: Vec<String> = step
-            .statement
-            .settings
-            .iter()
-            .filter_map(|(name, value)| set_local(name, value, &self.known))
-            .collect();
-        sqls.push(step.statement.sql.clone());
-        sqls.push(record(&self.options.job, &step.id));
+        let number = self.started;
+        self.started += 1;
+        let statements = steps.iter().map(|step| step.statement.clone()).collect();
+        let mut sqls = with_settings(statements, &self.known);
+        sqls.push(record(&self.options.job, steps.iter().map(|step| step.id.as_str())));
+        self.running.insert(number, (steps, session.cancel_handle()));
         self.busy.spawn(async move {
             let outcome = attempt(&mut session, &sqls).await;
-            (session, step, outcome)
+            (session, number, outcome)
         });
         Ok(())
     }
@@ -194,7 +232,7 @@ impl Crew<'_> {
     /// Stops what is under way. The server would otherwise go on building for a client that is
     /// gone, and be in the way of the next run.
     async fn cancel(&mut self) {
-        for (_, handle) in self.running.drain(..) {
+        for (_, (_, handle)) in self.running.drain() {
             let _ = handle.cancel().await;
         }
         // They end with an error that says nothing new; a limit in case the request was lost.

@@ -45,7 +45,7 @@ pub async fn apply_pre(session: &mut Session, dump: &Dump, job: &str) -> Result<
         }
     }
     let mut sqls = with_settings(statements, &known);
-    sqls.push(record(job, STEP));
+    sqls.push(record(job, std::iter::once(STEP)));
     transaction(session, &sqls).await?;
     let mut refused = Vec::new();
     for sql in courtesies {
@@ -73,13 +73,11 @@ fn is_courtesy(sql: &str, schemas: &HashSet<String>) -> bool {
     is_of_schema && cursor.ident().is_some_and(|schema| schemas.contains(&schema))
 }
 
-/// `insert` that marks a step as done.
-pub(super) fn record(job: &str, id: &str) -> String {
-    format!(
-        "insert into walferry.schema_step (job, id) values ({}, {})",
-        quote_literal(job),
-        quote_literal(id)
-    )
+/// `insert` that marks steps as done.
+pub(super) fn record<'a>(job: &str, ids: impl Iterator<Item = &'a str>) -> String {
+    let job = quote_literal(job);
+    let values: Vec<String> = ids.map(|id| format!("({job}, {})", quote_literal(id))).collect();
+    format!("insert into walferry.schema_step (job, id) values {}", values.join(", "))
 }
 
 /// Runs the statements between BEGIN and COMMIT in one round trip; on a failure, the session is
@@ -115,7 +113,7 @@ pub(super) async fn transaction(session: &mut Session, sqls: &[String]) -> Resul
 }
 
 /// The statements, with a SET LOCAL before the ones that need a changed setting.
-fn with_settings(statements: Vec<Statement>, known: &HashSet<String>) -> Vec<String> {
+pub(super) fn with_settings(statements: Vec<Statement>, known: &HashSet<String>) -> Vec<String> {
     let mut sqls = Vec::new();
     let mut current: Vec<(String, String)> = Vec::new();
     for statement in statements {

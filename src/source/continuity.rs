@@ -48,7 +48,7 @@ pub async fn identify_by_sql(session: &mut Session) -> Result<System> {
 }
 
 /// What the job recorded when it made the slot.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Recorded {
     /// [`System::system_identifier`] then.
     pub system_identifier: String,

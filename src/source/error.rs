@@ -257,6 +257,18 @@ pub enum Error {
         /// What the server said.
         source: pg::Error,
     },
+    /// A publication that the stream is read by is gone, and the server goes on without.
+    #[error(
+        "slot {slot}: the source does not know a publication any more that the stream is read by \
+         ({notice}), and what was written since is lost to it; end this job with walferry cancel \
+         and start it anew"
+    )]
+    PublicationSkipped {
+        /// The slot.
+        slot: String,
+        /// What the server said.
+        notice: String,
+    },
     /// An exported snapshot whose holder is gone.
     #[error(
         "snapshot {name} does not exist any more: the session that exported it ended; \
@@ -275,6 +287,18 @@ pub enum Error {
         /// The server.
         peer: String,
     },
+    /// No room for a transaction in progress.
+    #[error(
+        "slot {slot}: changes of transactions in progress could not be kept on disk: {source}; \
+         the stream is opened again without them, so that the server keeps them until they commit \
+         (--streaming off does so always, --streaming-limit gives them more room)"
+    )]
+    Spill {
+        /// The slot.
+        slot: String,
+        /// Where, and what the system said.
+        source: std::io::Error,
+    },
     /// The source said nothing, not even when asked.
     #[error("{peer} sent nothing for {seconds:.1} s, not even an answer to a request for one")]
     Silent {
@@ -292,7 +316,7 @@ impl Faulty for Error {
             Error::Decode { source, .. } => source.fault(),
             // Open transactions end, readers go away, networks come back, snapshots are taken anew.
             Error::Blocked { .. } | Error::SlotInUse { .. } => Fault::Retry,
-            Error::Silent { .. } | Error::SnapshotGone { .. } => Fault::Retry,
+            Error::Silent { .. } | Error::SnapshotGone { .. } | Error::Spill { .. } => Fault::Retry,
             _ => Fault::Stop,
         }
     }

@@ -5,12 +5,13 @@ use tokio::sync::watch;
 
 use super::describe::Describer;
 use super::options::Spoken;
+use super::streamed::Streams;
 use super::{Counters, Error, Positions, Result, StreamOptions, marker};
 use crate::change::{Begin, Item, Sink};
 use crate::clock::PgTimestamp;
-use crate::decode::{AnyDecoder, Assembler, Event, Plugin, Step};
+use crate::decode::{AnyDecoder, Assembler, Event, Plugin, Step, wal2json};
 use crate::lsn::Lsn;
-use crate::pg::Config;
+use crate::pg::{Config, ServerError};
 
 /// Decodes, filters, counts, and publishes how far it is.
 pub(super) struct Intake<'a, S> {
@@ -26,6 +27,7 @@ pub(super) struct Intake<'a, S> {
     /// The last message, which is to be decoded again.
     more: Option<(Bytes, Lsn)>,
     assembler: Assembler,
+    streams: Streams,
     /// Where items go.
     pub sink: &'a mut S,
     positions: &'a watch::Sender<Positions>,
@@ -57,6 +59,7 @@ impl<'a, S: Sink> Intake<'a, S> {
             describer: Describer::new(config, options.followed.clone()),
             more: None,
             assembler: Assembler::new(options.start_lsn),
+            streams: Streams::new(&options.slot, options.spill.clone()),
             sink,
             positions,
             buffered_lsn: options.start_lsn,
@@ -111,13 +114,53 @@ impl<'a, S: Sink> Intake<'a, S> {
                 }
                 Step::Nothing => return Ok(None),
             };
+            let Some(event) = self.streams.take(event).await? else { return Ok(None) };
             let item = self.event(event).map_err(|e| self.wrong(e))?;
             return Ok(item.and_then(|item| self.filter(item)));
         }
     }
 
+    /// Looks at what the server said before the message that comes next.
+    ///
+    /// Errors: that it has left out a change of a table that takes part (wal2json), or all that a
+    /// publication shows (pgoutput from 18 on, where it was dropped).
+    pub async fn warned(&mut self, warnings: Vec<ServerError>) -> Result<()> {
+        for warning in warnings {
+            tracing::warn!(slot = self.slot, %warning, "the source warns");
+            let notice = warning.message;
+            match self.plugin {
+                Plugin::Wal2json => self.dropped(notice).await?,
+                // The text is translated; 55000 is "object not in prerequisite state".
+                Plugin::Pgoutput if warning.code == "55000" => {
+                    return Err(Error::PublicationSkipped { slot: self.slot.clone(), notice });
+                }
+                Plugin::Pgoutput | Plugin::TestDecoding => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn dropped(&mut self, notice: String) -> Result<()> {
+        let Some(tables) = wal2json::dropped(&notice) else { return Ok(()) };
+        let mut table = tables.is_empty().then(|| "of that name".to_string());
+        for name in tables {
+            if self.describer.table(&name).await?.is_some() {
+                table = Some(name.quoted());
+            }
+        }
+        match table {
+            Some(table) => Err(self.wrong(crate::decode::Error::Dropped { table, notice })),
+            None => Ok(()),
+        }
+    }
+
     /// What the last message says besides.
     pub async fn more(&mut self) -> Result<Option<Option<Item>>> {
+        while let Some(event) = self.streams.next().await? {
+            if let Some(item) = self.event(event).map_err(|e| self.wrong(e))? {
+                return Ok(Some(self.filter(item)));
+            }
+        }
         match self.more.take() {
             Some((data, lsn)) => self.message(data, lsn).await.map(Some),
             None => Ok(None),

@@ -39,7 +39,10 @@
 //! server. What was read and not yet durable comes again. A walsender that a dead runner left
 //! behind is taken from the slot by [`slot::free`].
 //!
-//! Left out for now: streaming of transactions in progress, and two-phase decoding.
+//! Transactions that the server sends in progress, where it is asked to, are kept aside until they
+//! end (`streamed`).
+//!
+//! Left out for now: two-phase decoding.
 
 pub mod choice;
 pub mod continuity;
@@ -60,6 +63,7 @@ mod rows;
 pub mod slot;
 pub mod snapshot;
 mod stream;
+mod streamed;
 
 pub use continuity::{Recorded, System, check_continuity, identify, identify_by_sql};
 pub use count::{Counters, TableCount};

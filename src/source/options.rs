@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Counters, Error, Followed, Recorded, Result};
+use crate::change::Spill;
 use crate::clock::PgTimestamp;
 use crate::decode::wal2json::{self, Numbers};
 use crate::decode::{Plugin, test_decoding};
@@ -17,8 +18,8 @@ use crate::pg;
 pub struct StreamOptions {
     /// The slot; its plugin is the recorded one.
     pub slot: String,
-    /// The publication, for pgoutput.
-    pub publication: String,
+    /// The publications, for pgoutput.
+    pub publications: Vec<String>,
     /// The target's durable progress: the exclusive end of what it has. The stream starts here.
     pub start_lsn: Lsn,
     /// What the slot may be told from the beginning: not beyond what is durable. The same, but
@@ -45,6 +46,9 @@ pub struct StreamOptions {
     /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL: without
     /// that promise, each NULL in a column of a number's type is an error there.
     pub plain_numbers: bool,
+    /// Where transactions in progress wait for their end: with it, a server that can is asked to
+    /// send them (pgoutput, 14 and on, by the replication protocol).
+    pub spill: Option<Arc<dyn Spill>>,
     /// Messages asked for at a time by a pull; chosen by what chunks cost where `None`.
     pub pull_messages: Option<u32>,
     /// Where decoded and filtered changes are counted.
@@ -52,11 +56,12 @@ pub struct StreamOptions {
 }
 
 impl StreamOptions {
-    /// Everything else at its default: messages on, no origin filter, silence of [`SILENCE`].
+    /// Everything else at its default: messages on, no origin filter, silence of [`SILENCE`],
+    /// nothing sent before it commits.
     pub fn new(slot: &str, publication: &str, start_lsn: Lsn, recorded: Recorded) -> Self {
         StreamOptions {
             slot: slot.to_string(),
-            publication: publication.to_string(),
+            publications: vec![publication.to_string()],
             start_lsn,
             confirmed_lsn: start_lsn,
             recorded,
@@ -66,6 +71,7 @@ impl StreamOptions {
             silence: SILENCE,
             followed: Arc::default(),
             plain_numbers: false,
+            spill: None,
             pull_messages: None,
             counters: Counters::new(),
         }
@@ -169,12 +175,18 @@ fn pgoutput(major: u32, options: &StreamOptions) -> Vec<(&'static str, String)> 
         15 => 3,
         _ => 4,
     };
-    let mut wanted = vec![
-        ("proto_version", version.to_string()),
-        ("publication_names", quote_ident(&options.publication)),
-    ];
+    let names: Vec<String> = options.publications.iter().map(|name| quote_ident(name)).collect();
+    let mut wanted =
+        vec![("proto_version", version.to_string()), ("publication_names", names.join(","))];
     if options.messages && major >= 14 {
         wanted.push(("messages", "true".to_string()));
+    }
+    // parallel: the same, and a rollback tells where and when.
+    match major {
+        _ if options.spill.is_none() => {}
+        0..14 => {}
+        14 | 15 => wanted.push(("streaming", "on".to_string())),
+        _ => wanted.push(("streaming", "parallel".to_string())),
     }
     wanted
 }
@@ -182,6 +194,29 @@ fn pgoutput(major: u32, options: &StreamOptions) -> Vec<(&'static str, String)> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[derive(Debug)]
+    struct Nowhere;
+
+    impl Spill for Nowhere {
+        fn create(&self) -> std::io::Result<Box<dyn crate::change::SpillFile>> {
+            Err(std::io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    #[test]
+    fn streaming_is_asked_for_where_the_server_knows_it_and_there_is_a_place() {
+        let mut options = StreamOptions::new("s", "s", Lsn::ZERO, Recorded::default());
+        let asked = |major, options: &_| {
+            let wanted = pgoutput(major, options).into_iter();
+            wanted.filter(|(name, _)| *name == "streaming").map(|(_, value)| value).next()
+        };
+        assert_eq!(asked(18, &options), None);
+        options.spill = Some(Arc::new(Nowhere));
+        assert_eq!(asked(13, &options), None);
+        assert_eq!(asked(14, &options).as_deref(), Some("on"));
+        assert_eq!(asked(16, &options).as_deref(), Some("parallel"));
+    }
 
     #[test]
     fn a_wal2json_without_origins_and_truncate_is_refused() {

@@ -88,6 +88,7 @@ impl Pull {
         // A chunk that fits does not go through a temporary file.
         session.execute("set work_mem = '64MB'").await?;
         session.pass_unknown_bytes().await?;
+        session.keep_warnings();
         let mut spoken = options.spoken()?;
         let peeks = loop {
             let wanted = plugin_options(spoken, session.major_version(), &options);
@@ -273,6 +274,8 @@ impl<S: Sink> Puller<'_, S> {
                     }
                 }
             };
+            // The server has decoded the whole chunk before it sends the first row of it.
+            self.intake.warned(copy.take_warnings()).await?;
             let Some(piece) = piece else { break };
             bytes += piece.len() as u64;
             rows.feed(piece);

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use super::intake::Intake;
+use super::intake::{Intake, Publisher};
 use super::options::{Spoken, plugin_options};
 use super::pace::Pace;
 use super::{End, Error, Positions, Result, StreamOptions, check_continuity, slot};
-use crate::change::{Item, Sink};
+use crate::change::{Item, Sink, SinkClosed};
 use crate::limit::FEEDBACK_INTERVAL;
 use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, ReplicationMessage, Session};
@@ -48,6 +48,7 @@ impl Stream {
         }
         let interval = feedback_interval(&mut session).await?;
         session.pass_unknown_bytes().await?;
+        session.keep_warnings();
         let mut spoken = options.spoken()?;
         let started = loop {
             let wanted = plugin_options(spoken, session.major_version(), &options);
@@ -186,10 +187,17 @@ impl<S: Sink> Reader<'_, S> {
 
     async fn take(&mut self, message: ReplicationMessage) -> Result<Option<End>> {
         self.silent_since = None;
+        // One that belongs to a transaction comes before its COMMIT.
+        self.intake.warned(self.session.take_warnings()).await?;
         let item = match message {
             ReplicationMessage::Data { start_lsn, data, .. } => {
                 self.pace.heard(false);
-                self.intake.message(data, start_lsn).await?
+                let publisher = self.intake.publisher();
+                let taking = self.intake.message(data, start_lsn);
+                match attend(&mut self.pace, &mut self.session, publisher, taking).await? {
+                    Ok(taken) => taken?,
+                    Err(end) => return Ok(Some(end)),
+                }
             }
             ReplicationMessage::Keepalive { end_lsn, reply_requested } => {
                 self.pace.heard(reply_requested);
@@ -202,51 +210,72 @@ impl<S: Sink> Reader<'_, S> {
         {
             return Ok(Some(end));
         }
-        while let Some(item) = self.intake.more().await? {
-            if let Some(item) = item
-                && let Some(end) = self.push(item).await?
-            {
-                return Ok(Some(end));
+        loop {
+            let publisher = self.intake.publisher();
+            let more = self.intake.more();
+            let item = match attend(&mut self.pace, &mut self.session, publisher, more).await? {
+                Ok(more) => more?,
+                Err(end) => return Ok(Some(end)),
+            };
+            self.pace.received_lsn = self.pace.received_lsn.max(self.intake.decoded_lsn());
+            match item {
+                Some(Some(item)) => {
+                    if let Some(end) = self.push(item).await? {
+                        return Ok(Some(end));
+                    }
+                }
+                Some(None) => {}
+                None => return Ok(None),
             }
         }
-        Ok(None)
     }
 
     /// Hands the item to the sink; while that waits, the server goes on hearing from us.
     async fn push(&mut self, item: Item) -> Result<Option<End>> {
         let end_lsn = item.end_lsn();
         let publisher = self.intake.publisher();
-        let pushed = {
-            let pushing = self.intake.sink.push(item);
-            tokio::pin!(pushing);
-            // The usual case is that there is room, and costs no timer.
-            let first = std::future::poll_fn(|cx| Poll::Ready(pushing.as_mut().poll(cx))).await;
-            match first {
-                Poll::Ready(pushed) => pushed,
-                Poll::Pending => loop {
-                    publisher.publish(self.pace.received_lsn, self.pace.confirmed_lsn);
-                    let wake = tokio::select! {
-                        biased;
-                        pushed = &mut pushing => {
-                            self.pace.resume_listening();
-                            break pushed;
-                        }
-                        wake = self.pace.wake() => wake,
-                    };
-                    if let Some(end) = self.pace.turn(&mut self.session, wake, false).await? {
-                        return Ok(Some(end));
-                    }
-                },
+        let pushing = self.intake.sink.push(item);
+        match attend(&mut self.pace, &mut self.session, publisher, pushing).await? {
+            Ok(Ok(())) => {
+                self.intake.buffered(end_lsn);
+                Ok(None)
             }
-        };
-        if pushed.is_err() {
-            return Ok(Some(End::Closed));
+            Ok(Err(SinkClosed)) => Ok(Some(End::Closed)),
+            Err(end) => Ok(Some(end)),
         }
-        self.intake.buffered(end_lsn);
-        Ok(None)
     }
 
     fn publish(&self) {
         self.intake.publish(self.pace.received_lsn, self.pace.confirmed_lsn);
+    }
+}
+
+/// Does work that may wait for somebody other than the server, while the server goes on hearing
+/// from us (law 11). `Err` if the reader is to end instead.
+async fn attend<T>(
+    pace: &mut Pace,
+    session: &mut Session,
+    publisher: Publisher<'_>,
+    work: impl Future<Output = T>,
+) -> Result<std::result::Result<T, End>> {
+    tokio::pin!(work);
+    // The usual case is that it need not wait, and costs no timer.
+    let first = std::future::poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx))).await;
+    if let Poll::Ready(done) = first {
+        return Ok(Ok(done));
+    }
+    loop {
+        publisher.publish(pace.received_lsn, pace.confirmed_lsn);
+        let wake = tokio::select! {
+            biased;
+            done = &mut work => {
+                pace.resume_listening();
+                return Ok(Ok(done));
+            }
+            wake = pace.wake() => wake,
+        };
+        if let Some(end) = pace.turn(session, wake, false).await? {
+            return Ok(Err(end));
+        }
     }
 }

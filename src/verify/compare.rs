@@ -50,17 +50,21 @@ pub(super) fn query(
     all: bool,
     buckets: &[i64],
 ) -> String {
-    let filter = if all {
-        String::new()
-    } else {
+    let buckets = (!all).then(|| {
         let list: Vec<String> = buckets.iter().map(i64::to_string).collect();
-        format!("where {} = any ('{{{}}}'::int8[])", expressions.bucket(), list.join(","))
-    };
+        format!("{} = any ('{{{}}}'::int8[])", expressions.bucket(), list.join(","))
+    });
     let leaves: Vec<String> = family
         .half(end)
         .into_iter()
         .flat_map(|half| &half.leaves)
         .map(|leaf| {
+            let rows = leaf.published.filter.as_ref().map(|filter| format!("({filter})"));
+            let conditions: Vec<String> = rows.into_iter().chain(buckets.clone()).collect();
+            let filter = match conditions.as_slice() {
+                [] => String::new(),
+                some => format!("where {}", some.join(" and ")),
+            };
             format!(
                 "select {} as h, md5({}) as r, {} from only {} t {filter}",
                 expressions.match_hash(),

@@ -50,6 +50,8 @@ pub(super) struct Scan {
     pub table: QualifiedName,
     /// First block (inclusive) and last block (exclusive), each `None` where open.
     pub blocks: (Option<u64>, Option<u64>),
+    /// The rows that are compared; all if `None`.
+    pub filter: Option<String>,
     pub bytes: u64,
 }
 
@@ -109,6 +111,7 @@ fn scans(leaf: &Table, piece_blocks: u64) -> Vec<Scan> {
                 (i > 0).then_some(i * piece_blocks),
                 (i + 1 < pieces).then_some((i + 1) * piece_blocks),
             ),
+            filter: leaf.published.filter.clone(),
             bytes: leaf.bytes / pieces,
         })
         .collect()
@@ -206,6 +209,12 @@ fn family(
     if family.source.as_ref().is_some_and(unlogged) {
         family.notes.push("unlogged on the source: its changes are in no stream".to_string());
     }
+    if let Some(half) = &family.source {
+        let shown = [&half.table].into_iter().chain(&half.leaves).map(|table| &table.published);
+        let left_out: BTreeSet<String> =
+            shown.filter(|shown| !shown.is_whole()).map(|shown| shown.left_out()).collect();
+        family.notes.extend(left_out.iter().map(|what| format!("not published: {what}")));
+    }
     family
 }
 
@@ -227,12 +236,15 @@ fn pair_columns(family: &mut Family, source: &Half, target: &Half, options: &Opt
         }
     }
     for column in &target.table.columns {
-        if source.column(&column.name).is_none() {
+        let published = &source.table.published;
+        if source.column(&column.name).is_none()
+            && !published.columns_left_out.contains(&column.name)
+        {
             family.problems.push(format!("column \"{}\" is missing on the source", column.name));
         }
     }
     let key = source.key();
-    if key.iter().all(|name| target.column(name).is_some()) {
+    if key.iter().all(|name| source.column(name).is_some() && target.column(name).is_some()) {
         family.key = key;
     }
 }

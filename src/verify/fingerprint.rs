@@ -116,7 +116,7 @@ impl<'a> Expressions<'a> {
     /// The query of one scan.
     fn scan(&self, scan: &Scan, lateral: bool) -> String {
         let from = format!("from only {} t", scan.table.quoted());
-        let filter = blocks(scan);
+        let filter = conditions(scan);
         let (bucket, hash) = (self.bucket(), self.dialect.hash_int8(&self.row()));
         if lateral {
             // Before 13 hash aggregation could not spill, so a planner that expects as many groups
@@ -133,7 +133,7 @@ impl<'a> Expressions<'a> {
 /// Characters of a key column or a row that are shown.
 const SHOWN_CHARACTERS: usize = 300;
 
-fn blocks(scan: &Scan) -> String {
+fn conditions(scan: &Scan) -> String {
     let mut conditions = Vec::new();
     if let Some(first) = scan.blocks.0 {
         conditions.push(format!("t.ctid >= '({first},0)'"));
@@ -141,6 +141,7 @@ fn blocks(scan: &Scan) -> String {
     if let Some(last) = scan.blocks.1 {
         conditions.push(format!("t.ctid < '({last},0)'"));
     }
+    conditions.extend(scan.filter.as_ref().map(|filter| format!("({filter})")));
     if conditions.is_empty() {
         String::new()
     } else {

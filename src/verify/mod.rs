@@ -44,7 +44,7 @@ mod run;
 use std::fmt;
 use std::sync::Arc;
 
-use crate::catalog::Selection;
+use crate::catalog::{Publication, Selection};
 use crate::fault::{Fault, Faulty};
 use crate::id::QualifiedName;
 use crate::pg::{self, Config};
@@ -73,6 +73,8 @@ pub struct Options {
     pub selection: Selection,
     /// Only these of them (a partitioned table stands for its partitions); `None` for all.
     pub tables: Option<Vec<QualifiedName>>,
+    /// The publication that rows come from the source by: what it leaves out is not compared.
+    pub publication: Option<Publication>,
     /// Scans at a time on each side, at least 1: one connection each.
     pub parallelism: usize,
     /// Differing keys listed per table. Counts are exact whatever the limit.
@@ -94,6 +96,7 @@ impl Options {
             target,
             selection: Selection::default(),
             tables: None,
+            publication: None,
             parallelism: 4,
             keys_limit: 100,
             generated: false,

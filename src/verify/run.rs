@@ -57,7 +57,11 @@ struct FamilyState {
 /// Where a server, a snapshot or a table cannot be read. Differences are in the report.
 pub async fn run(options: Options) -> Result<Report> {
     let mut pair = Pair::open(&options).await?;
-    let source = Catalog::new(catalog::tables(&mut pair.source, &options.selection).await?);
+    let mut tables = catalog::tables(&mut pair.source, &options.selection).await?;
+    if let Some(publication) = &options.publication {
+        tables = publication.narrow(tables);
+    }
+    let source = Catalog::new(tables);
     let target = Catalog::new(catalog::tables(&mut pair.target, &options.selection).await?);
     let types = (Types::read(&mut pair.source).await?, Types::read(&mut pair.target).await?);
     let dialects = pair.agree().await?;

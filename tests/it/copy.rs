@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use walferry::catalog::{Selection, Table, tables};
 use walferry::copy::{
-    self, CopyProgress, DDL, Error, Format, Options, SnapshotSource, export_snapshot, visibility,
+    self, CopyProgress, DDL, Error, Format, Freeze, Options, SnapshotSource, export_snapshot,
+    visibility,
 };
 use walferry::demo::server::Server;
 use walferry::fault::{Fault, Faulty};
@@ -254,6 +255,161 @@ async fn a_killed_backend_costs_one_part_and_finished_tables_are_not_touched() {
         let dead = pair.target("select pg_relation_size('public.wide') < 60 * 1024 * 1024");
         assert_eq!(dead, "t", "dead rows of the first attempt are gone");
     }
+}
+
+/// Forty small tables of some rows each, one of them empty.
+fn small_tables() -> (String, String) {
+    let (mut schema, mut rows) = (String::new(), String::new());
+    for t in 0..40 {
+        schema.push_str(&format!("create table public.t{t} (a int, b text[], c text);"));
+        rows.push_str(&format!(
+            "insert into public.t{t} select g, array['x', null, g::text], repeat('y', g) \
+             from generate_series(1, {}) g;",
+            t * 7
+        ));
+    }
+    (schema, rows)
+}
+
+const SMALL_DONE: &str = "select count(*) filter (where state = 'done'), count(distinct xmin::text) \
+                          from walferry.table_copy";
+
+#[tokio::test]
+async fn small_tables_are_copied_together_or_one_by_one() {
+    for (bundle_tables, commits) in [(64, 8), (1, 40)] {
+        let (schema, rows) = small_tables();
+        let pair = Pair::new(&schema);
+        pair.source(&rows);
+        let (_holder, snapshot) = pair.holder().await;
+        let options = Options { bundle_tables, jobs: 2, ..pair.options(1 << 30) };
+        let tables = pair.tables().await;
+        let progress = CopyProgress::new(&tables);
+        copy::run(&options, &tables, &snapshot, &progress).await.unwrap();
+        assert_eq!(pair.target(SMALL_DONE), format!("40|{commits}"));
+        let now = progress.snapshot();
+        assert_eq!(now.rows, (0..40).map(|t| t * 7).sum::<u64>());
+        assert!(now.tables.iter().all(|table| table.is_done()), "{:?}", now.tables);
+        for t in 0..40 {
+            pair.same(&format!("public.t{t}"));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_table_refused_in_a_bundle_is_named_and_costs_no_finished_one() {
+    let (schema, rows) = small_tables();
+    let pair = Pair::new(&schema);
+    pair.source(&rows);
+    pair.target("alter table public.t17 add constraint few check (a < 100)");
+    let (_holder, snapshot) = pair.holder().await;
+    let options = Options { jobs: 1, ..pair.options(1 << 30) };
+    let error = pair.run(&options, &snapshot).await.unwrap_err();
+    assert_eq!(error.fault(), Fault::Stop);
+    let text = error.to_string();
+    assert!(text.contains("table public.t17:") && text.contains("\"few\""), "{text}");
+    let done = "select name, xmin from walferry.table_copy where state = 'done' order by 1";
+    let before = pair.target(done);
+    let count = before.lines().count();
+    assert!(count > 8 && count < 40 && !before.contains("t17|"), "{before}");
+    pair.target("alter table public.t17 drop constraint few");
+    pair.run(&options, &snapshot).await.unwrap();
+    let after = pair.target(done);
+    assert!(before.lines().all(|line| after.lines().any(|other| other == line)), "{after}");
+    for t in 0..40 {
+        pair.same(&format!("public.t{t}"));
+    }
+}
+
+/// Its rows and its marks are one transaction: after a loss all of it comes again, and only it.
+#[tokio::test]
+async fn a_bundle_whose_backend_dies_is_copied_again_and_no_other() {
+    for side in ["source", "target"] {
+        let (schema, rows) = small_tables();
+        let pair = Pair::new(&schema);
+        pair.source(&rows);
+        let mut blocker = support::session(&pair.server, "target").await;
+        // Held up before its end, with the rows of all its tables written.
+        blocker
+            .execute(
+                "create function public.wait() returns trigger language plpgsql as $$ begin \
+                 if new.name = 't2' and new.state = 'done' then \
+                 perform pg_catalog.pg_advisory_xact_lock(1); end if; return new; end $$; \
+                 create trigger wait before update on walferry.table_copy for each row \
+                 execute function public.wait(); \
+                 alter table walferry.table_copy enable always trigger wait; \
+                 select pg_catalog.pg_advisory_lock(1)",
+            )
+            .await
+            .unwrap();
+        let (_holder, snapshot) = pair.holder().await;
+        let options = Options { jobs: 1, ..pair.options(1 << 30) };
+        let marks = "select name, xmin from walferry.table_copy where state = 'done' order by 1";
+        let killing = async {
+            let mut watcher = support::session(&pair.server, "target").await;
+            let waits = "select 1 from pg_stat_activity where wait_event_type = 'Lock' \
+                         and query ~ 'table_copy c set state'";
+            while watcher.query(waits).await.unwrap().is_empty() {
+                tokio::task::yield_now().await;
+            }
+            let before = pair.target(marks);
+            let rest = match side {
+                "source" => "and state = 'idle in transaction' and query !~ 'export'",
+                _ => "and query ~ 'table_copy c set state'",
+            };
+            let killed = pair.target(&format!(
+                "select count(pg_terminate_backend(pid)) from pg_stat_activity \
+                 where datname = '{side}' and pid <> pg_backend_pid() \
+                 and application_name like 'walferry%' {rest}"
+            ));
+            assert_ne!(killed, "0");
+            blocker.execute("select pg_catalog.pg_advisory_unlock(1)").await.unwrap();
+            before
+        };
+        let (outcome, before) = tokio::join!(pair.run(&options, &snapshot), killing);
+        outcome.unwrap();
+        let after = pair.target(marks);
+        assert!(before.lines().all(|line| after.lines().any(|other| other == line)), "{after}");
+        assert!(before.lines().count() < after.lines().count());
+        assert_eq!(after.lines().count(), 40);
+        for t in 0..40 {
+            pair.same(&format!("public.t{t}"));
+        }
+    }
+}
+
+#[tokio::test]
+async fn whole_tables_are_written_frozen_or_not_and_hold_the_same() {
+    for (freeze, frozen) in [(Freeze::Whole, true), (Freeze::Never, false)] {
+        let pair = Pair::new(&format!("{WIDE}; create table public.small (a int)"));
+        fill(&pair, 4_000);
+        pair.source("insert into public.small values (1)");
+        pair.target("create extension pg_visibility");
+        let (_holder, snapshot) = pair.holder().await;
+        let options = Options { freeze, ..pair.options(1 << 30) };
+        pair.run(&options, &snapshot).await.unwrap();
+        pair.same("public.wide");
+        pair.same("public.small");
+        let pages = "select all_frozen > 0, all_frozen * 8192 = pg_relation_size('public.wide') \
+                     from pg_visibility_map_summary('public.wide')";
+        let expected = if frozen { "t|t" } else { "f|f" };
+        assert_eq!(pair.target(pages), expected, "{freeze:?}");
+    }
+}
+
+/// Between the look and the copy somebody wrote to the target: that is not thrown away.
+#[tokio::test]
+async fn rows_that_came_to_the_target_meanwhile_are_not_truncated() {
+    let pair = Pair::new(WIDE);
+    fill(&pair, 4_000);
+    let gone = SnapshotSource::Slot { name: "00000000-00000000-1".to_string() };
+    let options = pair.options(1 << 30);
+    let error = pair.run(&options, &gone).await.unwrap_err();
+    assert!(matches!(error, Error::SnapshotLost { .. }), "{error}");
+    pair.target("insert into public.wide values (0, 0, 'theirs')");
+    let (_holder, snapshot) = pair.holder().await;
+    pair.run(&options, &snapshot).await.unwrap();
+    let theirs = "select count(*), count(*) filter (where pad = 'theirs') from public.wide";
+    assert_eq!(pair.target(theirs), "4001|1");
 }
 
 /// Waits until a worker stands before the part that `blocker` holds locked.

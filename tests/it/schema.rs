@@ -132,13 +132,97 @@ async fn pair() -> (Server, Session) {
 }
 
 fn post(phase: PostPhase) -> PostOptions {
-    PostOptions {
-        job: "j".to_string(),
-        phase,
-        postpone_acting: false,
-        parallel: 3,
-        maintenance_work_mem: Some("32MB".to_string()),
+    PostOptions { parallel: 3, ..PostOptions::new("j", phase) }
+}
+
+/// A key built as an index beside others is the same key, whatever is said of it, and a run stopped
+/// between the two goes on.
+#[tokio::test]
+async fn keys_of_large_tables_are_built_beside_other_indexes_or_not() {
+    let (server, mut target) = pair().await;
+    let schema = "create table public.t (a int, b int, c int, \
+                  constraint \"K k\" primary key (b, a) include (c) with (fillfactor = 70), \
+                  constraint u unique nulls not distinct (c) deferrable initially deferred, \
+                  exclude using gist (int4range(a, a, '[]') with &&)); \
+                  create index i on public.t (c); create index j on public.t (a, c); \
+                  alter table public.t replica identity using index \"K k\"; \
+                  comment on constraint u on public.t is 'u'; \
+                  create table public.f (b int, a int, foreign key (b, a) references public.t)";
+    server.psql("source", schema).unwrap();
+    let source = config(&server, "source");
+    let dump = schema::dump(&source, &Selection::default(), &Options::default()).await.unwrap();
+    let keys = "select count(*) from walferry.schema_step where id like '%.index'";
+    for (keys_beside, count) in [(true, "2"), (false, "0")] {
+        schema::apply_pre(&mut target, &dump, "j").await.unwrap();
+        let rows = "insert into public.t select g, g, g from generate_series(1, 40000) g";
+        target.execute(rows).await.unwrap();
+        let options = PostOptions { keys_beside, ..post(PostPhase::Indexes) };
+        let run = async || {
+            schema::apply_post(&config(&server, "target"), &dump, &options, &mut |_| {}).await
+        };
+        if keys_beside {
+            // The index is there, and what is to become of it is in the way of itself.
+            target.execute("create index u on public.t (b)").await.unwrap();
+            assert!(run().await.unwrap_err().to_string().contains("\"u\" already exists"));
+            target.execute("drop index public.u").await.unwrap();
+        }
+        run().await.unwrap();
+        run_post(&server, &dump, PostPhase::Rest).await.unwrap();
+        similar(&dump_text(&server, "source"), &dump_text(&server, "target"));
+        assert_eq!(server.psql("target", keys).unwrap(), count);
+        target.execute("drop table public.f, public.t").await.unwrap();
+        target.execute("delete from walferry.schema_step").await.unwrap();
     }
+}
+
+/// Statements about small tables in one transaction, or each in its own: the end is the same.
+#[tokio::test]
+async fn small_tables_get_their_indexes_together_or_one_by_one() {
+    let (server, mut target) = pair().await;
+    let mut schema = "create table public.p (a int primary key, b int) partition by range (a); \
+                      create index on public.p (b, a);"
+        .to_string();
+    for t in 0..60 {
+        let until = t + 1;
+        schema.push_str(&format!(
+            "create table public.p{t} partition of public.p for values from ({t}) to ({until}); \
+             create table public.t{t} (a int primary key, b text unique, c int[]); \
+             create index on public.t{t} (b, a); create index on public.t{t} using gin (c); \
+             alter table public.t{t} cluster on t{t}_pkey; \
+             alter table public.t{t} replica identity using index t{t}_pkey;"
+        ));
+    }
+    server.psql("source", &schema).unwrap();
+    let source = config(&server, "source");
+    let dump = schema::dump(&source, &Selection::default(), &Options::default()).await.unwrap();
+    schema::apply_pre(&mut target, &dump, "j").await.unwrap();
+    let commits =
+        "select count(distinct xmin::text) from walferry.schema_step where id <> 'pre-data'";
+    let mut ends = Vec::new();
+    for bundle in [64, 1] {
+        let options = PostOptions { bundle, ..post(PostPhase::Indexes) };
+        let (config, mut last) = (config(&server, "target"), (0, 0));
+        schema::apply_post(&config, &dump, &options, &mut |at| last = (at.done, at.total))
+            .await
+            .unwrap();
+        assert_eq!(last, (602, 602));
+        let commits: u32 = server.psql("target", commits).unwrap().parse().unwrap();
+        ends.push((commits, dump_text(&server, "target")));
+        similar(&dump_text(&server, "source"), &dump_text(&server, "target"));
+        let invalid = "select count(*) from pg_index where not indisvalid";
+        assert_eq!(server.psql("target", invalid).unwrap(), "0");
+        let drop = "select 'drop table public.' || string_agg(relname, ', public.') \
+                    from pg_class where relkind in ('r', 'p') and not relispartition \
+                    and relnamespace = 'public'::regnamespace";
+        let drop = server.psql("target", drop).unwrap();
+        target.execute(&drop).await.unwrap();
+        target.execute("delete from walferry.schema_step").await.unwrap();
+        schema::apply_pre(&mut target, &dump, "j").await.unwrap();
+    }
+    assert_eq!(ends[0].1, ends[1].1);
+    assert_eq!(ends[1].0, 602);
+    // CLUSTER ON and REPLICA IDENTITY are not put together.
+    assert!(ends[0].0 < 120 + 40, "{}", ends[0].0);
 }
 
 async fn run_post(server: &Server, dump: &Dump, phase: PostPhase) -> Result<usize, Error> {

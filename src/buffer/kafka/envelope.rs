@@ -3,6 +3,7 @@
 //! The code for its messages is generated, committed, and held against it by a test.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -258,8 +259,8 @@ impl Known {
             self.writer_id = writer_id;
         }
         for relation in relations {
-            if !self.relations.contains_key(&relation.id) {
-                self.relations.insert(relation.id, Arc::new(read_relation(relation)?));
+            if let Entry::Vacant(vacant) = self.relations.entry(relation.id) {
+                vacant.insert(Arc::new(read_relation(relation)?));
             }
         }
         Ok(())

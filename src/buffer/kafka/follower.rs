@@ -2,7 +2,8 @@
 //!
 //! Records are not always one clean run. A writer that was killed leaves a transaction unfinished,
 //! its successor begins at the last whole one, and for a moment both may write. So everybody who
-//! reads a topic, the applier as the writer that looks where to go on, goes by one rule: a position,
+//! reads a topic, the applier as the writer that looks where to go on, goes by one rule: a
+//! position,
 //! the end of the last whole transaction; what begins below is there already; what begins beyond is
 //! a gap; a transaction that is begun again replaces what there was of it.
 

@@ -58,6 +58,12 @@ impl Described {
         self.ids.retain(|_, (id, _)| (*id as usize) < len);
     }
 
+    /// Those described after the first `len`.
+    pub fn since(&self, len: usize) -> impl Iterator<Item = (u32, Arc<Relation>)> + '_ {
+        let all = self.ids.values().map(|(id, relation)| (*id, relation.clone()));
+        all.filter(move |(id, _)| *id as usize >= len)
+    }
+
     fn known(&self, relation: &Arc<Relation>) -> u32 {
         self.ids.get(&(Arc::as_ptr(relation) as usize)).map_or(u32::MAX, |(id, _)| *id)
     }
@@ -264,7 +270,9 @@ fn read_chunk(bytes: &mut Bytes, known: &mut Relations) -> Result<Chunk, DecodeE
     };
     for _ in 0..bytes.try_get_u32()? {
         let id = bytes.try_get_u32()?;
-        known.insert(id, Arc::new(read_relation(bytes)?));
+        let relation = read_relation(bytes)?;
+        // Whoever wrote it may be the one who reads it, and has its own.
+        known.entry(id).or_insert_with(|| Arc::new(relation));
     }
     let mut changes = Vec::new();
     for _ in 0..bytes.try_get_u32()? {

@@ -16,7 +16,8 @@
 //! 4. [`Spool::release`] is told what is durable on the target; whole segments below go.
 //!
 //! `segment` and `frame` are the format, `encode` the items in it, `disk` all that touches a file
-//! system: a trait, so that a test can cut the power anywhere.
+//! system: a trait, so that a test can cut the power anywhere. `spill` has files of the same frames
+//! that are no part of the log: changes of transactions that have not committed yet.
 //!
 //! # When full
 //! From four fifths of the limit on pushes are slowed, the more the fuller it is, so that the
@@ -50,6 +51,7 @@ mod feed;
 mod frame;
 mod log;
 mod segment;
+mod spill;
 mod writer;
 
 #[cfg(test)]
@@ -73,6 +75,7 @@ pub use disk::{Directory, Disk, DiskFile};
 pub use error::{Error, Result};
 pub use feed::SpoolFeed;
 pub use segment::Identity;
+pub use spill::Spill;
 
 use crate::change::{Item, Sink, SinkClosed};
 use crate::lsn::Lsn;

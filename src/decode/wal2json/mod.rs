@@ -19,7 +19,7 @@
 //! and CASCADE (cascaded tables are listed); a logical message behind its first NUL byte; a change
 //! of a column's modifier alone; in an UPDATE written before ADD COLUMN, that the column was not
 //! there (it comes as unchanged, which writes nothing). UPDATE and DELETE of a table without an
-//! identity are dropped by the server with a WARNING: [`warned`] knows it.
+//! identity are left out with a WARNING: [`dropped`] knows it.
 //!
 //! Over the replication protocol textual output comes in the server's encoding, unconverted; from
 //! `pg_logical_slot_peek_changes` in the client's. A database in another encoding than UTF8 has to
@@ -32,6 +32,7 @@ mod options;
 mod table;
 #[cfg(test)]
 mod tests;
+mod warning;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -51,6 +52,7 @@ use message::{Action, Fields};
 use table::Table;
 
 pub use options::{Plugin, options, table_list};
+pub use warning::dropped;
 
 /// What a `null` in a column of type `real`, `double precision` or `numeric` means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -292,20 +294,5 @@ fn qualified(schema: &[u8], name: &[u8], lsn: Lsn) -> Result<QualifiedName> {
     match (std::str::from_utf8(schema), std::str::from_utf8(name)) {
         (Ok(schema), Ok(name)) => Ok(QualifiedName::new(schema, name)),
         _ => Err(Error::NameNotUtf8 { lsn }),
-    }
-}
-
-/// Looks at a WARNING of the server: an error if it says that wal2json has dropped a change, as it
-/// does with UPDATE and DELETE of a table without a replica identity.
-pub fn warned(notice: &str) -> Result<()> {
-    let dropped = [
-        "no tuple identifier for ",
-        "no tuple data for ",
-        "no old tuple data for ",
-        "without primary key or replica identity is nothing",
-    ];
-    match dropped.iter().any(|text| notice.contains(text)) {
-        true => Err(Error::Dropped { notice: notice.to_string() }),
-        false => Ok(()),
     }
 }

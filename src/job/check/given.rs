@@ -127,17 +127,10 @@ impl Check<'_> {
     }
 
     fn publication(&self, given: &Given) -> Finding {
-        let role = quote_ident(&self.source.facts.role);
         let name = self.options.job.object(Stream::Forward);
         let mut fix = Vec::new();
         if !given.schema {
-            fix.push(format!("CREATE SCHEMA walferry AUTHORIZATION {role};"));
-            fix.push(format!(
-                "SET ROLE {role};\n{};\nCREATE TABLE walferry.progress \
-                 (stream text PRIMARY KEY, end_lsn pg_lsn NOT NULL);\n\
-                 RESET ROLE;",
-                canary::ddl(&self.options.job)
-            ));
+            fix.extend(self.own_tables_ddl(false));
         }
         if !given.published {
             let names = self.tables.iter().filter(|table| !table.unlogged).map(|t| t.name.clone());
@@ -159,6 +152,18 @@ impl Check<'_> {
         );
         let object = format!("publication {name}");
         Finding::error(self.source.side, "publication-right", object, message).fix(fix.join("\n"))
+    }
+
+    /// Schema walferry, unless it is there, and what of it a publication shows.
+    pub(super) fn own_tables_ddl(&self, there: bool) -> Vec<String> {
+        let role = quote_ident(&self.source.facts.role);
+        let schema = (!there).then(|| format!("CREATE SCHEMA walferry AUTHORIZATION {role};"));
+        let tables = format!(
+            "SET ROLE {role};\n{};\nCREATE TABLE IF NOT EXISTS walferry.progress \
+             (stream text PRIMARY KEY, end_lsn pg_lsn NOT NULL);\nRESET ROLE;",
+            canary::ddl(&self.options.job)
+        );
+        schema.into_iter().chain([tables]).collect()
     }
 
     /// No error, as following needs none of it; arming the way back does.

@@ -21,6 +21,7 @@ mod given;
 mod identity;
 mod objects;
 mod older;
+mod publication;
 mod reading;
 mod rights;
 mod server;
@@ -49,6 +50,8 @@ pub struct CheckOptions {
     pub selection: Selection,
     /// Decoder and transport, where they are not left to be chosen.
     pub wanted: Wanted,
+    /// Transactions in progress are to be sent.
+    pub streaming: bool,
     /// Parallel copies: each needs a connection on both sides.
     pub copy_jobs: usize,
     /// Whether a way back will be armed, for which both sides need the rights of the other.
@@ -57,6 +60,8 @@ pub struct CheckOptions {
     pub copy_bytes_per_second: u64,
     /// How long the WAL rate is measured.
     pub wal_sample: Duration,
+    /// Not at all where the source sets no limit that it could break: a run would only wait.
+    pub sample_only_for_limit: bool,
     /// Transactions that hold an xid for longer are reported.
     pub transaction_age: Duration,
     /// Prepared transactions older than this are errors: nobody is coming back for them.
@@ -71,10 +76,12 @@ impl CheckOptions {
             job,
             selection: Selection::default(),
             wanted: Wanted::default(),
+            streaming: false,
             copy_jobs: 4,
             reverse: true,
             copy_bytes_per_second: 50_000_000,
             wal_sample: Duration::from_secs(1),
+            sample_only_for_limit: false,
             transaction_age: Duration::from_secs(30),
             prepared_age: Duration::from_secs(3600),
         }
@@ -118,6 +125,7 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.servers().await?;
     check.rights().await?;
     check.reading().await?;
+    check.published().await?;
     check.tables().await?;
     check.identities().await?;
     check.objects().await?;

@@ -51,7 +51,11 @@ impl Check<'_> {
         if chosen.reading.transport == "pull" {
             self.forgive(side);
         }
-        self.findings.push(told(side, &chosen));
+        let major = self.end(side).major_version();
+        let large = self.options.streaming.then(|| large(&chosen, major));
+        let message = format!("{chosen}{}", large.unwrap_or_default());
+        let object = format!("stream from the {}", side.as_str());
+        self.findings.push(Finding::info(side, "reading", object, message));
         Ok(())
     }
 
@@ -70,6 +74,16 @@ impl Check<'_> {
     }
 }
 
-fn told(side: Side, chosen: &Chosen) -> Finding {
-    Finding::info(side, "reading", format!("stream from the {}", side.as_str()), chosen.to_string())
+/// What `--streaming on` comes to.
+fn large(chosen: &Chosen, major: u32) -> &'static str {
+    match (&*chosen.reading.decoder, &*chosen.reading.transport) {
+        ("pgoutput", "stream") if major >= 14 => "; large transactions are sent while in progress",
+        ("pgoutput", "stream") => {
+            "; a server before 14 sends no transaction in progress: it keeps large ones on its disk"
+        }
+        _ => {
+            "; transactions in progress are sent by pgoutput over stream only: large ones are sent \
+             once they commit"
+        }
+    }
 }

@@ -81,7 +81,7 @@ impl Check<'_> {
         let oids = if oids.is_empty() { "null" } else { oids };
         let (not_owned, mut findings) = tables(&mut self.source, oids, reverse).await?;
         let given = self.given(oids).await?;
-        if self.reads_text().await {
+        if self.options.wanted.publication.is_some() || self.reads_text().await {
             findings.extend(self.way_back(not_owned, &given).await?);
             return Ok(findings);
         }

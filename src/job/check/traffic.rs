@@ -45,8 +45,12 @@ impl Check<'_> {
                 self.take(side, "prepared transactions", found)?;
             }
         }
-        let wait = self.options.wal_sample.saturating_sub(start.at.elapsed());
-        tokio::time::sleep(wait).await;
+        let has_limit = self.source.number("max_slot_wal_keep_size") >= 0
+            && self.source.setting("max_slot_wal_keep_size").is_some();
+        if has_limit || !self.options.sample_only_for_limit {
+            let wait = self.options.wal_sample.saturating_sub(start.at.elapsed());
+            tokio::time::sleep(wait).await;
+        }
         let end = Sample::take(&mut self.source).await?;
         self.forecast(start.rate(&end));
         Ok(())

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use walferry::change::{Change, Chunk, Row, Value};
-use walferry::decode::wal2json::{Decoder, Numbers, Plugin, options, table_list, warned};
+use walferry::decode::wal2json::{Decoder, Numbers, Plugin, options, table_list};
 use walferry::decode::{Described, Error, Result, Step};
 use walferry::id::QualifiedName;
 use walferry::lsn::Lsn;
@@ -293,12 +293,4 @@ async fn origins_are_named_or_left_out() {
         beside::by_text(&mut session, &mut decoder, &options(Plugin::V2_3, &[id])).await;
     assert_eq!(found.len(), 1);
     assert_eq!(found[0].begin.origin, None);
-}
-
-#[test]
-fn a_warning_about_a_dropped_change_is_an_error() {
-    let text = "no tuple identifier for UPDATE in table \"public\".\"keyless\"";
-    let error = warned(text).unwrap_err();
-    assert!(error.to_string().contains("REPLICA IDENTITY FULL"), "{error}");
-    warned("there is already a transaction in progress").unwrap();
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use walferry::demo::server::StopMode;
 use walferry::fault::{Fault, Faulty};
-use walferry::pg::{Error, Pipeline, Reply};
+use walferry::pg::{CopyChunk, Error, Filled, Pipeline, Reply};
 
 use super::support;
 
@@ -27,7 +27,7 @@ async fn a_session_asks_and_is_answered() {
     session.execute("create table public.t (a int, b text)").await.unwrap();
     let mut copy = session.copy_in("copy public.t from stdin").await.unwrap();
     copy.write(b"1\tx\n2\ty\n").await.unwrap();
-    assert_eq!(copy.finish().await.unwrap(), 2);
+    assert_eq!(copy.finish().await.unwrap(), [2]);
 }
 
 #[tokio::test]
@@ -185,6 +185,52 @@ async fn a_failure_while_copying_out_leaves_the_session_usable() {
     assert_eq!(session.query("select 1").await.unwrap().len(), 1);
 }
 
+/// Both ways in one request each, and the first failure ends what comes after it.
+#[tokio::test]
+async fn several_copies_are_one_request() {
+    let server = support::server();
+    let mut source = support::session(&server, "postgres").await;
+    let mut target = support::session(&server, "postgres").await;
+    let tables = ["a", "b", "c"].map(|t| format!("create table public.{t} (n int)")).join("; ");
+    source.execute(&tables).await.unwrap();
+    let sql = "copy (select g from pg_catalog.generate_series(1, 50000) g) to stdout; \
+               copy (select 1 where false) to stdout; copy (select 7) to stdout";
+    let into = "copy public.a from stdin; copy public.b from stdin; copy public.c from stdin";
+    let mut read = source.copy_out(sql).await.unwrap();
+    let mut write = target.copy_in(into).await.unwrap();
+    let mut rows = [0; 3];
+    for (nth, count) in rows.iter_mut().enumerate() {
+        loop {
+            let mut chunk = CopyChunk::with_capacity(16);
+            let (messages, filled) = read.fill(&mut chunk, 1000).await.unwrap();
+            *count += messages;
+            write.pass(chunk).await.unwrap();
+            if filled == Filled::Copied {
+                break;
+            }
+        }
+        if nth < 2 {
+            write.next();
+        }
+    }
+    let mut rest = CopyChunk::with_capacity(0);
+    assert_eq!(read.fill(&mut rest, 1).await.unwrap(), (0, Filled::Ready));
+    assert_eq!(write.finish().await.unwrap(), [50_000, 0, 1]);
+    assert_eq!(rows, [50_000, 0, 1]);
+    let sum = "select (select sum(n) from public.a), (select n from public.c)";
+    let row = source.query_one(sum, &[]).await.unwrap();
+    assert_eq!((row.str(0).unwrap(), row.str(1).unwrap()), ("1250025000", "7"));
+
+    let mut write = target.copy_in(into).await.unwrap();
+    write.write(b"no number\n").await.unwrap();
+    write.next();
+    write.write(b"1\n").await.unwrap();
+    write.next();
+    assert_eq!(write.finish().await.unwrap_err().code(), Some("22P02"));
+    let row = target.query_one("select count(*) from public.b", &[]).await.unwrap();
+    assert_eq!(row.str(0).unwrap(), "0", "what came after it is thrown away");
+}
+
 #[tokio::test]
 async fn notices_during_copy_do_not_hold_both_sides_up() {
     let server = support::server();
@@ -211,7 +257,7 @@ async fn notices_during_copy_do_not_hold_both_sides_up() {
         copy.finish().await.unwrap()
     };
     let rows = tokio::time::timeout(LONG, copying).await.expect("a deadlock");
-    assert_eq!(rows, 21_000);
+    assert_eq!(rows, [21_000]);
 }
 
 #[tokio::test]

@@ -201,7 +201,7 @@ fn transaction(chunk: &Chunk, end_lsn: Lsn, changes: Vec<String>) -> Transaction
 }
 
 /// Every byte of a change, with its table's description.
-fn exact(change: &Change) -> String {
+pub fn exact(change: &Change) -> String {
     let table = |r: &Relation| {
         let columns: Vec<_> = r.columns.iter().map(|c| (&c.name, c.type_oid, c.key)).collect();
         format!("{:?} {:?} {:?} {columns:?}", r.oid, r.name, r.identity)

@@ -1,8 +1,8 @@
 //! Tests of slots, publications, snapshots and the stream against real servers.
 
-mod contract;
+pub mod contract;
 mod flow;
 mod publication;
-mod rig;
+pub mod rig;
 mod slot;
 mod snapshot;

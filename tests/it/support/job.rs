@@ -1,9 +1,11 @@
 //! A job between two servers, driven by the commands a user would type.
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use serde_json::Value;
+use walferry::demo::kafka::Broker;
 use walferry::demo::pgbouncer::PgBouncer;
 use walferry::demo::server::Server;
 
@@ -48,16 +50,14 @@ impl Ends {
         let ends = Ends { source, target, source_via, target_via, buffer: None, spool_dir };
         match std::env::var("WALFERRY_TEST_BUFFER").unwrap_or_default().as_str() {
             "spool" => ends.with_spool(),
-            #[cfg(feature = "kafka")]
-            "kafka" => ends.with_kafka(&crate::kafka::broker().address()),
+            "kafka" => ends.with_kafka(&broker().address()),
             _ => ends,
         }
     }
 
     /// Every command from now on is given a topic of this job's own.
-    #[cfg(feature = "kafka")]
     pub fn with_kafka(mut self, brokers: &str) -> Ends {
-        self.buffer = Some(format!("kafka:{brokers}/{}", crate::kafka::topic()));
+        self.buffer = Some(format!("kafka:{brokers}/{}", topic()));
         self
     }
 
@@ -123,6 +123,17 @@ impl Ends {
     pub async fn inventories(&self) -> (Inventory, Inventory) {
         (Inventory::take(&self.source_uri()).await, Inventory::take(&self.target_uri()).await)
     }
+}
+
+/// A broker that the tests share; each has topics of its own. Its guard ends it with this process.
+pub fn broker() -> &'static Broker {
+    static BROKER: OnceLock<Broker> = OnceLock::new();
+    BROKER.get_or_init(|| Broker::start(&[]).unwrap())
+}
+
+/// A topic's name that no other test uses.
+pub fn topic() -> String {
+    format!("it-{:016x}", fastrand::u64(..))
 }
 
 /// `--route` for database `app` of a pooler.

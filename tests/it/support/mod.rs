@@ -2,6 +2,7 @@
 #![allow(dead_code, unused_imports, reason = "each test uses what it needs")]
 
 mod binary;
+pub mod citus;
 mod inventory;
 pub mod job;
 pub mod walk;

@@ -1,0 +1,169 @@
+//! What a reader gives of transactions that it was sent in progress, held against what it gives of
+//! the same log at their commit: every byte of every change.
+
+use std::sync::Arc;
+
+use walferry::buffer::spool::Spill;
+use walferry::change::{Chunk, Item, Spill as _};
+use walferry::demo::server::Server;
+use walferry::lsn::Lsn;
+use walferry::pg::{Config, Purpose, Session};
+use walferry::source::{self, Recorded, StreamOptions, publication, slot};
+
+use super::work;
+use crate::source::contract::exact;
+use crate::source::rig::{Reader, create_options, is_mark, names, soon};
+
+/// Everything of a transaction but how it was cut into chunks.
+#[derive(Debug, PartialEq)]
+struct Transaction {
+    xid: u32,
+    commit_lsn: Lsn,
+    end_lsn: Lsn,
+    origin: Option<String>,
+    changes: Vec<String>,
+}
+
+/// Takes a transaction's chunks, up to its commit.
+#[derive(Default)]
+struct Collected {
+    open: Vec<String>,
+    done: Vec<Transaction>,
+}
+
+impl Collected {
+    fn take(&mut self, chunk: &Chunk) {
+        self.open.extend(chunk.changes.iter().map(exact));
+        let Some(commit) = chunk.commit else { return };
+        let changes = std::mem::take(&mut self.open);
+        // A server before 15 sends empty transactions at their commit and not in progress, and
+        // any does the opposite where all was rolled back to a savepoint.
+        if !changes.is_empty() {
+            let (xid, origin) = (chunk.begin.xid, chunk.begin.origin.clone());
+            let (commit_lsn, end_lsn) = (chunk.begin.commit_lsn, commit.end_lsn);
+            self.done.push(Transaction { xid, commit_lsn, end_lsn, origin, changes });
+        }
+    }
+}
+
+/// Reads up to the mark, from a new connection after each `most` transactions.
+async fn read(config: &Config, options: &StreamOptions, most: usize) -> Vec<Transaction> {
+    let mut sql = Session::connect(config, Purpose::Sql).await.unwrap();
+    let mut all = Vec::new();
+    let mut start_lsn = options.start_lsn;
+    loop {
+        // A walsender that is in the middle of something notices late that nobody listens.
+        let free = "select not active from pg_replication_slots where slot_name = 'walferry_large'";
+        while !sql.query_one(free, &[]).await.unwrap().bool(0).unwrap() {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        let options = StreamOptions { start_lsn, ..options.clone() };
+        let mut reader = Reader::start(config, options, 1 << 20).await;
+        let mut collected = Collected::default();
+        let marked = loop {
+            let item = reader.pop().await;
+            if let Item::Chunk(chunk) = &item {
+                if chunk.changes.first().is_some_and(is_mark) {
+                    break true;
+                }
+                collected.take(chunk);
+            }
+            start_lsn = item.end_lsn().unwrap_or(start_lsn);
+            // Nothing is told to the slot: what is read is read once more below.
+            if item.end_lsn().is_some() && collected.done.len() >= most {
+                break false;
+            }
+        };
+        all.append(&mut collected.done);
+        soon("the end", reader.end()).await.unwrap();
+        if marked {
+            return all;
+        }
+    }
+}
+
+async fn both_ways(major: u32, seed: u64) {
+    println!("PostgreSQL {major}, seed {seed}");
+    let settings = ["logical_decoding_work_mem = '64kB'"];
+    let server = Server::start(&Server::bin_of(major).unwrap(), &settings).unwrap();
+    let config = Config::parse(&server.uri("postgres")).unwrap().labelled("source");
+    let mut sql = Session::connect(&config, Purpose::Sql).await.unwrap();
+    sql.execute(&work::ddl()).await.unwrap();
+    sql.execute("create table public.mark (x int)").await.unwrap();
+    let mut tables = work::tables();
+    tables.push("mark".to_string());
+    let tables: Vec<&str> = tables.iter().map(String::as_str).collect();
+    publication::ensure(&mut sql, "walferry_large", &names(&tables)).await.unwrap();
+    let mut maker = Session::connect(&config, Purpose::Sql).await.unwrap();
+    let create = create_options("walferry_large", std::time::Duration::from_secs(30));
+    let start_lsn = slot::create_plain(&mut maker, &mut sql, &create, |_| {}).await.unwrap();
+    let system = source::identify_by_sql(&mut sql).await.unwrap();
+    let recorded = Recorded {
+        system_identifier: system.system_identifier,
+        timeline: system.timeline,
+        database: "postgres".to_string(),
+        plugin: "pgoutput".to_string(),
+    };
+    work::write(&config, seed, 25, 1500, true).await;
+    sql.execute("insert into public.mark values (1)").await.unwrap();
+
+    let name = "walferry_large";
+    let at_commit = StreamOptions::new(name, name, start_lsn, recorded);
+    let spill = Arc::new(Spill::new(std::env::temp_dir(), 1 << 30));
+    let in_progress = StreamOptions { spill: Some(spill.clone()), ..at_commit.clone() };
+    let expected = read(&config, &at_commit, usize::MAX).await;
+    assert!(expected.len() > 30, "{} transactions only", expected.len());
+    for most in [usize::MAX, 5] {
+        let found = read(&config, &in_progress, most).await;
+        assert_eq!(found.len(), expected.len());
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!(found == expected, "transaction {} differs", expected.xid);
+        }
+    }
+    assert_eq!(spill.bytes(), 0, "files are left");
+    let streamed = "select stream_txns from pg_stat_replication_slots";
+    let streamed: i64 = server.psql("postgres", streamed).unwrap().parse().unwrap();
+    println!("{} transactions, {streamed} times in progress", expected.len());
+    assert!(streamed > 20, "{streamed} were sent in progress");
+}
+
+/// 14 is the first that can, 16 the first that tells where a transaction was rolled back.
+#[tokio::test(flavor = "multi_thread")]
+async fn transactions_sent_in_progress_come_out_as_at_their_commit() {
+    let seed = std::env::var("WALFERRY_SEED").ok().and_then(|n| n.parse().ok());
+    let seed = seed.unwrap_or_else(|| fastrand::u64(..));
+    println!("WALFERRY_SEED={seed}");
+    both_ways(15, seed).await;
+    for major in [14, 16, 18] {
+        if walferry::demo::binaries::is_installed(major) {
+            both_ways(major, seed).await;
+        }
+    }
+}
+
+/// A reader that has no room gives up, and the next one is served by the server's own disk.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_room_for_them_the_reader_gives_up_and_says_so() {
+    let mut rig = crate::source::rig::Rig::new(
+        &["logical_decoding_work_mem = '64kB'"],
+        "create table public.a (id int primary key, v text)",
+        &["a"],
+    )
+    .await;
+    let spill = Arc::new(Spill::new(std::env::temp_dir(), 300_000));
+    let options = StreamOptions { spill: Some(spill.clone()), ..rig.options() };
+    let reader = Reader::start(&rig.config, options, 1 << 20).await;
+    let insert = "insert into public.a select i, md5(i::text) || md5((i + 1)::text) \
+                  from generate_series(1, 20000) i";
+    rig.sql.execute(insert).await.unwrap();
+    let error = soon("an error", reader.task).await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("limit of 300000 bytes") && error.contains("--streaming"), "{error}");
+    assert!(spill.take_refused());
+    assert_eq!(spill.bytes(), 0);
+    assert!(spill.create().is_ok());
+    let mut reader = rig.follow(1 << 20).await;
+    rig.mark().await;
+    let chunks = reader.until_mark().await;
+    assert_eq!(chunks.iter().map(|chunk| chunk.changes.len()).sum::<usize>(), 20_000);
+    soon("the end", reader.end()).await.unwrap();
+}
