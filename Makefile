@@ -7,15 +7,19 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo demo-kafka test fuzz kill faults matrix regress bench spool-bench cutover-bench setup check-style build clean
+.PHONY: help demo demo-kafka test fuzz decode-bench kill faults matrix regress bench spool-bench kill-spool outage latency cutover-bench setup check-style build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
 	@echo "make demo-kafka       the same through a throw-away Apache Kafka"
 	@echo "make test             everything a change must pass: style, lints, all tests"
 	@echo "make fuzz [FUZZ=1000000]  that many mutated messages through each decoder"
+	@echo "make decode-bench     what a message costs in each decoder; fails where a bar is missed"
 	@echo "make kill [KILLS=200] [BUFFER=spool|kafka]  kill -9 at random moments; the end is exact each time"
 	@echo "make spool-bench      throughput of the spool beside dd, release build"
+	@echo "make kill-spool       kill -9 of run and of both servers through a spool [KILLS=200]"
+	@echo "make outage           the target away for ten minutes of writes [SECONDS=600]"
+	@echo "make latency          memory beside spool at 500 tx/s; large transactions by streaming"
 	@echo "make faults           restarts and network faults in every phase"
 	@echo "make regress          PostgreSQL's own regression suite as the workload (a download first)"
 	@echo "make matrix [PAIRS=\"10-18 ...\"]  the whole job between any two of PostgreSQL 10 to 18"
@@ -47,6 +51,9 @@ cutover-bench: build
 fuzz:
 	WALFERRY_FUZZ=$(or $(FUZZ),1000000) cargo test --release --locked --lib -- --nocapture mutated
 
+decode-bench:
+	cargo bench --locked --bench decode
+
 setup:
 	@sh tests/setup.sh test
 
@@ -72,6 +79,20 @@ spool-bench:
 kill: setup
 	WALFERRY_KILLS=$(or $(KILLS),200) WALFERRY_TEST_BUFFER=$(BUFFER) cargo test --locked --test it -- --nocapture \
 		$(if $(filter kafka,$(BUFFER)),kafka::moving::kill_9,faults::kill_9)
+
+# The run, the source and the target each go down, the servers 50 times, at random moments.
+kill-spool: setup
+	WALFERRY_SPOOL_KILLS=$(or $(KILLS),200) cargo test --locked --test it -- --nocapture spool::a_move_through
+
+# The target away for ten minutes of writes: the source's WAL stays under the budget.
+outage: setup
+	WALFERRY_OUTAGE=$(or $(SECONDS),600) cargo test --locked --test it -- --nocapture spool::a_target_outage
+
+# How long a change takes through memory and through a spool, and a large transaction by streaming
+# and without; release binary. The first fails beyond its bar.
+latency: setup build
+	WALFERRY_BINARY=$(CURDIR)/target/release/walferry cargo test --locked --test it -- \
+		--ignored --nocapture --test-threads 1 large::measure
 
 # Servers restarted, and networks cut, silently cut and stalled, in every phase.
 faults: setup

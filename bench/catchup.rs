@@ -2,8 +2,8 @@
 //!
 //! `cargo bench --bench catchup -- SCENARIO [ROUNDS] [SCALE]`. A backlog is written once behind one
 //! slot for each run; each run gets a copy of the empty target and is timed from its start until
-//! the backlog's last row is there. Runs take turns. Scenarios: pgbench, insert, update, delete,
-//! full. Ways: rows, auto, sets, native; and `memory`, where the stream was decoded before the
+//! the backlog's last row is there. Runs take turns. Scenarios: pgbench, insert, hot, delete, full,
+//! toast, large (one transaction). Ways: rows, auto, sets, native; and `memory`, where the stream was decoded before the
 //! clock starts.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a bench")]
 
@@ -85,6 +85,28 @@ fn scenario(name: &str) -> Scenario {
             ),
             tables: &["t"],
         },
+        "large" => Scenario {
+            ddl: keyed,
+            fill: "select 1",
+            load: Load::Sql(
+                "insert into t select i, md5(i::text), 0 from generate_series(1, :n) i",
+            ),
+            tables: &["t"],
+        },
+        "toast" => Scenario {
+            ddl: "create table t (id int primary key, v text, n int); \
+                  alter table t alter v set storage external; \
+                  create table mark (id int primary key)",
+            fill: "insert into t select i, repeat(md5(i::text), 100), 0 \
+                   from generate_series(1, 10000) i",
+            load: Load::Sql(
+                "do $$ begin for k in 0..(:n / 100 - 1) loop update t set n = n + 1, \
+                 v = case when id % 4 = 0 then v || 'x' else v end \
+                 where id between k * 100 % 10000 + 1 and k * 100 % 10000 + 100; commit; \
+                 end loop; end $$",
+            ),
+            tables: &["t"],
+        },
         other => panic!("no scenario {other}"),
     }
 }
@@ -102,15 +124,31 @@ impl Feed for Items {
     }
 }
 
+/// A server's connection strings, and what keeps it alive.
+struct Side {
+    uri: String,
+    _server: Option<Server>,
+}
+
+impl Side {
+    fn uri(&self, dbname: &str) -> String {
+        format!("{}/{dbname}", self.uri.rsplit_once('/').unwrap().0)
+    }
+}
+
 struct Bench {
-    source: Server,
-    target: Server,
+    source: Side,
+    target: Side,
     recorded: Recorded,
     start_lsn: Lsn,
 }
 
 async fn session(server: &Server, dbname: &str) -> Session {
-    let config = Config::parse(&server.uri(dbname)).unwrap();
+    connected(&server.uri(dbname)).await
+}
+
+async fn connected(uri: &str) -> Session {
+    let config = Config::parse(uri).unwrap();
     let mut session = Session::connect(&config, Purpose::Sql).await.unwrap();
     session.execute("set search_path = public").await.unwrap();
     session
@@ -125,35 +163,70 @@ fn pgbench(server: &Server, args: &[&str]) {
 
 const SLOT: &str = "bench_base";
 
-impl Bench {
-    async fn new(scenario: &Scenario, slots: &[String], scale: u64) -> Bench {
-        let bin = Server::default_bin().unwrap();
-        let settings = [
-            "max_replication_slots = 60",
-            "max_wal_size = 16GB",
-            "checkpoint_timeout = 1h",
-            "autovacuum = off",
-            "shared_buffers = 512MB",
-        ];
-        let source = Server::start(&bin, &settings).unwrap();
-        let target = Server::start(&bin, &settings).unwrap();
-        let fill = scenario.fill.replace(":n", &scale.to_string());
-        for server in [&source, &target] {
-            let mut sql = session(server, "postgres").await;
-            sql.execute(scenario.ddl).await.unwrap();
-            sql.execute(&fill).await.unwrap();
-            if matches!(scenario.load, Load::Pgbench) {
-                pgbench(server, &["-i", "-q", "-s", "10"]);
-            }
-            sql.execute("analyze").await.unwrap();
+/// A server with the backlog, and one with what was there before it.
+async fn made(scenario: &Scenario, scale: u64) -> (Side, Side) {
+    let bin = Server::default_bin().unwrap();
+    let settings = [
+        "max_replication_slots = 60",
+        "max_wal_size = 16GB",
+        "checkpoint_timeout = 1h",
+        "autovacuum = off",
+        "shared_buffers = 512MB",
+    ];
+    let source = Server::start(&bin, &settings).unwrap();
+    let target = Server::start(&bin, &settings).unwrap();
+    let fill = scenario.fill.replace(":n", &scale.to_string());
+    for server in [&source, &target] {
+        let mut sql = session(server, "postgres").await;
+        sql.execute(scenario.ddl).await.unwrap();
+        sql.execute(&fill).await.unwrap();
+        if matches!(scenario.load, Load::Pgbench) {
+            pgbench(server, &["-i", "-q", "-s", "10"]);
         }
-        let mut sql = session(&source, "postgres").await;
-        let tables = [scenario.tables, &["mark"]].concat().join(", ");
-        sql.execute(&format!("create publication bench for table {tables}")).await.unwrap();
-        let made =
-            format!("select lsn from pg_create_logical_replication_slot('{SLOT}', 'pgoutput')");
-        let start_lsn = sql.query(&made).await.unwrap()[0].lsn(0).unwrap();
+        sql.execute("analyze").await.unwrap();
+    }
+    let mut sql = session(&source, "postgres").await;
+    let tables = [scenario.tables, &["mark"]].concat().join(", ");
+    sql.execute(&format!("create publication bench for table {tables}")).await.unwrap();
+    let made = format!("select pg_create_logical_replication_slot('{SLOT}', 'pgoutput')");
+    sql.execute(&made).await.unwrap();
+    match &scenario.load {
+        Load::Pgbench => {
+            let each = (scale / 4).to_string();
+            pgbench(&source, &["-n", "-c", "4", "-j", "1", "-M", "prepared", "-t", &each]);
+        }
+        Load::Script(script) => {
+            let path = std::env::temp_dir().join("walferry-bench.sql");
+            std::fs::write(&path, script).unwrap();
+            let (each, path) = ((scale / 4).to_string(), path.display().to_string());
+            pgbench(&source, &["-n", "-c", "4", "-M", "prepared", "-t", &each, "-f", &path]);
+        }
+        Load::Sql(load) => {
+            sql.execute(&load.replace(":n", &scale.to_string())).await.unwrap();
+        }
+    }
+    sql.execute("insert into mark values (1)").await.unwrap();
+    let side = |server: Server| Side { uri: server.uri("postgres"), _server: Some(server) };
+    (side(source), side(target))
+}
+
+impl Bench {
+    /// Two servers of its own, or those that `BENCH_SOURCE` and `BENCH_TARGET` name: a slot
+    /// `bench_base` with the backlog behind it and `mark` filled last, and the tables before it.
+    async fn new(scenario: &Scenario, slots: &[String], scale: u64) -> Bench {
+        let given = |name: &str| std::env::var(name).ok();
+        let (source, target) = match (given("BENCH_SOURCE"), given("BENCH_TARGET")) {
+            (Some(source), Some(target)) => {
+                (Side { uri: source, _server: None }, Side { uri: target, _server: None })
+            }
+            _ => made(scenario, scale).await,
+        };
+        let mut sql = connected(&source.uri("postgres")).await;
+        let asked = "select confirmed_flush_lsn from pg_replication_slots where slot_name = ";
+        let start_lsn = sql.query(&format!("{asked}'{SLOT}'")).await.unwrap()[0].lsn(0).unwrap();
         for slot in slots {
+            let drop = "select pg_drop_replication_slot(slot_name) from pg_replication_slots";
+            sql.query(&format!("{drop} where slot_name = '{slot}'")).await.unwrap();
             let copy = format!("select pg_copy_logical_replication_slot('{SLOT}', '{slot}')");
             sql.execute(&copy).await.unwrap();
         }
@@ -166,29 +239,18 @@ impl Bench {
             database: "postgres".to_string(),
             plugin: "pgoutput".to_string(),
         };
-        match &scenario.load {
-            Load::Pgbench => {
-                let each = (scale / 4).to_string();
-                pgbench(&source, &["-n", "-c", "4", "-j", "1", "-M", "prepared", "-t", &each]);
-            }
-            Load::Script(script) => {
-                let path = std::env::temp_dir().join("walferry-bench.sql");
-                std::fs::write(&path, script).unwrap();
-                let (each, path) = ((scale / 4).to_string(), path.display().to_string());
-                pgbench(&source, &["-n", "-c", "4", "-M", "prepared", "-t", &each, "-f", &path]);
-            }
-            Load::Sql(load) => {
-                sql.execute(&load.replace(":n", &scale.to_string())).await.unwrap();
-            }
-        }
-        sql.execute("insert into mark values (1)").await.unwrap();
         Bench { source, target, recorded, start_lsn }
     }
 
+    async fn session(&self, dbname: &str) -> Session {
+        connected(&self.target.uri(dbname)).await
+    }
+
     async fn fresh(&self, name: &str) -> Session {
-        let mut sql = session(&self.target, "template1").await;
+        let mut sql = self.session("template1").await;
+        sql.execute(&format!("drop database if exists {name} with (force)")).await.unwrap();
         sql.execute(&format!("create database {name} template postgres")).await.unwrap();
-        session(&self.target, name).await
+        self.session(name).await
     }
 
     async fn finish(&self, mut sql: Session, name: &str) -> String {
@@ -199,7 +261,7 @@ impl Bench {
              where relkind = 'r' and relnamespace = 'public'::regnamespace) q";
         let sum = sql.query(sum).await.unwrap()[0].string(0).unwrap();
         drop(sql);
-        let mut sql = session(&self.target, "template1").await;
+        let mut sql = self.session("template1").await;
         sql.execute(&format!("drop database {name} with (force)")).await.unwrap();
         sum
     }
@@ -243,12 +305,16 @@ impl Bench {
             _ => Mode::Auto,
         };
         let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse().ok());
+        // Sizes that are asked for do not grow.
+        let tuning = &mut options.tuning;
         if let Some(bytes) = number("BATCH_BYTES") {
-            options.tuning.limits.bytes = bytes;
+            (tuning.limits.bytes, tuning.limits_max.bytes) = (bytes, bytes);
         }
-        if let Some(transactions) = number("BATCH_TRANSACTIONS") {
-            options.tuning.limits.transactions = transactions;
+        if let Some(count) = number("BATCH_TRANSACTIONS") {
+            (tuning.limits.transactions, tuning.limits_max.transactions) = (count, count);
         }
+        tuning.copy_inserts = number("COPY_INSERTS") != Some(0);
+        tuning.binary_integers = number("BINARY_INTEGERS") != Some(0);
         if let Some(count) = number("IN_FLIGHT") {
             options.tuning.in_flight_max = count;
         }
@@ -287,7 +353,8 @@ impl Bench {
         stopping: watch::Receiver<bool>,
     ) -> (memory::Receiver, tokio::task::JoinHandle<()>) {
         let from = Config::parse(&self.source.uri("postgres")).unwrap();
-        let options = StreamOptions::new(slot, "bench", self.start_lsn, self.recorded.clone());
+        let mut options = StreamOptions::new(slot, "bench", self.start_lsn, self.recorded.clone());
+        options.gather = std::env::var("GATHER").map_or(true, |v| v != "0");
         let stream = Stream::open(&from, options).await.unwrap();
         let (mut queue, feed) = memory::queue(limit::BUFFER_BYTES);
         let start_lsn = self.start_lsn;
@@ -360,4 +427,7 @@ async fn main() {
         let (took, cpu) = times[times.len() / 2];
         println!("{name} x{scale} {way}: median {took:.2} s, own cpu {cpu:.2} s");
     }
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let peak = status.lines().find(|line| line.starts_with("VmHWM")).unwrap_or_default();
+    println!("{name} x{scale}: peak memory of all ways {peak}");
 }

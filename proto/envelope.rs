@@ -94,6 +94,13 @@ pub struct Begin {
     /// Name of the replication origin that the transaction was tagged with, if any.
     #[prost(string, optional, tag = "4")]
     pub origin: ::core::option::Option<::prost::alloc::string::String>,
+    /// What the transaction's end is. Of a prepared transaction two come: its changes, which end with
+    /// ENDING_PREPARE, and later one without changes, which says what became of it.
+    #[prost(enumeration = "Ending", tag = "5")]
+    pub ending: i32,
+    /// The global identifier, where the end is another than COMMIT.
+    #[prost(string, tag = "6")]
+    pub gid: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Commit {
@@ -248,6 +255,42 @@ pub struct Fragment {
     /// The piece.
     #[prost(bytes = "bytes", tag = "3")]
     pub content: ::prost::bytes::Bytes,
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Ending {
+    /// COMMIT.
+    Commit = 0,
+    /// PREPARE TRANSACTION: no change of it counts yet.
+    Prepare = 1,
+    /// COMMIT PREPARED.
+    CommitPrepared = 2,
+    /// ROLLBACK PREPARED.
+    RollbackPrepared = 3,
+}
+impl Ending {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Commit => "ENDING_COMMIT",
+            Self::Prepare => "ENDING_PREPARE",
+            Self::CommitPrepared => "ENDING_COMMIT_PREPARED",
+            Self::RollbackPrepared => "ENDING_ROLLBACK_PREPARED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "ENDING_COMMIT" => Some(Self::Commit),
+            "ENDING_PREPARE" => Some(Self::Prepare),
+            "ENDING_COMMIT_PREPARED" => Some(Self::CommitPrepared),
+            "ENDING_ROLLBACK_PREPARED" => Some(Self::RollbackPrepared),
+            _ => None,
+        }
+    }
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

@@ -24,6 +24,7 @@ pub mod decode;
 pub mod apply;
 pub mod buffer;
 pub mod copy;
+pub mod large;
 pub mod route;
 pub mod schema;
 pub mod source;

@@ -21,6 +21,14 @@ pub const BATCH_BYTES: usize = 4 << 20;
 /// A batch closes at this many source transactions, so that one failure repeats little work.
 pub const BATCH_TRANSACTIONS: usize = 1000;
 
+/// Bounds of a batch once it has grown under a backlog. Three copies of a batch may be in memory
+/// (changes, parameters, what is being sent), of two batches: more than this would be felt, and
+/// saves little.
+pub const BATCH_BYTES_MAX: usize = 8 << 20;
+
+/// The same in source transactions.
+pub const BATCH_TRANSACTIONS_MAX: usize = 16_000;
+
 /// Batches on their way to the target at once: one that the server works on, and one behind it, so
 /// that neither side waits for the other. More would only be memory.
 pub const BATCHES_IN_FLIGHT: usize = 2;

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 
 use super::error::{Error, Result};
-use crate::change::{Chunk, Commit, Item};
+use crate::change::{Begin, Chunk, Commit, Ending, Item};
 use crate::limit;
 use crate::lsn::Lsn;
 
@@ -31,9 +31,22 @@ pub(super) struct Batch {
     pub opens: bool,
     /// The last transaction's commit; `None` if the target transaction stays open for more chunks.
     pub commit: Option<Commit>,
+    /// There was enough for a batch; else for less.
+    pub full: bool,
 }
 
 impl Batch {
+    /// How its one transaction ends, where that is not with COMMIT: such a one is alone.
+    pub fn ending(&self) -> &Ending {
+        self.chunks.first().map_or(&Ending::Commit, |chunk| &chunk.begin.ending)
+    }
+
+    /// Its one transaction, or a part of it, if that ends with PREPARE TRANSACTION.
+    pub fn prepares(&self) -> Option<&Begin> {
+        let begin = self.chunks.first().map(|chunk| &*chunk.begin);
+        begin.filter(|begin| matches!(begin.ending, Ending::Prepare(_)))
+    }
+
     /// Number of source transactions that end in this batch.
     pub fn transactions(&self) -> u64 {
         self.chunks.iter().filter(|c| c.commit.is_some()).count() as u64
@@ -90,6 +103,11 @@ impl Batcher {
             abandoned: false,
             idle_lsn: None,
         }
+    }
+
+    /// Other bounds for the next batch.
+    pub fn resize(&mut self, limits: Limits) {
+        self.limits = limits;
     }
 
     /// False once there is enough for a batch, or what is there must be given out first.
@@ -218,13 +236,18 @@ impl Batcher {
     fn whole_below(&self, hold_lsn: Lsn) -> usize {
         let (mut count, mut bytes, mut transactions) = (0, 0, 0);
         for (index, chunk) in self.queue.iter().take(self.complete).enumerate() {
+            let alone = chunk.begin.ending != Ending::Commit;
+            if alone && count > 0 {
+                break;
+            }
             bytes += chunk.bytes;
             if let Some(commit) = chunk.commit {
                 if commit.commit_lsn >= hold_lsn {
                     break;
                 }
                 (count, transactions) = (index + 1, transactions + 1);
-                if bytes >= self.limits.bytes || transactions >= self.limits.transactions {
+                let full = bytes >= self.limits.bytes || transactions >= self.limits.transactions;
+                if full || alone {
                     break;
                 }
             }
@@ -233,13 +256,14 @@ impl Batcher {
     }
 
     fn give(&mut self, count: usize) -> Batch {
+        let full = self.is_full();
         let chunks: Vec<Chunk> = self.queue.drain(..count).collect();
         self.bytes -= chunks.iter().map(|c| c.bytes).sum::<usize>();
         self.complete = self.complete.saturating_sub(count);
         let commit = chunks.last().and_then(|c| c.commit);
         let opens = !self.open;
         self.open = commit.is_none();
-        Batch { chunks, opens, commit }
+        Batch { chunks, opens, commit, full }
     }
 }
 
@@ -248,7 +272,6 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::change::Begin;
     use crate::clock::PgTimestamp;
 
     /// Chunk `number` of the transaction whose commit record is `at..at+10`.
@@ -258,6 +281,7 @@ mod tests {
             commit_lsn: Lsn(at),
             commit_time: PgTimestamp(0),
             origin: None,
+            ending: Ending::Commit,
         };
         let commit = last.then_some(Commit {
             commit_lsn: Lsn(at),
@@ -420,5 +444,30 @@ mod tests {
         b.push(chunk(200, 0, false, 1)).unwrap();
         b.push(Item::Idle { lsn: Lsn(250) }).unwrap();
         assert_eq!(take(&mut b, None), "-");
+    }
+
+    #[test]
+    fn what_has_to_do_with_prepare_is_never_with_others() {
+        let ending = |at, number, last, ending: Ending| match chunk(at, number, last, 1) {
+            Item::Chunk(mut chunk) => {
+                let begin = Begin { ending, ..(*chunk.begin).clone() };
+                chunk.begin = Arc::new(begin);
+                Item::Chunk(chunk)
+            }
+            idle => idle,
+        };
+        let gid = || "g".to_string();
+        let mut b = batcher([
+            chunk(100, 0, true, 1),
+            chunk(200, 0, true, 1),
+            ending(300, 0, false, Ending::Prepare(gid())),
+            ending(300, 1, true, Ending::Prepare(gid())),
+            chunk(400, 0, true, 1),
+            ending(500, 0, true, Ending::CommitPrepared(gid())),
+            ending(600, 0, true, Ending::RollbackPrepared(gid())),
+        ]);
+        for batch in ["100,200", "300,300", "400", "500", "600", "-"] {
+            assert_eq!(take(&mut b, None), batch);
+        }
     }
 }

@@ -51,6 +51,34 @@ pub enum Error {
         /// The server's refusal.
         source: Box<pg::Error>,
     },
+    /// The target did not prepare a transaction.
+    #[error(
+        "the target did not prepare a transaction that the source has prepared: {source}; it takes \
+         alter system set max_prepared_transactions to at least the source's, and a restart"
+    )]
+    PrepareRefused {
+        /// The server's words.
+        source: Box<pg::Error>,
+    },
+    /// A prepared transaction cannot be tagged without an origin.
+    #[error(
+        "a prepared transaction came, and the role on the target may not use replication origins, \
+         without which it cannot be told from an application's own: grant them, or start over \
+         with --two-phase off"
+    )]
+    PreparedWithoutOrigin,
+    /// Somebody else ended it.
+    #[error(
+        "the source committed a prepared transaction at {end_lsn} that the target should have as \
+         {name} and has not: it was ended there by somebody else; start over with walferry cancel \
+         and walferry run"
+    )]
+    NotPrepared {
+        /// Its name on the target.
+        name: String,
+        /// End of the source's COMMIT PREPARED.
+        end_lsn: Lsn,
+    },
     /// The schema `walferry` or a table in it is not there.
     #[error("the tables of schema walferry are missing on the target ({source}): run {ddl}")]
     NoState {

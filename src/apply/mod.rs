@@ -14,16 +14,20 @@
 //! 4. The answers are held against the request: every statement met the rows it had to, COMMIT said
 //!    COMMIT. Positions go out by a watch channel.
 //!
+//! `prepared` carries two-phase commit, where progress cannot be in the transaction of the rows.
+//! Batches grow under a backlog for as long as the target is quick with them: `growth`.
+//!
 //! `routing` and `target` know the tables, `progress` where the position is kept, `durable` what a
 //! crash of the target can take back, `count` law 10's books.
 //!
 //! # Two orders
 //! Row order (`rows`; SQL by `shape` and `statement`) is a prepared statement a change, as the
-//! source made them. Set order (`sets`; SQL by `setwise`, parameters by `encode`) writes what
-//! becomes of each row in the end, folded by `plan`, as one DELETE, UPDATE and INSERT a table. A
-//! reader sees no difference, as a batch is one transaction in both. What only row order does right
-//! (a trigger that fires, a column that SET cannot write) is written in row order from the start;
-//! what the target refuses as a set is rolled back and written in row order, and counted.
+//! source made them. Set order (`sets`; SQL by `setwise`, parameters by `encode`, rows of a COPY by
+//! `lines`) writes what becomes of each row in the end, folded by `plan`, as one DELETE, UPDATE and
+//! INSERT or COPY a table. A reader sees no difference, as a batch is one transaction in both. What
+//! only row order does right (a trigger that fires, a column that SET cannot write) is written in
+//! row order from the start; what the target refuses as a set is rolled back and written in row
+//! order, and counted.
 //!
 //! # A row that is not there
 //! An UPDATE that meets no row means that source and target differ, and must roll the batch back;
@@ -47,8 +51,8 @@
 //! durable_lsn      (flush) T3                    (flush) T4 idle   <- what the slot may be told
 //! ```
 //!
-//! Left out on purpose: several target sessions, COPY for long runs of inserts, and setting single
-//! rows aside (`quarantined` is counted, and always 0).
+//! Left out on purpose: several target sessions, and setting single rows aside (`quarantined` is
+//! counted, and always 0).
 //!
 //! [`Item::Idle`]: crate::change::Item::Idle
 
@@ -58,7 +62,10 @@ mod count;
 mod durable;
 mod encode;
 mod error;
+mod growth;
+mod lines;
 mod plan;
+mod prepared;
 mod progress;
 mod request;
 mod routing;
@@ -84,6 +91,7 @@ pub use progress::{ProgressKind, begin_at, durable_progress, forget};
 
 use batch::Batcher;
 use durable::Durable;
+use growth::Growth;
 use progress::Progress;
 use writer::Writer;
 
@@ -104,7 +112,9 @@ pub const DDL: &str = "do $$ begin if pg_catalog.to_regnamespace('walferry') is 
      stream text, schema text, name text, decoded bigint not null, applied bigint not null, \
      filtered bigint not null, quarantined bigint not null, primary key (stream, schema, name)); \
      create table if not exists walferry.stream_fallback (\
-     stream text primary key, batches bigint not null);";
+     stream text primary key, batches bigint not null); \
+     create table if not exists walferry.prepared (\
+     stream text, xid bigint, primary key (stream, xid));";
 
 /// Logical messages whose prefix starts with this are handed to [`Options::on_message`].
 pub const MESSAGE_PREFIX: &str = "walferry";
@@ -160,11 +170,18 @@ impl std::str::FromStr for Mode {
 pub struct Tuning {
     /// In which order a batch is written.
     pub mode: Mode,
-    /// Bounds of a batch.
+    /// Bounds of a batch at first, and at least.
     pub limits: Limits,
+    /// How far they may grow while the target is quick with full batches; not at all where this is
+    /// no more than `limits`.
+    pub limits_max: Limits,
     /// How many batches may be on their way to the target at once; at least 1. The second is made
     /// and sent while the server works on the first.
     pub in_flight_max: usize,
+    /// Sets of new rows go in by COPY, where the target's table takes one.
+    pub copy_inserts: bool,
+    /// Integers of sets travel in their binary form.
+    pub binary_integers: bool,
 }
 
 impl Default for Tuning {
@@ -172,7 +189,13 @@ impl Default for Tuning {
         Tuning {
             mode: Mode::default(),
             limits: Limits::default(),
+            limits_max: Limits {
+                bytes: limit::BATCH_BYTES_MAX,
+                transactions: limit::BATCH_TRANSACTIONS_MAX,
+            },
             in_flight_max: limit::BATCHES_IN_FLIGHT,
+            copy_inserts: true,
+            binary_integers: true,
         }
     }
 }
@@ -255,6 +278,9 @@ pub struct Applier {
     recorded_at: Instant,
     writer: Writer,
     batcher: Batcher,
+    growth: Growth,
+    /// When the target was done with the last batch.
+    landed_at: Instant,
     in_flight_max: usize,
     /// What was under way has been canceled, for a shutdown.
     canceled: bool,
@@ -286,6 +312,8 @@ impl Applier {
             recorded_at: Instant::now(),
             writer,
             batcher: Batcher::new(progress_lsn, options.tuning.limits),
+            growth: Growth::new(options.tuning.limits, options.tuning.limits_max),
+            landed_at: Instant::now(),
             in_flight_max: options.tuning.in_flight_max.max(1),
             canceled: false,
             durable: Durable::new(progress_lsn),

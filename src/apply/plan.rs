@@ -91,6 +91,17 @@ pub(super) fn keyed<'a>(
     Some(folder.entries)
 }
 
+/// Puts rows that are there already in the order of their keys, so that the target finds one near
+/// the one before; rows that come stay as they came, and behind. Texts are ordered by length first,
+/// which is the order of numbers.
+pub(super) fn sort(keys: &[usize], entries: &mut [Entry<'_>]) {
+    entries.sort_by_cached_key(|entry| {
+        let is_there = !matches!(entry.net, Net::Nothing | Net::Insert(_));
+        let key = if is_there { key_of(entry.key, keys) } else { None };
+        (!is_there, key.as_ref().map_or(0, |key| key.len()), key)
+    });
+}
+
 struct Folder<'a, 'r> {
     rules: &'r Rules<'r>,
     entries: Vec<Entry<'a>>,

@@ -233,8 +233,8 @@ pub async fn durable_progress(session: &mut Session, stream: &str) -> Result<Lsn
     Progress { stream: stream.to_string(), kind: ProgressKind::Table }.flush(session).await
 }
 
-/// Drops a stream's progress and its counters. Harmless if there are none. The stream must not be
-/// running.
+/// Drops a stream's progress and its counters, and rolls back what it has prepared. Harmless if
+/// there are none. The stream must not be running.
 pub async fn forget(session: &mut Session, stream: &str) -> Result<()> {
     // Asked first: who may not call the function may not call it for no rows either.
     let known = "select 1 from pg_catalog.pg_replication_origin where roname = $1";
@@ -244,7 +244,8 @@ pub async fn forget(session: &mut Session, stream: &str) -> Result<()> {
             return Err(denied(session, error).await);
         }
     }
-    for table in ["progress", "stream_table", "stream_fallback"] {
+    super::prepared::roll_back_all(session, stream).await?;
+    for table in ["progress", "stream_table", "stream_fallback", "prepared"] {
         let there = format!("select pg_catalog.to_regclass('walferry.{table}') is not null");
         if session.query_one(&there, &[]).await?.bool(0)? {
             let sql = format!("delete from walferry.{table} where stream = $1");

@@ -23,6 +23,8 @@ pub(super) enum Role {
     },
     /// Progress.
     Progress,
+    /// PREPARE TRANSACTION.
+    Prepare,
     /// COMMIT.
     Commit,
     /// The question where the log stands.
@@ -58,6 +60,7 @@ impl Request {
 #[derive(Debug, Default)]
 pub(super) struct Replies {
     done: usize,
+    prepare_tag: Option<String>,
     commit_tag: Option<String>,
     position: Option<pg::Row>,
     /// The first bare INSERT whose tag was not what it had to be.
@@ -84,8 +87,10 @@ impl Replies {
                 if rows.is_some_and(|rows| told() != Some(rows)) {
                     self.odd = self.odd.or(Some(self.done));
                 }
-                if role == Some(&Role::Commit) {
-                    self.commit_tag = Some(tag);
+                match role {
+                    Some(Role::Prepare) => self.prepare_tag = Some(tag),
+                    Some(Role::Commit) => self.commit_tag = Some(tag),
+                    _ => {}
                 }
                 self.done += 1;
             }
@@ -105,6 +110,12 @@ impl Replies {
     /// Where the log stands after COMMIT; `None` if the request did not commit. An error if COMMIT
     /// did not commit, or replies are missing.
     pub fn settle(self, roles: &[Role], end_lsn: Lsn) -> Result<Option<(Lsn, Lsn)>> {
+        if roles.contains(&Role::Prepare) {
+            let tag = self.prepare_tag.unwrap_or_default();
+            if tag != "PREPARE TRANSACTION" {
+                return Err(Error::NotCommitted { tag, end_lsn });
+            }
+        }
         if roles.contains(&Role::Commit) {
             let tag = self.commit_tag.unwrap_or_default();
             if tag != "COMMIT" {

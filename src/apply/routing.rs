@@ -8,7 +8,7 @@ use super::count::Counts;
 use super::error::{Error, Result};
 use super::statement::{Bind, Mapping, MissingColumn};
 use super::target::Table;
-use super::{Options, TableFilter};
+use super::{Options, TableFilter, Tuning};
 use crate::change::{Relation, Snapshot};
 use crate::id::{QualifiedName, quote_ident};
 use crate::lsn::Lsn;
@@ -66,6 +66,7 @@ pub(super) struct Routes {
     tables: Option<TableFilter>,
     visibility: HashMap<QualifiedName, (Snapshot, Lsn)>,
     gate: Option<Arc<AtomicBool>>,
+    tuning: Tuning,
     /// Names of prepared statements that no route uses any more.
     pub discarded: Vec<String>,
 }
@@ -77,6 +78,7 @@ impl Routes {
             tables: options.tables.clone(),
             visibility: options.visibility.clone(),
             gate: options.gate.clone(),
+            tuning: options.tuning,
             ..Routes::default()
         }
     }
@@ -163,9 +165,11 @@ impl Routes {
         if self.tables.as_ref().is_some_and(|contains| !contains(name)) {
             return Ok(None);
         }
-        let Some(table) = Table::load(session, name).await? else {
+        let integers = self.tuning.binary_integers;
+        let Some(mut table) = Table::load(session, name, integers).await? else {
             return Err(Error::NoTable { table: name.clone() });
         };
+        table.takes_copy &= self.tuning.copy_inserts;
         match table.kind.as_str() {
             "r" | "p" => {}
             // REFRESH MATERIALIZED VIEW CONCURRENTLY decodes as changes of the view

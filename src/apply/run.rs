@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use super::batch::{Batch, Work};
 use super::error::Result;
 use super::{Applied, Applier, POSITION};
-use crate::change::{Commit, Feed};
+use crate::change::{Commit, Ending, Feed};
 use crate::clock::PgTimestamp;
 use crate::lsn::Lsn;
 use crate::pg::{Pipeline, Reply};
@@ -118,6 +118,16 @@ impl Applier {
         shutdown: &mut watch::Receiver<bool>,
     ) -> Result<bool> {
         let batch = match work {
+            Some(Work::Write(batch))
+                if matches!(
+                    batch.ending(),
+                    Ending::CommitPrepared(_) | Ending::RollbackPrepared(_)
+                ) =>
+            {
+                self.land_all().await?;
+                self.end_prepared(&batch).await?;
+                return Ok(false);
+            }
             Some(Work::Write(batch)) => Some(batch),
             Some(Work::Abandon) => {
                 self.land_all().await?;
@@ -155,12 +165,21 @@ impl Applier {
     /// Sends a batch, or waits for one.
     async fn write(&mut self, batch: Option<Batch>) -> Result<()> {
         let Some(batch) = batch else { return self.land().await };
+        // What is sent behind must not be taken back with it, nor find it half done.
+        let alone = *batch.ending() != Ending::Commit;
+        if alone {
+            self.land_all().await?;
+        }
         if !self.writer.knows(&batch) {
             self.land_all().await?;
             self.writer.meet(&mut self.session, &batch).await?;
         }
         let progress_lsn = self.progress_lsn;
-        self.writer.launch(&mut self.session, &self.progress, progress_lsn, batch).await
+        self.writer.launch(&mut self.session, &self.progress, progress_lsn, batch).await?;
+        if alone {
+            self.land_all().await?;
+        }
+        Ok(())
     }
 
     async fn land_all(&mut self) -> Result<()> {
@@ -173,6 +192,9 @@ impl Applier {
     async fn land(&mut self) -> Result<()> {
         let landed = self.writer.land(&mut self.session, &self.progress).await?;
         let Some(landed) = landed else { return Ok(()) };
+        let took = self.landed_at.max(landed.sent_at).elapsed();
+        self.landed_at = Instant::now();
+        self.batcher.resize(self.growth.learn(landed.batch.full, took));
         self.applied.rows += landed.rows;
         self.applied.fallbacks += u64::from(landed.fell_back);
         let Some(commit) = landed.batch.commit else { return Ok(()) };

@@ -9,6 +9,7 @@ use super::admit::{Step, relations};
 use super::batch::Batch;
 use super::encode::{Arrays, Carrier, NoValue};
 use super::error::Result;
+use super::lines::Lines;
 use super::plan::{self, Copies, Entry, Net, Rules};
 use super::request::{Request, Role};
 use super::routing::{Names, Prepared, Route};
@@ -20,6 +21,9 @@ use crate::pg::Param;
 
 /// Fewer changes of a table than this are not worth a set, whose statements cost more to start.
 const TABLE_CHANGES_MIN: usize = 4;
+
+/// Fewer rows than this do not go into a table by COPY, which takes longer to start.
+const COPY_ROWS_MIN: usize = 32;
 
 /// The steps of each table, tables in the order of their first mention: a table described anew
 /// within the batch has two entries, and the older description comes first.
@@ -44,8 +48,32 @@ impl Tables {
 
 /// What is done with a table: rows encoded, and not yet part of a request.
 enum Sets {
-    Keyed { keys: Vec<usize>, deletes: Arrays, updates: Vec<Updates>, inserts: Arrays },
-    Whole { deletes: Arrays, inserts: Arrays },
+    Keyed { keys: Vec<usize>, deletes: Arrays, updates: Vec<Updates>, inserts: Inserts },
+    Whole { deletes: Arrays, inserts: Inserts },
+}
+
+/// Rows that come: by INSERT, or by COPY where there are many, and the target takes one.
+enum Inserts {
+    Arrays(Arrays),
+    Lines(Lines),
+}
+
+impl Inserts {
+    /// No rows yet, of so many.
+    fn new(mapping: &Mapping, copied_min: usize, rows: usize) -> Inserts {
+        let table = &mapping.table;
+        match rows >= copied_min && table.takes_copy && !table.counts_inserts {
+            true => Inserts::Lines(Lines::new(mapping)),
+            false => Inserts::Arrays(Arrays::new(mapping, &mapping.written().collect::<Vec<_>>())),
+        }
+    }
+
+    fn push(&mut self, row: &Row) -> std::result::Result<(), NoValue> {
+        match self {
+            Inserts::Arrays(arrays) => arrays.push(row),
+            Inserts::Lines(lines) => lines.push(row),
+        }
+    }
 }
 
 /// Updates that set the same columns.
@@ -88,11 +116,13 @@ impl Writer {
             let chosen = || places.iter().filter_map(|at| steps.get(*at));
             let route = self.routes.get_mut(&relation);
             let few = !self.always_sets && places.len() < TABLE_CHANGES_MIN;
+            let copied_min = if self.always_sets { 1 } else { COPY_ROWS_MIN };
             if let Some(route) = route
                 && let Some(mapping) = &route.mapping
                 && !(few && mapping.locator != Locator::Whole)
-                && let Some(sets) =
-                    fold(route, mapping, || chosen().filter_map(|step| Some(step.of(batch)?.1)))
+                && let Some(sets) = fold(route, mapping, copied_min, || {
+                    chosen().filter_map(|step| Some(step.of(batch)?.1))
+                })
             {
                 write(request, &mut self.names, route, sets);
                 continue;
@@ -107,10 +137,12 @@ impl Writer {
     }
 }
 
-/// The table's net change, encoded; `None` if its changes are to be written one by one.
+/// The table's net change, encoded, so many new rows at least going by COPY; `None` if its changes
+/// are to be written one by one.
 fn fold<'a, I: Iterator<Item = &'a Change>>(
     route: &Route,
     mapping: &Mapping,
+    copied_min: usize,
     changes: impl Fn() -> I,
 ) -> Option<Sets> {
     let mut written = mapping.written().peekable();
@@ -133,15 +165,16 @@ fn fold<'a, I: Iterator<Item = &'a Change>>(
             rules.keys = &keys;
             // SET cannot write such a column, and the stream does not say whether it changed.
             rules.settable = mapping.identity_always().is_none_or(|c| keys.contains(&c));
-            let entries = plan::keyed(&rules, changes())?;
-            encode_keyed(mapping, keys, &entries).ok()
+            let mut entries = plan::keyed(&rules, changes())?;
+            plan::sort(&keys, &mut entries);
+            encode_keyed(mapping, copied_min, keys, &entries).ok()
         }
         Locator::Whole if rules.complete => {
-            encode_whole(mapping, &plan::whole(width, changes())?).ok()
+            encode_whole(mapping, copied_min, &plan::whole(width, changes())?).ok()
         }
         Locator::Whole => None,
         Locator::None => {
-            let mut inserts = Arrays::new(mapping, &mapping.written().collect::<Vec<_>>());
+            let mut inserts = Inserts::new(mapping, copied_min, changes().count());
             for change in changes() {
                 let Change::Insert { new, .. } = change else { return None };
                 (new.len() == width).then_some(())?;
@@ -154,12 +187,14 @@ fn fold<'a, I: Iterator<Item = &'a Change>>(
 
 fn encode_keyed(
     mapping: &Mapping,
+    copied_min: usize,
     keys: Vec<usize>,
     entries: &[Entry<'_>],
 ) -> std::result::Result<Sets, NoValue> {
     let columns: Vec<usize> = mapping.written().collect();
     let mut deletes = Arrays::new(mapping, &keys);
-    let mut inserts = Arrays::new(mapping, &columns);
+    let comes = |e: &&Entry<'_>| matches!(e.net, Net::Insert(_) | Net::Replace(_));
+    let mut inserts = Inserts::new(mapping, copied_min, entries.iter().filter(comes).count());
     let mut updates: Vec<Updates> = Vec::new();
     for entry in entries {
         match &entry.net {
@@ -204,10 +239,15 @@ fn is_set<'a>(
     })
 }
 
-fn encode_whole(mapping: &Mapping, entries: &[Copies<'_>]) -> std::result::Result<Sets, NoValue> {
+fn encode_whole(
+    mapping: &Mapping,
+    copied_min: usize,
+    entries: &[Copies<'_>],
+) -> std::result::Result<Sets, NoValue> {
     let columns: Vec<usize> = mapping.written().collect();
     let mut deletes = Arrays::new(mapping, &columns);
-    let mut inserts = Arrays::new(mapping, &columns);
+    let coming = entries.iter().map(|e| e.inserted).sum();
+    let mut inserts = Inserts::new(mapping, copied_min, coming);
     for entry in entries {
         (0..entry.deleted).try_for_each(|_| deletes.push(&entry.row))?;
         (0..entry.inserted).try_for_each(|_| inserts.push(&entry.row))?;
@@ -218,7 +258,7 @@ fn encode_whole(mapping: &Mapping, entries: &[Copies<'_>]) -> std::result::Resul
 /// Adds the statements: what goes before what changes before what comes, as a row may take a unique
 /// value that another gives up.
 fn write(request: &mut Request, names: &mut Names, route: &mut Route, sets: Sets) {
-    let mut inserts = match sets {
+    let inserts = match sets {
         Sets::Keyed { keys, mut deletes, updates, inserts } => {
             let sql = |mapping: &Mapping| setwise::delete(mapping, &keys);
             run(request, names, route, b"sd".to_vec(), &mut deletes, true, sql);
@@ -235,8 +275,25 @@ fn write(request: &mut Request, names: &mut Names, route: &mut Route, sets: Sets
             inserts
         }
     };
-    let guarded = route.mapping.as_ref().is_some_and(|m| m.table.counts_inserts);
-    run(request, names, route, b"si".to_vec(), &mut inserts, guarded, setwise::insert);
+    match inserts {
+        Inserts::Arrays(mut arrays) => {
+            let guarded = route.mapping.as_ref().is_some_and(|m| m.table.counts_inserts);
+            run(request, names, route, b"si".to_vec(), &mut arrays, guarded, setwise::insert);
+        }
+        Inserts::Lines(lines) => copy(request, names, route, &lines),
+    }
+}
+
+/// Adds one COPY, prepared at its first use. Its tag tells how many rows went in.
+fn copy(request: &mut Request, names: &mut Names, route: &mut Route, lines: &Lines) {
+    let Some(mapping) = &route.mapping else { return };
+    let prepared = route.statements.entry(b"sc".to_vec()).or_insert_with(|| {
+        let name = names.next();
+        request.pipeline.parse(&name, &setwise::copy(mapping), &[]);
+        Prepared { name, binds: Vec::new() }
+    });
+    request.pipeline.copy(&prepared.name, lines.text());
+    request.roles.push(Role::Set { bare: Some(lines.rows()) });
 }
 
 /// Adds one statement over arrays, prepared at its first use; none for no rows.

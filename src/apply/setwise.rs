@@ -2,7 +2,7 @@
 //!
 //! Every column is one array parameter; the rows are `v`, their columns `c0`, `c1` by their place
 //! in the relation. As for single rows, a count that is not the expected one is an error on the
-//! server, so that the batch travels in one round trip.
+//! server, so that the batch travels in one round trip. Rows of a COPY travel as its data.
 
 use super::encode::Carrier;
 use super::statement::{GUARD_PREFIX, Mapping};
@@ -21,6 +21,13 @@ pub(super) fn insert(mapping: &Mapping) -> String {
         true => format!("with u as ({insert} returning 1) {}", guard(columns.len(), false)),
         false => insert,
     }
+}
+
+/// COPY of rows with every column that may be written. Their number is the command tag's.
+pub(super) fn copy(mapping: &Mapping) -> String {
+    let columns: Vec<usize> = mapping.written().collect();
+    let names = list(&columns, |c| name(mapping, c));
+    format!("copy {} ({names}) from stdin", mapping.table.name.quoted())
 }
 
 /// DELETE of the rows with these keys, each of one row.
@@ -109,7 +116,9 @@ fn rows(mapping: &Mapping, columns: &[usize]) -> String {
             let base = mapping.target(*column).map_or("text", |c| &c.base_type_name);
             match mapping.carrier(*column) {
                 Carrier::Text => format!("${}::text[]", place + 1),
-                Carrier::Literal | Carrier::None => format!("${}::{base}[]", place + 1),
+                Carrier::Literal | Carrier::Integer(_) | Carrier::None => {
+                    format!("${}::{base}[]", place + 1)
+                }
             }
         })
         .collect();

@@ -400,6 +400,7 @@ mod tests {
             name: QualifiedName::new("s", "t"),
             kind: kind.to_string(),
             counts_inserts: false,
+            takes_copy: true,
             acts: false,
             owned: true,
             key: key.iter().map(|k| k.to_string()).collect(),
@@ -490,10 +491,9 @@ mod tests {
 
     #[test]
     fn truncate_takes_partitions_along_and_heirs_not() {
-        let [plain, partitioned] =
-            ["r", "p"].map(|kind| mapping(ReplicaIdentity::Full, kind, &[]).table);
+        let [plain, tree] = ["r", "p"].map(|k| mapping(ReplicaIdentity::Full, k, &[]).table);
         assert_eq!(
-            truncate(&[&plain, &partitioned], true),
+            truncate(&[&plain, &tree], true),
             "truncate only \"s\".\"t\", \"s\".\"t\" restart identity restrict"
         );
     }

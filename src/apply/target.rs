@@ -1,6 +1,6 @@
 //! What the target says of a table that is written: columns, key, and how to compare them.
 
-use super::encode::Carrier;
+use super::encode::{Carrier, Integer};
 use crate::id::QualifiedName;
 use crate::pg::{self, Session};
 
@@ -13,6 +13,8 @@ pub(super) struct Table {
     pub kind: String,
     /// Rows must be counted on INSERT too: a trigger or rule could swallow one.
     pub counts_inserts: bool,
+    /// Rows may come by COPY: nothing filters them by policies.
+    pub takes_copy: bool,
     /// A trigger or rule fires in this session on a change of the table or a partition: it may
     /// depend on the order of changes.
     pub acts: bool,
@@ -62,7 +64,12 @@ impl Table {
     }
 
     /// Asks the target about a table; `None` if nothing of that name is there. Two round trips.
-    pub async fn load(session: &mut Session, name: &QualifiedName) -> pg::Result<Option<Table>> {
+    /// Integers, where no domain is over them, have a carrier of their own if that is wanted.
+    pub async fn load(
+        session: &mut Session,
+        name: &QualifiedName,
+        binary_integers: bool,
+    ) -> pg::Result<Option<Table>> {
         let Some(row) = session.query_opt(TABLE, &[Some(&name.schema), Some(&name.name)]).await?
         else {
             return Ok(None);
@@ -81,10 +88,9 @@ impl Table {
                 equality: row.opt(3)?.map(str::to_string),
                 generated: row.bool(4)?,
                 identity_always: row.bool(5)?,
-                carrier: match row.str(6)? {
-                    "text" => Carrier::Text,
-                    "literal" => Carrier::Literal,
-                    _ => Carrier::None,
+                carrier: match row.opt(7)?.and_then(Integer::named).filter(|_| binary_integers) {
+                    Some(integer) => Carrier::Integer(integer),
+                    None => carrier(row.str(6)?),
                 },
             });
         }
@@ -94,15 +100,24 @@ impl Table {
             counts_inserts: row.bool(2)?,
             acts: row.bool(4)?,
             owned: row.bool(5)?,
+            takes_copy: row.bool(6)?,
             key,
             columns,
         }))
     }
 }
 
+fn carrier(named: &str) -> Carrier {
+    match named {
+        "text" => Carrier::Text,
+        "literal" => Carrier::Literal,
+        _ => Carrier::None,
+    }
+}
+
 /// Oid, kind, whether INSERT may lose rows, key, whether something acts on changes, whether it is
-/// ours. For the first question a partition's own triggers are not looked for, so inserts into
-/// partitioned tables are always counted.
+/// ours, whether it has no row security. For the first question a partition's own triggers are not
+/// looked for, so inserts into partitioned tables are always counted.
 const TABLE: &str = "select c.oid, c.relkind, \
      c.relhasrules or c.relkind = 'p' or exists (select from pg_catalog.pg_trigger g \
          where g.tgrelid = c.oid and not g.tgisinternal and g.tgenabled <> 'D'), \
@@ -127,7 +142,7 @@ const TABLE: &str = "select c.oid, c.relkind, \
              join on_here on g.tgenabled::text = letter \
          union all select from pg_catalog.pg_rewrite r join tree on r.ev_class = tree.oid \
              join on_here on r.ev_enabled::text = letter where r.ev_type <> '1'), \
-     pg_catalog.pg_has_role(c.relowner, 'usage') \
+     pg_catalog.pg_has_role(c.relowner, 'usage'), not c.relrowsecurity \
      from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
      where n.nspname = $1 and c.relname = $2";
 
@@ -180,7 +195,8 @@ const COLUMNS: &str = "with recursive base(attnum, oid, typbasetype) as ( \
        case when not exists (select from pg_catalog.pg_cast x where x.casttarget = b.oid \
              and x.castsource = 'pg_catalog.text'::pg_catalog.regtype \
              and (x.castmethod = 'f' or (x.castmethod = 'b' and x.oid >= 16384))) then 'text' \
-         when t.typarray <> 0 then 'literal' else 'none' end \
+         when t.typarray <> 0 then 'literal' else 'none' end, \
+       case when a.atttypid in (20, 21, 23) then t.typname end \
      from pg_catalog.pg_attribute a \
      join base b on b.attnum = a.attnum and b.typbasetype = 0 \
      join pg_catalog.pg_type t on t.oid = b.oid \

@@ -9,11 +9,13 @@
 //! needs no proof that it will do.
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use super::admit::{self, Admitted, relations};
 use super::batch::Batch;
 use super::count::{self, Counts};
 use super::error::{self, Culprit, Error, Result};
+use super::prepared::Prepared;
 use super::progress::Progress;
 use super::request::{Replies, Request, Role};
 use super::routing::{Names, Routes};
@@ -47,6 +49,8 @@ pub(super) struct Landed {
     pub fell_back: bool,
     /// Messages of the transactions committed.
     pub messages: Vec<Message>,
+    /// When it was sent.
+    pub sent_at: Instant,
 }
 
 /// Puts batches into statements. Belongs to one session.
@@ -61,6 +65,7 @@ pub(super) struct Writer {
     messages: Vec<Message>,
     /// Batches sent and not landed, oldest first.
     flights: VecDeque<Flight>,
+    pub(super) prepared: Prepared,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,9 +85,12 @@ struct Flight {
     /// The target transaction begins, and ends, with this batch.
     opens: bool,
     commits: bool,
+    /// It is a prepared transaction that the target has already: only its books are missing.
+    there: bool,
     request: Request,
     replies: Replies,
     failure: Option<pg::Error>,
+    sent_at: Instant,
     /// All has been answered.
     over: bool,
 }
@@ -110,6 +118,7 @@ impl Writer {
             names: Names::default(),
             messages: Vec::new(),
             flights: VecDeque::new(),
+            prepared: Prepared::read(session, &options.stream).await?,
         })
     }
 
@@ -175,9 +184,11 @@ impl Writer {
         }
         let rows = flight.admitted.steps.len() as u64;
         let position = self.settle(&mut flight)?;
+        self.prepared.landed(&flight.batch);
         let messages =
             if flight.batch.commit.is_some() { flight.admitted.messages } else { Vec::new() };
-        Ok(Some(Landed { batch: flight.batch, rows, position, fell_back, messages }))
+        let sent_at = flight.sent_at;
+        Ok(Some(Landed { batch: flight.batch, rows, position, fell_back, messages, sent_at }))
     }
 
     /// Waits for whatever is under way and forgets it.
@@ -259,8 +270,12 @@ impl Writer {
         if batch.commit.is_some() {
             admitted.messages = std::mem::take(&mut self.messages);
         }
-        let opens = batch.opens && has_rows(&batch);
-        let commits = batch.commit.is_some() && (opens || !batch.opens);
+        let there = batch.prepares().is_some_and(|b| self.prepared.state(b.xid).is_some());
+        if there {
+            admitted.steps.clear();
+        }
+        let opens = batch.opens && (has_rows(&batch) || batch.prepares().is_some()) && !there;
+        let commits = batch.commit.is_some() && (opens || !batch.opens || there);
         let counts = if commits { self.counts()? } else { None };
         Ok(Flight {
             batch,
@@ -269,9 +284,11 @@ impl Writer {
             previous_lsn,
             opens,
             commits,
+            there,
             request: Request::default(),
             replies: Replies::default(),
             failure: None,
+            sent_at: Instant::now(),
             over: false,
         })
     }
@@ -308,9 +325,9 @@ impl Writer {
     ) -> Result<Request> {
         let mut request = Request::default();
         self.forget_discarded(&mut request);
-        let recorded = head(&mut request, progress, flight);
+        let recorded = head(&mut request, progress, &self.prepared, flight)?;
         // Earlier parts of the transaction must outlive a refusal of this one.
-        let saves = order == Order::Sets && !flight.batch.opens;
+        let saves = order == Order::Sets && !flight.batch.opens && !flight.there;
         if saves {
             request.aside("savepoint walferry");
         }
@@ -331,6 +348,7 @@ impl Writer {
             request.roles.push(Role::Aside);
         }
         if let (true, Some(commit)) = (flight.commits, &flight.batch.commit) {
+            self.prepared.prepare(&mut request, &flight.batch, flight.there);
             if let Some(counts) = &flight.counts {
                 let counts = counts.iter().map(|p| p.as_bytes());
                 let params = std::iter::once(self.stream.as_bytes()).chain(counts).map(Some);
@@ -387,6 +405,9 @@ impl Writer {
         if failed == Some(Role::Progress) {
             return progress.explain(session, error).await;
         }
+        if failed == Some(Role::Prepare) {
+            return Error::PrepareRefused { source: Box::new(error) };
+        }
         let Some(Role::Step { at, .. }) = failed else { return error.into() };
         let guard = server.message.split_once(GUARD_PREFIX).filter(|_| server.code == "22P02");
         if let Some((_, rest)) = guard {
@@ -418,13 +439,22 @@ impl Writer {
 
 /// BEGIN, if the batch opens and has something to write, and the transaction's tag where no origin
 /// is one: true if that is progress itself.
-fn head(request: &mut Request, progress: &Progress, flight: &Flight) -> bool {
+fn head(
+    request: &mut Request,
+    progress: &Progress,
+    prepared: &Prepared,
+    flight: &Flight,
+) -> Result<bool> {
     if !flight.opens {
-        return false;
+        return Ok(false);
     }
     request.run("walferry_begin", Role::Aside);
-    if !progress.is_marker() {
-        return false;
+    let begin = flight.batch.prepares();
+    begin.into_iter().for_each(|begin| prepared.begin(request, begin));
+    match (begin, progress.is_marker()) {
+        (_, false) => return Ok(false),
+        (Some(_), true) => return Err(Error::PreparedWithoutOrigin),
+        (None, true) => {}
     }
     match &flight.batch.commit {
         Some(commit) => {
@@ -436,7 +466,7 @@ fn head(request: &mut Request, progress: &Progress, flight: &Flight) -> bool {
             request.roles.push(Role::Aside);
         }
     }
-    flight.batch.commit.is_some()
+    Ok(flight.batch.commit.is_some())
 }
 
 /// A target transaction is worth its while for row changes, filtered ones included as they are

@@ -10,7 +10,7 @@ use super::{Make, MakeDurable};
 use crate::change::Feed;
 use crate::change::{Begin, Change, Chunk, Commit, Item, Sink};
 #[cfg(test)]
-use crate::change::{Column, OldRow, Relation, ReplicaIdentity, RowBuilder, Value};
+use crate::change::{Column, Ending, OldRow, Relation, ReplicaIdentity, RowBuilder, Value};
 #[cfg(test)]
 use crate::id::QualifiedName;
 use crate::lsn::Lsn;
@@ -155,7 +155,13 @@ pub fn item(number: u64, bytes: usize) -> Item {
     let commit_time = Default::default();
     let (commit_lsn, end_lsn) = (Lsn(number * 2), Lsn(number * 2 + 1));
     Item::Chunk(Chunk {
-        begin: Arc::new(Begin { xid: number as u32, commit_lsn, commit_time, origin: None }),
+        begin: Arc::new(Begin {
+            xid: number as u32,
+            commit_lsn,
+            commit_time,
+            origin: None,
+            ending: Default::default(),
+        }),
         number: 0,
         bytes: change.bytes(),
         changes: vec![change],
@@ -180,7 +186,14 @@ pub(super) fn samples(random: &mut fastrand::Rng, count: usize) -> Vec<Item> {
         let (commit_lsn, end_lsn) = (Lsn(lsn), Lsn(lsn + 1));
         let origin = random.bool().then(|| "elsewhere".to_string());
         let commit_time = crate::clock::PgTimestamp(lsn as i64);
-        let begin = Arc::new(Begin { xid: lsn as u32, commit_lsn, commit_time, origin });
+        let gid = || lsn.to_string();
+        let ending = match random.u8(0..12) {
+            0 => Ending::Prepare(gid()),
+            1 => Ending::CommitPrepared(gid()),
+            2 => Ending::RollbackPrepared(gid()),
+            _ => Ending::Commit,
+        };
+        let begin = Arc::new(Begin { xid: lsn as u32, commit_lsn, commit_time, origin, ending });
         let last = if random.u8(0..5) == 0 { random.u32(1..4) } else { 0 };
         for number in 0..=last {
             let kinds = 0..random.usize(0..6);

@@ -17,5 +17,5 @@ pub use relation::{Column, Relation, ReplicaIdentity};
 pub use row::{Row, RowBuilder, RowError, Value};
 pub use sink::{Sink, SinkClosed};
 pub use spill::{Spill, SpillFile};
-pub use transaction::{Begin, Change, Chunk, Commit, Item, OldRow};
+pub use transaction::{Begin, Change, Chunk, Commit, Ending, Item, OldRow};
 pub use visibility::Snapshot;

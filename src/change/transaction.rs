@@ -109,6 +109,36 @@ pub struct Begin {
     pub commit_time: PgTimestamp,
     /// Name of the replication origin it was tagged with on the source, if any.
     pub origin: Option<String>,
+    /// What its end is.
+    pub ending: Ending,
+}
+
+/// How a transaction ends, with its global identifier where it has one. Of a prepared transaction
+/// two travel: its changes, which end with PREPARE TRANSACTION, and later one without changes, for
+/// what became of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Ending {
+    /// COMMIT.
+    #[default]
+    Commit,
+    /// PREPARE TRANSACTION; positions and time are those of its record.
+    Prepare(String),
+    /// COMMIT PREPARED of the transaction with the same xid.
+    CommitPrepared(String),
+    /// ROLLBACK PREPARED of it; its record ends at [`Commit::end_lsn`], the start is not known.
+    RollbackPrepared(String),
+}
+
+impl Ending {
+    /// The identifier given to PREPARE TRANSACTION.
+    pub fn gid(&self) -> Option<&str> {
+        match self {
+            Ending::Commit => None,
+            Ending::Prepare(gid) | Ending::CommitPrepared(gid) | Ending::RollbackPrepared(gid) => {
+                Some(gid)
+            }
+        }
+    }
 }
 
 /// A transaction's end.

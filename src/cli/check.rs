@@ -29,9 +29,11 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     let mut wanted = CheckOptions::new(config.job.clone());
     wanted.selection = selection;
+    wanted.large_objects = options.moves_large_objects();
     wanted.copy_jobs = config.jobs;
     wanted.wanted = config.wanted.clone();
     wanted.streaming = config.streaming.is_some();
+    wanted.two_phase = config.two_phase;
     let report = check::run(&config.source, &config.target, wanted).await?;
     if args.json {
         print::json(&report)?;

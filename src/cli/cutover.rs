@@ -13,7 +13,12 @@ use super::run::stop_on_signal;
 use crate::config::{self, parse_duration};
 use crate::id::Stream;
 use crate::job::FlipRequest;
+use crate::job::rest::{Refresh, Unlogged};
 use crate::route::Route;
+
+/// How long arming, refreshing materialized views and looking for changed large objects may take
+/// before writers are held. Whoever goes away meanwhile has asked for nothing.
+const PREPARATION: Duration = Duration::from_secs(3600);
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]
@@ -33,8 +38,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<ExitCode> {
     let request = request(stream, job, args)?;
     let mut asker = Asker::connect(&job.job()?).await?;
-    let wait =
-        Duration::from_millis(request.timeout_ms + request.max_hold_ms) + Duration::from_secs(120);
+    let wait = Duration::from_millis(request.timeout_ms + request.max_hold_ms) + PREPARATION;
     let (stop, mut stopping) = watch::channel(false);
     tokio::spawn(stop_on_signal(stop));
     let request = serde_json::to_value(&request)?;
@@ -86,6 +90,18 @@ fn request(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<Fli
         let message = "with none, only a route stops writers: add --route, or use --fence lock";
         return Err(value("--fence", message.to_string()).into());
     }
+    let refresh = match (args.refresh, file.refresh) {
+        (Some(own), _) => own,
+        (None, Some(text)) => text.parse().map_err(|e| value("--refresh", e))?,
+        // Whoever goes back is in a hurry, and finds views there that were in use.
+        (None, None) if stream == Stream::Reverse => Refresh::After,
+        (None, None) => Refresh::Before,
+    };
+    let unlogged = match (args.unlogged, file.unlogged) {
+        (Some(own), _) => own,
+        (None, Some(text)) => text.parse().map_err(|e| value("--unlogged", e))?,
+        (None, None) => Unlogged::default(),
+    };
     Ok(FlipRequest {
         flip: stream.to_string(),
         attempt: format!("{:016x}", fastrand::u64(..)),
@@ -95,6 +111,8 @@ fn request(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<Fli
         timeout_ms: time(args.timeout, file.timeout, 30_000)?,
         lock_timeout_ms: time(args.lock_timeout, file.lock_timeout, 200)?,
         max_hold_ms: time(args.max_hold, file.max_hold, 5_000)?,
+        refresh,
+        unlogged,
         dry_run: args.dry_run,
     })
 }
@@ -102,6 +120,16 @@ fn request(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<Fli
 fn show(stream: Stream, dry_run: bool, outcome: &Value) {
     for step in print::list(outcome, "/steps") {
         println!("{:>10.1} ms  {}", print::number(step, "/ms"), print::text(step, "/name"));
+    }
+    let left = print::list(outcome, "/not_carried");
+    if !left.is_empty() {
+        println!("not carried by this:");
+    }
+    for finding in left {
+        println!("    {}: {}", print::text(finding, "/object"), print::text(finding, "/message"));
+        for line in print::text(finding, "/fix").lines() {
+            println!("        {line}");
+        }
     }
     let side = if stream == Stream::Forward { "target" } else { "source" };
     if dry_run {
@@ -133,6 +161,8 @@ mod tests {
             timeout: None,
             lock_timeout: None,
             max_hold: None,
+            refresh: None,
+            unlogged: None,
             dry_run: false,
             json: false,
         };

@@ -17,6 +17,7 @@ use crate::job::place::{
     Buffer, BufferOptions, KafkaPlace, SPOOL_BYTES, STREAMING_BYTES, StreamingOptions,
 };
 use crate::job::reading::Wanted;
+use crate::job::rest::{Refresh, Unlogged};
 use crate::job::store::JobOptions;
 use crate::job::{self, Bulk, JobConfig};
 use crate::pg::Config;
@@ -48,6 +49,9 @@ pub struct JobArgs {
     /// Create these tables and leave their rows behind; may be given again
     #[arg(long, value_name = "TABLE")]
     pub schema_only: Vec<String>,
+    /// Whether large objects move: copy or leave [default: copy, but leave with --include]
+    #[arg(long, value_name = "WHAT")]
+    pub large_objects: Option<String>,
     /// Tables copied, and indexes built, at the same time [default: 4]
     #[arg(short, long, value_name = "N")]
     pub jobs: Option<usize>,
@@ -92,6 +96,10 @@ pub struct JobArgs {
     /// [default: 10GB]
     #[arg(long, value_name = "SIZE")]
     pub streaming_limit: Option<String>,
+    /// Prepare on the target what is prepared on the source, on or off: 15 and newer, pgoutput by
+    /// stream; a slot read so once is read so for ever [default: off, they arrive at their commit]
+    #[arg(long, value_name = "on|off")]
+    pub two_phase: Option<String>,
 }
 
 impl JobArgs {
@@ -146,6 +154,9 @@ impl JobArgs {
             include: given(&self.include, file.include),
             exclude: given(&self.exclude, file.exclude),
             schema_only: given(&self.schema_only, file.schema_only),
+            leave_large_objects: leaves_large_objects(
+                self.large_objects.clone().or(file.large_objects),
+            )?,
         };
         // A typo is told before any server is asked.
         Selection::parse(&options.include, &options.exclude, &options.schema_only)
@@ -179,9 +190,11 @@ impl JobArgs {
                 )?,
                 kafka,
             },
+            two_phase: on_off("--two-phase", self.two_phase.clone().or(file.two_phase), false)?,
             streaming: self.streaming(file.streaming, file.streaming_limit)?,
             tuning,
             half: Half::Both,
+            gather: file.tuning.gather_messages.unwrap_or(true),
             bulk,
         })
     }
@@ -211,6 +224,18 @@ fn on_off(
             let message = format!("\"{other}\" is neither on nor off");
             Err(config::Error::Value { option, message })
         }
+    }
+}
+
+/// Reads `--large-objects`.
+fn leaves_large_objects(given: Option<String>) -> Result<bool, config::Error> {
+    match given.as_deref() {
+        None | Some("copy") => Ok(false),
+        Some("leave") => Ok(true),
+        Some(other) => Err(config::Error::Value {
+            option: "--large-objects",
+            message: format!("\"{other}\" is neither copy nor leave"),
+        }),
     }
 }
 
@@ -304,9 +329,16 @@ fn tuning(apply: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
         None => in_file()?.unwrap_or_default(),
     };
     let sizes = file.tuning;
-    let limits = &mut tuning.limits;
-    limits.bytes = sizes.batch_bytes.unwrap_or(limits.bytes).max(1);
-    limits.transactions = sizes.batch_transactions.unwrap_or(limits.transactions).max(1);
+    // A size that was asked for does not grow.
+    let (limits, most) = (&mut tuning.limits, &mut tuning.limits_max);
+    if let Some(bytes) = sizes.batch_bytes {
+        (limits.bytes, most.bytes) = (bytes.max(1), bytes.max(1));
+    }
+    if let Some(transactions) = sizes.batch_transactions {
+        (limits.transactions, most.transactions) = (transactions.max(1), transactions.max(1));
+    }
+    tuning.copy_inserts = sizes.copy_inserts.unwrap_or(tuning.copy_inserts);
+    tuning.binary_integers = sizes.binary_integers.unwrap_or(tuning.binary_integers);
     tuning.in_flight_max = sizes.batches_in_flight.unwrap_or(tuning.in_flight_max).max(1);
     Ok(tuning)
 }
@@ -320,7 +352,10 @@ fn bulk(file: &File) -> Bulk {
     };
     let bundle_tables = file.tuning.bundle_tables.unwrap_or(default.bundle_tables).max(1);
     let keys_beside = file.tuning.keys_beside.unwrap_or(default.keys_beside);
-    Bulk { bundle_tables, freeze, keys_beside }
+    let memory =
+        file.tuning.maintenance_work_mem.map(|megabytes| megabytes.saturating_mul(1 << 20));
+    let maintenance_work_mem = memory.unwrap_or(default.maintenance_work_mem);
+    Bulk { bundle_tables, freeze, keys_beside, maintenance_work_mem }
 }
 
 /// `None` for `auto`, or for nothing given.
@@ -339,8 +374,9 @@ pub struct FlipArgs {
     /// What stops writers: lock, read-only or none [default: lock]
     #[arg(long, value_name = "KIND")]
     pub fence: Option<String>,
-    /// Where clients find the data: hook:COMMAND or pgbouncer:ADMIN_URI,INI_PATH,DBNAME; may be
-    /// given again
+    /// Where clients find the data: hook:COMMAND, pgbouncer:ADMIN_URI,INI_PATH,DBNAME,
+    /// fdw:URI,SERVER or plproxy:URI,CLUSTER,PARTITION (URI of the router's database); may be given
+    /// again
     #[arg(long, value_name = "KIND:...")]
     pub route: Vec<String>,
     /// Do not begin while the stream is further behind [default: 1s]
@@ -355,6 +391,14 @@ pub struct FlipArgs {
     /// Once writers are stopped, let them go on if the target needs longer to drain [default: 5s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub max_hold: Option<Duration>,
+    /// When materialized views are refreshed on the side to come: before (writers are held), after
+    /// (once clients are there, beside their work) or never [default: before; of rollback: after]
+    #[arg(long, value_name = "WHEN", value_parser = str::parse::<Refresh>)]
+    pub refresh: Option<Refresh>,
+    /// Rows of unlogged tables: copy (again, while writers are held), leave (as they were copied
+    /// at first), or refuse to switch while there are any [default: copy]
+    #[arg(long, value_name = "WHAT", value_parser = str::parse::<Unlogged>)]
+    pub unlogged: Option<Unlogged>,
     /// Prove the way there and back, and change nothing
     #[arg(long)]
     pub dry_run: bool,

@@ -9,7 +9,8 @@ use super::print;
 use crate::config::parse_duration;
 use crate::id::{QualifiedName, Stream};
 use crate::job::store::Store;
-use crate::job::{self, JobConfig, Phase, align};
+use crate::job::{self, JobConfig, Phase, align, rest};
+use crate::large;
 use crate::pg::{Config, Purpose, Session};
 use crate::verify::{self, DifferenceKind, Report, Side};
 
@@ -30,17 +31,30 @@ pub struct Args {
 /// Compares both sides while they live. 0 equal, 1 different.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut asker = Asker::connect(&args.job.job()?).await?;
-    let outcome = compare(&mut asker, args.timeout).await;
+    let outcome = async {
+        let report = compare(&mut asker, args.timeout).await?;
+        Ok::<_, anyhow::Error>((report, large_objects(asker.config()).await?))
+    };
+    let outcome = outcome.await;
     let closed = asker.close().await;
-    let report = outcome?;
+    let (report, large) = outcome?;
     closed?;
+    let same = report.equal && large.as_ref().is_none_or(|large| large.differing.is_empty());
     if args.json {
-        print::json(&report)?;
+        let mut value = serde_json::to_value(&report)?;
+        if let (Some(object), Some(large)) = (value.as_object_mut(), &large) {
+            object.insert("equal".to_string(), same.into());
+            object.insert("large_objects".to_string(), serde_json::to_value(large)?);
+        }
+        print::json(&value)?;
     } else {
-        show(&report);
+        show(&report, large.as_ref(), same);
     }
-    Ok(if report.equal { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if same { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
+
+/// Large objects named of each kind.
+const SHOWN: usize = 20;
 
 /// How often tables that are truncated or rewritten while they are compared are tried again.
 const ROUNDS: usize = 10;
@@ -130,7 +144,24 @@ async fn flowing(config: &JobConfig) -> anyhow::Result<Stream> {
     }
 }
 
-fn show(report: &Report) {
+/// Large objects, if they move. They are carried at a switch and not while following, so what the
+/// live side has changed since is no difference, but told.
+async fn large_objects(config: &JobConfig) -> anyhow::Result<Option<large::Comparison>> {
+    let (live, dest, side) = match flowing(config).await? {
+        Stream::Forward => (&config.source, &config.target, "source"),
+        Stream::Reverse => (&config.target, &config.source, "target"),
+    };
+    let mut home = Session::connect(&config.target, Purpose::Sql).await?;
+    if !rest::moves_large_objects(&mut home, config).await? {
+        return Ok(None);
+    }
+    let since = rest::load_mark(&mut home, config.job.as_str(), side).await?;
+    let mut live = Session::connect(live, Purpose::Sql).await?;
+    let mut dest = Session::connect(dest, Purpose::Sql).await?;
+    Ok(Some(large::compare(&mut live, &mut dest, since).await?))
+}
+
+fn show(report: &Report, large: Option<&large::Comparison>, same: bool) {
     for table in &report.tables {
         let verdict = match table.equal {
             true => "equal".to_string(),
@@ -149,5 +180,22 @@ fn show(report: &Report) {
             println!("    {}: {kind}", difference.key);
         }
     }
-    println!("{}", if report.equal { "equal" } else { "different" });
+    if let Some(large) = large.filter(|large| large.count > 0 || !large.differing.is_empty()) {
+        let verdict = match large.differing.len() as u64 {
+            0 => "equal".to_string(),
+            n => format!("{} differing", print::count(n)),
+        };
+        println!("{:<50} {:>14}       {verdict}", "large objects", print::count(large.count));
+        for oid in large.differing.iter().take(SHOWN) {
+            println!("    {oid}: different, and not because it was changed on the live side");
+        }
+        for oid in large.pending.iter().take(SHOWN) {
+            println!("    {oid}: changed since; the next switch carries it");
+        }
+        let hidden = large.pending.len().saturating_sub(SHOWN);
+        if hidden > 0 {
+            println!("    and {hidden} more that the next switch carries");
+        }
+    }
+    println!("{}", if same { "equal" } else { "different" });
 }

@@ -23,6 +23,8 @@ pub struct File {
     pub exclude: Vec<String>,
     /// `--schema-only`.
     pub schema_only: Vec<String>,
+    /// `--large-objects`.
+    pub large_objects: Option<String>,
     /// `--jobs`.
     pub jobs: Option<usize>,
     /// `--buffer`.
@@ -35,6 +37,8 @@ pub struct File {
     pub streaming: Option<String>,
     /// `--streaming-limit`.
     pub streaming_limit: Option<String>,
+    /// `--two-phase`.
+    pub two_phase: Option<String>,
     /// `--apply`.
     pub apply: Option<String>,
     /// `--publication`.
@@ -113,12 +117,21 @@ pub struct Tuning {
     pub batch_transactions: Option<usize>,
     /// So many batches may be on their way to the target.
     pub batches_in_flight: Option<usize>,
+    /// Sets of new rows go into the target by COPY.
+    pub copy_inserts: Option<bool>,
+    /// Integers of sets travel in their binary form.
+    pub binary_integers: Option<bool>,
+    /// A streaming reader lets messages gather under a backlog.
+    pub gather_messages: Option<bool>,
     /// Small tables that are copied, given indexes and analyzed together; 1 is each by itself.
     pub bundle_tables: Option<usize>,
     /// Whether tables copied whole are written frozen.
     pub freeze: Option<bool>,
     /// Whether keys of large tables are built beside their other indexes.
     pub keys_beside: Option<bool>,
+    /// maintenance_work_mem of sessions that build indexes, in megabytes, where the target's own is
+    /// less; 0 leaves it to the target.
+    pub maintenance_work_mem: Option<u64>,
 }
 
 /// `[cutover]`: defaults for cutover and rollback.
@@ -127,6 +140,10 @@ pub struct Tuning {
 pub struct Cutover {
     /// `--fence`.
     pub fence: Option<String>,
+    /// `--refresh`.
+    pub refresh: Option<String>,
+    /// `--unlogged`.
+    pub unlogged: Option<String>,
     /// `--route`.
     pub route: Vec<String>,
     /// `--max-lag`.

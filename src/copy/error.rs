@@ -28,6 +28,16 @@ pub enum Error {
         /// Which table.
         table: QualifiedName,
     },
+    /// A table is unlogged where it is read, and not where it is written.
+    #[error(
+        "table {table} is unlogged on the live side and logged on the other: what is copied to it \
+         now would come back through the stream. Make them alike (ALTER TABLE {0} SET UNLOGGED, or \
+         SET LOGGED and a new job), or use --unlogged leave", table.quoted()
+    )]
+    Persistence {
+        /// Which table.
+        table: QualifiedName,
+    },
     /// A table, or a column of it, is not there.
     #[error(
         "table {table} on the target {what}: create it as it is on the source, or leave it out \
@@ -110,7 +120,10 @@ impl Faulty for Error {
             Error::Pg(error) => error.fault(),
             Error::Refused { error, .. } | Error::Unreadable { error, .. } => error.fault(),
             Error::SnapshotLost { .. } | Error::Rewritten { .. } => Fault::Retry,
-            Error::NotEmpty { .. } | Error::Missing { .. } | Error::Triggers { .. } => Fault::Stop,
+            Error::NotEmpty { .. }
+            | Error::Persistence { .. }
+            | Error::Missing { .. }
+            | Error::Triggers { .. } => Fault::Stop,
             Error::Bug(_) => Fault::Bug,
         }
     }

@@ -34,9 +34,10 @@
 //! back), key ranges (ctid serves any table).
 //!
 //! - `parts`: pure; what is copied in which pieces. - `store`: the table of parts. - `format`: text
-//!   or binary. - `run`: workers. - `transfer`: what one transaction brings. - `progress`:
-//!   counters. - `error`.
+//!   or binary. - `run`: workers. - `transfer`: what one transaction brings. - `again`: unlogged
+//!   tables, once more at a switch. - `progress`: counters. - `error`.
 
+mod again;
 pub mod error;
 mod family;
 pub mod format;
@@ -47,6 +48,7 @@ pub mod snapshot;
 pub mod store;
 pub mod transfer;
 
+pub use again::Again;
 pub use error::Error;
 pub use format::Format;
 pub use progress::{CopyProgress, ProgressSnapshot, TableProgress};

@@ -163,7 +163,7 @@ async fn open_target(config: &Config) -> Result<Target> {
 
 /// A session that writes. Commits do not wait for the disk: the mark of a part is in the same
 /// transaction as its rows, so a crash of the server loses both or neither.
-async fn connect_target(config: &Config) -> Result<(Session, bool)> {
+pub(super) async fn connect_target(config: &Config) -> Result<(Session, bool)> {
     let mut session = Session::connect(config, Purpose::Sql).await?;
     session.execute("set synchronous_commit = off").await?;
     match session.execute("set session_replication_role = replica").await {
@@ -199,7 +199,7 @@ async fn store_parts(
         return Ok(());
     }
     for table in &fresh {
-        check_target(target, table)?;
+        check_target(&target.tables, table)?;
     }
     if !target.replica {
         check_triggers(target, &fresh, &options.target.user).await?;
@@ -233,9 +233,9 @@ async fn check_empty(target: &mut Target, tables: &[&Table]) -> Result<()> {
     Ok(())
 }
 
-fn check_target(target: &Target, table: &Table) -> Result<()> {
+pub(super) fn check_target(tables: &HashMap<QualifiedName, Table>, table: &Table) -> Result<()> {
     let missing = |what: String| Err(Error::Missing { table: table.name.clone(), what });
-    let Some(there) = target.tables.get(&table.name) else {
+    let Some(there) = tables.get(&table.name) else {
         return missing("does not exist".to_string());
     };
     for column in table.stored_columns() {

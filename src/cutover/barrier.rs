@@ -40,6 +40,26 @@ pub async fn reached(
     }
 }
 
+/// Refuses to leave a side on which transactions are prepared: no fence stops their COMMIT
+/// PREPARED, and after the switch it would write to the side that is left.
+///
+/// Asked as a gate, and once more when the fence holds.
+pub async fn refuse_prepared(session: &mut Session) -> Result<()> {
+    let sql = "select pg_catalog.quote_literal(gid), owner::text, transaction::text \
+         from pg_catalog.pg_prepared_xacts where database = pg_catalog.current_database() \
+         order by prepared";
+    let rows = session.query(sql).await?;
+    let Some(first) = rows.first() else { return Ok(()) };
+    let (gid, owner, xid) = (first.string(0)?, first.string(1)?, first.string(2)?);
+    Err(Error::Prepared { gid, owner, xid, others: rows.len() - 1 })
+}
+
+/// The barrier, on a side whose writers are stopped.
+pub async fn mark_held(live: &mut Session) -> Result<Lsn> {
+    refuse_prepared(live).await?;
+    mark(live, "barrier").await
+}
+
 /// The gate: a probe committed now is applied within `max_lag`.
 ///
 /// A measured arrival and not a computed lag: a lag that is not known yet looks like none

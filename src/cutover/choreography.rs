@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use super::fence::{self, Fence, FenceKind};
 use super::sequences::{self, Stood};
-use super::{Error, Result, Rules, barrier, canary, undo};
+use super::{Error, Rest, Result, Rules, barrier, canary, undo};
 use crate::apply::Applied;
 use crate::catalog::Selection;
 use crate::clock::{Backoff, Deadline};
@@ -55,6 +55,8 @@ pub struct Plan {
     pub max_hold: Duration,
     /// Triggers, rules and foreign keys of either side.
     pub rules: Rules,
+    /// What no stream carries.
+    pub rest: Rest,
     /// How far the stream from live to dest is.
     pub carry: watch::Receiver<Applied>,
     /// Stop after the gates.
@@ -117,8 +119,8 @@ struct Flight<'a, J> {
 /// [`Error::NotUndone`] or [`Error::Unknown`].
 pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome> {
     // Routes that hold clients flip while nobody can pass; a hook may let clients through at once,
-    // so nothing that can fail may come after it.
-    plan.routes.sort_by_key(|route| !route.holds());
+    // so nothing that can fail may come after it. Foreign servers flip at the release.
+    plan.routes.sort_by_key(|route| (!route.holds(), matches!(route, Route::Hook(_))));
     let mut flight = Flight { plan, journal, steps: Vec::new(), stood: None };
     flight.gates().await?;
     if flight.plan.dry_run {
@@ -175,6 +177,8 @@ impl<J: Journal> Flight<'_, J> {
     }
 
     async fn check_routes(&self) -> Result<()> {
+        let mut live = Session::connect(&self.plan.live, Purpose::Sql).await?;
+        barrier::refuse_prepared(&mut live).await?;
         for route in &self.plan.routes {
             route.check(&self.plan.context).await?;
         }
@@ -191,8 +195,11 @@ impl<J: Journal> Flight<'_, J> {
     async fn fly(&mut self, slot: &mut Option<Fence>) -> Result<Outcome> {
         let plan = &*self.plan;
         // All sessions are opened before anybody is held.
-        let fence =
+        let mut fence =
             Fence::prepare(plan.fence, &plan.job, &plan.live, &plan.tables, plan.max_hold).await?;
+        if plan.rest.fences_large_objects() {
+            fence.take_large_objects().await?;
+        }
         let fence = slot.insert(fence);
         let mut live = Session::connect(&plan.live, Purpose::Sql).await?;
         let mut dest = Session::connect(&plan.dest, Purpose::Sql).await?;
@@ -235,8 +242,17 @@ impl<J: Journal> Flight<'_, J> {
         dest: &mut Session,
         held: Instant,
     ) -> Result<Lsn> {
-        let barrier_lsn = step!(self, "barrier", barrier::mark(live, "barrier").await);
-        step!(self, "drain", self.drain(barrier_lsn, held).await);
+        let barrier_lsn = step!(self, "barrier", barrier::mark_held(live).await);
+        let rest = self.plan.rest.is_there();
+        step!(self, "drain", {
+            match self.drain(barrier_lsn, held).await {
+                Ok(()) if !rest => self.plan.rest.carry(live, dest).await,
+                drained => drained,
+            }
+        });
+        if rest {
+            step!(self, "rest", self.plan.rest.carry(live, dest).await);
+        }
         if self.plan.rules.dest {
             step!(self, "rules", self.plan.rules.wake_dest(dest).await);
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::fault::{Fault, Faulty};
 use crate::id::QualifiedName;
 use crate::lsn::Lsn;
-use crate::{pg, route, schema};
+use crate::{copy, large, pg, route, schema};
 
 /// What stopped the choreography. Everything done before it has been undone unless the error is
 /// [`Error::NotUndone`].
@@ -20,6 +20,62 @@ pub enum Error {
     /// Sequences could not be set.
     #[error("sequences: {0}")]
     Sequences(#[from] schema::Error),
+    /// Large objects could not be brought level.
+    #[error("large objects: {0}")]
+    Large(#[from] large::Error),
+    /// Unlogged tables could not be copied again.
+    #[error("unlogged tables: {0}")]
+    Unlogged(#[from] copy::Error),
+    /// Large objects would keep writers waiting for too long.
+    #[error(
+        "looking for large objects that have changed takes {took:?}, and writers may be held for \
+         {max_hold:?} in all, of which it may have half: nothing was switched and writers go on. \
+         Raise --max-hold, or, if nobody changes large objects any more, start the job with \
+         --large-objects leave and carry them yourself"
+    )]
+    LargeSlow {
+        /// How long the last look took.
+        took: Duration,
+        /// `--max-hold`.
+        max_hold: Duration,
+    },
+    /// Unlogged tables would keep writers waiting for too long.
+    #[error(
+        "copying the unlogged tables {} again ({megabytes} MB) would hold writers for about \
+         {takes:?}, which is more than half of --max-hold ({max_hold:?}): nothing was switched and \
+         writers go on. Raise --max-hold, empty what is not needed, or use --unlogged leave, \
+         which leaves them on the other side as they were copied at first", tables.join(", ")
+    )]
+    UnloggedSlow {
+        /// Which.
+        tables: Vec<String>,
+        /// Their size.
+        megabytes: u64,
+        /// For how long.
+        takes: Duration,
+        /// `--max-hold`.
+        max_hold: Duration,
+    },
+    /// `--unlogged refuse`, and there are some with rows.
+    #[error(
+        "unlogged tables have rows, and --unlogged refuse was given: {}. Make them logged (ALTER \
+         TABLE ... SET LOGGED, before a new job), empty them, or use --unlogged copy; nothing was \
+         switched and writers go on", tables.join(", ")
+    )]
+    UnloggedRefused {
+        /// Which.
+        tables: Vec<String>,
+    },
+    /// A materialized view could not be refreshed before the switch.
+    #[error(
+        "materialized views could not be refreshed on the other side before the switch: {}. Mend \
+         that, or use --refresh after or --refresh never; nothing was switched and writers go on",
+        views.join("; ")
+    )]
+    Refresh {
+        /// Each with what the server said.
+        views: Vec<String>,
+    },
     /// The stream is not close enough.
     #[error(
         "the stream is more than {max_lag:?} behind (a probe committed at {probe_lsn} has not \
@@ -32,6 +88,22 @@ pub enum Error {
         probe_lsn: Lsn,
         /// How far the stream is.
         applied_lsn: Lsn,
+    },
+    /// A prepared transaction would be left behind.
+    #[error(
+        "transaction {gid} of {owner} (xid {xid}){} is prepared on the side that is to be left, \
+         and nothing could stop its COMMIT PREPARED from writing there after the switch; end it \
+         with: commit prepared {gid}, or: rollback prepared {gid}", And(*others)
+    )]
+    Prepared {
+        /// Its identifier, quoted.
+        gid: String,
+        /// Who prepared it.
+        owner: String,
+        /// Its id.
+        xid: String,
+        /// How many more there are in the database.
+        others: usize,
     },
     /// The canary did not come through.
     #[error(
@@ -179,11 +251,22 @@ impl Faulty for Error {
     fn fault(&self) -> Fault {
         match self {
             Error::Pg(error) => error.fault(),
+            Error::Large(error) => error.fault(),
+            Error::Unlogged(error) => error.fault(),
             // The stored phase says what is to be done, and is looked at again. A drain that
             // reaches the runner belongs to an undoing, which nobody else will do.
             Error::Unknown { .. } | Error::NotUndone { .. } | Error::Journal(_) => Fault::Retry,
             Error::Drain { .. } | Error::StreamStopped => Fault::Retry,
             _ => Fault::Stop,
         }
+    }
+}
+
+/// How many more of them there are.
+struct And(usize);
+
+impl std::fmt::Display for And {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.0 == 0 { Ok(()) } else { write!(f, " (and {} more)", self.0) }
     }
 }

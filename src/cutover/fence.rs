@@ -5,7 +5,7 @@
 //! session for whatever reason undoes it all. Its commit is the seal: those who waited get the
 //! trigger's error, a transaction with an old snapshot too, as triggers are read from the catalog
 //! as it is now. Sessions with session_replication_role = replica, the reverse stream's, do not
-//! fire it.
+//! fire it. Where large objects move and the role is a superuser, their catalogs are locked too.
 //!
 //! *read-only*: default_transaction_read_only on the database, and every other client session
 //! ended. For roles that own the database but not its tables. Not airtight: a session may set it
@@ -23,6 +23,7 @@ use std::time::Duration;
 use super::database::{self, open_database, refuse_unendable, shut_database, tidy};
 use super::{Error, Result, Rules};
 use crate::id::{JobName, QualifiedName};
+use crate::large;
 use crate::pg::{Config, Purpose, Session};
 
 /// Name of the trigger with which a job seals a table: 54 bytes at most.
@@ -71,6 +72,8 @@ pub struct Fence {
     session: Session,
     lock_sql: String,
     trigger_sql: String,
+    /// Writers of large objects are stopped too, by locks on their catalogs.
+    has_large_objects: bool,
 }
 
 impl Fence {
@@ -111,7 +114,23 @@ impl Fence {
         }
         let names: Vec<String> = tables.iter().map(|t| format!("only {}", t.quoted())).collect();
         let lock_sql = names.join(", ");
-        Ok(Fence { kind, job: job.clone(), session, lock_sql, trigger_sql })
+        let (job, has_large_objects) = (job.clone(), false);
+        Ok(Fence { kind, job, session, lock_sql, trigger_sql, has_large_objects })
+    }
+
+    /// Makes a fence of locks stop those who write large objects, too, where there are any and the
+    /// role may lock their catalogs. Before the fence is raised.
+    pub async fn take_large_objects(&mut self) -> Result<()> {
+        let session = &mut self.session;
+        self.has_large_objects = self.kind == FenceKind::Lock
+            && large::count(session).await? > 0
+            && large::are_lockable(session).await?;
+        if self.has_large_objects {
+            let more = if self.lock_sql.is_empty() { "" } else { ", " };
+            self.lock_sql.push_str(more);
+            self.lock_sql.push_str("pg_catalog.pg_largeobject, pg_catalog.pg_largeobject_metadata");
+        }
+        Ok(())
     }
 
     /// One try to stop writers, for at most `wait`. `Ok(false)`: somebody holds a lock; nobody
@@ -124,7 +143,17 @@ impl Fence {
                 self.session.execute("begin").await?;
                 Ok(true)
             }
-            FenceKind::Lock => self.raise_lock(wait).await,
+            FenceKind::Lock => {
+                if !self.raise_lock(wait).await? {
+                    return Ok(false);
+                }
+                // One made or removed holds no lock until its transaction ends.
+                if self.has_large_objects && !self.session.query(UNFINISHED).await?.is_empty() {
+                    self.session.execute("rollback").await?;
+                    return Ok(false);
+                }
+                Ok(true)
+            }
         }
     }
 
@@ -252,6 +281,12 @@ impl Fence {
         Ok(lines.join("; "))
     }
 }
+
+/// Transactions of others that have written something, in no table that is fenced.
+const UNFINISHED: &str = "select 1 from pg_catalog.pg_stat_activity \
+     where datname = pg_catalog.current_database() and backend_xid is not null \
+     and pid <> pg_catalog.pg_backend_pid() and application_name is distinct from \
+        pg_catalog.current_setting('application_name') limit 1";
 
 /// Transactions of others.
 const BLOCKERS: &str = "select a.pid, coalesce(a.usename, 'autovacuum'), a.state, \

@@ -12,7 +12,8 @@
 //!    transaction delays the cutover, never the application.
 //! 3. *barrier*: the end of WAL, read after the fence holds (vitess#16563). *drain*: the other side
 //!    has applied up to it.
-//! 4. *rules*: where a role may not set session_replication_role, what acts on written rows comes
+//! 4. *rest*: what no stream carries, large objects by difference and unlogged tables (`rest`).
+//!    *rules*: where a role may not set session_replication_role, what acts on written rows comes
 //!    back on the side that becomes live (`rules`). *sequences*: set past every value handed out
 //!    (`sequences`).
 //! 5. *seal*: the fence is made to outlive our session, so that stragglers that were connected
@@ -35,6 +36,7 @@ pub mod choreography;
 mod database;
 pub mod error;
 pub mod fence;
+mod rest;
 mod rules;
 pub mod sequences;
 pub mod undo;
@@ -42,6 +44,7 @@ pub mod undo;
 pub use choreography::{Journal, Outcome, Plan, Step, run};
 pub use error::Error;
 pub use fence::FenceKind;
+pub use rest::{Large, Rest};
 pub use rules::Rules;
 pub use undo::{release, undo};
 

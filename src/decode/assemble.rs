@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use super::{Error, Event, Result};
-use crate::change::{Begin, Change, Chunk, Commit, Item};
+use super::{Error, Event, Prepared, Result};
+use crate::change::{Begin, Change, Chunk, Commit, Ending, Item};
 use crate::limit::{CHUNK_BYTES, CHUNK_CHANGES};
 use crate::lsn::Lsn;
 
@@ -21,6 +21,8 @@ struct Open {
     begin: Begin,
     /// `begin` has a lower bound in place of its commit position.
     unplaced: bool,
+    /// It was prepared before two-phase decoding began, and comes whole now that it is committed.
+    late: bool,
     /// Made at the first change, when the origin is known.
     shared: Option<Arc<Begin>>,
     number: u32,
@@ -31,7 +33,7 @@ struct Open {
 impl Open {
     fn new(begin: Begin) -> Self {
         let (changes, bytes) = (Vec::new(), 0);
-        Open { begin, unplaced: false, shared: None, number: 0, changes, bytes }
+        Open { begin, unplaced: false, late: false, shared: None, number: 0, changes, bytes }
     }
 
     /// The transaction's end is known. Chunks that went out before it keep what they said.
@@ -108,10 +110,20 @@ impl Assembler {
             Event::StreamStop => not_asked("Stream Stop"),
             Event::StreamCommit { .. } => not_asked("Stream Commit"),
             Event::StreamAbort { .. } => not_asked("Stream Abort"),
-            Event::BeginPrepare(_) => not_asked("Begin Prepare"),
-            Event::Prepare(_) => not_asked("Prepare"),
-            Event::CommitPrepared(_) => not_asked("Commit Prepared"),
-            Event::RollbackPrepared(_) => not_asked("Rollback Prepared"),
+            Event::BeginPrepare(prepared) => self.begin_prepare(prepared),
+            Event::Prepare(_) if self.is_late() => Ok(None),
+            Event::Prepare(prepared) => self.commit(ended(&prepared)),
+            Event::CommitPrepared(prepared) if self.is_late() => self.commit(ended(&prepared)),
+            Event::CommitPrepared(Prepared { xid, lsn, end_lsn, time, gid }) => {
+                let commit = Commit { commit_lsn: lsn, end_lsn, commit_time: time };
+                self.finish(xid, Ending::CommitPrepared(gid), commit)
+            }
+            Event::RollbackPrepared(Prepared { xid, end_lsn, time, gid, .. }) => {
+                // The last byte of the record, which compares as its start would.
+                let commit_lsn = Lsn(end_lsn.0.saturating_sub(1));
+                let commit = Commit { commit_lsn, end_lsn, commit_time: time };
+                self.finish(xid, Ending::RollbackPrepared(gid), commit)
+            }
             Event::StreamPrepare(_) => not_asked("Stream Prepare"),
         }
     }
@@ -143,7 +155,36 @@ impl Assembler {
     /// and none that committed before the position asked for, so the end of the last one is such.
     fn start(&mut self, xid: u32, first_lsn: Lsn) -> Result<Option<Item>> {
         let commit_lsn = first_lsn.max(self.decoded_lsn);
-        self.begin(Begin { xid, commit_lsn, commit_time: Default::default(), origin: None }, true)
+        let (commit_time, ending) = Default::default();
+        self.begin(Begin { xid, commit_lsn, commit_time, origin: None, ending }, true)
+    }
+
+    /// A server sends what was prepared before it was asked for two-phase decoding only at its
+    /// COMMIT PREPARED, and calls it prepared at the old position. That is a transaction like any
+    /// other, whose commit is told at its end.
+    fn begin_prepare(&mut self, prepared: Prepared) -> Result<Option<Item>> {
+        let Prepared { xid, lsn, time, gid, .. } = prepared;
+        if lsn >= self.decoded_lsn {
+            let ending = Ending::Prepare(gid);
+            let begin = Begin { xid, commit_lsn: lsn, commit_time: time, origin: None, ending };
+            return self.begin(begin, false);
+        }
+        self.start(xid, lsn)?;
+        if let Some(open) = &mut self.open {
+            open.late = true;
+        }
+        Ok(None)
+    }
+
+    fn is_late(&self) -> bool {
+        self.open.as_ref().is_some_and(|open| open.late)
+    }
+
+    /// What became of a prepared transaction, as one without changes.
+    fn finish(&mut self, xid: u32, ending: Ending, commit: Commit) -> Result<Option<Item>> {
+        let (commit_lsn, commit_time) = (commit.commit_lsn, commit.commit_time);
+        self.begin(Begin { xid, commit_lsn, commit_time, origin: None, ending }, false)?;
+        self.commit(commit)
     }
 
     fn origin(&mut self, name: String) -> Result<Option<Item>> {
@@ -189,6 +230,7 @@ impl Assembler {
             commit_lsn: commit.commit_lsn,
             commit_time: commit.commit_time,
             origin: None,
+            ending: Ending::Commit,
         });
         open.push(change);
         self.decoded_lsn = commit.end_lsn;
@@ -223,6 +265,12 @@ impl Assembler {
     fn out_of_place(&self, event: &'static str, place: &'static str) -> Error {
         Error::OutOfPlace { event, place, after: self.decoded_lsn }
     }
+}
+
+/// The end of what was prepared, or of what is committed now.
+fn ended(prepared: &Prepared) -> Commit {
+    let Prepared { lsn, end_lsn, time, .. } = prepared;
+    Commit { commit_lsn: *lsn, end_lsn: *end_lsn, commit_time: *time }
 }
 
 fn not_asked(event: &'static str) -> Result<Option<Item>> {

@@ -30,9 +30,9 @@
 //! Nothing survives a crash here and nothing has to: a new connection starts with a new decoder,
 //! and the server describes each relation again before its first change.
 //!
-//! Transactions in progress are parsed here and put together by the reader, which has a disk; the
-//! assembler refuses their messages. Left out: two-phase decoding is parsed, and refused by the
-//! assembler, as the reader does not ask for it.
+//! A prepared transaction is two: its changes, up to PREPARE TRANSACTION, and later what became of
+//! it. Transactions in progress are parsed here and put together by the reader, which has a disk;
+//! the assembler refuses their messages.
 //!
 //! [`Item`]: crate::change::Item
 

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use bytes::{Buf, Bytes};
 
 use super::{Error, Event, Prepared, Result};
-use crate::change::{Begin, Change, Column, Commit, OldRow, Relation, ReplicaIdentity, Row};
+use crate::change::{
+    Begin, Change, Column, Commit, Ending, OldRow, Relation, ReplicaIdentity, Row,
+};
 use crate::clock::PgTimestamp;
 use crate::id::QualifiedName;
 use crate::lsn::Lsn;
@@ -57,6 +59,7 @@ impl Decoder {
                 commit_time: m.time()?,
                 xid: m.u32()?,
                 origin: None,
+                ending: Ending::Commit,
             })),
             b'C' => Ok(Event::Commit(commit(m)?)),
             b'O' => Ok(Event::Origin { lsn: m.lsn()?, name: m.string()? }),

@@ -6,7 +6,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use proptest::prelude::*;
 
 use super::{Assembler, Decoder, Error, Event};
-use crate::change::{Change, Chunk, Item, OldRow, ReplicaIdentity, Value};
+use crate::change::{Change, Chunk, Ending, Item, OldRow, ReplicaIdentity, Value};
 use crate::limit::{CHUNK_BYTES, CHUNK_CHANGES};
 use crate::lsn::Lsn;
 
@@ -423,5 +423,48 @@ fn events_out_of_place_are_refused() {
     let streamed = refused(&[], wire(b'S').u32(7).u8(1).end());
     assert_eq!(streamed, Error::NotAskedFor { event: "Stream Start" });
     let prepared = wire(b'P').u8(0).u64(10).u64(20).u64(30).u32(7).text("gid").end();
-    assert_eq!(refused(&[], prepared), Error::NotAskedFor { event: "Prepare" });
+    let refused = refused(&[], prepared);
+    assert!(matches!(refused, Error::OutOfPlace { event: "COMMIT", .. }), "{refused}");
+}
+
+fn prepared(kind: u8, lsn: u64) -> Bytes {
+    let message = wire(kind);
+    let message = if kind == b'b' { message } else { message.u8(0) };
+    message.u64(lsn).u64(lsn + 10).u64(0).u32(7).text("gid").end()
+}
+
+#[test]
+fn a_prepared_transaction_is_its_changes_and_later_what_became_of_it() {
+    let (mut assembler, mut decoder) = (Assembler::new(Lsn(110)), knowing());
+    let rolled_back = wire(b'r').u8(0).u64(310).u64(420).u64(0).u64(0).u32(7).text("gid").end();
+    let messages = [
+        [prepared(b'b', 200), insert("1"), prepared(b'P', 200), prepared(b'K', 250)],
+        [prepared(b'b', 300), insert("2"), prepared(b'P', 300), rolled_back],
+    ];
+    let items = run(&mut assembler, &mut decoder, &messages.concat());
+    let told: Vec<_> = items
+        .iter()
+        .map(chunk)
+        .map(|c| (c.begin.ending.clone(), c.changes.len(), c.commit.unwrap().end_lsn.0))
+        .collect();
+    let gid = || "gid".to_string();
+    let expected = [
+        (Ending::Prepare(gid()), 1, 210),
+        (Ending::CommitPrepared(gid()), 0, 260),
+        (Ending::Prepare(gid()), 1, 310),
+        (Ending::RollbackPrepared(gid()), 0, 420),
+    ];
+    assert_eq!(told, expected);
+}
+
+#[test]
+fn what_was_prepared_before_the_stream_began_is_a_transaction_like_any() {
+    let (mut assembler, mut decoder) = (Assembler::new(Lsn(210)), knowing());
+    let messages = [prepared(b'b', 200), insert("1"), prepared(b'P', 200), prepared(b'K', 250)];
+    let items = run(&mut assembler, &mut decoder, &messages);
+    let [item] = &*items else { panic!("{items:?}") };
+    let chunk = chunk(item);
+    assert_eq!((&chunk.begin.ending, chunk.changes.len()), (&Ending::Commit, 1));
+    assert_eq!((chunk.begin.commit_lsn, item.end_lsn()), (Lsn(250), Some(Lsn(260))));
+    assert_eq!(assembler.decoded_lsn(), Lsn(260));
 }

@@ -70,9 +70,21 @@ impl Server {
         template::create(bin, &server.data_dir())?;
         server.configure(&[SETTINGS])?;
         server.configure_place()?;
+        server.approve_plugins()?;
         server.configure(settings)?;
         server.resume()?;
         Ok(server)
+    }
+
+    /// Minor releases of 2026 let only listed plugins decode, of which wal2json is none by default;
+    /// servers before those refuse to start with the setting. Those that know it name it in the
+    /// file that initdb wrote.
+    fn approve_plugins(&self) -> io::Result<()> {
+        let text = std::fs::read_to_string(self.data_dir().join("postgresql.conf"))?;
+        if !text.contains("output_plugin_libraries") {
+            return Ok(());
+        }
+        self.configure(&["output_plugin_libraries = 'pgoutput, test_decoding, wal2json'"])
     }
 
     /// A standby of this server, streaming from it, taking read-only sessions. Needs pg_basebackup

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::align::PASSED;
 use super::flip::FlipRequest;
+use super::left::outcome_value;
 use super::pipeline::Pipe;
 use super::run::{Notice, Runner, Until};
 use super::state::{Event, Phase};
@@ -40,6 +41,7 @@ impl Runner {
             return Ok(None);
         }
         self.validate_beside().await?;
+        self.refresh_beside().await?;
         let mut probes = Probes::default();
         loop {
             if *self.stop.borrow() {
@@ -132,8 +134,9 @@ impl Runner {
                         Ok(_) if request.dry_run => {
                             self.let_go();
                             let proven = self.fly(request.stream(), &request).await;
-                            let value = |o| serde_json::to_value(o).unwrap_or(Value::Null);
-                            proven.map(value).map_err(|error| error.to_string())
+                            let proven =
+                                proven.map(|(outcome, left)| outcome_value(&outcome, &left));
+                            proven.map_err(|error| error.to_string())
                         }
                         Ok(event) => {
                             // A verify that lines up would keep the canary from arriving.

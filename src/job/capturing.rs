@@ -1,16 +1,13 @@
-//! `walferry capture`: the half of a job that reads the source's slot into a topic, in a process of
-//! its own, mostly on a host near the source. The other half, `walferry apply`, is the runner.
+//! `walferry capture`: the half of a job that reads the source's slot into a topic, in a process
+//! of its own, mostly on a host near the source. The other half, `walferry apply`, is the runner.
 //!
 //! The two share no more than the home database and the topic. Capture makes nothing on either
-//! side:
-//! it waits until the runner has made the slot, reads it while the job lives, and ends with the
-//! job.
-//! It has a lease of its own, beside the runner's: who holds it reads the forward slot. So a lost
-//! capture is taken over by another that waits for the lease; and a `run`, which does both, holds
-//! both leases, or only applies where a capture is alive.
+//! side: it waits until the runner has made the slot, reads it while the job lives, and ends with
+//! the job. It has a lease of its own, beside the runner's: who holds it reads the forward slot. So
+//! a lost capture is taken over by another that waits for the lease; and a `run`, which does both,
+//! holds both leases, or only applies where a capture is alive.
 //!
-//! What survives a crash is in the topic; where reading goes on is seen from its end. While the
-//! home
+//! What survives a crash is in the topic; where reading goes on is seen from its end. While the home
 //! database is away, which is on the target, reading goes on without the lease, until another has
 //! it.
 //!

@@ -28,11 +28,19 @@ pub struct Bulk {
     pub freeze: Freeze,
     /// Keys of large tables are built beside their other indexes.
     pub keys_beside: bool,
+    /// maintenance_work_mem of each session that builds indexes, in bytes, where the target's own
+    /// is less; 0 leaves it to the target.
+    pub maintenance_work_mem: u64,
 }
 
 impl Default for Bulk {
     fn default() -> Bulk {
-        Bulk { bundle_tables: 64, freeze: Freeze::default(), keys_beside: true }
+        Bulk {
+            bundle_tables: 64,
+            freeze: Freeze::default(),
+            keys_beside: true,
+            maintenance_work_mem: PostOptions::MEMORY_BYTES,
+        }
     }
 }
 
@@ -62,6 +70,7 @@ impl Runner {
                 Err(error) => return Err(error.into()),
             }
         }
+        self.copy_large_objects().await?;
         self.build(PostPhase::Indexes).await?;
         self.analyze(&tables).await?;
         // Tables read under different snapshots do not fit each other until the stream has passed
@@ -137,6 +146,7 @@ impl Runner {
         options.parallel = self.config.jobs;
         options.bundle = self.config.bulk.bundle_tables;
         options.keys_beside = self.config.bulk.keys_beside;
+        options.maintenance_work_mem = self.config.bulk.maintenance_work_mem;
         schema::apply_post(&self.config.target, &dump, &options, &mut progress).await?;
         Ok(())
     }

@@ -45,6 +45,9 @@ create table if not exists walferry.journal (
     id bigint generated always as identity primary key, job text not null, attempt text not null,
     flip text not null, step text not null, ms float8,
     at timestamptz not null default clock_timestamp());
+create table if not exists walferry.large_object (
+    job text not null, side text not null, snapshot_xmin bigint, objects bigint,
+    primary key (job, side));
 create table if not exists walferry.command (
     id bigint generated always as identity primary key, job text not null, verb text not null,
     args jsonb not null, state text not null default 'queued', result jsonb, error text,

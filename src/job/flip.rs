@@ -5,9 +5,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
+use super::check::Finding;
+use super::left::outcome_value;
 use super::prepare::publish;
+use super::rest::{Refresh, Unlogged};
 use super::run::{JobConfig, Notice, Runner, published};
 use super::state::{Event, Phase};
 use super::store::{FlipRecord, Store};
@@ -18,7 +20,7 @@ use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
 use crate::route::{self, Route};
 use crate::source::slot;
-use crate::{apply, catalog};
+use crate::{apply, catalog, large};
 
 /// How long the home database may take to answer before the runner begins anew.
 const HOME_WAIT: Duration = Duration::from_secs(5);
@@ -42,6 +44,12 @@ pub struct FlipRequest {
     pub lock_timeout_ms: u64,
     /// `--max-hold`, in milliseconds.
     pub max_hold_ms: u64,
+    /// `--refresh`.
+    #[serde(default)]
+    pub refresh: Refresh,
+    /// `--unlogged`.
+    #[serde(default)]
+    pub unlogged: Unlogged,
     /// `--dry-run`.
     pub dry_run: bool,
 }
@@ -65,6 +73,7 @@ impl FlipRequest {
             released: false,
             switched_lsn: None,
             fenced_ms: None,
+            refresh_due: self.refresh == Refresh::After,
         }
     }
 
@@ -95,7 +104,10 @@ impl Runner {
         super::state::step(row.phase, event)?;
         parse_routes(&request.routes)?;
         request.fence.parse::<FenceKind>()?;
-        self.refuse_partial().await?;
+        // A rollback rests on the reverse stream's own publication.
+        if request.stream() == Stream::Forward {
+            self.refuse_partial().await?;
+        }
         if !row.armed {
             // A stream that stands still would keep the slot from being made, and says less then.
             self.gate(request).await?;
@@ -104,6 +116,8 @@ impl Runner {
             self.store.set_armed(true).await?;
         }
         self.follow_reverse_now().await?;
+        self.refreshing = None;
+        self.approach(request).await?;
         Ok(event)
     }
 
@@ -111,6 +125,8 @@ impl Runner {
         let carry = self.forward.as_ref().map(|pipe| pipe.applied.clone());
         let mut carry = carry.ok_or(cutover::Error::StreamStopped)?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
+        // Nor could the slot be made before they end, where they are carried as prepared.
+        barrier::refuse_prepared(&mut source).await?;
         // Streams of a runner that has just begun are still connecting.
         let max_lag = Duration::from_millis(request.max_lag_ms).max(HOME_WAIT);
         Ok(barrier::gate(&mut source, &mut carry, max_lag).await?)
@@ -128,6 +144,10 @@ impl Runner {
         if !admit::may_have_tables(&mut source).await? {
             let row = source.query_one("select current_user", &[]).await?;
             grants.insert(0, admit::schema_grant(row.str(0)?));
+        }
+        if self.config.options.moves_large_objects() {
+            let refusal = large::unwritable(&mut source).await?;
+            grants.extend(refusal.map(|refusal| refusal.fix));
         }
         if !grants.is_empty() {
             return Err(Error::NoWayBack { grants });
@@ -165,8 +185,8 @@ impl Runner {
         };
         let outcome = self.fly(flip, &request).await;
         match outcome {
-            Ok(outcome) => {
-                let value = serde_json::to_value(&outcome).unwrap_or(Value::Null);
+            Ok((outcome, left)) => {
+                let value = outcome_value(&outcome, &left);
                 self.answer_flip(Ok(value)).await?;
                 let flown = self.row().await?.flip;
                 self.unreleased = flown.is_some_and(|flip| !flip.released);
@@ -221,13 +241,14 @@ impl Runner {
         &mut self,
         flip: Stream,
         request: &FlipRequest,
-    ) -> Result<cutover::Outcome> {
+    ) -> Result<(cutover::Outcome, Vec<Finding>)> {
         if flip == Stream::Forward {
             self.refuse_rogue_writes().await?;
         }
         self.refuse_new_tables(flip).await?;
         self.stop_validating().await;
         let mut plan = self.flight_plan(flip, request).await?;
+        let left = self.left_behind(&plan, request).await?;
         let row = self.row().await?;
         let record = match row.flip {
             Some(record) if record.attempt == request.attempt => record,
@@ -240,7 +261,11 @@ impl Runner {
             line: None,
             open: self.reverse_open.clone(),
         };
-        Ok(cutover::run(&mut plan, &mut journal).await?)
+        let outcome = cutover::run(&mut plan, &mut journal).await?;
+        if !request.dry_run {
+            self.keep_marks(flip, &plan.rest).await?;
+        }
+        Ok((outcome, left))
     }
 
     async fn flight_plan(&mut self, flip: Stream, request: &FlipRequest) -> Result<Plan> {
@@ -268,6 +293,7 @@ impl Runner {
             timeout: millis(request.timeout_ms),
             max_hold: millis(request.max_hold_ms),
             rules: self.rules(flip).await?,
+            rest: self.rest(flip, request).await?,
             carry,
             dry_run: request.dry_run,
             stop: self.stop.clone(),

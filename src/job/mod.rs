@@ -13,7 +13,7 @@
 //!   and the choreography with its journal. `cleanup`: finish and cancel.
 //! - `ability`: what the roles may do, and so how each side is written. `reading`: how each side is
 //!   read; `published`: by which publication of others. `validating`: foreign keys that came back
-//!   at a switch.
+//!   at a switch. `rest`: what no stream carries. `left`: what is left behind at a flip.
 //! - `client`: commands from other processes. `align`: both sides held at one point, for verify.
 //!   `status`: what people and scripts see.
 //!
@@ -36,6 +36,7 @@ mod ddl;
 pub mod error;
 mod flip;
 pub mod lease;
+mod left;
 mod newcomers;
 pub mod opening;
 pub mod pipeline;
@@ -44,6 +45,7 @@ mod positions;
 mod prepare;
 mod published;
 pub mod reading;
+pub mod rest;
 pub mod run;
 mod spooling;
 pub mod state;

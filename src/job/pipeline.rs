@@ -82,10 +82,14 @@ pub struct PipeOptions {
     pub spool: Option<SpoolOptions>,
     /// Where transactions in progress wait for their end; `None` asks the server not to send them.
     pub streaming: Option<Arc<Spill>>,
+    /// See [`StreamOptions::two_phase`].
+    pub two_phase: bool,
     /// While false, only walferry's own tables are applied.
     pub gate: Option<Arc<AtomicBool>>,
     /// How they are applied.
     pub tuning: Tuning,
+    /// See [`StreamOptions::gather`].
+    pub gather: bool,
 }
 
 /// Both ways of keeping a stream going, through memory and through a spool, open their ends by
@@ -138,7 +142,9 @@ impl PipeOptions {
             publications: self.publications.clone(),
             plain_numbers: self.plain_numbers,
             confirmed_lsn,
+            gather: self.gather,
             spill: self.spill(),
+            two_phase: self.two_phase && self.transport == Transport::Stream,
             ..StreamOptions::new(&name, &name, start_lsn, self.recorded.clone())
         };
         Ok(source::Reader::open(&self.from, self.transport, wanted).await?)

@@ -221,10 +221,12 @@ pub(super) async fn check_ready(
 ) -> Result<()> {
     let mut options = check::CheckOptions::new(config.job.clone());
     options.selection = selection.clone();
+    options.large_objects = config.options.moves_large_objects();
     options.copy_jobs = config.jobs;
     options.wanted = config.wanted.clone();
     options.sample_only_for_limit = true;
     options.streaming = config.streaming.is_some();
+    options.two_phase = config.two_phase;
     let mut found = check::run(&config.source, &config.target, options.clone()).await?;
     while found.findings.iter().any(|finding| finding.code == "unreachable") {
         // To a person this is a finding; the runner was there a moment ago, and knows from the

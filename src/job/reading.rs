@@ -282,8 +282,7 @@ pub(super) async fn choose_decoder(
         return Ok((Plugin::Pgoutput, format!("publication {name} was asked for")));
     }
     if let Some(decoder) = wanted.decoder {
-        if !choice::has_plugin(side, decoder).await? {
-            let reason = format!("the server does not have {decoder}");
+        if let Some(reason) = choice::refused_plugin(side, decoder).await? {
             return Err(Error::NoDecoder { decoder: decoder.to_string(), reason });
         }
         if let Some(reason) = blind(side, job, decoder).await? {
@@ -299,13 +298,18 @@ pub(super) async fn choose_decoder(
     if publication::covers(&mut session, name, tables).await? {
         return Ok((Plugin::Pgoutput, format!("publication {name} is there")));
     }
+    let mut reasons = vec![format!("no publication may be made ({refused})")];
     for decoder in Plugin::ALL.into_iter().filter(|plugin| plugin.is_textual()) {
-        if choice::has_plugin(side, decoder).await? && blind(side, job, decoder).await?.is_none() {
-            return Ok((decoder, format!("no publication may be made: {refused}")));
+        let unfit = match choice::refused_plugin(side, decoder).await? {
+            Some(reason) => Some(reason),
+            None => blind(side, job, decoder).await?,
+        };
+        match unfit {
+            None => return Ok((decoder, format!("no publication may be made: {refused}"))),
+            Some(reason) => reasons.push(format!("{decoder}: {reason}")),
         }
     }
-    let decoder = Plugin::Pgoutput.to_string();
-    let reason = format!("no publication may be made ({refused}), and no other plugin is there");
+    let (decoder, reason) = (Plugin::Pgoutput.to_string(), reasons.join("; "));
     Err(Error::NoDecoder { decoder, reason })
 }
 

@@ -18,6 +18,7 @@ use super::opening::Half;
 use super::pipeline::Pipe;
 use super::place::{BufferOptions, Chosen, StreamingOptions};
 use super::reading::Wanted;
+use super::rest::Refreshing;
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobOptions, JobRow, Store};
 use super::streams::STREAM_PATIENCE;
@@ -32,6 +33,7 @@ use crate::fault::{Fault, Faulty};
 use crate::id::{JobName, QualifiedName};
 use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
+use crate::schema::Unrefreshed;
 use crate::source::HeldSlot;
 
 /// How long servers that were never reached are tried.
@@ -60,10 +62,14 @@ pub struct JobConfig {
     pub buffer: BufferOptions,
     /// Have the server send transactions in progress, where it can.
     pub streaming: Option<StreamingOptions>,
+    /// Prepare on the target what is prepared on the source.
+    pub two_phase: bool,
     /// How changes are applied.
     pub tuning: Tuning,
     /// Whether the forward stream is read by this process, or by another into a topic.
     pub half: Half,
+    /// See [`crate::source::StreamOptions::gather`].
+    pub gather: bool,
     /// How rows and indexes are made.
     pub bulk: Bulk,
 }
@@ -135,6 +141,10 @@ pub struct Runner {
     pub(super) busy: Arc<AtomicBool>,
     /// Foreign keys that are looked at after a flip.
     pub(super) validating: Option<Validating>,
+    /// Materialized views that are refreshed after a flip.
+    pub(super) refreshing: Option<Refreshing>,
+    /// Those that could not be before it.
+    pub(super) unrefreshed: Vec<Unrefreshed>,
     /// Check has passed in this session already, before the job was written down.
     pub(super) checked: bool,
     /// Where changes wait: a spool, or memory.
@@ -308,6 +318,8 @@ impl Runner {
             level_at: None,
             busy,
             validating: None,
+            refreshing: None,
+            unrefreshed: Vec::new(),
             checked,
             spool,
         };

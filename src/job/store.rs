@@ -57,12 +57,20 @@ pub struct JobOptions {
     pub exclude: Vec<String>,
     /// `--schema-only`.
     pub schema_only: Vec<String>,
+    /// `--large-objects leave`.
+    #[serde(default)]
+    pub leave_large_objects: bool,
     /// `--publication`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub publication: Option<String>,
 }
 
 impl JobOptions {
+    /// They belong to no table: like pg_dump, a job of some tables only does not take them along.
+    pub fn moves_large_objects(&self) -> bool {
+        self.include.is_empty() && !self.leave_large_objects
+    }
+
     /// The tables meant, knowing the partitions on this session's server.
     pub async fn selection(&self, session: &mut Session) -> Result<Selection> {
         let selection = Selection::parse(&self.include, &self.exclude, &self.schema_only)?;
@@ -80,6 +88,9 @@ impl std::fmt::Display for JobOptions {
         ];
         let given = lists.iter().flat_map(|(option, list)| list.iter().map(move |p| (option, p)));
         let mut given: Vec<String> = given.map(|(option, p)| format!("{option} '{p}'")).collect();
+        if self.leave_large_objects {
+            given.push("--large-objects leave".to_string());
+        }
         given.extend(self.publication.iter().map(|name| format!("--publication '{name}'")));
         f.write_str(if given.is_empty() { "none" } else { "" })?;
         f.write_str(&given.join(" "))
@@ -111,6 +122,9 @@ pub struct FlipRecord {
     /// How long writers had been held by then, in milliseconds.
     #[serde(default)]
     pub fenced_ms: Option<f64>,
+    /// Materialized views are still to be refreshed on the side that became live.
+    #[serde(default)]
+    pub refresh_due: bool,
 }
 
 /// One line of the journal.

@@ -168,8 +168,11 @@ pub(super) async fn pipe_options(
             buffer: config.buffer.clone(),
             made_lsn: row.slot_lsn.filter(|_| stream == Stream::Forward).unwrap_or(Lsn::ZERO),
         }),
+        // Rows of the way back are marked in other ways than a prepared transaction can be.
+        two_phase: config.two_phase && stream == Stream::Forward,
         gate: None,
         tuning: config.tuning,
+        gather: config.gather,
     })
 }
 

@@ -13,6 +13,9 @@ use super::frame::Frame;
 use super::{Result, Row, Session};
 use crate::pg::Error;
 
+/// Bytes of one CopyData message: the server keeps a whole one in memory.
+const COPY_PIECE_BYTES: usize = 64 << 10;
+
 /// Requests being collected for one exchange.
 #[derive(Debug, Default)]
 pub struct Pipeline {
@@ -114,6 +117,20 @@ impl Pipeline {
         let len = (self.out.len() - start) as u32;
         patch(&mut self.out, start, &len.to_be_bytes());
         let _ = frontend::execute("", 0, &mut self.out);
+    }
+
+    /// Binds and runs a prepared `COPY ... FROM STDIN` without parameters, and gives it all of its
+    /// data, before the server has said that it wants it: one that does not reads past it.
+    ///
+    /// <https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-COPY>
+    pub fn copy(&mut self, name: &str, data: &[u8]) {
+        self.run(name, std::iter::empty());
+        for piece in data.chunks(COPY_PIECE_BYTES) {
+            self.out.put_u8(b'd');
+            self.out.put_u32(piece.len() as u32 + 4);
+            self.out.put_slice(piece);
+        }
+        frontend::copy_done(&mut self.out);
     }
 
     /// Prepares, binds and runs one statement without a name and without parameters.

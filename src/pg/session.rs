@@ -95,6 +95,11 @@ impl Session {
         &self.place.host
     }
 
+    /// True if the connection is a Unix-domain socket.
+    pub fn is_local(&self) -> bool {
+        matches!(self.place.address, connect::Address::Unix(_))
+    }
+
     /// True if the connection is TLS.
     pub fn is_encrypted(&self) -> bool {
         self.place.encrypted

@@ -10,7 +10,9 @@ use crate::pg::{Result, Session};
 #[derive(Clone, Debug)]
 struct Relation {
     name: QualifiedName,
-    /// A materialized view that has been filled.
+    /// A materialized view.
+    materialized: bool,
+    /// One that has been filled.
     populated: bool,
     table: bool,
 }
@@ -30,7 +32,7 @@ impl Views {
         let relations = session
             .query(
                 "select c.oid, n.nspname, c.relname, c.relkind = 'm' and c.relispopulated, \
-                 c.relkind in ('r', 'p', 'f') \
+                 c.relkind in ('r', 'p', 'f'), c.relkind = 'm' \
                  from pg_catalog.pg_class c \
                  join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
                  where c.relkind in ('r', 'p', 'f', 'v', 'm') and c.relpersistence <> 't' \
@@ -43,7 +45,8 @@ impl Views {
             .await?;
         for row in &relations {
             let name = QualifiedName::new(row.str(1)?, row.str(2)?);
-            let relation = Relation { name, populated: row.bool(3)?, table: row.bool(4)? };
+            let (populated, table, materialized) = (row.bool(3)?, row.bool(4)?, row.bool(5)?);
+            let relation = Relation { name, materialized, populated, table };
             views.relations.insert(row.parse(0)?, relation);
         }
         let reads = session
@@ -92,8 +95,14 @@ impl Views {
         names
     }
 
-    /// Materialized views that are filled on the source, each after those it reads from.
+    /// Materialized views that are filled, each after those it reads from.
     pub fn populated(&self) -> Vec<QualifiedName> {
+        let filled = self.materialized().into_iter().filter(|(_, populated)| *populated);
+        filled.map(|(name, _)| name).collect()
+    }
+
+    /// Materialized views, each after those it reads from, and whether it is filled.
+    pub fn materialized(&self) -> Vec<(QualifiedName, bool)> {
         let mut oids: Vec<u32> = self.relations.keys().copied().collect();
         oids.sort_unstable();
         let mut seen = HashSet::new();
@@ -103,7 +112,7 @@ impl Views {
             let mut stack = vec![(oid, false)];
             while let Some((oid, read)) = stack.pop() {
                 if read {
-                    order.extend(self.relations.get(&oid).filter(|r| r.populated));
+                    order.extend(self.relations.get(&oid).filter(|r| r.materialized));
                 } else if seen.insert(oid) {
                     stack.push((oid, true));
                     let reads = self.reads.get(&oid).into_iter().flatten();
@@ -111,7 +120,7 @@ impl Views {
                 }
             }
         }
-        order.into_iter().map(|relation| relation.name.clone()).collect()
+        order.into_iter().map(|relation| (relation.name.clone(), relation.populated)).collect()
     }
 }
 
@@ -125,7 +134,8 @@ mod tests {
                 .iter()
                 .map(|(oid, name, table)| {
                     let name = QualifiedName::new("s", *name);
-                    (*oid, Relation { name, populated: !table, table: *table })
+                    let materialized = !table;
+                    (*oid, Relation { name, materialized, populated: materialized, table: *table })
                 })
                 .collect(),
             reads: reads.iter().map(|(oid, reads)| (*oid, reads.to_vec())).collect(),

@@ -15,7 +15,7 @@
 //!    attached, replica identities set.
 //! 5. `apply_post` with [`PostPhase::Rest`]: foreign keys, triggers, rules, policies, materialized
 //!    views filled, event triggers last.
-//! 6. `set_sequences` at the cutover.
+//! 6. `refresh` (materialized views) and `set_sequences` at the cutover.
 //!
 //! Where the role may not keep triggers and foreign keys from acting on applied rows, step 5 leaves
 //! them out and `aside` makes them in the cutover.
@@ -45,6 +45,7 @@ pub mod pack;
 pub mod plan;
 pub mod post;
 pub mod pre;
+pub mod refresh;
 pub mod script;
 pub mod sequence;
 
@@ -55,6 +56,7 @@ pub use older::{Fitted, TooNew, fit};
 pub use plan::PostPhase;
 pub use post::{PostOptions, PostProgress, apply_post};
 pub use pre::apply_pre;
+pub use refresh::{Unrefreshed, materialized, refresh};
 pub use sequence::set_sequences;
 
 /// Result with this room's error.

@@ -36,6 +36,10 @@ pub struct PostOptions {
 }
 
 impl PostOptions {
+    /// Enough to sort some 8 million keys without a file, and little beside the shared_buffers of a
+    /// server that holds as many.
+    pub const MEMORY_BYTES: u64 = 256 << 20;
+
     /// Of the job, with everything that makes it fast.
     pub fn new(job: &str, phase: PostPhase) -> PostOptions {
         PostOptions {
@@ -43,9 +47,7 @@ impl PostOptions {
             phase,
             postpone_acting: false,
             parallel: 4,
-            // Enough to sort some 8 million keys without a file, and little beside the
-            // shared_buffers of a server that holds as many.
-            maintenance_work_mem: 256 << 20,
+            maintenance_work_mem: Self::MEMORY_BYTES,
             bundle: 64,
             keys_beside: true,
         }

@@ -24,12 +24,13 @@ pub async fn refused_replication(config: &Config) -> Option<String> {
     opened.await.err().map(|error| error.to_string())
 }
 
-/// True if slots can be made with the plugin, tried with a temporary one that is dropped at once.
+/// Why no slot can be made with the plugin, tried with a temporary one that is dropped at once;
+/// `None` if one can.
 ///
 /// Errors: what else keeps a slot from being made, such as a missing right.
-pub async fn has_plugin(config: &Config, plugin: Plugin) -> Result<bool> {
+pub async fn refused_plugin(config: &Config, plugin: Plugin) -> Result<Option<String>> {
     if plugin == Plugin::Pgoutput {
-        return Ok(true); // PostgreSQL's own, in each version from 10 on.
+        return Ok(None); // PostgreSQL's own, in each version from 10 on.
     }
     let mut session = Session::connect(config, Purpose::Sql).await?;
     let name = quote_literal(&format!("walferry_probe_{:08x}", fastrand::u32(..)));
@@ -41,12 +42,32 @@ pub async fn has_plugin(config: &Config, plugin: Plugin) -> Result<bool> {
     match session.query(&sql).await {
         Ok(_) => {
             session.query(&format!("select pg_catalog.pg_drop_replication_slot({name})")).await?;
-            Ok(true)
+            Ok(None)
         }
-        Err(error) if error.code() == Some(CANCELED) => Ok(true),
-        Err(error) if error.code() == Some(UNDEFINED_FILE) => Ok(false),
-        Err(error) => Err(error.into()),
+        Err(error) if error.code() == Some(CANCELED) => Ok(None),
+        Err(error) if error.code() == Some(UNDEFINED_FILE) => {
+            Ok(Some(format!("the server does not have {plugin}")))
+        }
+        Err(error) => match not_approved(&mut session, plugin).await? {
+            Some(reason) => Ok(Some(reason)),
+            None => Err(error.into()),
+        },
     }
+}
+
+/// Recent minor releases let only the libraries of a list decode. A right that is missing has the
+/// same SQLSTATE, so the list is looked at.
+async fn not_approved(session: &mut Session, plugin: Plugin) -> Result<Option<String>> {
+    let sql = "select pg_catalog.current_setting('output_plugin_libraries', true)";
+    let list = session.query_one(sql, &[]).await?.opt(0)?.map(str::to_string);
+    let Some(list) = list.filter(|list| !list.is_empty()) else { return Ok(None) };
+    let listed = list.split(',').any(|one| one.trim().trim_matches('"') == plugin.as_str());
+    Ok((!listed).then(|| {
+        format!(
+            "the server lets only {list} decode: as a superuser, \"ALTER SYSTEM SET \
+             output_plugin_libraries = {list}, {plugin}; SELECT pg_reload_conf();\""
+        )
+    }))
 }
 
 /// A replication origin that is not this job's, if there is one: test_decoding leaves out whatever

@@ -74,6 +74,7 @@ mod tests {
             commit_lsn: Lsn(1),
             commit_time: PgTimestamp(0),
             origin: origin.map(str::to_string),
+            ending: Default::default(),
         };
         Chunk { begin: Arc::new(begin), number: 0, changes, commit: None, bytes: 0 }
     }

@@ -30,6 +30,9 @@
 //! applier                 apply, flush 0/100 ───────────┘  pass Idle 0/180 ───────┘
 //! ```
 //!
+//! While messages come densely the reader lets them gather for a moment, which saves the walsender
+//! most of its system calls: see `lull`.
+//!
 //! Feedback goes out on time whatever the buffer does (law 11): while a push waits for room, the
 //! reader does not read, but goes on telling the server where it is, so a slow target costs no
 //! wal_sender_timeout (bdr#233). A source that says nothing is asked for a sign of life, then given
@@ -40,9 +43,8 @@
 //! behind is taken from the slot by [`slot::free`].
 //!
 //! Transactions that the server sends in progress, where it is asked to, are kept aside until they
-//! end (`streamed`).
-//!
-//! Left out for now: two-phase decoding.
+//! end (`streamed`). Prepared ones come at their PREPARE where that is asked for, and at their
+//! commit otherwise.
 
 pub mod choice;
 pub mod continuity;
@@ -51,6 +53,7 @@ mod describe;
 mod error;
 mod followed;
 mod intake;
+mod lull;
 mod marker;
 mod options;
 mod order;

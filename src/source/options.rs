@@ -46,6 +46,11 @@ pub struct StreamOptions {
     /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL: without
     /// that promise, each NULL in a column of a number's type is an error there.
     pub plain_numbers: bool,
+    /// Have a server that can (pgoutput, 15 and on) give prepared transactions at their PREPARE. A
+    /// slot that was read so once is read so for ever.
+    pub two_phase: bool,
+    /// Let messages that come densely gather for a millisecond before they are read, in a stream.
+    pub gather: bool,
     /// Where transactions in progress wait for their end: with it, a server that can is asked to
     /// send them (pgoutput, 14 and on, by the replication protocol).
     pub spill: Option<Arc<dyn Spill>>,
@@ -71,6 +76,8 @@ impl StreamOptions {
             silence: SILENCE,
             followed: Arc::default(),
             plain_numbers: false,
+            two_phase: false,
+            gather: true,
             spill: None,
             pull_messages: None,
             counters: Counters::new(),
@@ -180,6 +187,9 @@ fn pgoutput(major: u32, options: &StreamOptions) -> Vec<(&'static str, String)> 
         vec![("proto_version", version.to_string()), ("publication_names", names.join(","))];
     if options.messages && major >= 14 {
         wanted.push(("messages", "true".to_string()));
+    }
+    if options.two_phase && major >= 15 {
+        wanted.push(("two_phase", "true".to_string()));
     }
     // parallel: the same, and a rollback tells where and when.
     match major {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use super::intake::{Intake, Publisher};
+use super::lull::Lull;
 use super::options::{Spoken, plugin_options};
 use super::pace::Pace;
 use super::{End, Error, Positions, Result, StreamOptions, check_continuity, slot};
@@ -90,9 +91,11 @@ impl Stream {
         let mut pace = Pace::new(durable, stop, start_lsn, self.interval, self.options.silence);
         pace.confirmed_lsn = confirmed_lsn;
         let intake = Intake::new(&self.config, self.spoken, &self.options, false, sink, positions);
+        let gathers = self.options.gather && !self.session.is_local();
         let mut reader = Reader {
             pace,
             intake,
+            lull: Lull::new(gathers, Instant::now()),
             session: self.session,
             options: self.options,
             config: self.config,
@@ -115,6 +118,14 @@ impl Stream {
     }
 }
 
+/// Bytes of what the plugin said.
+fn size(message: &ReplicationMessage) -> usize {
+    match message {
+        ReplicationMessage::Data { data, .. } => data.len(),
+        ReplicationMessage::Keepalive { .. } => 0,
+    }
+}
+
 /// A third of the server's wal_sender_timeout at most: it hangs up after the whole of it.
 async fn feedback_interval(session: &mut Session) -> Result<Duration> {
     let sql = "select setting from pg_catalog.pg_settings where name = 'wal_sender_timeout'";
@@ -132,6 +143,7 @@ struct Reader<'a, S> {
     options: StreamOptions,
     pace: Pace,
     intake: Intake<'a, S>,
+    lull: Lull,
     config: Config,
     silent_since: Option<Instant>,
 }
@@ -139,6 +151,9 @@ struct Reader<'a, S> {
 impl<S: Sink> Reader<'_, S> {
     /// One wait and what follows from it: a turn of the clock, or all messages that have arrived.
     async fn step(&mut self) -> Result<Option<End>> {
+        if let Some(rest) = self.lull.rest() {
+            tokio::time::sleep(rest).await;
+        }
         let message = tokio::select! {
             biased;
             wake = self.pace.wake() => {
@@ -152,7 +167,9 @@ impl<S: Sink> Reader<'_, S> {
             message = self.session.replication_message() => message?,
         };
         let Some(mut message) = message else { return Ok(Some(End::Source)) };
+        let (mut messages, mut bytes) = (0, 0);
         loop {
+            (messages, bytes) = (messages + 1, bytes + size(&message));
             if let Some(end) = self.take(message).await? {
                 return Ok(Some(end));
             }
@@ -161,6 +178,7 @@ impl<S: Sink> Reader<'_, S> {
                 None => break,
             }
         }
+        self.lull.read(messages, bytes, Instant::now());
         self.publish();
         Ok(None)
     }

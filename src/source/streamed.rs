@@ -37,7 +37,7 @@ use std::sync::Arc;
 use super::{Error, Result};
 use crate::change::{Begin, Change, Commit, Spill, SpillFile};
 use crate::clock::PgTimestamp;
-use crate::decode::{self, Event};
+use crate::decode::{self, Event, Prepared};
 use crate::limit::{CHUNK_BYTES, CHUNK_CHANGES};
 use crate::lsn::Lsn;
 
@@ -71,10 +71,11 @@ struct Streamed {
 /// A transaction that has committed and is being given out.
 struct Delivery {
     streamed: Streamed,
-    begin: Option<Begin>,
+    /// Last first.
+    begin: Vec<Event>,
     next_piece: usize,
     changes: std::vec::IntoIter<Change>,
-    commit: Option<Commit>,
+    end: Option<Event>,
 }
 
 impl Streams {
@@ -104,6 +105,7 @@ impl Streams {
             }
             (Event::StreamAbort { xid, subxid, at }, None) => self.abort(xid, subxid, at).await?,
             (Event::StreamCommit { xid, commit }, None) => self.commit(xid, commit)?,
+            (Event::StreamPrepare(prepared), None) => self.prepare(prepared)?,
             (event @ (Event::Relation(_) | Event::Type { .. }), _) => return Ok(Some(event)),
             (event, None) => return Ok(Some(event)),
             (_, Some(xid)) => return Err(self.odd(xid, "is interrupted by another message")),
@@ -114,8 +116,8 @@ impl Streams {
     /// The next event of a transaction that was completed.
     pub async fn next(&mut self) -> Result<Option<Event>> {
         let Some(delivery) = &mut self.delivery else { return Ok(None) };
-        if let Some(begin) = delivery.begin.take() {
-            return Ok(Some(Event::Begin(begin)));
+        if let Some(event) = delivery.begin.pop() {
+            return Ok(Some(event));
         }
         loop {
             if let Some(change) = delivery.changes.next() {
@@ -130,9 +132,9 @@ impl Streams {
             } else if !streamed.pending.is_empty() {
                 std::mem::take(&mut streamed.pending)
             } else {
-                let commit = delivery.commit.take();
+                let end = delivery.end.take();
                 self.delivery = None;
-                return Ok(commit.map(Event::Commit));
+                return Ok(end);
             }
             .into_iter();
         }
@@ -218,15 +220,25 @@ impl Streams {
             commit_lsn: commit.commit_lsn,
             commit_time: commit.commit_time,
             origin: streamed.origin.clone(),
+            ending: Default::default(),
         };
-        self.delivery = Some(Delivery {
-            streamed,
-            begin: Some(begin),
-            next_piece: 0,
-            changes: Vec::new().into_iter(),
-            commit: Some(commit),
-        });
+        self.deliver(streamed, vec![Event::Begin(begin)], Event::Commit(commit));
         Ok(())
+    }
+
+    fn prepare(&mut self, prepared: Prepared) -> Result<()> {
+        let Some(mut streamed) = self.under_way.remove(&prepared.xid) else {
+            return Err(self.odd(prepared.xid, "is prepared and has not begun"));
+        };
+        let origin = streamed.origin.take().map(|name| Event::Origin { lsn: Lsn::ZERO, name });
+        let begin = origin.into_iter().chain([Event::BeginPrepare(prepared.clone())]).collect();
+        self.deliver(streamed, begin, Event::Prepare(prepared));
+        Ok(())
+    }
+
+    fn deliver(&mut self, streamed: Streamed, begin: Vec<Event>, end: Event) {
+        let changes = Vec::new().into_iter();
+        self.delivery = Some(Delivery { streamed, begin, next_piece: 0, changes, end: Some(end) });
     }
 
     fn transaction(&mut self, xid: u32) -> Result<&mut Streamed> {

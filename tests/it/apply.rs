@@ -102,7 +102,8 @@ fn truncate(tables: &[&Table], restart_identity: bool) -> Change {
 /// One chunk of the transaction whose commit record is `at..at + 50`; its xid is `at`.
 fn chunk(at: u64, number: u32, last: bool, changes: Vec<Change>) -> Item {
     let commit_time = PgTimestamp(at as i64 * 1_000_000);
-    let begin = Begin { xid: at as u32, commit_lsn: Lsn(at), commit_time, origin: None };
+    let ending = Default::default();
+    let begin = Begin { xid: at as u32, commit_lsn: Lsn(at), commit_time, origin: None, ending };
     let commit = last.then_some(Commit { commit_lsn: Lsn(at), end_lsn: Lsn(at + 50), commit_time });
     let bytes = changes.iter().map(Change::bytes).sum();
     Item::Chunk(Chunk { begin: Arc::new(begin), number, changes, commit, bytes })
@@ -185,11 +186,13 @@ fn options() -> Options {
     tuned(order(), None)
 }
 
-/// The same in one order, and with other bounds.
+/// The same in one order, and with other bounds, which then do not grow.
 fn tuned(mode: Mode, limits: Option<Limits>) -> Options {
     let mut options = Options::new(STREAM);
     options.tuning.mode = mode;
-    options.tuning.limits = limits.unwrap_or_default();
+    if let Some(limits) = limits {
+        (options.tuning.limits, options.tuning.limits_max) = (limits, limits);
+    }
     options
 }
 

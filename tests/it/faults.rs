@@ -246,13 +246,14 @@ impl Hits {
 const WAY: [&str; 5] = ["schema", "copying", "index build", "catching_up", "following"];
 
 /// Steps of a flip, each of which is waited for before a kill.
-const STEPS: [&str; 10] = [
+const STEPS: [&str; 11] = [
     "check routes",
     "canary",
     "lag",
     "fence",
     "barrier",
     "drain",
+    "rest",
     "sequences",
     "seal",
     "switch",

@@ -224,3 +224,24 @@ async fn status_is_told_though_the_source_does_not_answer() {
     let told = ends.status().await;
     assert_eq!(told["phase"], "following", "{told}");
 }
+
+/// Minor releases of 2026 let only listed plugins decode; earlier ones do not know the list.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plugin_that_the_server_does_not_let_decode_is_told_with_what_lets_it() {
+    let ends = Ends::start(15, 15);
+    ends.source.psql("app", "create table public.t (id int primary key)").unwrap();
+    let with = ["check", "--decoder", "wal2json", "--no-nan"];
+    ends.done(&with).await;
+    if ends.source.psql("app", "show output_plugin_libraries").is_err() {
+        return;
+    }
+    let only = "alter system set output_plugin_libraries = pgoutput";
+    ends.source.psql("app", only).unwrap();
+    ends.source.psql("app", "select pg_reload_conf(), pg_sleep(1)").unwrap();
+    let refused = ends.walferry(&with).await;
+    let fix = "ALTER SYSTEM SET output_plugin_libraries = pgoutput, wal2json;";
+    assert!(refused.code == Some(1) && refused.out.contains(fix), "{refused:?}");
+    ends.source.psql("app", fix).unwrap();
+    ends.source.psql("app", "select pg_reload_conf(), pg_sleep(1)").unwrap();
+    ends.done(&with).await;
+}

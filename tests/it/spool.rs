@@ -32,6 +32,10 @@ async fn assert_exact(ends: &Ends, report: &Report) {
     }
 }
 
+fn variable(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
 fn segments(dir: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir.join("walferry_main_forward")).into_iter().flatten();
     let paths = entries.map(|entry| entry.unwrap().path());
@@ -52,11 +56,12 @@ async fn a_move_through_a_spool_with_kills_and_restarts_ends_exact() {
     let seed = seed.unwrap_or_else(|| fastrand::u64(..));
     println!("WALFERRY_SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
-    for turn in 0..14 {
+    // WALFERRY_SPOOL_KILLS=200 for the long form: each server goes down 50 times.
+    for turn in 0..variable("WALFERRY_SPOOL_KILLS").unwrap_or(14) {
         let wait = Duration::from_millis(random.u64(20..1500));
         let run = ends.spawn(&["run"]);
-        if turn % 4 == 3 {
-            let server = if random.bool() { &ends.source } else { &ends.target };
+        if turn % 4 >= 2 {
+            let server = if turn % 4 == 2 { &ends.source } else { &ends.target };
             tokio::time::sleep(wait / 2).await;
             server.restart(StopMode::Immediate).unwrap();
         }
@@ -120,7 +125,9 @@ async fn a_target_outage_goes_into_the_spool_and_its_loss_is_refused() {
     let status = ends.status().await;
     assert_eq!(status["spool"]["needed"], false, "{status}");
     let begun = number(&ends.source, "select pg_current_wal_insert_lsn() - '0/0'");
-    let most = outage(&ends, &mut run, 25).await;
+    // WALFERRY_OUTAGE=600 for the long form: the target is away for so many seconds.
+    let rounds = variable("WALFERRY_OUTAGE").map_or(25, |seconds| seconds as usize * 4 / 5);
+    let most = outage(&ends, &mut run, rounds).await;
     let written = number(&ends.source, "select pg_current_wal_insert_lsn() - '0/0'") - begun;
     println!("{} MB written, at most {} MB kept", written >> 20, most >> 20);
     assert!(written > budget_mb << 20, "too little was written: {written}");

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use prost::Message as _;
 
 use crate::change::{
-    Begin, Change, Chunk, Column, Commit, Item, OldRow, Relation, ReplicaIdentity, Row,
+    Begin, Change, Chunk, Column, Commit, Ending, Item, OldRow, Relation, ReplicaIdentity, Row,
 };
 use crate::clock::PgTimestamp;
 use crate::id::QualifiedName;
@@ -79,6 +79,8 @@ pub(super) fn contents(
                 commit_lsn: chunk.begin.commit_lsn.0,
                 commit_time: chunk.begin.commit_time.0,
                 origin: chunk.begin.origin.clone(),
+                ending: write_ending(&chunk.begin.ending).into(),
+                gid: chunk.begin.ending.gid().unwrap_or_default().to_string(),
             }),
             number: number.saturating_add(index as u32),
             commit: commit.map(|commit| v1::Commit {
@@ -300,7 +302,28 @@ pub(super) fn read_begin(chunk: &v1::Chunk) -> Result<Begin, String> {
         commit_lsn: Lsn(begin.commit_lsn),
         commit_time: PgTimestamp(begin.commit_time),
         origin: begin.origin.clone(),
+        ending: read_ending(begin)?,
     })
+}
+
+fn write_ending(ending: &Ending) -> v1::Ending {
+    match ending {
+        Ending::Commit => v1::Ending::Commit,
+        Ending::Prepare(_) => v1::Ending::Prepare,
+        Ending::CommitPrepared(_) => v1::Ending::CommitPrepared,
+        Ending::RollbackPrepared(_) => v1::Ending::RollbackPrepared,
+    }
+}
+
+fn read_ending(begin: &v1::Begin) -> Result<Ending, String> {
+    let gid = begin.gid.clone();
+    match v1::Ending::try_from(begin.ending) {
+        Ok(v1::Ending::Commit) => Ok(Ending::Commit),
+        Ok(v1::Ending::Prepare) => Ok(Ending::Prepare(gid)),
+        Ok(v1::Ending::CommitPrepared) => Ok(Ending::CommitPrepared(gid)),
+        Ok(v1::Ending::RollbackPrepared) => Ok(Ending::RollbackPrepared(gid)),
+        Err(_) => Err(format!("ending {} is not known", begin.ending)),
+    }
 }
 
 fn read_relation(relation: v1::Relation) -> Result<Relation, String> {

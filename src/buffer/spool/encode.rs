@@ -5,7 +5,8 @@
 //!
 //! ```text
 //! idle    0  lsn u64
-//! chunk   1  xid u32  commit_lsn u64  commit_time i64  origin (0 | 1 text)  number u32
+//! chunk   (1 | 2 ending u8  gid text)  xid u32  commit_lsn u64  commit_time i64
+//!            origin (0 | 1 text)  number u32
 //!            commit (0 | 1 commit_lsn u64  end_lsn u64  commit_time i64)
 //!            relations u32, each: id u32  oid u32  schema text  name text  identity u8
 //!                columns u16, each: name text  type u32  modifier i32  key u8
@@ -22,7 +23,8 @@ use std::sync::Arc;
 use bytes::{Buf, BufMut, Bytes, TryGetError};
 
 use crate::change::{
-    Begin, Change, Chunk, Column, Commit, Item, OldRow, Relation, ReplicaIdentity, Row, RowError,
+    Begin, Change, Chunk, Column, Commit, Ending, Item, OldRow, Relation, ReplicaIdentity, Row,
+    RowError,
 };
 use crate::clock::PgTimestamp;
 use crate::id::QualifiedName;
@@ -94,11 +96,24 @@ pub(super) fn size(item: &Item) -> usize {
         Change::Truncate { relations, .. } => 6 + relations.len() * 4,
         Change::Message { prefix, content, .. } => 18 + prefix.len() + content.len(),
     });
-    59 + origin + changes.sum::<usize>()
+    let gid = chunk.begin.ending.gid().map_or(0, |gid| gid.len() + 5);
+    59 + origin + gid + changes.sum::<usize>()
 }
 
 fn write_chunk(chunk: &Chunk, described: &mut Described, out: &mut Vec<u8>) {
-    out.put_u8(1);
+    match chunk.begin.ending.gid() {
+        None => out.put_u8(1),
+        Some(gid) => {
+            out.put_u8(2);
+            out.put_u8(match chunk.begin.ending {
+                Ending::Commit => 0,
+                Ending::Prepare(_) => 1,
+                Ending::CommitPrepared(_) => 2,
+                Ending::RollbackPrepared(_) => 3,
+            });
+            write_text(gid.as_bytes(), out);
+        }
+    }
     out.put_u32(chunk.begin.xid);
     out.put_u64(chunk.begin.commit_lsn.0);
     out.put_i64(chunk.begin.commit_time.0);
@@ -246,7 +261,11 @@ pub(super) type Relations = HashMap<u32, Arc<Relation>>;
 pub(super) fn read(mut bytes: Bytes, known: &mut Relations) -> Result<Item, DecodeError> {
     let item = match bytes.try_get_u8()? {
         0 => Item::Idle { lsn: Lsn(bytes.try_get_u64()?) },
-        1 => Item::Chunk(read_chunk(&mut bytes, known)?),
+        1 => Item::Chunk(read_chunk(&mut bytes, Ending::Commit, known)?),
+        2 => {
+            let ending = read_ending(&mut bytes)?;
+            Item::Chunk(read_chunk(&mut bytes, ending, known)?)
+        }
         other => return Err(unknown("item", other)),
     };
     if bytes.is_empty() { Ok(item) } else { Err(DecodeError::Rest(bytes.len())) }
@@ -256,7 +275,22 @@ fn unknown(what: &'static str, value: impl Into<u32>) -> DecodeError {
     DecodeError::Unknown { what, value: value.into() }
 }
 
-fn read_chunk(bytes: &mut Bytes, known: &mut Relations) -> Result<Chunk, DecodeError> {
+fn read_ending(bytes: &mut Bytes) -> Result<Ending, DecodeError> {
+    let number = bytes.try_get_u8()?;
+    let gid = read_text(bytes)?;
+    match number {
+        1 => Ok(Ending::Prepare(gid)),
+        2 => Ok(Ending::CommitPrepared(gid)),
+        3 => Ok(Ending::RollbackPrepared(gid)),
+        other => Err(unknown("ending", other)),
+    }
+}
+
+fn read_chunk(
+    bytes: &mut Bytes,
+    ending: Ending,
+    known: &mut Relations,
+) -> Result<Chunk, DecodeError> {
     let xid = bytes.try_get_u32()?;
     let commit_lsn = Lsn(bytes.try_get_u64()?);
     let commit_time = PgTimestamp(bytes.try_get_i64()?);
@@ -278,7 +312,7 @@ fn read_chunk(bytes: &mut Bytes, known: &mut Relations) -> Result<Chunk, DecodeE
     for _ in 0..bytes.try_get_u32()? {
         changes.push(read_change(bytes, known)?);
     }
-    let begin = Arc::new(Begin { xid, commit_lsn, commit_time, origin });
+    let begin = Arc::new(Begin { xid, commit_lsn, commit_time, origin, ending });
     let size = changes.iter().map(Change::bytes).sum();
     Ok(Chunk { begin, number, changes, commit, bytes: size })
 }

@@ -222,3 +222,60 @@ impl Run {
         Ok(true)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::sync::mpsc;
+
+    use super::super::disk::Directory;
+    use super::super::log::Log;
+    use super::super::power_tests::identity;
+    use super::*;
+    use crate::buffer::contract;
+
+    /// Three segments or more, the first of which is removed behind the back of whoever reads: its
+    /// name is gone, and what the ends share still has it. `released`: the target had all of it.
+    async fn first_segment_gone(released: bool) -> (Vec<Item>, Lsn, Arc<Shared>) {
+        let name = format!("walferry-feed-{:016x}", fastrand::u64(..));
+        let dir: PathBuf = std::env::temp_dir().join(name);
+        let disk = Arc::new(Directory::open(&dir).unwrap().unwrap());
+        let mut log = Log::open(disk.clone(), identity(), 2000).unwrap();
+        for number in 1..=12 {
+            log.append(&contract::item(number, 400)).unwrap();
+        }
+        log.sync().unwrap();
+        let first = log.segments().front().unwrap().clone();
+        assert!(log.segments().len() > 2);
+        let (orders, _taken) = mpsc::channel();
+        let shared = Arc::new(Shared::new(1 << 30, &log, orders));
+        if released {
+            shared.release(first.end_lsn);
+        }
+        std::fs::remove_file(dir.join(segment::name(first.number))).unwrap();
+        let reader = Reader::new(disk, first.number, first.body);
+        let mut feed = SpoolFeed::start(reader, Lsn::ZERO, shared.clone()).unwrap();
+        shared.sink_gone();
+        let mut items = Vec::new();
+        while let Some(item) = feed.pop().await {
+            items.push(item);
+        }
+        std::fs::remove_dir_all(dir).unwrap();
+        (items, first.end_lsn, shared)
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_segment_removed_just_before_it_is_read_is_passed_over() {
+        let (items, from_lsn, shared) = first_segment_gone(true).await;
+        assert!(shared.failure().is_none(), "{:?}", shared.failure());
+        let ends: Vec<Lsn> = items.iter().filter_map(Item::end_lsn).collect();
+        let expected = (1..=12).map(|number| Lsn(number * 2 + 1));
+        assert_eq!(ends, expected.filter(|lsn| *lsn > from_lsn).collect::<Vec<_>>());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_segment_that_is_gone_and_was_needed_is_an_error() {
+        let (items, _, shared) = first_segment_gone(false).await;
+        assert!(items.is_empty() && shared.failure().is_some(), "{items:?}");
+    }
+}

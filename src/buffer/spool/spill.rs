@@ -137,7 +137,8 @@ impl Unnamed {
 /// As it would be in the log, but that nothing is known of it yet but its changes.
 fn item(changes: Vec<Change>) -> Item {
     let (commit_lsn, commit_time) = (Lsn::ZERO, PgTimestamp::default());
-    let begin = Begin { xid: 0, commit_lsn, commit_time, origin: None };
+    let ending = Default::default();
+    let begin = Begin { xid: 0, commit_lsn, commit_time, origin: None, ending };
     Item::Chunk(Chunk { begin: Arc::new(begin), number: 0, changes, commit: None, bytes: 0 })
 }
 

@@ -239,6 +239,67 @@ async fn a_transaction_larger_than_the_limit_passes_once_all_before_it_was_read(
     spool.close();
 }
 
+/// A file system of a few megabytes, unmounted with this; `None` where we may not mount one.
+struct Small(Dir);
+
+impl Small {
+    fn new(megabytes: u32) -> Option<Small> {
+        let dir = Dir::new();
+        std::fs::create_dir_all(&dir.0).unwrap();
+        let size = format!("size={megabytes}m");
+        let mount = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &size, "none"])
+            .arg(&dir.0)
+            .status();
+        mount.is_ok_and(|status| status.success()).then_some(Small(dir))
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg(&self.0.0).status();
+    }
+}
+
+/// ENOSPC from a real file system: in the middle of an append, and at the making of a segment.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn on_a_full_disk_the_spool_waits_for_what_is_released_and_loses_nothing() {
+    let Some(small) = Small::new(3) else {
+        println!("not shown: mounting a tmpfs takes root");
+        return;
+    };
+    let spool = Spool::open(&small.0.options(1 << 30, 300_000)).unwrap();
+    let mut sink = spool.sink();
+    let writing = tokio::spawn(async move {
+        for number in 1..=12 {
+            sink.push(large(number * 100)).await.unwrap();
+            push(&mut sink, number * 100 + 1..=number * 100 + 20).await;
+        }
+        sink
+    });
+    let begun = std::time::Instant::now();
+    while spool.trouble().is_none() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "the disk never was full");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let said = spool.trouble().unwrap();
+    assert!(said.contains("space"), "{said}");
+    let mut feed = spool.feed(Lsn::ZERO).unwrap();
+    let mut last = Lsn::ZERO;
+    for _ in 0..12 * 21 {
+        let popped = tokio::time::timeout(Duration::from_secs(20), feed.pop()).await;
+        let item = popped.expect("it is stuck").expect("it has ended");
+        let end_lsn = item.end_lsn().unwrap();
+        assert!(end_lsn > last, "{end_lsn} after {last}");
+        last = end_lsn;
+        spool.release(last);
+    }
+    drop(writing.await.unwrap());
+    assert_eq!(last, Lsn(1220 * 2 + 1));
+    assert!(spool.failure().is_none());
+    spool.close();
+}
+
 /// A transaction of 1 MiB that does not compress.
 fn large(number: u64) -> Item {
     let Item::Chunk(mut chunk) = contract::item(number, 0) else { panic!() };
@@ -254,6 +315,36 @@ fn large(number: u64) -> Item {
     Item::Chunk(chunk)
 }
 
+/// A transaction of about 1 MiB in rows of an ordinary table, of which half compresses.
+fn ordinary(number: u64) -> Item {
+    let Item::Chunk(mut chunk) = contract::item(number, 0) else { panic!() };
+    let mut random = fastrand::Rng::with_seed(number);
+    let column = |name: &str, key| crate::change::Column {
+        name: name.to_string(),
+        type_oid: 25,
+        type_modifier: -1,
+        key,
+    };
+    let relation = std::sync::Arc::new(crate::change::Relation {
+        oid: 1,
+        name: crate::id::QualifiedName::new("public", "t"),
+        identity: crate::change::ReplicaIdentity::Default,
+        columns: vec![column("id", true), column("name", false), column("note", false)],
+    });
+    let insert = |_| {
+        let mut row = crate::change::RowBuilder::new();
+        let (id, name) = (random.u32(..).to_string(), format!("{:016x}", random.u64(..)));
+        let note = format!("an ordinary note of number {id} that says what notes say, {name}");
+        for value in [&id, &name, &note] {
+            row.push(crate::change::Value::Text(value.as_bytes()));
+        }
+        crate::change::Change::Insert { relation: relation.clone(), new: row.finish() }
+    };
+    chunk.changes = (0..5500).map(insert).collect();
+    chunk.bytes = chunk.changes.iter().map(|change| change.bytes()).sum();
+    Item::Chunk(chunk)
+}
+
 /// `make spool-bench`: the release build beside dd, in one run.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "a measurement"]
@@ -262,7 +353,8 @@ async fn throughput_beside_dd() {
     let dir = Dir::new();
     std::fs::create_dir_all(&dir.0).unwrap();
     let pool: Vec<Item> = (1..=8).map(large).collect();
-    let (mut dd, mut spooled) = (Vec::new(), Vec::new());
+    let in_rows: Vec<Item> = (1..=8).map(ordinary).collect();
+    let (mut dd, mut spooled, mut rows) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..3 {
         let begun = std::time::Instant::now();
         let to = dir.0.join("dd");
@@ -274,23 +366,33 @@ async fn throughput_beside_dd() {
         dd.push((COUNT << 20) as f64 / 1e6 / begun.elapsed().as_secs_f64());
         std::fs::remove_file(&to).unwrap();
 
-        let spool_dir = Dir(dir.0.join("spool"));
-        let spool = Spool::open(&Options::new(&spool_dir.0, identity(), 1 << 40)).unwrap();
-        let mut sink = spool.sink();
-        let begun = std::time::Instant::now();
-        for number in 1..=COUNT {
-            let Item::Chunk(mut chunk) = pool[number as usize % 8].clone() else { panic!() };
-            let Item::Chunk(numbered) = contract::item(number, 0) else { panic!() };
-            (chunk.begin, chunk.commit) = (numbered.begin, numbered.commit);
-            sink.push(Item::Chunk(chunk)).await.unwrap();
-        }
-        durable_within(&spool, COUNT, Duration::from_secs(300)).await;
-        spooled.push((COUNT << 20) as f64 / 1e6 / begun.elapsed().as_secs_f64());
-        drop(sink);
-        spool.close();
+        spooled.push(write_all(&dir, &pool, COUNT).await);
+        rows.push(write_all(&dir, &in_rows, COUNT).await);
     }
-    println!("MB/s: dd {dd:.0?}, spool {spooled:.0?}");
+    println!("MB/s: dd {dd:.0?}, spool {spooled:.0?}, of rows {rows:.0?}");
     let best = |speeds: &[f64]| speeds.iter().copied().fold(0.0, f64::max);
     let bar = (best(&dd) * 0.8).min(300.0);
-    assert!(best(&spooled) >= bar, "under {bar:.0} MB/s");
+    assert!(best(&spooled) >= bar && best(&rows) >= bar, "under {bar:.0} MB/s");
+}
+
+/// Writes so many items of about 1 MiB and makes them durable; MB/s of what the items hold.
+async fn write_all(dir: &Dir, pool: &[Item], count: u64) -> f64 {
+    let spool_dir = Dir(dir.0.join("spool"));
+    let spool = Spool::open(&Options::new(&spool_dir.0, identity(), 1 << 40)).unwrap();
+    let mut sink = spool.sink();
+    let mut bytes = 0;
+    let begun = std::time::Instant::now();
+    for number in 1..=count {
+        let Item::Chunk(mut chunk) = pool[number as usize % pool.len()].clone() else { panic!() };
+        let Item::Chunk(numbered) = contract::item(number, 0) else { panic!() };
+        (chunk.begin, chunk.commit) = (numbered.begin, numbered.commit);
+        let item = Item::Chunk(chunk);
+        bytes += super::encode::size(&item);
+        sink.push(item).await.unwrap();
+    }
+    durable_within(&spool, count, Duration::from_secs(300)).await;
+    let speed = bytes as f64 / 1e6 / begun.elapsed().as_secs_f64();
+    drop(sink);
+    spool.close();
+    speed
 }

@@ -86,7 +86,8 @@ impl Decoder {
         self.open = Some(open);
         let Commit { commit_lsn, commit_time, .. } = open.commit();
         let origin = self.origin(fields.origin);
-        Ok(Step::Event(Event::Begin(Begin { commit_lsn, commit_time, xid, origin })))
+        let ending = Default::default();
+        Ok(Step::Event(Event::Begin(Begin { commit_lsn, commit_time, xid, origin, ending })))
     }
 
     fn tail(&mut self, mut reader: Reader<'_>) -> Outcome<Step> {

@@ -98,7 +98,8 @@ impl<'a> Fields<'a> {
         let (Some(xid), Some(commit_lsn)) = (self.xid, self.lsn) else {
             return Err(missing("xid and lsn: ask for include-xids and include-lsn"));
         };
-        Ok(Begin { commit_lsn, commit_time: self.commit_time()?, xid, origin })
+        let ending = Default::default();
+        Ok(Begin { commit_lsn, commit_time: self.commit_time()?, xid, origin, ending })
     }
 
     /// Before 2.3 the end is not in the message, but it is where the transport says it stands.

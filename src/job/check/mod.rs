@@ -15,6 +15,7 @@
 //! Left out: free disk space, which SQL does not show (sizes are told instead); what a route needs,
 //! which the route asks itself; the rows (that is what verify is for).
 
+mod carried;
 mod end;
 mod finding;
 mod given;
@@ -29,6 +30,7 @@ mod tables;
 mod target;
 mod tools;
 mod traffic;
+mod two_phase;
 
 use std::time::Duration;
 
@@ -38,6 +40,7 @@ use crate::pg::{self, Config, Session};
 
 use super::reading::Wanted;
 use super::state::Phase;
+pub use carried::not_carried;
 use end::End;
 pub use finding::{Finding, Level, Report, Side};
 
@@ -48,10 +51,14 @@ pub struct CheckOptions {
     pub job: JobName,
     /// Its tables.
     pub selection: Selection,
+    /// Large objects move with the tables.
+    pub large_objects: bool,
     /// Decoder and transport, where they are not left to be chosen.
     pub wanted: Wanted,
     /// Transactions in progress are to be sent.
     pub streaming: bool,
+    /// Prepared transactions are to be carried as such.
+    pub two_phase: bool,
     /// Parallel copies: each needs a connection on both sides.
     pub copy_jobs: usize,
     /// Whether a way back will be armed, for which both sides need the rights of the other.
@@ -75,8 +82,10 @@ impl CheckOptions {
         CheckOptions {
             job,
             selection: Selection::default(),
+            large_objects: true,
             wanted: Wanted::default(),
             streaming: false,
+            two_phase: false,
             copy_jobs: 4,
             reverse: true,
             copy_bytes_per_second: 50_000_000,
@@ -125,10 +134,12 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.servers().await?;
     check.rights().await?;
     check.reading().await?;
+    check.two_phase().await?;
     check.published().await?;
     check.tables().await?;
     check.identities().await?;
     check.objects().await?;
+    check.carried().await?;
     check.older().await?;
     check.target().await?;
     check.tools().await;
@@ -164,15 +175,23 @@ fn existing(phase: Phase, job: &JobName) -> Finding {
 impl Check<'_> {
     /// Adds what a part of the check found; a refusal by the server becomes a warning.
     fn take(&mut self, side: Side, what: &str, found: pg::Result<Vec<Finding>>) -> pg::Result<()> {
-        match found {
-            Ok(found) => self.findings.extend(found),
-            // Seen besides missing rights: an extension's control file that the server cannot read.
-            Err(error) if error.code().is_some() && !error.is_closed() => {
-                let message = format!("cannot be looked at, look yourself: {error}");
-                self.findings.push(Finding::warning(side, "unreadable", what, message));
-            }
-            Err(error) => return Err(error),
-        }
+        self.findings.extend(or_unreadable(side, what, found)?);
         Ok(())
+    }
+}
+
+/// What was found; where the server refused to be asked, a warning that says so.
+fn or_unreadable(
+    side: Side,
+    what: &str,
+    found: pg::Result<Vec<Finding>>,
+) -> pg::Result<Vec<Finding>> {
+    match found {
+        // Seen besides missing rights: an extension's control file that the server cannot read.
+        Err(error) if error.code().is_some() && !error.is_closed() => {
+            let message = format!("cannot be looked at, look yourself: {error}");
+            Ok(vec![Finding::warning(side, "unreadable", what, message)])
+        }
+        found => found,
     }
 }

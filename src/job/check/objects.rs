@@ -6,7 +6,7 @@ use crate::id::{QualifiedName, quote_ident, quote_literal};
 use crate::pg::{self, Row, Session};
 
 use super::end::End;
-use super::finding::{Level, some};
+use super::finding::Level;
 use super::tables::of_users;
 use super::{Check, Finding, Side};
 
@@ -26,11 +26,7 @@ impl Check<'_> {
         let found = tablespaces(&mut self.source.session, &mut self.target.session).await;
         self.take(Side::Target, "tablespaces", found)?;
         let found = roles(&mut self.source.session, &mut self.target).await;
-        self.take(Side::Target, "roles", found)?;
-        let found = large_objects(&mut self.source.session).await;
-        self.take(Side::Source, "large objects", found)?;
-        let found = publications(&mut self.source.session).await;
-        self.take(Side::Source, "publications", found)
+        self.take(Side::Target, "roles", found)
     }
 
     fn encodings(&mut self) {
@@ -304,53 +300,6 @@ async fn roles(source: &mut Session, target: &mut End) -> pg::Result<Vec<Finding
             }
             Some(_) => {}
         }
-    }
-    Ok(findings)
-}
-
-async fn large_objects(source: &mut Session) -> pg::Result<Vec<Finding>> {
-    let sql = "select count(*) from pg_catalog.pg_largeobject_metadata";
-    let count: i64 = source.query_one(sql, &[]).await?.parse(0)?;
-    if count == 0 {
-        return Ok(Vec::new());
-    }
-    let message = format!(
-        "{count} in the database: logical decoding does not carry them, and they \
-         are not copied"
-    );
-    Ok(vec![Finding::warning(Side::Source, "large-objects", "large objects", message)])
-}
-
-async fn publications(source: &mut Session) -> pg::Result<Vec<Finding>> {
-    let mut findings = Vec::new();
-    // walferry's own are reported as leftovers, where they are.
-    let rows = source
-        .query(
-            "select pubname from pg_catalog.pg_publication \
-             where pg_catalog.strpos(pubname, 'walferry_') <> 1 order by 1",
-        )
-        .await?;
-    let list = names(&rows)?;
-    if !list.is_empty() {
-        let message = format!(
-            "{}: others may be subscribed; at the cutover they have to be pointed to the target",
-            some(&list)
-        );
-        findings.push(Finding::info(Side::Source, "publications", "publications", message));
-    }
-    let rows = source
-        .query(
-            "select s.subname from pg_catalog.pg_subscription s \
-             where s.subdbid = (select oid from pg_catalog.pg_database \
-                 where datname = pg_catalog.current_database()) and s.subenabled order by 1",
-        )
-        .await?;
-    for name in names(&rows)? {
-        let message = "brings rows into the source, and goes on doing so after the cutover: they \
-             no longer reach the application";
-        let fix = format!("ALTER SUBSCRIPTION {} DISABLE;", quote_ident(&name));
-        let object = format!("subscription {name}");
-        findings.push(Finding::warning(Side::Source, "subscription", object, message).fix(fix));
     }
     Ok(findings)
 }

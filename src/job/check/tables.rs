@@ -36,15 +36,6 @@ const NAMES: &str = concat!(
     "order by 1, 2"
 );
 
-const BY_KIND: &str = concat!(
-    "select c.relkind, n.nspname, c.relname, pg_catalog.pg_relation_size(c.oid) \
-     from pg_catalog.pg_class c \
-     join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-     where c.relkind in ('m', 'f') and ",
-    of_users!(),
-    "order by n.nspname, c.relname"
-);
-
 const INHERITED: &str = concat!(
     "select distinct n.nspname, c.relname from pg_catalog.pg_inherits h \
      join pg_catalog.pg_class c on c.oid = h.inhrelid \
@@ -74,24 +65,7 @@ impl Check<'_> {
     }
 
     pub(super) async fn tables(&mut self) -> pg::Result<()> {
-        self.unlogged_and_partitioned();
-        for row in self.source.session.query(BY_KIND).await? {
-            let name = QualifiedName::new(row.str(1)?, row.str(2)?);
-            if !self.options.selection.has_schema(&name) {
-                continue;
-            }
-            self.findings.push(if row.str(0)? == "f" {
-                let message = "its definition moves, its rows stay where they are; check that the \
-                     target's server reaches them, and the password of its user mapping";
-                let object = format!("foreign table {name}");
-                Finding::warning(Side::Source, "foreign-table", object, message)
-            } else {
-                let message = "is filled after the copy and not followed; refresh it after the \
-                     cutover";
-                let object = format!("materialized view {name}");
-                Finding::info(Side::Source, "materialized-view", object, message)
-            });
-        }
+        self.partitioned();
         for row in self.source.session.query(TRIGGERS).await? {
             let name = QualifiedName::new(row.str(0)?, row.str(1)?);
             if !self.options.selection.has_schema(&name) {
@@ -127,20 +101,11 @@ impl Check<'_> {
         self.temporary().await
     }
 
-    fn unlogged_and_partitioned(&mut self) {
+    fn partitioned(&mut self) {
         let mut partitioned = Vec::new();
         for table in &self.tables {
             if table.kind == TableKind::Partitioned && table.partition_of.is_none() {
                 partitioned.push(table.name.to_string());
-            }
-            if table.unlogged && self.options.selection.has_rows(&table.name) {
-                let message = "its changes are in no log: its rows are copied once, and what is \
-                     written to it afterwards is lost at the cutover";
-                let fix = format!("ALTER TABLE {} SET LOGGED;", table.name.quoted());
-                let object = format!("table {}", table.name);
-                self.findings.push(
-                    Finding::warning(Side::Source, "unlogged-table", object, message).fix(fix),
-                );
             }
         }
         if !partitioned.is_empty() {

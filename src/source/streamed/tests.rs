@@ -109,6 +109,7 @@ async fn what_is_rolled_back_goes_and_what_comes_between_passes() {
         commit_lsn: Lsn(9),
         commit_time: PgTimestamp(0),
         origin: None,
+        ending: Default::default(),
     });
     assert_eq!(streams.take(begin.clone()).await.unwrap(), Some(begin));
     give(&mut streams, [start(800, true), row(800, 4), stop()]).await;

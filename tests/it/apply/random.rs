@@ -225,7 +225,16 @@ async fn both_orders_leave_what_the_source_has() {
             })
             .sum();
         let mut books = Vec::new();
-        for mode in [Mode::Rows, Mode::Sets, Mode::Auto] {
+        // Copy, integers, growth: each way must leave the same.
+        let ways = [
+            (Mode::Rows, true, true, false),
+            (Mode::Sets, true, true, false),
+            (Mode::Sets, false, true, true),
+            (Mode::Sets, true, false, true),
+            (Mode::Auto, true, true, true),
+            (Mode::Auto, false, false, false),
+        ];
+        for (mode, copy_inserts, binary_integers, grows) in ways {
             session
                 .execute(
                     "truncate public.k, public.c, public.i, public.u, public.f, public.g, \
@@ -236,7 +245,12 @@ async fn both_orders_leave_what_the_source_has() {
                 .unwrap();
             let mut rng = Rng::with_seed(seed);
             let limits = Limits { bytes: rng.usize(200..40_000), transactions: rng.usize(1..100) };
-            let wish = tuned(mode, Some(limits));
+            let mut wish = tuned(mode, Some(limits));
+            wish.tuning.copy_inserts = copy_inserts;
+            wish.tuning.binary_integers = binary_integers;
+            if grows {
+                wish.tuning.limits_max = Limits::default();
+            }
             let applied = apply_with(&server, wish, items.clone()).await.unwrap();
             println!("{mode:?} {limits:?}: {} fallbacks, {changes} changes", applied.fallbacks);
             assert_eq!(found(&mut session).await, wanted, "seed {seed} {mode:?}");

@@ -399,7 +399,8 @@ async fn a_reader_of_the_target_sees_only_states_that_the_source_had() {
             transaction(n * 100, changes)
         })
         .collect();
-    let wanted = tuned(Mode::Auto, Some(Limits { bytes: 1 << 20, transactions: 60 }));
+    let mut wanted = tuned(Mode::Auto, Some(Limits { bytes: 1 << 20, transactions: 60 }));
+    wanted.tuning.limits_max.transactions = 500;
     let mut running = Running::start(Applier::connect(&config(&server), wanted).await.unwrap());
     let sums = "select (select sum(balance) from public.branch), \
         (select sum(balance) from public.teller), \
@@ -467,4 +468,114 @@ async fn batches_behind_one_that_is_refused_are_sent_again() {
     assert_eq!(rows(&mut session, first).await, "1|first\n2|second");
     assert_eq!(rows(&mut session, "select v from public.k where id = 1").await, "after");
     assert_eq!(rows(&mut session, "select count(*) from public.k").await, "59");
+}
+
+/// Texts that a COPY must escape, and columns that it must leave to the server.
+#[tokio::test]
+async fn rows_that_come_by_copy_are_those_that_come_by_insert() {
+    let (server, mut session) = target(
+        "create domain public.small as int check (value < 100); \
+         create table public.c (id bigint primary key, v text, s smallint, d public.small, \
+             j json, g int generated always as (s * 2) stored, \
+             i int generated always as identity, b bytea, n numeric(6, 2), a text[]); \
+         create table public.one (v text);",
+    )
+    .await;
+    let c = table("c", ByKey, &["id*", "v", "s", "d", "j", "i", "b", "n", "a"]);
+    let one = table("one", Nothing, &["v"]);
+    let texts =
+        ["", "\\", "\\.", "\\N", "a\tb", "a\nb\r\n", "\\t", "\u{8}\u{b}", "\u{e9}\u{1f600}", N];
+    let mut changes = Vec::new();
+    for (at, text) in texts.iter().enumerate() {
+        let (id, small) = ((i64::MAX - at as i64).to_string(), (at as i64 - 5).to_string());
+        let json = "{\"a\\tb\": null}";
+        let i = at.to_string();
+        let array = "{a,NULL,\"b\\\\\"}";
+        changes.push(c.insert(&[&id, text, &small, "99", json, &i, "\\x00ff", "1.50", array]));
+        changes.push(one.insert(&[text]));
+    }
+    let all = "select *, v is null from public.c order by id";
+    let ones = "select v, v is null, count(*) from public.one group by 1, 2 order by 1";
+    let mut seen = Vec::new();
+    for (at, mode, copy_inserts) in
+        [(100, Mode::Sets, true), (300, Mode::Sets, false), (500, Mode::Rows, true)]
+    {
+        let mut wanted = tuned(mode, None);
+        wanted.tuning.copy_inserts = copy_inserts;
+        let (first, then) = changes.split_at(10);
+        let items = vec![transaction(at, first.to_vec()), transaction(at + 100, then.to_vec())];
+        let applied = apply_with(&server, wanted, items).await.unwrap();
+        assert_eq!((applied.fallbacks, applied.rows), (0, 20), "{mode:?} {copy_inserts}");
+        seen.push((rows(&mut session, all).await, rows(&mut session, ones).await));
+        session.execute("truncate public.c, public.one").await.unwrap();
+    }
+    assert_eq!(seen[0], seen[1]);
+    assert_eq!(seen[0], seen[2]);
+    assert_eq!(seen[0].0.lines().count(), 12, "{}", seen[0].0);
+}
+
+#[tokio::test]
+async fn what_a_copy_is_refused_is_written_in_row_order_and_names_the_row() {
+    let (server, mut session) = target(
+        "create table public.c (id int primary key, v text check (v <> 'bad')); \
+         create table public.l (id int primary key, v text); \
+         insert into public.c values (7, 'here');",
+    )
+    .await;
+    let (c, l) = (table("c", ByKey, &["id*", "v"]), table("l", ByKey, &["id*", "v"]));
+    // What follows the refused COPY in its request must not be taken for part of it.
+    let mut changes: Vec<Change> = (1..=6).map(|i| c.insert(&[&i.to_string(), "x"])).collect();
+    changes.push(l.insert(&["1", "behind"]));
+    changes.push(c.insert(&["8", "bad"]));
+    let error = in_order(&server, Mode::Sets, vec![transaction(100, changes.clone())]).await;
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("(id)=(8)") && error.contains("public.c"), "{error}");
+    assert_eq!(rows(&mut session, "select count(*) from public.c").await, "1");
+    changes.pop();
+    changes.push(c.update(&["7", "there"]));
+    let applied = in_order(&server, Mode::Sets, vec![transaction(200, changes)]).await.unwrap();
+    assert_eq!((applied.fallbacks, applied.rows), (0, 8));
+    assert_eq!(rows(&mut session, "select count(*), max(v) from public.c").await, "7|x");
+    assert_eq!(rows(&mut session, "select * from public.l").await, "1|behind");
+}
+
+#[tokio::test]
+async fn a_table_with_row_security_takes_sets_and_no_copy() {
+    let (server, mut session) = target(
+        "create table public.r (id int primary key, v text); \
+         alter table public.r enable row level security; \
+         alter table public.r force row level security;",
+    )
+    .await;
+    let r = table("r", ByKey, &["id*", "v"]);
+    let changes: Vec<Change> = (1..=50).map(|i| r.insert(&[&i.to_string(), "x"])).collect();
+    let applied = in_order(&server, Mode::Sets, vec![transaction(100, changes)]).await.unwrap();
+    assert_eq!(applied.fallbacks, 0);
+    assert_eq!(rows(&mut session, "select count(*) from public.r").await, "50");
+}
+
+/// Integers as another type's text may have them: what is no plain number goes by row order.
+#[tokio::test]
+async fn integers_travel_in_binary_and_what_is_none_is_left_to_the_server() {
+    let (server, mut session) = target(
+        "create table public.n (id int primary key, s smallint, b bigint, f float8); \
+         insert into public.n select i, 0, 0, 0 from generate_series(1, 4) i;",
+    )
+    .await;
+    let n = table("n", ByKey, &["id*", "s", "b", "f"]);
+    let plain = vec![
+        n.update(&["1", "-32768", "9223372036854775807", "1e100"]),
+        n.update(&["2", "32767", "-9223372036854775808", N]),
+        n.update(&["3", N, "+7", "-0"]),
+    ];
+    let applied = in_order(&server, Mode::Sets, vec![transaction(100, plain)]).await.unwrap();
+    assert_eq!(applied.fallbacks, 0);
+    let odd = vec![n.update(&["4", " 5 ", "08", "1"]), n.update(&["3", "1", "2", "3"])];
+    in_order(&server, Mode::Sets, vec![transaction(200, odd)]).await.unwrap();
+    let wanted = "1|-32768|9223372036854775807|1e+100\n2|32767|-9223372036854775808|-\n\
+                  3|1|2|3\n4|5|8|1";
+    assert_eq!(rows(&mut session, "select * from public.n order by 1").await, wanted);
+    let large = vec![n.update(&["4", "32768", "1", "1"])];
+    let error = in_order(&server, Mode::Sets, vec![transaction(300, large)]).await.unwrap_err();
+    assert!(error.to_string().contains("(id)=(4)"), "{error}");
 }

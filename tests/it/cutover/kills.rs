@@ -9,7 +9,7 @@ use crate::support;
 
 /// Steps that a kill can hit: those in which the hook waits, and those seen in the journal (a slow
 /// network to the home database keeps each of them open for some time).
-const STEPS: [&str; 11] = [
+const STEPS: [&str; 12] = [
     "hook check",
     "hook hold",
     "barrier",
@@ -18,6 +18,7 @@ const STEPS: [&str; 11] = [
     "canary",
     "fence",
     "drain",
+    "rest",
     "sequences",
     "seal",
     "switch",

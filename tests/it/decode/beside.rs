@@ -11,8 +11,13 @@ use walferry::pg::Session;
 use super::peek;
 use crate::support;
 
-/// A server with a database of this encoding, and a session there.
+/// A server with a database of this encoding, and a session there. WALFERRY_LIBRARY_PATH: where
+/// plugins are looked for first, to try another version of one.
 pub async fn database(settings: &[&str], encoding: &str) -> (Server, Session) {
+    let libraries = std::env::var("WALFERRY_LIBRARY_PATH");
+    let libraries = libraries.map(|dir| format!("dynamic_library_path = '{dir}:$libdir'"));
+    let libraries = libraries.unwrap_or_default();
+    let settings = &[settings, &[&*libraries]].concat();
     let server = Server::start(&Server::default_bin().unwrap(), settings).unwrap();
     let mut session = support::session(&server, "postgres").await;
     let sql = format!(

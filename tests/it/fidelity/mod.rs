@@ -5,7 +5,9 @@ use crate::stories::{Story, servers, told};
 use crate::support::session;
 
 mod identity;
+mod large;
 mod objects;
+mod rest;
 mod tables;
 mod types;
 mod values;

@@ -7,8 +7,9 @@ use walferry::demo::compare::compare;
 use walferry::demo::server::Server;
 use walferry::pg::Config;
 
-use super::work;
+use super::work::{self, Work};
 use crate::support::job::{Ends, conserved};
+use crate::support::until_within;
 
 /// Where changes wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,8 +32,11 @@ async fn a_job(arguments: &[&str], wait: Wait, seed: u64) {
     let mut run = ends.spawn(&all);
     ends.until_phase(&mut run, "following").await;
     let source = Config::parse(&ends.source_uri()).unwrap();
-    let mut writing =
-        tokio::spawn(async move { work::write(&source, seed, 100, 2500, false).await });
+    let work = Work { transactions: 100, rows_max: 2500, alters: false, prepares: true };
+    // One that is prepared all the while, through all kills.
+    let held = "begin; insert into all_of_them values (-1, 9, 'held'); prepare transaction 'held'";
+    ends.source.psql("app", held).unwrap();
+    let mut writing = tokio::spawn(async move { work::write(&source, seed, work).await });
     let mut random = fastrand::Rng::with_seed(seed);
     let mut kills = 0;
     loop {
@@ -45,6 +49,8 @@ async fn a_job(arguments: &[&str], wait: Wait, seed: u64) {
         run = ends.spawn(&all);
     }
     println!("{kills} kills");
+    let two_phase = arguments.contains(&"--two-phase");
+    held_through(&ends, two_phase).await;
     assert!(kills > 0, "it was over before the first kill");
     ends.until_phase(&mut run, "following").await;
     ends.done(&["verify"]).await;
@@ -54,6 +60,32 @@ async fn a_job(arguments: &[&str], wait: Wait, seed: u64) {
     assert!(!run.has_ended(), "the run ended: {}", run.so_far());
     ends.done(&["cancel"]).await;
     let _ = run.ended().await;
+}
+
+/// The transaction that was prepared from the beginning is on the target as such, and nothing else
+/// is; a cutover is refused because of it. Then it is committed.
+async fn held_through(ends: &Ends, two_phase: bool) {
+    let pending = "select string_agg(gid, ' ') from pg_prepared_xacts";
+    let wanted = |gid: &str| match two_phase {
+        true => gid.starts_with("walferry_main_forward:") && gid.ends_with(":held"),
+        false => gid.is_empty(),
+    };
+    until_within(Duration::from_secs(90), "prepared transactions on the target", async || {
+        let found = ends.target.psql("app", pending).unwrap();
+        wanted(&found) && !found.contains(' ')
+    })
+    .await;
+    let refused = ends.walferry(&["cutover"]).await;
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    assert!(refused.err.contains("commit prepared 'held'"), "{}", refused.err);
+    ends.source.psql("app", "commit prepared 'held'").unwrap();
+    let arrived = "select count(*) from all_of_them where id = -1";
+    until_within(Duration::from_secs(60), "the held row", async || {
+        ends.target.psql("app", arrived).unwrap() == "1"
+    })
+    .await;
+    assert_eq!(ends.target.psql("app", pending).unwrap(), "");
+    assert_eq!(ends.target.psql("app", "select count(*) from walferry.prepared").unwrap(), "0");
 }
 
 fn seed() -> u64 {
@@ -67,4 +99,26 @@ async fn killed_jobs_end_the_same_with_streaming_and_without() {
     a_job(&["--streaming", "on"], Wait::Memory, seed).await;
     a_job(&["--streaming", "on"], Wait::Spool, seed).await;
     a_job(&["--streaming", "off"], Wait::Memory, seed).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_jobs_end_the_same_with_two_phases_and_without() {
+    let seed = seed();
+    a_job(&["--two-phase", "on", "--streaming", "on"], Wait::Spool, seed).await;
+    a_job(&["--two-phase", "on"], Wait::Memory, seed).await;
+}
+
+/// Not at PREPARE, and by name.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_phases_without_room_on_the_target_are_refused_by_check() {
+    let settings = ["max_prepared_transactions = 20"];
+    let start = |settings: &[&str]| Server::start(&Server::bin_of(15).unwrap(), settings).unwrap();
+    let ends = Ends::of(start(&settings), start(&["max_prepared_transactions = 0"]));
+    ends.source.psql("app", "create table t (id int primary key)").unwrap();
+    let found = ends.walferry(&["check", "--two-phase", "on"]).await;
+    assert_eq!(found.code, Some(1), "{found:?}");
+    let said = "ALTER SYSTEM SET max_prepared_transactions = 20";
+    assert!(found.out.contains(said), "{}", found.out);
+    let found = ends.walferry(&["check"]).await;
+    assert!(!found.out.contains(said), "{}", found.out);
 }

@@ -2,5 +2,6 @@
 //! disk, or by the source; the end is the same.
 
 mod equal;
+mod measure;
 mod streamed;
 mod work;

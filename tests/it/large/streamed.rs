@@ -1,26 +1,28 @@
 //! What a reader gives of transactions that it was sent in progress, held against what it gives of
 //! the same log at their commit: every byte of every change.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use walferry::buffer::spool::Spill;
-use walferry::change::{Chunk, Item, Spill as _};
+use walferry::change::{Chunk, Ending, Item, Spill as _};
 use walferry::demo::server::Server;
 use walferry::lsn::Lsn;
 use walferry::pg::{Config, Purpose, Session};
 use walferry::source::{self, Recorded, StreamOptions, publication, slot};
 
-use super::work;
+use super::work::{self, Work};
 use crate::source::contract::exact;
 use crate::source::rig::{Reader, create_options, is_mark, names, soon};
 
 /// Everything of a transaction but how it was cut into chunks.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 struct Transaction {
     xid: u32,
     commit_lsn: Lsn,
     end_lsn: Lsn,
     origin: Option<String>,
+    ending: Ending,
     changes: Vec<String>,
 }
 
@@ -38,10 +40,11 @@ impl Collected {
         let changes = std::mem::take(&mut self.open);
         // A server before 15 sends empty transactions at their commit and not in progress, and
         // any does the opposite where all was rolled back to a savepoint.
-        if !changes.is_empty() {
+        if !changes.is_empty() || chunk.begin.ending != Ending::Commit {
+            let ending = chunk.begin.ending.clone();
             let (xid, origin) = (chunk.begin.xid, chunk.begin.origin.clone());
             let (commit_lsn, end_lsn) = (chunk.begin.commit_lsn, commit.end_lsn);
-            self.done.push(Transaction { xid, commit_lsn, end_lsn, origin, changes });
+            self.done.push(Transaction { xid, commit_lsn, end_lsn, origin, ending, changes });
         }
     }
 }
@@ -84,7 +87,7 @@ async fn read(config: &Config, options: &StreamOptions, most: usize) -> Vec<Tran
 
 async fn both_ways(major: u32, seed: u64) {
     println!("PostgreSQL {major}, seed {seed}");
-    let settings = ["logical_decoding_work_mem = '64kB'"];
+    let settings = ["logical_decoding_work_mem = '64kB'", "max_prepared_transactions = 20"];
     let server = Server::start(&Server::bin_of(major).unwrap(), &settings).unwrap();
     let config = Config::parse(&server.uri("postgres")).unwrap().labelled("source");
     let mut sql = Session::connect(&config, Purpose::Sql).await.unwrap();
@@ -104,7 +107,8 @@ async fn both_ways(major: u32, seed: u64) {
         database: "postgres".to_string(),
         plugin: "pgoutput".to_string(),
     };
-    work::write(&config, seed, 25, 1500, true).await;
+    let work = Work { transactions: 25, rows_max: 1500, alters: true, prepares: true };
+    work::write(&config, seed, work).await;
     sql.execute("insert into public.mark values (1)").await.unwrap();
 
     let name = "walferry_large";
@@ -115,16 +119,90 @@ async fn both_ways(major: u32, seed: u64) {
     assert!(expected.len() > 30, "{} transactions only", expected.len());
     for most in [usize::MAX, 5] {
         let found = read(&config, &in_progress, most).await;
-        assert_eq!(found.len(), expected.len());
-        for (found, expected) in found.iter().zip(&expected) {
-            assert!(found == expected, "transaction {} differs", expected.xid);
-        }
+        same(&found, &expected);
     }
     assert_eq!(spill.bytes(), 0, "files are left");
+    two_phase(&config, &at_commit, &in_progress, &expected, major).await;
     let streamed = "select stream_txns from pg_stat_replication_slots";
     let streamed: i64 = server.psql("postgres", streamed).unwrap().parse().unwrap();
     println!("{} transactions, {streamed} times in progress", expected.len());
     assert!(streamed > 20, "{streamed} were sent in progress");
+}
+
+/// The first difference, in short: whole transactions fill a screen.
+fn same(found: &[Transaction], expected: &[Transaction]) {
+    let short = |t: &Transaction| {
+        (t.xid, t.commit_lsn, t.end_lsn, t.ending.clone(), t.origin.clone(), t.changes.len())
+    };
+    for (index, (found, expected)) in found.iter().zip(expected).enumerate() {
+        assert_eq!(short(found), short(expected), "transaction {index}");
+        assert!(found.changes == expected.changes, "changes of transaction {}", found.xid);
+    }
+    assert_eq!(found.len(), expected.len());
+}
+
+/// The server stops in the middle of a prepared transaction that it finds to be rolled back by the
+/// time it looks something up for it, and tells of PREPARE all the same; a server that has looked
+/// it up before goes on. Nobody misses what is left out.
+fn but_rolled_back(all: &[Transaction]) -> Vec<Transaction> {
+    let gone: HashSet<u32> = all
+        .iter()
+        .filter(|t| matches!(t.ending, Ending::RollbackPrepared(_)))
+        .map(|t| t.xid)
+        .collect();
+    all.iter()
+        .map(|t| {
+            let changes = if gone.contains(&t.xid) { Vec::new() } else { t.changes.clone() };
+            Transaction { changes, ..t.clone() }
+        })
+        .collect()
+}
+
+/// With prepared transactions given as such: the same by both ways; and what was committed, put
+/// together again, is what comes at the commits. The slot is of two phases from here on.
+async fn two_phase(
+    config: &Config,
+    at_commit: &StreamOptions,
+    in_progress: &StreamOptions,
+    expected: &[Transaction],
+    major: u32,
+) {
+    if major < 15 {
+        return;
+    }
+    let two_phase = |options: &StreamOptions| StreamOptions { two_phase: true, ..options.clone() };
+    let prepared = read(config, &two_phase(at_commit), usize::MAX).await;
+    let endings = |of: fn(&Ending) -> bool| prepared.iter().filter(|t| of(&t.ending)).count();
+    let begun = endings(|ending| matches!(ending, Ending::Prepare(_)));
+    let ended =
+        endings(|ending| matches!(ending, Ending::CommitPrepared(_) | Ending::RollbackPrepared(_)));
+    println!("{begun} prepared");
+    assert!(begun > 3 && begun == ended, "{begun} prepared, {ended} ended");
+    let found = read(config, &two_phase(in_progress), 3).await;
+    same(&but_rolled_back(&found), &but_rolled_back(&prepared));
+    let mut waiting: HashMap<u32, Vec<String>> = HashMap::new();
+    let mut committed = Vec::new();
+    for mut transaction in prepared {
+        match transaction.ending {
+            Ending::Prepare(_) => {
+                waiting.insert(transaction.xid, transaction.changes);
+                continue;
+            }
+            Ending::RollbackPrepared(_) => {
+                waiting.remove(&transaction.xid).expect("it was prepared");
+                continue;
+            }
+            Ending::CommitPrepared(_) => {
+                transaction.changes = waiting.remove(&transaction.xid).expect("it was prepared");
+                transaction.ending = Ending::Commit;
+            }
+            Ending::Commit => {}
+        }
+        if !transaction.changes.is_empty() {
+            committed.push(transaction);
+        }
+    }
+    same(&committed, expected);
 }
 
 /// 14 is the first that can, 16 the first that tells where a transaction was rolled back.

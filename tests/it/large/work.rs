@@ -42,14 +42,17 @@ pub struct Client {
     columns: u32,
     /// Tables change their shape, too, which a job does not carry.
     alters: bool,
+    /// Some transactions are prepared, and ended a while later.
+    prepares: bool,
     /// So many rows are the most of one statement.
     rows_max: i64,
 }
 
 impl Client {
-    pub fn new(number: usize, seed: u64, rows_max: i64, alters: bool) -> Client {
+    pub fn new(number: usize, seed: u64, work: Work) -> Client {
+        let Work { rows_max, alters, prepares, .. } = work;
         let random = Rng::with_seed(seed.wrapping_mul(31).wrapping_add(number as u64));
-        Client { number, random, next_id: 1, columns: 0, alters, rows_max }
+        Client { number, random, next_id: 1, columns: 0, alters, prepares, rows_max }
     }
 
     /// The statements of the next transaction, and whether it commits.
@@ -69,6 +72,17 @@ impl Client {
             }
         }
         (statements, self.random.u32(0..6) > 0)
+    }
+
+    /// The statements that end it; what a client that is prepared waits before the last.
+    pub fn ending(&mut self, index: usize, commits: bool) -> (Vec<String>, Duration) {
+        let word = if commits { "commit" } else { "rollback" };
+        if !self.prepares || self.random.u32(0..3) > 0 {
+            return (vec![word.to_string()], Duration::ZERO);
+        }
+        let gid = format!("'it''s {} of {}'", index, self.number);
+        let wait = Duration::from_millis(self.random.u64(0..400));
+        (vec![format!("prepare transaction {gid}"), format!("{word} prepared {gid}")], wait)
     }
 
     fn end(&mut self, open: &mut Vec<String>, how: &str, statements: &mut Vec<String>) {
@@ -135,14 +149,27 @@ impl Client {
     }
 }
 
-/// All clients work through `transactions` each.
-pub async fn write(config: &Config, seed: u64, transactions: usize, rows_max: i64, alters: bool) {
+/// What they do.
+#[derive(Clone, Copy)]
+pub struct Work {
+    /// Of each client.
+    pub transactions: usize,
+    /// So many rows are the most of one statement.
+    pub rows_max: i64,
+    /// Tables change their shape, too, which a job does not carry.
+    pub alters: bool,
+    /// Some transactions are prepared, and ended a while later.
+    pub prepares: bool,
+}
+
+/// All clients work to the end.
+pub async fn write(config: &Config, seed: u64, work: Work) {
     let clients = (0..CLIENTS).map(|number| {
         let config = config.clone();
         tokio::spawn(async move {
             let mut session = Session::connect(&config, Purpose::Sql).await.unwrap();
-            let mut client = Client::new(number, seed, rows_max, alters);
-            for _ in 0..transactions {
+            let mut client = Client::new(number, seed, work);
+            for index in 0..work.transactions {
                 let (statements, commits) = client.transaction();
                 session.execute("begin").await.unwrap();
                 for sql in &statements {
@@ -150,7 +177,12 @@ pub async fn write(config: &Config, seed: u64, transactions: usize, rows_max: i6
                     // So that transactions of several clients come between each other.
                     tokio::time::sleep(Duration::from_millis(1)).await;
                 }
-                session.execute(if commits { "commit" } else { "rollback" }).await.unwrap();
+                let (endings, wait) = client.ending(index, commits);
+                for (at, sql) in endings.iter().enumerate() {
+                    let wait = if at > 0 { wait } else { Duration::ZERO };
+                    tokio::time::sleep(wait).await;
+                    session.execute(sql).await.unwrap_or_else(|e| panic!("{sql}: {e}"));
+                }
             }
         })
     });

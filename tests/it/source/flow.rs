@@ -350,3 +350,30 @@ async fn a_slot_read_by_another_program_is_left_alone() {
     assert!(matches!(&error, Error::SlotInUse { user, .. } if user == "debezium"), "{error}");
     assert_eq!(error.fault(), Fault::Retry);
 }
+
+/// A backlog is dense enough for messages to gather; what comes is the same.
+#[tokio::test]
+async fn messages_that_gather_are_those_that_are_read_at_once() {
+    let ddl = "create table public.a (id int primary key, v text);";
+    let mut rig = Rig::new(&[], ddl, &["a"]).await;
+    rig.sql
+        .execute(
+            "do $$ begin for i in 1..4000 loop insert into public.a \
+             select i * 10 + k, 'row ' || k from generate_series(1, i % 7) k; \
+             delete from public.a where id % 9 = i % 9; commit; end loop; end $$",
+        )
+        .await
+        .unwrap();
+    rig.mark().await;
+    let mut seen = Vec::new();
+    for gather in [true, false] {
+        let options = StreamOptions { gather, ..rig.options() };
+        let mut reader = Reader::start(&rig.config, options, BUFFER).await;
+        let begun = Instant::now();
+        seen.push(shown(&reader.until_mark().await));
+        println!("gather {gather}: {:?}", begun.elapsed());
+        reader.end().await.unwrap();
+    }
+    assert!(seen[0].len() > 3000, "{}", seen[0].len());
+    assert_eq!(seen[0], seen[1]);
+}

@@ -136,7 +136,7 @@ impl Reader {
         options: StreamOptions,
         buffer_bytes: usize,
     ) -> Reader {
-        let (durable, durable_seen) = watch::channel(options.start_lsn);
+        let (durable, durable_seen) = watch::channel(options.confirmed_lsn);
         let (positions, positions_seen) = watch::channel(Positions::default());
         let (stop, stop_seen) = watch::channel(false);
         let (mut sink, items) = memory::queue(buffer_bytes);
