@@ -1,4 +1,7 @@
-//! What a caller can do about an error: the one question every room's error answers.
+//! What a caller can do about an error, the one question every room's error answers; and how much
+//! something found matters.
+
+use serde::Serialize;
 
 /// The answer of an error to "what now?".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,4 +18,16 @@ pub enum Fault {
 pub trait Faulty {
     /// What the caller can do.
     fn fault(&self) -> Fault;
+}
+
+/// How much a finding matters. Sorted worst first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// The job would fail.
+    Error,
+    /// The job may fail or surprise.
+    Warning,
+    /// Good to know.
+    Info,
 }

@@ -96,6 +96,12 @@ impl Pair {
         }
         self.target
             .psql("postgres", &format!("drop database if exists {DATABASE} with (force)"))?;
+        // Origins are the server's and outlive the database; walferry takes one that it did not make
+        // for an earlier job's.
+        self.target.psql(
+            "postgres",
+            "select pg_replication_origin_drop(roname) from pg_replication_origin",
+        )?;
         self.target.psql("postgres", &format!("create database {DATABASE}"))?;
         Ok(())
     }

@@ -3,14 +3,18 @@
 //! Every command here reads and changes nothing.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Subcommand;
+use serde::Serialize;
 use serde_json::json;
 
 use super::print;
+use crate::cluster::guard::{self, Finding};
 use crate::cluster::plan::{Balance, Measure};
 use crate::cluster::{self, Address, Found, Plan, Weigh, Wish};
-use crate::config;
+use crate::config::{self, parse_duration};
+use crate::fault::Level;
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]
@@ -28,6 +32,9 @@ pub struct Args {
     /// Print the result as JSON
     #[arg(long, global = true)]
     json: bool,
+    /// Report transactions that have been open for longer, on any node [default: 30min]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, global = true)]
+    transaction_age: Option<Duration>,
     #[command(subcommand)]
     command: Command,
 }
@@ -98,6 +105,16 @@ fn fraction(text: &str) -> Result<f64, String> {
     }
 }
 
+/// A plan as `--json` prints it.
+#[derive(Serialize)]
+struct Planned<'a> {
+    #[serde(flatten)]
+    plan: &'a Plan,
+    /// No finding is an error.
+    ready: bool,
+    findings: &'a [Finding],
+}
+
 /// Shows or plans. 0 done.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let wish = args.command.wish()?;
@@ -109,7 +126,15 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         Err(by) => show(&found, by, args.json)?,
         Ok(wish) => {
             let plan = cluster::plan(&found.cluster, &wish)?;
-            if args.json { print::json(&plan)? } else { print_plan(&plan) }
+            let age = args.transaction_age.unwrap_or(guard::TRANSACTION_AGE);
+            let findings = guard::findings(&found, &plan, age).await?;
+            if args.json {
+                let ready = ready(&findings);
+                print::json(&Planned { plan: &plan, ready, findings: &findings })?;
+            } else {
+                print_plan(&plan);
+                print_findings(&findings);
+            }
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -207,6 +232,27 @@ fn print_plan(plan: &Plan) {
     println!("from the mean by {}: {before} before, {after} after", word(plan.by));
     let tasks = plan.tasks.len();
     println!("{tasks} tasks, {}; nothing was changed", print::bytes(plan.bytes));
+}
+
+fn ready(findings: &[Finding]) -> bool {
+    findings.iter().all(|finding| finding.level != Level::Error)
+}
+
+fn print_findings(findings: &[Finding]) {
+    for finding in findings {
+        let level = match finding.level {
+            Level::Error => "error",
+            Level::Warning => "warning",
+            Level::Info => "info",
+        };
+        let at = if finding.node.is_empty() { "" } else { " on " };
+        let (node, object) = (&finding.node, &finding.object);
+        println!("{level:>8}  {object}{at}{node}: {}", finding.message);
+        if let Some(fix) = &finding.fix {
+            println!("{:>10}{fix}", "");
+        }
+    }
+    println!("{}", if ready(findings) { "ready" } else { "not ready" });
 }
 
 fn width<'a>(names: impl Iterator<Item = &'a str>) -> usize {

@@ -8,11 +8,14 @@
 //! - `plan`: pure; from a cluster and a wish to a list of tasks, each one whole group, with the
 //!   balance before and after.
 //!
+//! - `guard`: what stands in the way of a plan.
+//!
 //! A group is the unit of everything here: it is planned, moved and switched as one, so co-location
 //! cannot be broken by a plan. Nothing here writes to any server, so nothing survives a crash.
 //!
 //! Left out: moving. Tasks are run by the job room.
 
+pub mod guard;
 pub mod model;
 pub mod plan;
 pub mod read;

@@ -119,8 +119,8 @@ struct Flight<'a, J> {
 /// [`Error::NotUndone`] or [`Error::Unknown`].
 pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome> {
     // Routes that hold clients flip while nobody can pass; a hook may let clients through at once,
-    // so nothing that can fail may come after it.
-    plan.routes.sort_by_key(|route| !route.holds());
+    // so nothing that can fail may come after it. Foreign servers flip at the release.
+    plan.routes.sort_by_key(|route| (!route.holds(), matches!(route, Route::Hook(_))));
     let mut flight = Flight { plan, journal, steps: Vec::new(), stood: None };
     flight.gates().await?;
     if flight.plan.dry_run {

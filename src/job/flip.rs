@@ -104,7 +104,10 @@ impl Runner {
         super::state::step(row.phase, event)?;
         parse_routes(&request.routes)?;
         request.fence.parse::<FenceKind>()?;
-        self.refuse_partial().await?;
+        // A rollback rests on the reverse stream's own publication.
+        if request.stream() == Stream::Forward {
+            self.refuse_partial().await?;
+        }
         if !row.armed {
             // A stream that stands still would keep the slot from being made, and says less then.
             self.gate(request).await?;

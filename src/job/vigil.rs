@@ -17,9 +17,9 @@ use crate::pg::{self, Config, Purpose, Session};
 /// Between two questions.
 const TURN: Duration = Duration::from_secs(1);
 
-/// Watches over one life of a runner; holds its lease.
+/// Watches over one life of a runner; holds its leases.
 pub(super) struct Vigil {
-    lease: Lease,
+    leases: Vec<Lease>,
     source: Config,
     probe: Option<Session>,
     /// The runner works on something that needs the source, and would wait for it without a limit.
@@ -28,15 +28,17 @@ pub(super) struct Vigil {
 }
 
 impl Vigil {
-    pub fn new(lease: Lease, source: Config, busy: Arc<AtomicBool>) -> Vigil {
-        Vigil { lease, source, probe: None, busy }
+    pub fn new(leases: Vec<Lease>, source: Config, busy: Arc<AtomicBool>) -> Vigil {
+        Vigil { leases, source, probe: None, busy }
     }
 
     /// Returns why the runner has to begin again.
     pub async fn keep(&mut self) -> Error {
         loop {
-            if let Err(error) = self.lease.check().await {
-                return error;
+            for lease in &mut self.leases {
+                if let Err(error) = lease.check().await {
+                    return error;
+                }
             }
             if self.busy.load(Ordering::SeqCst)
                 && let Err(error) = self.ask_source().await

@@ -17,6 +17,8 @@
 //!   no error. PAUSE waits for every open transaction while all other clients queue behind it, so
 //!   one forgotten transaction would stop the application: [`Route::hold`] gives up after its wait
 //!   and resumes.
+//! - **fdw** and **plproxy** change a foreign server in a router's database by ALTER SERVER. They
+//!   cannot hold clients, and let them through in `release`, not in `switch` (`sqlmed` says why).
 //!
 //! What survives a crash: the line in pgbouncer.ini as it was, in a file beside it
 //! (`pgbouncer.ini.walferry_<job>_<dbname>`, written before the first change, same owner, mode
@@ -25,19 +27,25 @@
 //! pgbouncer stays paused until [`Route::release`] or [`Route::undo`]; a pgbouncer that restarts
 //! forgets that it was paused.
 //!
+//! A foreign server's options as they were are in its comment, and change with it.
+//!
 //! Left out: several pgbouncers behind one address (give one route each), and rewriting what a
 //! `%include` brings in (give the included file's path).
 
+mod connstr;
 mod file;
 mod hook;
 mod ini;
 mod pgbouncer;
+mod place;
+mod sqlmed;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 pub use hook::Hook;
 pub use pgbouncer::Pgbouncer;
+pub use sqlmed::SqlMed;
 
 use crate::fault::{Fault, Faulty};
 use crate::id::Stream;
@@ -66,13 +74,18 @@ pub enum Route {
     Hook(Hook),
     /// A database of a pgbouncer.
     Pgbouncer(Box<Pgbouncer>),
+    /// A foreign server in a router's database.
+    SqlMed(Box<SqlMed>),
 }
 
 /// Why a step was not done.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The text is not a route.
-    #[error("{0}; a route is hook:COMMAND or pgbouncer:ADMIN_URI,INI_PATH,DBNAME")]
+    #[error(
+        "{0}; a route is hook:COMMAND, pgbouncer:ADMIN_URI,INI_PATH,DBNAME, fdw:URI,SERVER \
+         or plproxy:URI,CLUSTER,PARTITION"
+    )]
     Usage(String),
     /// Clients could not be held in time. They have been let go again.
     #[error(
@@ -109,10 +122,10 @@ pub enum Error {
         /// What is wrong, and what to do.
         detail: String,
     },
-    /// pgbouncer is not set up so that this route can work.
+    /// A pooler or router is not set up so that this route can work.
     #[error("{peer}: {detail}")]
     Setup {
-        /// The pooler.
+        /// The pooler or router.
         peer: String,
         /// What is wrong, and what to do.
         detail: String,
@@ -121,6 +134,14 @@ pub enum Error {
     #[error("pgbouncer, {doing}: {source}")]
     Console {
         /// The command.
+        doing: String,
+        /// How.
+        source: pg::Error,
+    },
+    /// A router's database failed.
+    #[error("{doing}: {source}")]
+    Router {
+        /// What was being done.
         doing: String,
         /// How.
         source: pg::Error,
@@ -134,19 +155,26 @@ impl Faulty for Error {
     fn fault(&self) -> Fault {
         match self {
             Error::Busy { .. } => Fault::Retry,
-            Error::Console { source, .. } | Error::Destination(source) => source.fault(),
+            Error::Console { source, .. }
+            | Error::Router { source, .. }
+            | Error::Destination(source) => source.fault(),
             _ => Fault::Stop,
         }
     }
 }
 
 impl Route {
-    /// Reads `hook:COMMAND` or `pgbouncer:ADMIN_URI,INI_PATH,DBNAME`.
+    /// Reads `hook:COMMAND`, `pgbouncer:ADMIN_URI,INI_PATH,DBNAME`, `fdw:URI,SERVER` or
+    /// `plproxy:URI,CLUSTER,PARTITION`.
     pub fn parse(text: &str) -> Result<Route> {
         match text.split_once(':') {
             Some(("hook", command)) => Hook::parse(command).map(Route::Hook),
             Some(("pgbouncer", rest)) => {
                 Pgbouncer::parse(rest).map(|p| Route::Pgbouncer(Box::new(p)))
+            }
+            Some(("fdw", rest)) => SqlMed::parse_fdw(rest).map(|s| Route::SqlMed(Box::new(s))),
+            Some(("plproxy", rest)) => {
+                SqlMed::parse_plproxy(rest).map(|s| Route::SqlMed(Box::new(s)))
             }
             _ => Err(Error::Usage("there is no such kind of route".to_string())),
         }
@@ -163,6 +191,7 @@ impl Route {
         match self {
             Route::Hook(hook) => hook.run("check", context, None).await,
             Route::Pgbouncer(pooler) => pooler.check(context).await,
+            Route::SqlMed(server) => server.check(context).await,
         }
     }
 
@@ -174,22 +203,26 @@ impl Route {
         match self {
             Route::Hook(hook) => hook.run("hold", context, Some(wait)).await,
             Route::Pgbouncer(pooler) => pooler.hold(wait).await,
+            Route::SqlMed(_) => Ok(()),
         }
     }
 
-    /// Leads clients to where the flip goes. Repeating it does no harm.
+    /// Leads clients to where the flip goes; a foreign server is only made ready for it. Repeating
+    /// it does no harm.
     pub async fn switch(&self, context: &Context) -> Result<()> {
         match self {
             Route::Hook(hook) => hook.run("switch", context, None).await,
             Route::Pgbouncer(pooler) => pooler.switch(context).await,
+            Route::SqlMed(server) => server.switch(context).await,
         }
     }
 
-    /// Lets clients go. Repeating it does no harm.
+    /// Lets clients go, to where they were switched to if they were. Repeating it does no harm.
     pub async fn release(&self, context: &Context) -> Result<()> {
         match self {
             Route::Hook(hook) => hook.run("release", context, None).await,
             Route::Pgbouncer(pooler) => pooler.release().await,
+            Route::SqlMed(server) => server.release(context).await,
         }
     }
 
@@ -199,6 +232,7 @@ impl Route {
         match self {
             Route::Hook(hook) => hook.run("undo", context, None).await,
             Route::Pgbouncer(pooler) => pooler.undo(context).await,
+            Route::SqlMed(server) => server.undo(context).await,
         }
     }
 
@@ -208,6 +242,7 @@ impl Route {
         match self {
             Route::Hook(_) => Ok(()),
             Route::Pgbouncer(pooler) => pooler.forget(context),
+            Route::SqlMed(server) => server.forget(context).await,
         }
     }
 }
@@ -218,6 +253,7 @@ impl std::fmt::Display for Route {
         match self {
             Route::Hook(hook) => write!(f, "{hook}"),
             Route::Pgbouncer(pooler) => write!(f, "{pooler}"),
+            Route::SqlMed(server) => write!(f, "{server}"),
         }
     }
 }
@@ -238,6 +274,10 @@ mod tests {
             "pgbouncer:postgres://u:hush@h/,,db",
             "pgbouncer:postgres://u:hush@h:x/,/p.ini,db",
             "pgbouncer:postgres://u:hu,sh@h/?bad=1,/p.ini,db",
+            "fdw:postgres://u:hush@h/d",
+            "fdw:postgres://u:hush@h:x/d,s",
+            "plproxy:postgres://u:hush@h/d,c",
+            "plproxy:postgres://u:hush@h/d,c,16",
         ] {
             let said = Route::parse(text).map(|_| ()).unwrap_err().to_string();
             assert!(said.contains("pgbouncer:ADMIN_URI,INI_PATH,DBNAME"), "{text}: {said}");
@@ -253,5 +293,9 @@ mod tests {
         let route = Route::parse("hook:./flip.sh --password=hush postgres://u:hush@h/d").unwrap();
         assert!(!route.holds());
         assert!(!route.to_string().contains("hush"), "{route}");
+        let route = Route::parse("fdw:postgres://u:hush@h:1/d,shard_7").unwrap();
+        assert_eq!(route.to_string(), "fdw router h:1/d, shard_7");
+        let route = Route::parse("plproxy:postgres://u:hush@h:1,g:2/d,shop,p16").unwrap();
+        assert_eq!(route.to_string(), "plproxy router h:1/d, shop, p16");
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::file::{File, Replaced};
 use super::ini::{self, Words};
+use super::place::{Place, Side};
 use super::{Context, Error, Result};
 use crate::clock::Deadline;
 use crate::id::{Stream, quote_ident};
@@ -29,13 +30,6 @@ const POLL: Duration = Duration::from_millis(1);
 
 /// A login that takes longer than this is not waited for: its server is in trouble anyway.
 const LOGIN_WAIT: Duration = Duration::from_secs(1);
-
-/// One of the two ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Side {
-    Source,
-    Target,
-}
 
 /// What the running pgbouncer says of the database.
 struct Running {
@@ -143,7 +137,7 @@ impl Pgbouncer {
                 self.setup(format!("database \"{0}\" is paused; RESUME {0} first", self.dbname))
             );
         }
-        file.lead_to(&self.words_of(context, destination(context)).await?)?;
+        file.lead_to(&self.words_of(context, Side::destination(context)).await?)?;
         file.replaceable()
     }
 
@@ -269,14 +263,14 @@ impl Pgbouncer {
 
     pub(super) async fn switch(&self, context: &Context) -> Result<()> {
         let mut console = self.console().await?;
-        let to = self.words_of(context, destination(context)).await?;
+        let to = self.words_of(context, Side::destination(context)).await?;
         let file = File::read(&self.ini, &self.dbname)?;
-        let line = match (destination(context), self.kept(context)?) {
+        let line = match (Side::destination(context), self.kept(context)?) {
             (Side::Source, Some(kept)) => self.restored(&file, &kept, context).await?,
             _ => file.lead_to(&to)?,
         };
         if line != file.line()? {
-            if destination(context) == Side::Target {
+            if Side::destination(context) == Side::Target {
                 let kept = format!("{}\n", file.line()?);
                 self.keep_file(context).write(kept.as_bytes(), 0o600)?;
             }
@@ -382,32 +376,11 @@ impl Pgbouncer {
         Replaced { path: ini.with_file_name(name), owner_of: ini }
     }
 
-    /// Where clients must go for this side. Of several hosts, the one that takes our connection
-    /// now: pgbouncer knows no target_session_attrs.
+    /// Where clients must go for this side.
     async fn words_of(&self, context: &Context, side: Side) -> Result<Words> {
-        let config = match side {
-            Side::Source => &context.source,
-            Side::Target => &context.target,
-        };
-        let host = match config.hosts.as_slice() {
-            [host] => host.clone(),
-            _ => {
-                let session = Session::connect(config, Purpose::Sql).await;
-                session.map_err(Error::Destination)?.host().clone()
-            }
-        };
-        Ok(Words {
-            host: Some(host.host),
-            port: Some(host.port.to_string()),
-            dbname: Some(config.dbname.clone()),
-        })
-    }
-}
-
-fn destination(context: &Context) -> Side {
-    match context.flip {
-        Stream::Forward => Side::Target,
-        Stream::Reverse => Side::Source,
+        let place = Place::of(context, side).await?;
+        let (host, port, dbname) = (Some(place.host), Some(place.port), Some(place.dbname));
+        Ok(Words { host, port, dbname })
     }
 }
 

@@ -111,7 +111,7 @@ async fn a_citus_cluster_is_shown_and_planned_and_nothing_is_changed() {
     let plan = asked(&address, &["move", "--shard", "102016", "--to", &to]).await;
     assert_eq!(plan["tasks"][0]["shards"], serde_json::json!([102_008, 102_016]));
     let text = cluster(&address, &["rebalance"]).await.expect_success().out;
-    assert!(text.contains("shards 102008, 102016 of public.tb1, public.tb2"), "{text}");
+    assert!(text.contains("shards 102010, 102018 of public.tb1, public.tb2"), "{text}");
     assert!(text.contains("nothing was changed"), "{text}");
     for (server, before) in servers.iter().zip(&before) {
         let after = Inventory::take(&server.uri("postgres")).await;
@@ -153,6 +153,69 @@ async fn what_is_no_citus_coordinator_or_not_understood_is_refused_by_name() {
     assert!(said.contains("citus 8.3-1 is not understood: releases 9 to 13 are"), "{said}");
     let said = refused("ring:x", &["show"]).await;
     assert!(said.contains("a cluster is citus:URI, plproxy:URI,CLUSTER"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_stands_in_the_way_of_a_plan_is_found_on_every_node() {
+    let mut citus = stage();
+    citus.distribute("nokey", "id int", 6, 1, &[0]);
+    citus.distribute("part", "id int primary key", 7, 2, &[0, 1]);
+    let address = citus.address();
+    let move_all = ["replace", &citus.node(0), &citus.node(2), "--transaction-age", "1s"];
+    let codes = |plan: &Value| -> Vec<String> {
+        let findings = plan["findings"].as_array().unwrap().iter();
+        let errors = findings.filter(|f| f["level"] == "error");
+        errors
+            .map(|f| format!("{} {} {}", f["code"], f["object"], f["node"]).replace('"', ""))
+            .collect()
+    };
+    let plan = asked(&address, &move_all).await;
+    let shard = plan["tasks"].as_array().unwrap().iter().find(|t| t["colocation"] == 6).unwrap();
+    let nokey = format!("no-identity public.nokey_{} {}", shard["shards"][0], citus.node(0));
+    assert_eq!(codes(&plan), [nokey]);
+    assert_eq!(plan["ready"], false);
+    citus.workers[0]
+        .psql(
+            "postgres",
+            &format!("alter table nokey_{} replica identity full", shard["shards"][0]),
+        )
+        .unwrap();
+    assert_eq!(codes(&asked(&address, &move_all).await), Vec::<String>::new());
+    // On a node that the plan does not touch, too.
+    let mut open = crate::support::session(&citus.workers[1], "postgres").await;
+    open.execute("begin; select pg_current_xact_id()").await.unwrap();
+    tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
+    let plan = asked(&address, &move_all).await;
+    let pid = open.process_id();
+    assert_eq!(codes(&plan), [format!("long-transaction backend {pid} {}", citus.node(1))]);
+    open.execute("prepare transaction 'gone'").await.unwrap();
+    tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
+    let text = cluster(&address, &move_all).await.expect_success().out;
+    assert!(text.contains("prepared transaction gone on") && text.ends_with("not ready"), "{text}");
+    assert!(text.contains("rollback prepared 'gone';"), "{text}");
+    open.execute("rollback prepared 'gone'").await.unwrap();
+    // A reference table that the target lacks; a table that keeps those co-located with it.
+    citus.everywhere(
+        "delete from pg_dist_placement where shardid = 1 and groupid = 3; \
+         create unlogged table swift (id int); \
+         insert into pg_dist_partition (logicalrelid, partmethod, colocationid, repmodel) \
+         values ('swift', 'h', 7, 's'); \
+         insert into pg_dist_shard values ('swift', 9, 't', '-2147483648', '-1'); \
+         insert into pg_dist_placement (shardid, groupid) values (9, 1)",
+    );
+    let plan = asked(&address, &move_all).await;
+    let lacks = format!("no-reference-table public.regions {}", citus.node(2));
+    assert_eq!(codes(&plan), [lacks]);
+    let tables = plan["tasks"].to_string();
+    assert!(tables.contains("public.tb1") && !tables.contains("public.part"), "{tables}");
+    let part = plan["findings"].as_array().unwrap().iter().find(|f| f["object"] == "public.part");
+    let said = part.unwrap()["message"].as_str().unwrap().to_string();
+    assert!(said.contains("co-located with public.swift, which cannot be moved"), "{said}");
+    citus.workers[0].configure(&["wal_level = replica"]).unwrap();
+    citus.workers[0].restart(StopMode::Fast).unwrap();
+    let plan = asked(&address, &move_all).await;
+    let wal_level = format!("wal-level wal_level {}", citus.node(0));
+    assert!(codes(&plan).contains(&wal_level), "{plan}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,7 +1,8 @@
-//! Routes against a real pgbouncer between two servers, and against real commands.
+//! Routes against a real pgbouncer between two servers, real foreign servers, and real commands.
 
 mod hook;
 mod pgbouncer;
+mod sqlmed;
 
 use walferry::id::Stream;
 use walferry::pg::Config;

@@ -6,7 +6,7 @@
 //!
 //! <https://docs.citusdata.com/en/stable/develop/api_metadata.html>
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::sizes::{self, Sizes};
 use super::{Error, Fixed, Found, Result, elsewhere};
@@ -54,7 +54,7 @@ pub(super) async fn read(config: &Config) -> Result<Found> {
     let mut session = Session::connect(config, Purpose::Sql).await?;
     let version = understood(&mut session).await?;
     let nodes = nodes(&mut session, config).await?;
-    let (placed, fixed) = placements(&mut session).await?;
+    let (placed, fixed) = placements(&mut session, &nodes).await?;
     let mut by_group: BTreeMap<i32, Vec<&Placed>> = BTreeMap::new();
     for shard in &placed {
         by_group.entry(shard.on.first().copied().unwrap_or_default()).or_default().push(shard);
@@ -140,26 +140,32 @@ async fn nodes(session: &mut Session, config: &Config) -> Result<BTreeMap<i32, (
     Ok(nodes)
 }
 
-/// Shards that can move, and tables whose cannot.
-async fn placements(session: &mut Session) -> Result<(Vec<Placed>, Vec<Fixed>)> {
+/// Shards that can move, and tables whose cannot. A table that cannot keeps all that are co-located
+/// with it.
+async fn placements(
+    session: &mut Session,
+    nodes: &BTreeMap<i32, (Node, Config)>,
+) -> Result<(Vec<Placed>, Vec<Fixed>)> {
     let rows = session.query(PLACEMENTS).await?;
     let mut tables: BTreeMap<QualifiedName, Vec<&Row>> = BTreeMap::new();
     for row in &rows {
         tables.entry(QualifiedName::new(row.string(0)?, row.string(1)?)).or_default().push(row);
     }
     let (mut placed, mut fixed) = (Vec::new(), Vec::new());
+    let mut keepers: BTreeMap<u32, String> = BTreeMap::new();
     for (table, rows) in tables {
         let mut shards: BTreeMap<u64, Placed> = BTreeMap::new();
-        let mut stays = None;
+        let (mut stays, mut colocation) = (None, 0);
         for row in rows {
             stays = stays.or(stays_of(row)?);
+            colocation = row.parse(4)?;
             let Some(id) = row.parse_opt(5)? else { continue };
             let range = || Ok::<_, Error>((text(row, 6)?, text(row, 7)?));
             let shard = match shards.entry(id) {
                 std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
                 std::collections::btree_map::Entry::Vacant(entry) => entry.insert(Placed {
                     table: table.clone(),
-                    colocation: row.parse(4)?,
+                    colocation,
                     id,
                     range: range()?,
                     on: Vec::new(),
@@ -176,13 +182,41 @@ async fn placements(session: &mut Session) -> Result<(Vec<Placed>, Vec<Fixed>)> 
         }
         match stays {
             Some((kind, reason)) => {
-                let (table, reason) = (table.to_string(), reason.to_string());
-                fixed.push(Fixed { table, kind, reason });
+                if colocation != 0 {
+                    keepers.insert(colocation, table.to_string());
+                }
+                fixed.push(stay(&table, kind, reason.to_string(), shards.values(), nodes));
             }
             None => placed.extend(shards.into_values()),
         }
     }
+    let (kept, placed): (Vec<Placed>, Vec<Placed>) =
+        placed.into_iter().partition(|shard| keepers.contains_key(&shard.colocation));
+    let mut by_table: BTreeMap<&QualifiedName, Vec<&Placed>> = BTreeMap::new();
+    for shard in &kept {
+        by_table.entry(&shard.table).or_default().push(shard);
+    }
+    for (table, shards) in by_table {
+        let keeper = shards.first().and_then(|shard| keepers.get(&shard.colocation));
+        let keeper = keeper.cloned().unwrap_or_default();
+        let reason = format!("it is co-located with {keeper}, which cannot be moved");
+        fixed.push(stay(table, "co-located", reason, shards.into_iter(), nodes));
+    }
+    fixed.sort();
     Ok((placed, fixed))
+}
+
+fn stay<'a>(
+    table: &QualifiedName,
+    kind: &'static str,
+    reason: String,
+    shards: impl Iterator<Item = &'a Placed>,
+    nodes: &BTreeMap<i32, (Node, Config)>,
+) -> Fixed {
+    let groups: BTreeSet<i32> = shards.flat_map(|shard| shard.on.iter().copied()).collect();
+    let names = groups.iter().filter_map(|group| nodes.get(group));
+    let on = names.map(|(node, _)| node.name.clone()).collect();
+    Fixed { table: table.to_string(), kind, reason, on }
 }
 
 fn text(row: &Row, column: usize) -> Result<Option<String>> {

@@ -95,6 +95,8 @@ pub struct Fixed {
     pub kind: &'static str,
     /// Why it stays, and what could be done.
     pub reason: String,
+    /// The nodes that have a placement of it.
+    pub on: Vec<String>,
 }
 
 /// A cluster that cannot be read.

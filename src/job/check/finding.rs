@@ -4,17 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-/// How much a finding matters. Sorted worst first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Level {
-    /// The job would fail.
-    Error,
-    /// The job may fail or surprise.
-    Warning,
-    /// Good to know.
-    Info,
-}
+pub use crate::fault::Level;
 
 /// Where the object is, and where the fix is to be run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]

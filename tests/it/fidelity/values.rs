@@ -219,3 +219,37 @@ async fn latin1_becomes_utf8_in_values_names_and_labels() {
     story.done(&["finish"]).await;
     run.ended().await.expect_success();
 }
+
+/// Money is printed by lc_monetary, which differs on the two sides and from C: by copy, in the
+/// stream, with a key and without one, and back, it stays the same number.
+#[tokio::test(flavor = "multi_thread")]
+async fn money_under_an_lc_monetary_of_its_own_stays_the_same() {
+    let story = Story::of(
+        "monetary",
+        "alter database monetary set lc_monetary = 'de_DE.UTF-8'; \
+         create table keyed (m money primary key, a money[]); create table plain (m money); \
+         alter table plain replica identity full",
+    );
+    assert_eq!(story.source("select 1234567.89::numeric::money"), "1.234.567,89 €");
+    let rows = "select (n * 1234.56)::numeric::money, array[(-n)::money, null] \
+         from generate_series(-5, 5) n";
+    story.source(&format!("insert into keyed {rows}; insert into plain select m from keyed"));
+    story.done(&["run", "--until", "following"]).await;
+    let live = "update keyed set m = m + 0.01::numeric::money, a = a || 99999.99::numeric::money where m <> 0::money; \
+         update plain set m = m + 0.01::numeric::money; delete from plain where m < 0::money; \
+         insert into plain values ('12.345,67 €'), (null)";
+    let mut run = story.spawn(&["run"]);
+    story.source(live);
+    story.arrived(&mut run).await;
+    let numbers = "select m::numeric, a::numeric[] from keyed union all \
+         select m::numeric, null from plain order by 1, 2";
+    assert_eq!(story.target(numbers), story.source(numbers));
+    assert_eq!(story.target("select max(m) from plain"), "$12,345.67");
+    story.done(&["verify"]).await;
+    story.done(&["cutover"]).await;
+    story.target("update plain set m = m * 3; insert into keyed values ((-0.01)::numeric::money)");
+    story.done(&["rollback"]).await;
+    assert_eq!(story.target(numbers), story.source(numbers));
+    story.done(&["finish"]).await;
+    run.ended().await.expect_success();
+}

@@ -1,0 +1,433 @@
+//! A foreign server in a router's database: of postgres_fdw, or a partition of a plproxy cluster.
+//!
+//! Clients cannot be held here, and are let through by the ALTER SERVER itself. So `switch` only
+//! tries it and arms the server: it writes down, in the server's comment, what is to be done and
+//! what was there before; `release`, which comes after the point of no return, does it. Whatever
+//! fails before that leaves nothing to take back but a comment, and no client was on the new side.
+//!
+//! The comment is the one place that a server's owner may always write to, and that a crash of ours
+//! or of the router leaves in step with the options: both change in one transaction. It is given
+//! back by undo and forget. Options of a server are readable by all in pg_foreign_server already.
+//!
+//! postgres_fdw drops cached connections at the next transaction, plproxy at the next call: what is
+//! under way ends on the old side, where the fence and the seal stand.
+//!
+//! <https://www.postgresql.org/docs/current/sql-alterserver.html>
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+use super::place::{Place, Side};
+use super::{Context, Error, Result, connstr};
+use crate::id::{Stream, quote_ident, quote_literal};
+use crate::pg::{Config, Host, Purpose, Session};
+
+/// How our comment on a server begins.
+const MARK: &str = "walferry: ";
+
+/// Options of a postgres_fdw server that say where it leads.
+const LEADING: [&str; 4] = ["host", "hostaddr", "port", "dbname"];
+
+type Options = BTreeMap<String, String>;
+
+/// A foreign server, or one partition of it.
+#[derive(Clone, Debug)]
+pub struct SqlMed {
+    router: Config,
+    server: String,
+    /// `pNN` of a plproxy cluster.
+    partition: Option<String>,
+    /// A session between two steps: making one while writers wait would take longer than the step.
+    idle: Arc<Mutex<Option<Session>>>,
+}
+
+/// Our comment while a job leads a server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Note {
+    job: String,
+    /// The flip that release is to do.
+    armed: Option<String>,
+    /// Our options as they were.
+    kept: Options,
+    /// The comment as it was.
+    comment: Option<String>,
+}
+
+/// A server as it is.
+struct Found {
+    wrapper: String,
+    owned: bool,
+    comment: Option<String>,
+    note: Option<Note>,
+    options: Options,
+}
+
+impl SqlMed {
+    /// Reads `URI,SERVER`.
+    pub(super) fn parse_fdw(text: &str) -> Result<SqlMed> {
+        let parts = text.rsplit_once(',').map(|(uri, server)| (uri, server.trim()));
+        match parts.filter(|(uri, server)| !uri.is_empty() && !server.is_empty()) {
+            Some((uri, server)) => SqlMed::new(uri, server, None),
+            None => Err(Error::Usage("fdw needs two parts joined by a comma".to_string())),
+        }
+    }
+
+    /// Reads `URI,CLUSTER,PARTITION`.
+    pub(super) fn parse_plproxy(text: &str) -> Result<SqlMed> {
+        let mut parts = text.rsplitn(3, ',').map(str::trim);
+        let (partition, cluster, uri) = (parts.next(), parts.next(), parts.next());
+        let is_partition = |text: &str| {
+            let digits = text.strip_prefix("partition_").or_else(|| text.strip_prefix('p'));
+            digits.is_some_and(|d| !d.is_empty() && d.bytes().all(|b| b.is_ascii_digit()))
+        };
+        match (uri, cluster, partition) {
+            (Some(uri), Some(cluster), Some(partition))
+                if !uri.is_empty() && !cluster.is_empty() && is_partition(partition) =>
+            {
+                SqlMed::new(uri, cluster, Some(partition.to_string()))
+            }
+            _ => Err(Error::Usage(
+                "plproxy needs three parts joined by commas, the last such as p16".to_string(),
+            )),
+        }
+    }
+
+    fn new(uri: &str, server: &str, partition: Option<String>) -> Result<SqlMed> {
+        let router = Config::parse(uri).map_err(|e| Error::Usage(e.to_string()))?;
+        let (router, server) = (router.labelled("router"), server.to_string());
+        Ok(SqlMed { router, server, partition, idle: Arc::default() })
+    }
+
+    fn wrapper(&self) -> &'static str {
+        if self.partition.is_some() { "plproxy" } else { "postgres_fdw" }
+    }
+
+    fn setup(&self, detail: impl Into<String>) -> Error {
+        let peer = self.router.hosts.first().map(|h| self.router.peer(h)).unwrap_or_default();
+        Error::Setup { peer, detail: format!("server \"{}\" {}", self.server, detail.into()) }
+    }
+
+    async fn session(&self) -> Result<Session> {
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(mut session) = idle
+            && session.execute("select 1").await.is_ok()
+        {
+            return Ok(session);
+        }
+        let session = Session::connect(&self.router, Purpose::Sql).await;
+        session.map_err(|source| Error::Router { doing: "connecting".to_string(), source })
+    }
+
+    /// Keeps the session for the next step.
+    fn keep(&self, session: Session) {
+        *self.idle.lock().unwrap_or_else(PoisonError::into_inner) = Some(session);
+    }
+
+    async fn execute(&self, session: &mut Session, sql: &str) -> Result<()> {
+        let done = session.execute(sql).await;
+        let doing = format!("leading server \"{}\"", self.server);
+        done.map(|_| ()).map_err(|source| Error::Router { doing, source })
+    }
+
+    async fn find(&self, session: &mut Session) -> Result<Found> {
+        let wrong = |source| Error::Router { doing: "reading pg_foreign_server".into(), source };
+        let sql = "select w.fdwname, pg_catalog.pg_has_role(s.srvowner, 'USAGE'), \
+             pg_catalog.obj_description(s.oid, 'pg_foreign_server'), \
+             coalesce((select pg_catalog.json_object_agg(o.option_name, o.option_value) \
+             from pg_catalog.pg_options_to_table(s.srvoptions) o), '{}') \
+             from pg_catalog.pg_foreign_server s \
+             join pg_catalog.pg_foreign_data_wrapper w on w.oid = s.srvfdw where s.srvname = $1";
+        let row = session.query_opt(sql, &[Some(&self.server)]).await.map_err(wrong)?;
+        let Some(row) = row else {
+            return Err(self.setup("is not there; name one that \\des lists"));
+        };
+        let comment = row.opt(2).map_err(wrong)?.map(str::to_string);
+        let options = serde_json::from_str(row.str(3).map_err(wrong)?);
+        let note = comment.as_deref().and_then(|text| text.strip_prefix(MARK));
+        let note = note.map(serde_json::from_str::<Note>).transpose();
+        Ok(Found {
+            wrapper: row.string(0).map_err(wrong)?,
+            owned: row.bool(1).map_err(wrong)?,
+            note: note.map_err(|e| self.setup(format!("has a damaged note of ours: {e}")))?,
+            comment,
+            options: options.map_err(|e| self.setup(format!("has unreadable options: {e}")))?,
+        })
+    }
+
+    /// Where these options lead.
+    fn leads(&self, options: &Options) -> Result<Place> {
+        let Some(partition) = &self.partition else {
+            let get = |key: &str| options.get(key).cloned().unwrap_or_default();
+            let host = Some(get("host")).filter(|host| !host.is_empty());
+            let host = host.unwrap_or_else(|| get("hostaddr"));
+            return Ok(Place { host, port: get("port"), dbname: get("dbname") });
+        };
+        let text = options.get(partition).ok_or_else(|| {
+            self.setup(format!("has no option {partition}; name a partition that \\des+ lists"))
+        })?;
+        connstr::place(text).ok_or_else(|| self.unreadable(partition))
+    }
+
+    fn unreadable(&self, partition: &str) -> Error {
+        self.setup(format!(
+            "has an option {partition} that is no list of key=value pairs; write it so that a part \
+             of it can be changed"
+        ))
+    }
+
+    /// Our options, of all of them.
+    fn ours(&self, options: &Options) -> Options {
+        let is_ours = |key: &str| match &self.partition {
+            Some(partition) => key == partition,
+            None => LEADING.contains(&key),
+        };
+        let ours = options.iter().filter(|(key, _)| is_ours(key));
+        ours.map(|(key, value)| (key.clone(), value.clone())).collect()
+    }
+
+    /// Our options leading there.
+    fn leading_to(&self, options: &Options, to: &Place) -> Result<Options> {
+        let Some(partition) = &self.partition else {
+            let words = [("host", &to.host), ("port", &to.port), ("dbname", &to.dbname)];
+            return Ok(words.map(|(key, value)| (key.to_string(), value.clone())).into());
+        };
+        let text = options.get(partition).map(String::as_str).unwrap_or_default();
+        let text = connstr::lead_to(text, to).ok_or_else(|| self.unreadable(partition))?;
+        Ok(Options::from([(partition.clone(), text)]))
+    }
+
+    /// What the options are to be after the flip. Back on the source they are as they were, but for
+    /// what somebody has made of them since.
+    async fn wanted(&self, found: &Found, context: &Context) -> Result<Options> {
+        let to = Place::of(context, Side::destination(context)).await?;
+        let kept = found.note.as_ref().map(|note| &note.kept);
+        let (Stream::Reverse, Some(kept)) = (context.flip, kept) else {
+            return self.leading_to(&found.options, &to);
+        };
+        let (now, target) = (self.ours(&found.options), Place::of(context, Side::Target).await?);
+        if now == *kept || now == self.leading_to(kept, &target)? {
+            return Ok(kept.clone());
+        }
+        self.leading_to(&found.options, &self.leads(kept)?)
+    }
+
+    /// ALTER SERVER from what is to what is wanted; nothing where that is the same.
+    fn alter(&self, found: &Found, wanted: &Options) -> String {
+        let now = self.ours(&found.options);
+        let mut clauses = Vec::new();
+        for (key, value) in wanted {
+            let word = match now.get(key) {
+                Some(same) if same == value => continue,
+                Some(_) => "set",
+                None => "add",
+            };
+            clauses.push(format!("{word} {} {}", quote_ident(key), quote_literal(value)));
+        }
+        let gone = now.keys().filter(|key| !wanted.contains_key(*key));
+        clauses.extend(gone.map(|key| format!("drop {}", quote_ident(key))));
+        if clauses.is_empty() {
+            return String::new();
+        }
+        format!("alter server {} options ({});", quote_ident(&self.server), clauses.join(", "))
+    }
+
+    fn note(&self, note: &Note) -> Result<String> {
+        let text = serde_json::to_string(note);
+        let text = text.map_err(|e| self.setup(format!("cannot be noted: {e}")))?;
+        Ok(self.comment(Some(&format!("{MARK}{text}"))))
+    }
+
+    fn comment(&self, text: Option<&str>) -> String {
+        let literal = text.map_or("null".to_string(), quote_literal);
+        format!("comment on server {} is {literal};", quote_ident(&self.server))
+    }
+
+    /// The server is there, ours to change, and leads to the live side; whoever is mapped to a role
+    /// finds that role on the new side.
+    pub(super) async fn check(&self, context: &Context) -> Result<()> {
+        let mut session = self.session().await?;
+        let found = self.find(&mut session).await?;
+        if found.wrapper != self.wrapper() {
+            let (has, wants) = (&found.wrapper, self.wrapper());
+            return Err(self.setup(format!("is one of {has}, and this route is for {wants}")));
+        }
+        if !found.owned {
+            let user = &self.router.user;
+            return Err(self.setup(format!(
+                "is not owned by \"{user}\": alter server {} owner to {}",
+                quote_ident(&self.server),
+                quote_ident(user)
+            )));
+        }
+        if let Some(note) = found.note.as_ref().filter(|note| note.job != context.job.as_str()) {
+            return Err(self.setup(format!(
+                "is being led by job {} (its comment says so); finish or cancel that first",
+                note.job
+            )));
+        }
+        self.is_live(&self.leads(&found.options)?, context).await?;
+        let wanted = self.wanted(&found, context).await?;
+        self.try_out(&mut session, &self.alter(&found, &wanted), "").await?;
+        if self.partition.is_none() {
+            self.check_mappings(&mut session, context).await?;
+        }
+        self.keep(session);
+        Ok(())
+    }
+
+    /// Runs the statement and takes it back, then the other and keeps it.
+    async fn try_out(&self, session: &mut Session, tried: &str, kept: &str) -> Result<()> {
+        let sql = format!("begin; savepoint tried; {tried} rollback to tried; {kept} commit");
+        self.execute(session, &sql).await
+    }
+
+    /// That place is the live side: by its name, or because it says the same of itself.
+    async fn is_live(&self, place: &Place, context: &Context) -> Result<()> {
+        let config = Side::live(context).config(context);
+        let port = if place.port.is_empty() { "5432" } else { &place.port };
+        let named = |h: &Host| h.host == place.host && h.port.to_string() == port;
+        if config.hosts.iter().any(named) && config.dbname == place.dbname {
+            return Ok(());
+        }
+        let own = self.router.hosts.first().map(|h| h.host.clone()).unwrap_or_default();
+        let host = if place.host.is_empty() { own } else { place.host.clone() };
+        let mut there = config.clone().with_dbname(&place.dbname);
+        there.hosts = vec![Host { host, hostaddr: None, port: port.parse().unwrap_or(5432) }];
+        let (here, there) = (identity(config).await, identity(&there).await);
+        match (here, there) {
+            (Ok(here), Ok(there)) if here == there => Ok(()),
+            (Err(error), _) => {
+                Err(Error::Router { doing: "asking the live side".into(), source: error })
+            }
+            (_, other) => {
+                let live = config.hosts.first().map(|h| config.peer(h)).unwrap_or_default();
+                let why = other.err().map(|e| format!(" ({e})")).unwrap_or_default();
+                Err(self.setup(format!("leads to {place}{why}, and clients should be on {live}")))
+            }
+        }
+    }
+
+    /// Every role that a user mapping goes to may log in on the new side. Options of others'
+    /// mappings are hidden from all but superusers; those are passed over.
+    async fn check_mappings(&self, session: &mut Session, context: &Context) -> Result<()> {
+        let wrong = |source| Error::Router { doing: "reading user mappings".into(), source };
+        let sql = "select coalesce((select o.option_value from \
+             pg_catalog.pg_options_to_table(m.umoptions) o where o.option_name = 'user'), \
+             nullif(m.usename, 'public')) from pg_catalog.pg_user_mappings m where m.srvname = $1 \
+             and (m.umoptions is not null or m.usename in ('public', current_user) \
+             or pg_catalog.current_setting('is_superuser') = 'on')";
+        let rows = session.query_params(sql, &[Some(&self.server)]).await.map_err(wrong)?;
+        let any = "select 1 from pg_catalog.pg_user_mappings where srvname = $1 limit 1";
+        if session.query_opt(any, &[Some(&self.server)]).await.map_err(wrong)?.is_none() {
+            return Err(self.setup(format!(
+                "has no user mapping, so nobody can use it: create user mapping for ROLE server {} \
+                 options (user '...', password '...')",
+                quote_ident(&self.server)
+            )));
+        }
+        let config = Side::destination(context).config(context);
+        let there = Session::connect(config, Purpose::Sql).await;
+        let mut there = there.map_err(Error::Destination)?;
+        for row in rows {
+            let Some(role) = row.opt(0).map_err(wrong)? else { continue };
+            let sql = "select 1 from pg_catalog.pg_roles where rolname = $1 and rolcanlogin";
+            let found = there.query_opt(sql, &[Some(role)]).await.map_err(Error::Destination)?;
+            if found.is_none() {
+                return Err(self.setup(format!(
+                    "has a user mapping to role \"{role}\", which may not log in on {}: create \
+                     it there first",
+                    there.peer()
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tries the change and arms it; `release` does it.
+    pub(super) async fn switch(&self, context: &Context) -> Result<()> {
+        let mut session = self.session().await?;
+        let found = self.find(&mut session).await?;
+        let alter = self.alter(&found, &self.wanted(&found, context).await?);
+        if alter.is_empty() {
+            return Ok(());
+        }
+        let fresh = || Note {
+            job: context.job.to_string(),
+            armed: None,
+            kept: self.ours(&found.options),
+            comment: found.comment.clone(),
+        };
+        let mut note = found.note.clone().unwrap_or_else(fresh);
+        note.armed = Some(context.flip.to_string());
+        self.try_out(&mut session, &alter, &self.note(&note)?).await?;
+        self.keep(session);
+        Ok(())
+    }
+
+    /// Leads clients to the new side, if that was armed. Called in every try of a flip that could
+    /// not stop its writers, too.
+    pub(super) async fn release(&self, context: &Context) -> Result<()> {
+        let mut session = self.session().await?;
+        let found = self.find(&mut session).await?;
+        let armed = |note: &&Note| note.armed.as_deref() == Some(context.flip.as_str());
+        let Some(note) = found.note.as_ref().filter(armed) else {
+            self.keep(session);
+            return Ok(());
+        };
+        let alter = self.alter(&found, &self.wanted(&found, context).await?);
+        let note = self.note(&Note { armed: None, ..note.clone() })?;
+        self.execute(&mut session, &format!("begin; {alter} {note} commit")).await
+    }
+
+    pub(super) async fn undo(&self, context: &Context) -> Result<()> {
+        let mut session = self.session().await?;
+        let found = self.find(&mut session).await?;
+        let Some(note) = &found.note else { return Ok(()) };
+        let (alter, note) = match context.flip {
+            Stream::Forward => {
+                (self.alter(&found, &note.kept), self.comment(note.comment.as_deref()))
+            }
+            Stream::Reverse => {
+                let target = Place::of(context, Side::Target).await?;
+                let wanted = self.leading_to(&found.options, &target)?;
+                let note = self.note(&Note { armed: None, ..note.clone() })?;
+                (self.alter(&found, &wanted), note)
+            }
+        };
+        self.execute(&mut session, &format!("begin; {alter} {note} commit")).await
+    }
+
+    pub(super) async fn forget(&self, context: &Context) -> Result<()> {
+        let mut session = self.session().await?;
+        let found = self.find(&mut session).await?;
+        match found.note.filter(|note| note.job == context.job.as_str()) {
+            Some(note) => {
+                let comment = self.comment(note.comment.as_deref());
+                self.execute(&mut session, &comment).await
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// What tells a database from any other.
+async fn identity(config: &Config) -> crate::pg::Result<(String, String)> {
+    let mut session = Session::connect(config, Purpose::Sql).await?;
+    let sql = "select system_identifier, pg_catalog.current_database() \
+         from pg_catalog.pg_control_system()";
+    let row = session.query_one(sql, &[]).await?;
+    Ok((row.string(0)?, row.string(1)?))
+}
+
+impl fmt::Display for SqlMed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let peer = self.router.hosts.first().map(|h| self.router.peer(h)).unwrap_or_default();
+        match &self.partition {
+            Some(partition) => write!(f, "plproxy {peer}, {}, {partition}", self.server),
+            None => write!(f, "fdw {peer}, {}", self.server),
+        }
+    }
+}
