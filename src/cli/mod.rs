@@ -8,8 +8,10 @@
 //! `rollback`) ask whatever runner is alive, on any host, through the home database; where none is,
 //! they run the job themselves for as long as they need it (`ask`).
 
+mod apply;
 mod ask;
 mod cancel;
+mod capture;
 mod check;
 mod cluster;
 mod cutover;
@@ -53,6 +55,10 @@ pub enum Command {
     Check(check::Args),
     /// Plan, make the schema, copy, catch up and follow; the same command resumes
     Run(run::Args),
+    /// The half of run that only reads the source, into a Kafka topic, on a host of its own
+    Capture(capture::Args),
+    /// The other half: all that run does, applying what capture has read
+    Apply(apply::Args),
     /// Show phase, positions, lag and tables
     Status(status::Args),
     /// Compare both sides row by row while they live
@@ -102,6 +108,8 @@ pub async fn run(cli: Cli) -> ExitCode {
         Command::Demo(args) => demo::run(args).await,
         Command::Check(args) => check::run(args).await,
         Command::Run(args) => run::run(args).await,
+        Command::Capture(args) => capture::run(args).await,
+        Command::Apply(args) => apply::run(args).await,
         Command::Status(args) => status::run(args).await,
         Command::Verify(args) => verify::run(args).await,
         Command::Cutover(args) => cutover::run(args).await,

@@ -6,12 +6,16 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::apply::{Mode, Tuning};
+use crate::buffer::durable::KafkaProperties;
 use crate::catalog::Selection;
 use crate::config::{self, File, parse_duration, parse_size};
 use crate::copy::Freeze;
 use crate::decode::Plugin;
 use crate::id::JobName;
-use crate::job::place::{Buffer, BufferOptions, SPOOL_BYTES, STREAMING_BYTES, StreamingOptions};
+use crate::job::opening::Half;
+use crate::job::place::{
+    Buffer, BufferOptions, KafkaPlace, SPOOL_BYTES, STREAMING_BYTES, StreamingOptions,
+};
 use crate::job::reading::Wanted;
 use crate::job::rest::{Refresh, Unlogged};
 use crate::job::routes::RouteSecrets;
@@ -73,15 +77,17 @@ pub struct JobArgs {
     /// Leave owners and grants behind
     #[arg(long)]
     pub no_owner: bool,
-    /// Where changes wait for the target: memory, or spool, files on this host (in DIR, or
-    /// ~/.local/state/walferry) [default: as the job had it, memory for a new one]
-    #[arg(long, value_name = "memory|spool[:DIR]", env = "WALFERRY_BUFFER")]
+    /// Where changes wait for the target: memory; spool, files on this host (in DIR, or
+    /// ~/.local/state/walferry); or kafka, a topic of one partition (and TOPIC.reverse for the way
+    /// back) [default: as the job had it, memory for a new one]
+    #[arg(long, value_name = "memory|spool[:DIR]|kafka:BROKERS/TOPIC", env = "WALFERRY_BUFFER")]
     pub buffer: Option<String>,
-    /// Limit of a stream's spool; beyond, WAL stays on the source [default: 100GB]
+    /// Limit of a stream's spool, or of what the target lacks of a topic; beyond, WAL stays on the
+    /// source [default: 100GB]
     #[arg(long, value_name = "SIZE")]
     pub spool_limit: Option<String>,
     /// Until the source keeps so much WAL, it is told only what the target has; from half of it on,
-    /// what the spool has [default: a third of its max_slot_wal_keep_size, at most 10GB]
+    /// what the spool or topic has [default: a third of its max_slot_wal_keep_size, at most 10GB]
     #[arg(long, value_name = "SIZE")]
     pub wal_budget: Option<String>,
     /// Have the source send large transactions while they are in progress, on or off: 14 and newer,
@@ -128,17 +134,11 @@ impl JobArgs {
     pub fn job(&self) -> anyhow::Result<JobConfig> {
         let file = self.file()?;
         let (tuning, bulk) = (tuning(self.apply, &file)?, bulk(&file));
-        let missing = |what, option, variable| config::Error::Missing { what, option, variable };
-        let source = self.source.clone().or(file.source).ok_or(missing(
-            "the source",
-            "source",
-            "WALFERRY_SOURCE",
-        ))?;
-        let target = self.target.clone().or(file.target).ok_or(missing(
-            "the target",
-            "target",
-            "WALFERRY_TARGET",
-        ))?;
+        let kafka = kafka_properties(&file)?;
+        let source = self.source.clone().or(file.source);
+        let source = source.ok_or_else(|| missing("the source", "source", "WALFERRY_SOURCE"))?;
+        let target = self.target.clone().or(file.target);
+        let target = target.ok_or_else(|| missing("the target", "target", "WALFERRY_TARGET"))?;
         let job = self.job_name(file.name)?;
         let given = |own: &[String], file: Vec<String>| {
             if own.is_empty() { file } else { own.to_vec() }
@@ -183,10 +183,12 @@ impl JobArgs {
                     "--wal-budget",
                     self.wal_budget.clone().or(file.wal_budget),
                 )?,
+                kafka,
             },
             two_phase: on_off("--two-phase", self.two_phase.clone().or(file.two_phase), false)?,
             streaming: self.streaming(file.streaming, file.streaming_limit)?,
             tuning,
+            half: Half::Both,
             secrets: secrets(&file.cutover.route)?,
             gather: file.tuning.gather_messages.unwrap_or(true),
             bulk,
@@ -239,11 +241,65 @@ fn buffer(text: &str) -> Result<Buffer, config::Error> {
         None if text == "memory" => Ok(Buffer::Memory),
         None if text == "spool" => Ok(Buffer::Spool(state_dir())),
         Some(("spool", dir)) if !dir.is_empty() => Ok(Buffer::Spool(PathBuf::from(dir))),
-        _ => Err(config::Error::Value {
-            option: "--buffer",
-            message: format!("\"{text}\" is not a buffer: use memory, spool or spool:DIR"),
-        }),
+        Some(("kafka", place)) => kafka_place(place).map(Buffer::Kafka),
+        _ => Err(bad_buffer(format!(
+            "\"{text}\" is not a buffer: use memory, spool, spool:DIR or kafka:BROKERS/TOPIC"
+        ))),
     }
+}
+
+fn bad_buffer(message: String) -> config::Error {
+    config::Error::Value { option: "--buffer", message }
+}
+
+/// Names that Kafka takes for topics, and room for `.reverse`.
+/// <https://kafka.apache.org/documentation/#newtopicsconfigs>
+const TOPIC_LENGTH_MAX: usize = 249 - ".reverse".len();
+
+/// Reads `HOST:PORT,HOST:PORT/TOPIC`.
+fn kafka_place(text: &str) -> Result<KafkaPlace, config::Error> {
+    if cfg!(not(feature = "kafka")) {
+        return Err(bad_buffer("this walferry was built without its feature kafka".to_string()));
+    }
+    let known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    match text.split_once('/') {
+        Some((brokers, _)) if brokers.is_empty() || brokers.split(',').any(str::is_empty) => {
+            Err(bad_buffer(format!("\"{text}\" names no broker: use HOST:PORT,HOST:PORT/TOPIC")))
+        }
+        Some((_, topic))
+            if topic.is_empty()
+                || matches!(topic, "." | "..")
+                || topic.len() > TOPIC_LENGTH_MAX
+                || !topic.chars().all(known) =>
+        {
+            Err(bad_buffer(format!(
+                "\"{topic}\" is not a topic: use 1 to {TOPIC_LENGTH_MAX} of a-z, A-Z, 0-9, \
+                 \".\", \"_\" and \"-\""
+            )))
+        }
+        Some((brokers, topic)) => {
+            Ok(KafkaPlace { brokers: brokers.to_string(), topic: topic.to_string() })
+        }
+        None => Err(bad_buffer(format!("\"{text}\" names no topic: use BROKERS/TOPIC"))),
+    }
+}
+
+#[cfg(feature = "kafka")]
+fn kafka_properties(file: &File) -> Result<KafkaProperties, config::Error> {
+    let value = |e: crate::buffer::kafka::Error| config::Error::Value {
+        option: "walferry.toml",
+        message: e.to_string(),
+    };
+    KafkaProperties::new(file.kafka.pairs()?).map_err(value)
+}
+
+#[cfg(not(feature = "kafka"))]
+fn kafka_properties(file: &File) -> Result<KafkaProperties, config::Error> {
+    if file.kafka.pairs()?.is_empty() {
+        return Ok(KafkaProperties::default());
+    }
+    let message = "has kafka.* settings, and this walferry was built without its feature kafka";
+    Err(config::Error::Value { option: "walferry.toml", message: message.to_string() })
 }
 
 /// Where programs keep what must outlive them.
@@ -306,6 +362,10 @@ where
     let given = given.filter(|text| text != "auto").map(|text| text.parse());
     let value = |e: T::Err| config::Error::Value { option, message: format!("{e} or auto") };
     given.transpose().map_err(value)
+}
+
+fn missing(what: &'static str, option: &'static str, variable: &'static str) -> config::Error {
+    config::Error::Missing { what, option, variable }
 }
 
 /// Passwords of routes: those in the file's routes, and the one in WALFERRY_ROUTE_PASSWORD.

@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use super::options::{JobArgs, learn};
 use super::print;
 use crate::copy::CopyProgress;
+use crate::job::opening::Half;
 use crate::job::store::Store;
 use crate::job::{self, JobConfig, Notice, Runner, Until, lease};
 use crate::pg::Session;
@@ -45,7 +46,12 @@ pub struct Args {
 /// Runs the job. 0 when `--until` was reached, it was stopped by hand, or the job ended; 1 on an
 /// error.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let config = args.job.job()?;
+    run_half(args, Half::Both, false).await
+}
+
+/// The same of one half of it. On `standby` it waits while another process runs the job.
+pub(super) async fn run_half(args: Args, half: Half, standby: bool) -> anyhow::Result<ExitCode> {
+    let config = JobConfig { half, ..args.job.job()? };
     learn(&config.secrets, "--route", &args.route)?;
     if !args.skip_route.is_empty() && skip_routes(&config, &args.skip_route).await? {
         return Ok(ExitCode::SUCCESS);
@@ -60,7 +66,16 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let screen = Arc::new(Screen::default());
     let shown = screen.clone();
     let report = Arc::new(move |notice: Notice| shown.show(notice));
-    let outcome = Runner::run(config, until, report, stopping.clone()).await;
+    let outcome = loop {
+        let running = Runner::run(config.clone(), until.clone(), report.clone(), stopping.clone());
+        match running.await {
+            Err(error @ job::Error::Busy { .. }) if standby && !*stopping.borrow() => {
+                screen.show(Notice::Trouble(error.to_string()));
+                tokio::time::sleep(STANDBY_TURN).await;
+            }
+            outcome => break outcome,
+        }
+    };
     screen.clear();
     match outcome {
         Ok(phase) => {
@@ -114,6 +129,9 @@ pub(super) async fn stop_on_signal(stop: watch::Sender<bool>) {
         let _ = stop.send(true);
     }
 }
+
+/// Between tries of a runner that stands by.
+const STANDBY_TURN: Duration = Duration::from_millis(500);
 
 /// Between lines of progress where nobody watches a bar.
 const LINE_EVERY: Duration = Duration::from_secs(5);

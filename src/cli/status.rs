@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::options::JobArgs;
 use super::print;
+use crate::job::place::Place;
 use crate::job::status::{self, Status, TableStatus};
 use crate::job::store::StreamRow;
 
@@ -59,10 +60,11 @@ fn show(status: &Status) {
         println!("error    {error}");
     }
     if let Some(spool) = &status.spool {
-        println!(
-            "spool    {} on host {}; its loss would cost {}",
-            spool.dir, spool.host, spool.loss
-        );
+        let place = match &spool.place {
+            Place::Spool(spool) => format!("spool    {} on host {}", spool.dir, spool.host),
+            Place::Kafka(kafka) => format!("kafka    topic {} of {}", kafka.topic, kafka.brokers),
+        };
+        println!("{place}; its loss would cost {}", spool.loss);
     }
     show_stream("forward", &status.positions);
     show_fallbacks(status.fallbacks);

@@ -5,9 +5,10 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::Error;
+use crate::secret::SecretString;
 
 /// All that may stand in the file; names are those of the options.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct File {
     /// `--name`.
@@ -54,6 +55,56 @@ pub struct File {
     pub cutover: Cutover,
     /// `[tuning]`.
     pub tuning: Tuning,
+    /// `[kafka]`.
+    pub kafka: Kafka,
+}
+
+/// `[kafka]`: settings of librdkafka, as `kafka.security.protocol = "SASL_SSL"`. May hold
+/// passwords.
+#[derive(Clone, Default, PartialEq, Deserialize)]
+#[serde(transparent)]
+pub struct Kafka(toml::Table);
+
+impl std::fmt::Debug for Kafka {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
+}
+
+impl Kafka {
+    /// Names and values. TOML reads the dots of a name as tables in tables; here they are dots
+    /// again.
+    pub fn pairs(&self) -> Result<Vec<(String, SecretString)>, Error> {
+        let mut pairs = Vec::new();
+        flatten("", &self.0, &mut pairs)?;
+        Ok(pairs)
+    }
+}
+
+fn flatten(
+    prefix: &str,
+    table: &toml::Table,
+    pairs: &mut Vec<(String, SecretString)>,
+) -> Result<(), Error> {
+    for (key, value) in table {
+        let name = format!("{prefix}{key}");
+        let text = match value {
+            toml::Value::Table(inner) => {
+                flatten(&format!("{name}."), inner, pairs)?;
+                continue;
+            }
+            toml::Value::String(text) => text.clone(),
+            toml::Value::Integer(number) => number.to_string(),
+            toml::Value::Float(number) => number.to_string(),
+            toml::Value::Boolean(yes) => yes.to_string(),
+            toml::Value::Array(_) | toml::Value::Datetime(_) => {
+                let message = format!("kafka.{name} is neither a text nor a number");
+                return Err(Error::Value { option: "walferry.toml", message });
+            }
+        };
+        pairs.push((name, SecretString::from(text)));
+    }
+    Ok(())
 }
 
 /// `[tuning]`: sizes that have good defaults, for measuring.
@@ -137,5 +188,18 @@ mod tests {
         std::fs::remove_file(&dir).unwrap();
         assert!(error.contains("line 2") && error.contains("targett"), "{error}");
         assert!(!error.contains("secret"), "{error}");
+    }
+
+    #[test]
+    fn names_of_kafka_settings_may_be_written_with_dots_and_values_are_not_shown() {
+        let text = "kafka.sasl.password = \"secret\"\nkafka.\"api.version.request\" = true\n\
+                    [kafka.ssl]\nca.location = \"/etc/ca.pem\"\n";
+        let file: File = toml::from_str(text).unwrap();
+        let names = file.kafka.pairs().unwrap().into_iter().map(|(name, _)| name);
+        let names: Vec<String> = names.collect();
+        assert_eq!(names, ["api.version.request", "sasl.password", "ssl.ca.location"]);
+        assert!(!format!("{file:?}").contains("secret"), "{file:?}");
+        let list: File = toml::from_str("kafka.debug = [\"all\"]").unwrap();
+        assert!(list.kafka.pairs().unwrap_err().to_string().contains("kafka.debug"));
     }
 }

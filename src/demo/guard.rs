@@ -16,7 +16,7 @@ cd / && read -r _
 pid=$(head -n 1 "$1/$2" 2>/dev/null)
 ours() { [ -n "$pid" ] && tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -qF "$1"; }
 if ours "$1"; then
-    kill -s QUIT "$pid"
+    kill -s "$3" "$pid"
     tries=0
     while ours "$1" && [ $tries -lt 100 ]; do sleep 0.05; tries=$((tries + 1)); done
     if ours "$1"; then kill -s KILL "$pid"; fi
@@ -34,10 +34,15 @@ impl Guard {
     /// Once this process is gone, stops what `dir/pid_file` names (SIGQUIT, then SIGKILL) if `dir`
     /// is on its command line, and removes `dir`.
     pub fn watch(dir: &Path, pid_file: &str) -> io::Result<Guard> {
+        Self::watch_by(dir, pid_file, "QUIT")
+    }
+
+    /// The same by another first signal: a Java only tells its threads on SIGQUIT.
+    pub fn watch_by(dir: &Path, pid_file: &str, signal: &str) -> io::Result<Guard> {
         let shell = Command::new("sh")
             .args(["-c", SCRIPT, "walferry-guard"])
             .arg(dir)
-            .arg(pid_file)
+            .args([pid_file, signal])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())

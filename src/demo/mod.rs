@@ -4,6 +4,7 @@
 //! - `binaries`: PostgreSQL of any major, from Debian's packages or fetched on request.
 //! - `template`, `server`, `guard`: a cluster of one's own that starts in a fraction of a second
 //!   and is gone with the process that made it, even if that process is killed.
+//! - `kafka`: a broker of one's own, the same way.
 //! - `pgbouncer`: a pooler in front of a server. `proxy`: a network that can be cut.
 //! - `dataset`, `writer`, `transactions`, `ledger`: a database with every awkward kind of table, an
 //!   application that writes to it, and proof of what of its work must be found again.
@@ -17,6 +18,7 @@ pub mod binaries;
 pub mod compare;
 mod dataset;
 pub mod guard;
+pub mod kafka;
 pub mod ledger;
 pub mod pgbouncer;
 pub mod proxy;

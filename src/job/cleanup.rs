@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::admit::accept_systems;
 use super::flip::{context, stream_of};
 use super::lease::Lease;
+use super::place::Place;
 use super::run::JobConfig;
 use super::state::{Event, Phase, step};
 use super::store::{JobRow, Store};
@@ -79,6 +80,11 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
     lease::end_predecessors(&mut store.session, &config.job, &[lease.process_id()]).await?;
     let left = let_clients_go(config, &row).await?;
     store.set_phase(phase).await?;
+    if let Some(session) = &mut source {
+        // A process that reads into a topic sees the phase, and does not come back.
+        let name = lease::capture_application_name(&config.job);
+        lease::end_sessions(session, &name, &[]).await?;
+    }
     let mut dropped = Vec::new();
     if let Some(session) = &mut source {
         drop_objects(session, &config.source, config, Stream::Forward, &mut dropped).await?;
@@ -150,14 +156,28 @@ async fn forget_job(store: &mut Store, config: &JobConfig, keep_history: bool) -
     Ok(others)
 }
 
-/// The spool's directories; on another host they are only named.
+/// The spool's directories; on another host they are only named, and so are topics, which others
+/// may read.
 async fn remove_spool(config: &JobConfig, row: &JobRow, dropped: &mut Vec<String>) -> Result<()> {
     let Some(place) = &row.spool else { return Ok(()) };
     for stream in [Stream::Forward, Stream::Reverse] {
         let name = config.job.object(stream);
-        let dir = place.of(&name).display().to_string();
-        if !place.is_here() {
-            dropped.push(format!("not the spool on host {}: there, rm -r {dir}", place.host));
+        let spool = match place {
+            Place::Spool(spool) => spool,
+            Place::Kafka(kafka) => {
+                let topic = kafka.of(stream);
+                if stream == Stream::Forward || row.armed {
+                    dropped.push(format!(
+                        "not topic {topic} of {}: kafka-topics.sh --delete --topic {topic}",
+                        kafka.brokers
+                    ));
+                }
+                continue;
+            }
+        };
+        let dir = spool.of(&name).display().to_string();
+        if !spool.is_here() {
+            dropped.push(format!("not the spool on host {}: there, rm -r {dir}", spool.host));
         } else if super::place::remove(place, &name).await? {
             dropped.push(format!("spool {dir}"));
         }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::state::Refused;
-use crate::buffer::spool;
+use crate::buffer::{durable, spool};
 use crate::fault::{Fault, Faulty};
 use crate::id::{QualifiedName, quote_ident};
 use crate::lsn::Lsn;
@@ -24,6 +24,9 @@ pub enum Error {
     /// The disk spool.
     #[error(transparent)]
     Spool(#[from] spool::Error),
+    /// The disk spool or topic, whichever it is.
+    #[error(transparent)]
+    Buffer(#[from] durable::Error),
     /// The bulk copy.
     #[error(transparent)]
     Copy(#[from] copy::Error),
@@ -122,11 +125,11 @@ pub enum Error {
         /// What it was planned with.
         planned: String,
     },
-    /// The slot was told of positions that only the spool had, and it has them no more.
+    /// The slot was told of positions that only the spool or topic had, and it has them no more.
     #[error(
-        "slot {slot} was told {confirmed_lsn}, the target has only {progress_lsn}, and the spool \
-         in {dir} {held}: the changes between are nowhere any more. Bring the directory back, or \
-         start over with walferry cancel and walferry run, which copies every table again"
+        "slot {slot} was told {confirmed_lsn}, the target has only {progress_lsn}, and {place} \
+         {held}: the changes between are nowhere any more. {mend}, or start over with walferry \
+         cancel and walferry run, which copies every table again"
     )]
     SpoolLost {
         /// The slot.
@@ -135,10 +138,12 @@ pub enum Error {
         confirmed_lsn: Lsn,
         /// What the target durably has.
         progress_lsn: Lsn,
-        /// Where the spool should be.
-        dir: String,
+        /// Where they should be.
+        place: String,
         /// What it has.
         held: String,
+        /// What could bring them back.
+        mend: &'static str,
     },
     /// The spool is on another host.
     #[error(
@@ -164,10 +169,10 @@ pub enum Error {
     },
     /// Leaving the spool would lose changes.
     #[error(
-        "slot {slot} was told {confirmed_lsn} because the spool on host {host}, in {dir}, has \
-         what the target, at {progress_lsn}, has not: run there with --buffer spool:{dir} until \
-         the target is level. If the spool is lost, start over with walferry cancel and walferry \
-         run, which copies every table again"
+        "slot {slot} was told {confirmed_lsn} because {place} has what the target, at \
+         {progress_lsn}, has not: run there with --buffer {option} until the target is level. If \
+         it is lost, start over with walferry cancel and walferry run, which copies every table \
+         again"
     )]
     SpoolNeeded {
         /// The slot.
@@ -176,11 +181,29 @@ pub enum Error {
         confirmed_lsn: Lsn,
         /// What the target durably has.
         progress_lsn: Lsn,
-        /// Where the spool is.
-        host: String,
-        /// In which directory.
-        dir: String,
+        /// Where the changes are.
+        place: String,
+        /// The same as an option.
+        option: String,
     },
+    /// The job's topic is another.
+    #[error(
+        "the changes of this job are in topic {topic}: give --buffer {option}, or run once with \
+         --buffer memory to leave it"
+    )]
+    OtherTopic {
+        /// Which.
+        topic: String,
+        /// The same as an option.
+        option: String,
+    },
+    /// Capture and apply meet in a topic, and the job has none.
+    #[error(
+        "walferry capture and walferry apply meet in a Kafka topic: give --buffer \
+         kafka:BROKERS/TOPIC to walferry apply; a job that waits in memory or in a spool is run by \
+         walferry run"
+    )]
+    NoTopic,
     /// A decoder other than the slot's.
     #[error(
         "--decoder {decoder} cannot be had for this job: its slot was made for {bound}, and a slot \
@@ -304,6 +327,13 @@ pub enum Error {
     Interrupted,
 }
 
+#[cfg(feature = "kafka")]
+impl From<crate::buffer::kafka::Error> for Error {
+    fn from(error: crate::buffer::kafka::Error) -> Self {
+        Error::Buffer(error.into())
+    }
+}
+
 fn names(tables: &[QualifiedName]) -> String {
     tables.iter().map(QualifiedName::to_string).collect::<Vec<_>>().join(", ")
 }
@@ -315,6 +345,7 @@ impl Faulty for Error {
             Error::Source(error) => error.fault(),
             Error::Apply(error) => error.fault(),
             Error::Spool(error) => error.fault(),
+            Error::Buffer(error) => error.fault(),
             Error::Copy(error) => error.fault(),
             Error::Schema(error) => error.fault(),
             Error::Cutover(error) => error.fault(),

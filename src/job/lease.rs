@@ -36,6 +36,11 @@ impl Lease {
     /// Takes the lease if it is free; `None` if another runner holds it. `home` must carry the
     /// application name of [`application_name`].
     pub async fn try_take(home: &Config, job: &JobName) -> Result<Option<Lease>> {
+        Self::try_take_named(home, job.as_str()).await
+    }
+
+    /// The same of any name: [`capture_name`], for the process that reads the source into a topic.
+    pub async fn try_take_named(home: &Config, name: &str) -> Result<Option<Lease>> {
         let mut session = Session::control(home).await?;
         // Not every platform or socket has these; where they are refused the defaults stay.
         let keepalives = "set tcp_keepalives_idle = 5; set tcp_keepalives_interval = 3; \
@@ -50,7 +55,7 @@ impl Lease {
                 "select pg_catalog.pg_try_advisory_lock($1, pg_catalog.hashtext($2)), \
                  (select backend_start from pg_catalog.pg_stat_activity \
                     where pid = pg_catalog.pg_backend_pid())",
-                &[Some(&LOCK_CLASS.to_string()), Some(job.as_str())],
+                &[Some(&LOCK_CLASS.to_string()), Some(name)],
             )
             .await?;
         let started = row.opt(1)?.unwrap_or_default().to_string();
@@ -115,12 +120,26 @@ pub fn application_name(job: &JobName) -> String {
     format!("walferry run {job}")
 }
 
+/// The lease of who reads the job's source into a topic. Has a letter that no job's name has.
+pub fn capture_name(job: &JobName) -> String {
+    format!("{job}/capture")
+}
+
+/// What its sessions are called in pg_stat_activity.
+pub fn capture_application_name(job: &JobName) -> String {
+    format!("walferry capture {job}")
+}
+
 /// Ends sessions that a dead runner of this job left on a server, and waits until they are gone.
 /// `keep` are process ids of ours.
 pub async fn end_predecessors(session: &mut Session, job: &JobName, keep: &[i32]) -> Result<()> {
+    end_sessions(session, &application_name(job), keep).await
+}
+
+/// The same by the name of the sessions.
+pub async fn end_sessions(session: &mut Session, name: &str, keep: &[i32]) -> Result<()> {
     let keep: Vec<String> = keep.iter().map(i32::to_string).collect();
     let keep = format!("{{{}}}", keep.join(","));
-    let name = application_name(job);
     let deadline = Deadline::after(Duration::from_secs(30));
     loop {
         let left = session
@@ -128,7 +147,7 @@ pub async fn end_predecessors(session: &mut Session, job: &JobName, keep: &[i32]
                 "select pid, pg_catalog.pg_terminate_backend(pid) from pg_catalog.pg_stat_activity \
                  where application_name = $1 and pid <> pg_catalog.pg_backend_pid() \
                  and datname = pg_catalog.current_database() and pid <> all ($2::int[])",
-                &[Some(&name), Some(&keep)],
+                &[Some(name), Some(&keep)],
             )
             .await?;
         if left.is_empty() {
@@ -144,6 +163,11 @@ pub async fn end_predecessors(session: &mut Session, job: &JobName, keep: &[i32]
 
 /// The backend that holds a job's lease, if one does.
 pub async fn holder(session: &mut Session, job: &JobName) -> Result<Option<String>> {
+    holder_of(session, job.as_str()).await
+}
+
+/// The same of any name.
+pub async fn holder_of(session: &mut Session, name: &str) -> Result<Option<String>> {
     let row = session
         .query_opt(
             "select pid from pg_catalog.pg_locks where locktype = 'advisory' and granted \
@@ -152,7 +176,7 @@ pub async fn holder(session: &mut Session, job: &JobName) -> Result<Option<Strin
                 (select (pg_catalog.hashtext($2)::int8 & 4294967295)) h(oid)) \
              and database = (select oid from pg_catalog.pg_database \
                 where datname = pg_catalog.current_database())",
-            &[Some(&LOCK_CLASS.to_string()), Some(job.as_str())],
+            &[Some(&LOCK_CLASS.to_string()), Some(name)],
         )
         .await?;
     Ok(row.map(|r| r.string(0)).transpose()?)

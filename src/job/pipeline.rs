@@ -18,7 +18,8 @@ use tokio::task::JoinHandle;
 use super::Result;
 use super::ability::Ability;
 use super::error::Error;
-use super::spooling::{self, SpoolOptions};
+use super::opening::{Half, SpoolOptions};
+use super::spooling;
 use crate::apply::{self, Applied, Applier, Tuning};
 use crate::buffer::memory;
 use crate::buffer::spool::Spill;
@@ -163,6 +164,8 @@ pub struct Pipe {
     pub trouble: watch::Receiver<Option<String>>,
     /// How the spool is doing; `None` without one.
     pub spool: Option<watch::Receiver<SpoolState>>,
+    /// Which ends are in this process.
+    pub half: Half,
     allowed: watch::Sender<Option<Visibility>>,
     fatal: watch::Receiver<Option<String>>,
     stop: watch::Sender<bool>,
@@ -202,6 +205,7 @@ impl Pipe {
         let (allowed, allowed_rx) = watch::channel(options.visibility.clone());
         let (spool_tx, spool) = watch::channel(SpoolState::default());
         let spool = options.spool.is_some().then_some(spool);
+        let half = options.spool.as_ref().map_or(Half::Both, |spool| spool.half);
         let ends = Ends {
             applied: applied_tx,
             positions: positions_tx,
@@ -221,7 +225,7 @@ impl Pipe {
                 let _ = fatal_tx.send(Some(error.to_string()));
             }
         }));
-        Pipe { applied, positions, hold, trouble, spool, allowed, fatal, stop, task }
+        Pipe { applied, positions, hold, trouble, spool, half, allowed, fatal, stop, task }
     }
 
     /// Lets a pipe with a spool apply, from where the written side stands. Nothing changes if it

@@ -1,9 +1,9 @@
-//! Where a job's changes wait: in memory, or in a spool whose host and directory the home database
-//! remembers.
+//! Where a job's changes wait: in memory, in a spool or in Kafka's topics, whose place the home
+//! database remembers.
 //!
 //! A spool is the one thing of a job that is not in a table. So the home database says where it is,
 //! a run elsewhere is refused, and leaving it is refused while the slot has been told of what only
-//! the spool has.
+//! the spool has. The same goes for topics, which every host can reach.
 
 use std::path::PathBuf;
 
@@ -13,6 +13,7 @@ use super::run::JobConfig;
 use super::store::{JobRow, Store};
 use super::{Error, Result};
 use crate::apply;
+use crate::buffer::durable::KafkaProperties;
 use crate::buffer::spool;
 use crate::id::Stream;
 use crate::lsn::Lsn;
@@ -30,10 +31,12 @@ pub enum Buffer {
     Memory,
     /// On this host's disk; below this directory each stream has one of its own.
     Spool(PathBuf),
+    /// In topics of these brokers.
+    Kafka(KafkaPlace),
 }
 
 /// `--buffer` and what goes with it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct BufferOptions {
     /// `None`: as the job had it last, and memory for a new one.
     pub kind: Option<Buffer>,
@@ -42,11 +45,18 @@ pub struct BufferOptions {
     /// Bytes of WAL that the read side may keep for the slot before it is told what only the spool
     /// has. `None`: a third of its max_slot_wal_keep_size, or 10 GB.
     pub wal_budget_bytes: Option<u64>,
+    /// `kafka.*` settings.
+    pub kafka: KafkaProperties,
 }
 
 impl Default for BufferOptions {
     fn default() -> Self {
-        BufferOptions { kind: None, spool_bytes: SPOOL_BYTES, wal_budget_bytes: None }
+        BufferOptions {
+            kind: None,
+            spool_bytes: SPOOL_BYTES,
+            wal_budget_bytes: None,
+            kafka: KafkaProperties::default(),
+        }
     }
 }
 
@@ -61,7 +71,62 @@ pub struct StreamingOptions {
 /// asked to keep them on its own.
 pub const STREAMING_BYTES: u64 = 10 << 30;
 
-/// `walferry.job.spool`: where the job's spool is.
+/// `walferry.job.spool`: where the job's changes wait, if not in memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Place {
+    /// On a host's disk.
+    Spool(SpoolPlace),
+    /// In topics.
+    Kafka(KafkaPlace),
+}
+
+impl Place {
+    /// What `--buffer` is given for it.
+    pub fn option(&self) -> String {
+        match self {
+            Place::Spool(spool) => format!("spool:{}", spool.dir),
+            Place::Kafka(kafka) => format!("kafka:{}/{}", kafka.brokers, kafka.topic),
+        }
+    }
+
+    /// For sentences.
+    fn shown(&self) -> String {
+        match self {
+            Place::Spool(spool) => format!("the spool on host {}, in {},", spool.host, spool.dir),
+            Place::Kafka(kafka) => format!("topic {} of {}", kafka.topic, kafka.brokers),
+        }
+    }
+
+    /// True where this process can get at it.
+    fn is_here(&self) -> bool {
+        match self {
+            Place::Spool(spool) => spool.is_here(),
+            Place::Kafka(_) => true,
+        }
+    }
+}
+
+/// Topics of a job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KafkaPlace {
+    /// Host and port of brokers, with commas between.
+    pub brokers: String,
+    /// The forward stream's topic.
+    pub topic: String,
+}
+
+impl KafkaPlace {
+    /// The topic of one stream.
+    pub fn of(&self, stream: Stream) -> String {
+        match stream {
+            Stream::Forward => self.topic.clone(),
+            Stream::Reverse => format!("{}.reverse", self.topic),
+        }
+    }
+}
+
+/// Where a job's spool is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SpoolPlace {
     /// Name of the host.
@@ -83,7 +148,7 @@ impl SpoolPlace {
 }
 
 /// What a run puts its streams' changes into.
-pub(super) type Chosen = Option<SpoolPlace>;
+pub(super) type Chosen = Option<Place>;
 
 /// This host's name. `WALFERRY_HOST` where the system's changes, as a container's does while its
 /// volume stays.
@@ -110,15 +175,44 @@ pub(super) async fn choose(
     let wanted = match (&config.buffer.kind, &known) {
         (None, _) => known.clone(),
         (Some(Buffer::Memory), _) => None,
-        (Some(Buffer::Spool(dir)), _) => Some(here(dir)?),
+        (Some(Buffer::Spool(dir)), _) => Some(Place::Spool(here(dir)?)),
+        (Some(Buffer::Kafka(place)), _) => Some(Place::Kafka(place.clone())),
     };
     match (&known, &wanted) {
-        (Some(known), Some(wanted)) => stays(known, wanted)?,
+        (Some(known), Some(wanted)) => {
+            stays(known, wanted)?;
+            // Brokers come and go; the topic stays.
+            if known != wanted {
+                store.set_spool(Some(wanted)).await?;
+            }
+        }
         (Some(known), None) => leave(config, &row, store, source, known).await?,
-        (None, Some(wanted)) => store.set_spool(Some(wanted)).await?,
+        (None, Some(wanted)) => {
+            look(config, wanted).await?;
+            store.set_spool(Some(wanted)).await?;
+        }
         (None, None) => {}
     }
     Ok(wanted)
+}
+
+/// What a person must mend about a topic is told before anything is made.
+#[cfg(feature = "kafka")]
+async fn look(config: &JobConfig, wanted: &Place) -> Result<()> {
+    let Place::Kafka(place) = wanted else { return Ok(()) };
+    for stream in [Stream::Forward, Stream::Reverse] {
+        let (brokers, topic) = (place.brokers.clone(), place.of(stream));
+        let properties = config.buffer.kafka.clone();
+        let looking = move || crate::buffer::kafka::look(&brokers, &topic, &properties);
+        let looked = tokio::task::spawn_blocking(looking).await;
+        looked.map_err(|e| Error::State(e.to_string()))??;
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "kafka"))]
+async fn look(_: &JobConfig, _: &Place) -> Result<()> {
+    Ok(())
 }
 
 fn here(dir: &std::path::Path) -> Result<SpoolPlace> {
@@ -127,25 +221,28 @@ fn here(dir: &std::path::Path) -> Result<SpoolPlace> {
     Ok(SpoolPlace { host: this_host(), dir: absolute.display().to_string() })
 }
 
-fn stays(known: &SpoolPlace, wanted: &SpoolPlace) -> Result<()> {
-    let (host, dir) = (known.host.clone(), known.dir.clone());
-    let here = this_host();
-    if known.host != here {
-        return Err(Error::OtherHost { host, dir, here });
+fn stays(known: &Place, wanted: &Place) -> Result<()> {
+    match (known, wanted) {
+        (Place::Spool(known), _) if !known.is_here() => {
+            let (host, dir) = (known.host.clone(), known.dir.clone());
+            Err(Error::OtherHost { host, dir, here: this_host() })
+        }
+        (Place::Spool(known), Place::Spool(wanted)) if known.dir == wanted.dir => Ok(()),
+        (Place::Spool(known), _) => Err(Error::OtherDirectory { dir: known.dir.clone() }),
+        (Place::Kafka(known), Place::Kafka(wanted)) if known.topic == wanted.topic => Ok(()),
+        (Place::Kafka(kafka), _) => {
+            Err(Error::OtherTopic { topic: kafka.topic.clone(), option: known.option() })
+        }
     }
-    if known.dir != wanted.dir {
-        return Err(Error::OtherDirectory { dir });
-    }
-    Ok(())
 }
 
-/// From spool to memory: only where nothing is in the spool alone.
+/// To memory: only where nothing is in the spool, or the topic, alone.
 async fn leave(
     config: &JobConfig,
     row: &JobRow,
     store: &mut Store,
     source: &mut Session,
-    known: &SpoolPlace,
+    known: &Place,
 ) -> Result<()> {
     for stream in [Stream::Forward, Stream::Reverse] {
         let name = config.job.object(stream);
@@ -168,8 +265,8 @@ async fn leave(
                 slot: name,
                 confirmed_lsn,
                 progress_lsn,
-                host: known.host.clone(),
-                dir: known.dir.clone(),
+                place: known.shown(),
+                option: known.option(),
             });
         }
     }
@@ -181,8 +278,10 @@ async fn leave(
     store.set_spool(None).await
 }
 
-/// Removes a stream's spool; false if there was none.
-pub(super) async fn remove(place: &SpoolPlace, name: &str) -> Result<bool> {
+/// Removes a stream's spool; false if there was none. Topics stay: others may read them, and what
+/// is written next goes on behind what is there.
+pub(super) async fn remove(place: &Place, name: &str) -> Result<bool> {
+    let Place::Spool(place) = place else { return Ok(false) };
     let dir = place.of(name);
     let removed = tokio::task::spawn_blocking(move || spool::remove(&dir)).await;
     Ok(removed.map_err(|e| Error::State(e.to_string()))??)

@@ -7,6 +7,7 @@
 use super::reading::{Reading, Wanted, choose, refuse_blind, refuse_garbled};
 use super::run::{JobConfig, Notice, Report, Runner, published};
 use super::state::Event;
+use super::store::Store;
 use super::{Error, Result, check};
 use crate::catalog::{Selection, Table};
 use crate::decode::Plugin;
@@ -141,29 +142,7 @@ impl Runner {
 
     /// How a stream is read: as stored, with another transport where one is asked for now.
     pub(super) async fn reading(&mut self, stream: Stream) -> Result<Reading> {
-        let mut readings = self.store.load_readings().await?;
-        let side = match stream {
-            Stream::Forward => &self.config.source,
-            Stream::Reverse => &self.config.target,
-        };
-        let reading = readings.of(stream).get_or_insert_default();
-        let stored = reading.clone();
-        let mut wanted = self.config.wanted.clone();
-        if stream == Stream::Reverse {
-            wanted.decoder = None; // Its own, which may differ.
-        }
-        let changed = reading.follow(&wanted)?;
-        let reading = reading.clone();
-        refuse_blind(side, &self.config.job, &reading).await?;
-        if changed {
-            match refuse_garbled(side, &reading).await {
-                // What was asked for is for the source; the target may be another kind of server.
-                Err(Error::NoDecoder { .. }) if stream == Stream::Reverse => return Ok(stored),
-                refused => refused?,
-            }
-            self.store.save_readings(&readings).await?;
-        }
-        Ok(reading)
+        stored_reading(&self.config, &mut self.store, stream).await
     }
 
     /// The same before the stream's slot is made: chosen now, unless a slot was made already.
@@ -268,4 +247,35 @@ pub(super) async fn check_ready(
         }
     }
     if errors.is_empty() { Ok(()) } else { Err(Error::NotReady(errors.join("; "))) }
+}
+
+/// How a stream is read: as stored, with another transport where one is asked for now.
+pub(super) async fn stored_reading(
+    config: &JobConfig,
+    store: &mut Store,
+    stream: Stream,
+) -> Result<Reading> {
+    let mut readings = store.load_readings().await?;
+    let side = match stream {
+        Stream::Forward => &config.source,
+        Stream::Reverse => &config.target,
+    };
+    let reading = readings.of(stream).get_or_insert_default();
+    let stored = reading.clone();
+    let mut wanted = config.wanted.clone();
+    if stream == Stream::Reverse {
+        wanted.decoder = None; // Its own, which may differ.
+    }
+    let changed = reading.follow(&wanted)?;
+    let reading = reading.clone();
+    refuse_blind(side, &config.job, &reading).await?;
+    if changed {
+        match refuse_garbled(side, &reading).await {
+            // What was asked for is for the source; the target may be another kind of server.
+            Err(Error::NoDecoder { .. }) if stream == Stream::Reverse => return Ok(stored),
+            refused => refused?,
+        }
+        store.save_readings(&readings).await?;
+    }
+    Ok(reading)
 }

@@ -10,7 +10,8 @@
 //! publication of its own, read beside the other, or by the other where the role may make none.
 
 use super::reading::Readings;
-use super::run::Runner;
+use super::run::{JobConfig, Notice, Report, Runner};
+use super::store::Store;
 use super::{Error, Result};
 use crate::catalog::{Publication, Table};
 use crate::id::{QualifiedName, Stream, quote_ident};
@@ -79,21 +80,7 @@ impl Runner {
     /// The publication as it was kept, once it was seen to be the same still; `None` for a job
     /// without one. Error: `PublicationChanged`.
     pub(super) async fn unchanged_publication(&mut self) -> Result<Option<Publication>> {
-        let Some(kept) = self.store.load_readings().await?.publication else { return Ok(None) };
-        let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
-        let now = read(&mut source, &kept.name).await?;
-        let changes = now.changes(&kept);
-        if !changes.is_empty() {
-            return Err(Error::PublicationChanged { publication: kept.name, changes });
-        }
-        if now.was_touched(&kept) {
-            self.say(super::Notice::Said(format!(
-                "warning: publication {} was altered since the slot was made, and is now as it was \
-                 then; if it published less meanwhile, changes are missing: walferry verify tells",
-                kept.name
-            )));
-        }
-        Ok(Some(kept))
+        unchanged(&self.config, &mut self.store, &self.report).await
     }
 
     /// Tables of the source whose rows are copied, with what the publication gives of them.
@@ -127,4 +114,28 @@ pub(super) async fn unpublished(
     let mut session = Session::connect(side, Purpose::Sql).await?;
     let publication = read(&mut session, name).await?;
     Ok(publication.missing(tables).into_iter().map(|table| table.name.clone()).collect())
+}
+
+/// The publication that the forward stream is read by, if it is an administrator's: an error if it
+/// is not as it was when the slot was made.
+pub(super) async fn unchanged(
+    config: &JobConfig,
+    store: &mut Store,
+    report: &Report,
+) -> Result<Option<Publication>> {
+    let Some(kept) = store.load_readings().await?.publication else { return Ok(None) };
+    let mut source = Session::connect(&config.source, Purpose::Sql).await?;
+    let now = read(&mut source, &kept.name).await?;
+    let changes = now.changes(&kept);
+    if !changes.is_empty() {
+        return Err(Error::PublicationChanged { publication: kept.name, changes });
+    }
+    if now.was_touched(&kept) {
+        report(Notice::Said(format!(
+            "warning: publication {} was altered since the slot was made, and is now as it was \
+             then; if it published less meanwhile, changes are missing: walferry verify tells",
+            kept.name
+        )));
+    }
+    Ok(Some(kept))
 }

@@ -10,9 +10,11 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::admit::{admit, make_tables};
+use super::capturing;
 use super::copying::Bulk;
 use super::flip::FlipRequest;
 use super::lease::{self, Holder};
+use super::opening::Half;
 use super::pipeline::Pipe;
 use super::place::{BufferOptions, Chosen, StreamingOptions};
 use super::reading::Wanted;
@@ -69,6 +71,8 @@ pub struct JobConfig {
     pub tuning: Tuning,
     /// Passwords of routes.
     pub secrets: RouteSecrets,
+    /// Whether the forward stream is read by this process, or by another into a topic.
+    pub half: Half,
     /// See [`crate::source::StreamOptions::gather`].
     pub gather: bool,
     /// How rows and indexes are made.
@@ -290,6 +294,13 @@ impl Runner {
         lease::end_predecessors(&mut source, &config.job, &[]).await?;
         make_tables(&config, &mut store, &mut source).await?;
         let spool = super::place::choose(&config, &mut store, &mut source).await?;
+        let capture = capturing::settle_half(&mut config, spool.as_ref()).await?;
+        if config.half == Half::Apply
+            && let Some(pipe) = left.forward.take_if(|pipe| pipe.half != Half::Apply)
+        {
+            // Another reads the source since.
+            pipe.stop(STREAM_PATIENCE).await;
+        }
         // What stopped the last run is either mended or about to be said again.
         store.set_error(None).await?;
         listener
@@ -297,7 +308,8 @@ impl Runner {
             .await?;
         let busy = Arc::new(AtomicBool::new(true));
         let flying = watch::channel(false).0;
-        let vigil = Vigil::new(lease, &config, busy.clone(), flying.subscribe());
+        let leases = std::iter::once(lease).chain(capture).collect();
+        let vigil = Vigil::new(leases, &config, busy.clone(), flying.subscribe());
         let runner = Runner {
             config,
             report: report.clone(),

@@ -2,7 +2,9 @@
 //!
 //! The reader fills the spool whatever the target does, and the applier empties it whatever the
 //! source does. Each begins again from where it stands after a fault that may mend itself: the
-//! reader at the spool's end, the applier at the target's progress. The slot is told what is
+//! reader at the spool's end, the applier at the target's progress. What is said of a spool here
+//! goes for a topic as well, where the two ends may be two processes: [`Half`]. The slot is told
+//! what is
 //! durable on the target; only when the source keeps too much WAL for it, what is durable in the
 //! spool.
 //!
@@ -15,11 +17,12 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use super::opening::{Half, SpoolOptions, not_lost, open_once};
 use super::pipeline::{Ends, PipeOptions, SpoolState, Task, Visibility, flatten};
-use super::place::{SpoolPlace, wal_budget};
+use super::place::wal_budget;
 use super::{Error, Result};
 use crate::apply::{self, Applied};
-use crate::buffer::spool::{self, Coverage, Identity, Opened, Spool};
+use crate::buffer::durable::Durable;
 use crate::clock::Backoff;
 use crate::fault::{Fault, Faulty};
 use crate::lsn::Lsn;
@@ -28,19 +31,6 @@ use crate::source::{Positions, slot};
 
 /// How often the read side is asked how much WAL it keeps.
 const BUDGET_TURN: Duration = Duration::from_secs(1);
-
-/// Where a stream's spool is.
-#[derive(Clone, Debug)]
-pub struct SpoolOptions {
-    /// Host and directory.
-    pub place: SpoolPlace,
-    /// See [`spool::Options::limit_bytes`].
-    pub limit_bytes: u64,
-    /// See [`super::place::BufferOptions::wal_budget_bytes`].
-    pub wal_budget_bytes: Option<u64>,
-    /// The slot's consistent point, where it is known.
-    pub made_lsn: Lsn,
-}
 
 /// What is being tried again, at the reading end, at the writing end, and on the disk.
 struct Troubles {
@@ -73,7 +63,7 @@ impl Troubles {
 #[derive(Clone)]
 struct Joint {
     options: PipeOptions,
-    spool: Arc<Spool>,
+    spool: Arc<Durable>,
     troubles: Arc<Troubles>,
     stop: watch::Receiver<bool>,
 }
@@ -83,22 +73,59 @@ pub(super) async fn run(options: &PipeOptions, mut ends: Ends) -> Result<()> {
     let Some(wanted) = options.spool.clone() else { return Ok(()) };
     let troubles = Troubles { slots: Mutex::default(), out: ends.trouble.clone() };
     let troubles = Arc::new(troubles);
-    let Some((opened, progress_lsn)) = open(options, &wanted, &troubles, &mut ends).await? else {
+    let mut pause = backoff();
+    loop {
+        let before = ends.applied.borrow().applied_lsn;
+        let outcome = run_once(options, &wanted, &troubles, &mut ends).await;
+        let Err(error) = outcome else { return Ok(()) };
+        if error.fault() != Fault::Retry {
+            return Err(error);
+        }
+        tracing::warn!(stream = %options.stream, %error, "opening again");
+        troubles.set(READING, Some(error.to_string()));
+        if ends.applied.borrow().applied_lsn > before {
+            pause = backoff();
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause.step()) => {}
+            _ = ends.stop.wait_for(|stop| *stop) => return Ok(()),
+        }
+    }
+}
+
+/// The life of one opening of the spool.
+async fn run_once(
+    options: &PipeOptions,
+    wanted: &SpoolOptions,
+    troubles: &Arc<Troubles>,
+    ends: &mut Ends,
+) -> Result<()> {
+    let Some((opened, progress_lsn)) = open(options, wanted, troubles, ends).await? else {
         return Ok(());
     };
+    troubles.set(READING, None);
     let spool = Arc::new(opened);
     let stop = ends.stop.clone();
+    let troubles = troubles.clone();
     let joint = Joint { options: options.clone(), spool: spool.clone(), troubles, stop };
     let (told, telling) = watch::channel(progress_lsn);
     let positions = ends.positions.clone();
     let shown = (ends.applied.subscribe(), ends.spool.clone());
-    let mut reading = Task(tokio::spawn(capture(joint.clone(), telling, positions)));
+    let mut reading = (wanted.half != Half::Apply)
+        .then(|| Task(tokio::spawn(capture(joint.clone(), telling, positions))));
+    let captured = async {
+        match &mut reading {
+            Some(task) => flatten((&mut task.0).await),
+            None => Ok(()),
+        }
+    };
     let outcome = tokio::select! {
-        outcome = async { tokio::try_join!(
-            async { flatten((&mut reading.0).await) },
-            applying(&joint, &mut ends)
-        )} => outcome.map(|_| ()),
-        outcome = keep_budget(&joint, &wanted, &told, shown) => outcome,
+        outcome = async { tokio::try_join!(captured, write(&joint, wanted, ends)) } => {
+            outcome.map(|_| ())
+        }
+        outcome = keep_budget(&joint, wanted, &told, shown), if wanted.half != Half::Apply => {
+            outcome
+        }
     };
     drop(reading);
     drop(joint);
@@ -106,8 +133,54 @@ pub(super) async fn run(options: &PipeOptions, mut ends: Ends) -> Result<()> {
     outcome
 }
 
+/// The writing end, as far as it is here.
+async fn write(joint: &Joint, wanted: &SpoolOptions, ends: &mut Ends) -> Result<()> {
+    match wanted.half {
+        Half::Both => applying(joint, ends).await,
+        Half::Capture => watch_target(joint, ends).await,
+        Half::Apply => match applying(joint, ends).await {
+            Err(error) if error.fault() == Fault::Retry => {
+                not_lost(&joint.options, wanted).await?;
+                Err(error)
+            }
+            outcome => outcome,
+        },
+    }
+}
+
+/// Where another process applies: what the target durably has, asked every second, until told to
+/// stop.
+async fn watch_target(joint: &Joint, ends: &mut Ends) -> Result<()> {
+    let name = joint.options.job.object(joint.options.stream);
+    let mut turn = tokio::time::interval(BUDGET_TURN);
+    turn.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut session = None;
+    loop {
+        tokio::select! {
+            _ = turn.tick() => {}
+            _ = ends.stop.wait_for(|stop| *stop) => return Ok(()),
+        }
+        let asking = async {
+            let mut to = match session.take() {
+                Some(session) => session,
+                None => Session::connect(&joint.options.to, Purpose::Sql).await?,
+            };
+            let lsn = apply::durable_progress(&mut to, &name).await?;
+            session = Some(to);
+            Result::Ok(lsn)
+        };
+        let asked = tokio::time::timeout(Duration::from_secs(5), asking).await;
+        // A target that is away is what the topic is for.
+        let Ok(Ok(durable_lsn)) = asked else { continue };
+        ends.applied.send_modify(|applied| {
+            applied.applied_lsn = applied.applied_lsn.max(durable_lsn);
+            applied.durable_lsn = applied.durable_lsn.max(durable_lsn);
+        });
+    }
+}
+
 /// Waits until the spool's threads have ended, so that its directory is free again.
-async fn close(spool: Arc<Spool>) {
+async fn close(spool: Arc<Durable>) {
     let mut spool = spool;
     for _ in 0..100 {
         match Arc::try_unwrap(spool) {
@@ -129,7 +202,7 @@ async fn open(
     wanted: &SpoolOptions,
     troubles: &Troubles,
     ends: &mut Ends,
-) -> Result<Option<(Spool, Lsn)>> {
+) -> Result<Option<(Durable, Lsn)>> {
     let mut backoff = backoff();
     loop {
         match open_once(options, wanted).await {
@@ -146,40 +219,6 @@ async fn open(
     }
 }
 
-async fn open_once(options: &PipeOptions, wanted: &SpoolOptions) -> Result<(Spool, Lsn)> {
-    let name = options.job.object(options.stream);
-    let mut to = Session::connect(&options.to, Purpose::Sql).await?;
-    let progress_lsn = apply::durable_progress(&mut to, &name).await?;
-    let mut from = Session::connect(&options.from, Purpose::Sql).await?;
-    let status = slot::status(&mut from, &name).await?;
-    let confirmed_lsn = status.and_then(|s| s.confirmed_flush_lsn).unwrap_or(Lsn::ZERO);
-    let identity = Identity {
-        job: options.job.to_string(),
-        stream: options.stream.to_string(),
-        system: options.recorded.system_identifier.clone(),
-        timeline: options.recorded.timeline,
-        slot: name.clone(),
-        made_lsn: wanted.made_lsn,
-    };
-    let dir = wanted.place.of(&name);
-    let asked = spool::Options::new(&dir, identity, wanted.limit_bytes);
-    let opening = move || Spool::open_at(&asked, progress_lsn, confirmed_lsn);
-    let opened = tokio::task::spawn_blocking(opening).await;
-    match opened.map_err(|e| Error::State(e.to_string()))?? {
-        Opened::Open(spool) => Ok((spool, progress_lsn)),
-        Opened::Lost(held) => Err(Error::SpoolLost {
-            slot: name,
-            confirmed_lsn,
-            progress_lsn,
-            dir: dir.display().to_string(),
-            held: match held {
-                Some(Coverage { first_lsn, end_lsn }) => format!("holds {first_lsn} to {end_lsn}"),
-                None => "is empty".to_string(),
-            },
-        }),
-    }
-}
-
 fn backoff() -> Backoff {
     Backoff::new(Duration::from_millis(100), Duration::from_secs(2))
 }
@@ -190,7 +229,8 @@ async fn capture(
     told: watch::Receiver<Lsn>,
     positions: watch::Sender<Positions>,
 ) -> Result<()> {
-    let (mut sink, mut stop) = (joint.spool.sink(), joint.stop.clone());
+    let Some(mut sink) = joint.spool.sink() else { return Ok(()) };
+    let mut stop = joint.stop.clone();
     let mut pause = backoff();
     loop {
         let before = joint.spool.end_lsn();
@@ -213,6 +253,9 @@ async fn capture(
             }
             Err(error) => Err(error),
         };
+        if let Some(failure) = joint.spool.failure() {
+            return Err(failure.into());
+        }
         match ended {
             Ok(_) if *stop.borrow() => return Ok(()),
             Ok(_) => {}
@@ -221,9 +264,6 @@ async fn capture(
                 joint.troubles.set(READING, Some(error.to_string()));
             }
             Err(error) => return Err(error),
-        }
-        if let Some(failure) = joint.spool.failure() {
-            return Err(failure.into());
         }
         if joint.spool.end_lsn() > before {
             pause = backoff();
@@ -300,7 +340,7 @@ async fn keep_budget(
     (mut applied, shown): (watch::Receiver<Applied>, watch::Sender<SpoolState>),
 ) -> Result<()> {
     let mut durable = joint.spool.durable();
-    let (mut probe, mut budget, mut over) = (None, wanted.wal_budget_bytes, false);
+    let (mut probe, mut budget, mut over) = (None, wanted.buffer.wal_budget_bytes, false);
     let mut turn = tokio::time::interval(BUDGET_TURN);
     turn.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {

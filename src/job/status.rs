@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::place::SpoolPlace;
+use super::place::Place;
 use super::reading::Reading;
 use super::state::Phase;
 use super::store::{Store, StreamRow};
@@ -81,19 +81,18 @@ pub struct Status {
     pub fallbacks: i64,
     /// The reverse stream, once armed.
     pub reverse: Option<ReverseStatus>,
-    /// Where the spool is, and what its loss would cost.
+    /// Where the spool or the topic is, and what its loss would cost.
     pub spool: Option<SpoolStatus>,
     /// What stopped the job, or keeps a stream from flowing.
     pub error: Option<String>,
 }
 
-/// A job's spool.
+/// A job's spool or topic.
 #[derive(Clone, Debug, Serialize)]
 pub struct SpoolStatus {
-    /// Its host.
-    pub host: String,
-    /// Its directory there.
-    pub dir: String,
+    /// Host and directory, or brokers and topic.
+    #[serde(flatten)]
+    pub place: Place,
     /// True if the slot of some stream was told of changes that only the spool has: without it
     /// every table has to be copied again.
     pub needed: bool,
@@ -102,7 +101,7 @@ pub struct SpoolStatus {
 }
 
 /// What is lost with the spool, by what the slots were told and the other side durably has.
-fn spool_status(place: SpoolPlace, streams: &[&StreamRow]) -> SpoolStatus {
+fn spool_status(place: Place, streams: &[&StreamRow]) -> SpoolStatus {
     let lsn = |text: &Option<String>| text.as_deref().and_then(|l| l.parse::<Lsn>().ok());
     let mut needed = None;
     for row in streams {
@@ -116,7 +115,7 @@ fn spool_status(place: SpoolPlace, streams: &[&StreamRow]) -> SpoolStatus {
              has only what is below {has}"
         ),
     };
-    SpoolStatus { host: place.host, dir: place.dir, needed: needed.is_some(), loss }
+    SpoolStatus { place, needed: needed.is_some(), loss }
 }
 
 /// Reads a job's status from its home. The source is asked too, if it is known and answers: a

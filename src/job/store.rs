@@ -11,7 +11,7 @@ use super::ability::Abilities;
 pub use super::ddl::DDL_BOTH;
 use super::ddl::DDL_HOME;
 use super::error::Error;
-use super::place::SpoolPlace;
+use super::place::Place;
 pub use super::positions::StreamRow;
 use super::state::Phase;
 use crate::catalog::Selection;
@@ -42,8 +42,8 @@ pub struct JobRow {
     pub armed: bool,
     /// The cutover or rollback under way, or the last one.
     pub flip: Option<FlipRecord>,
-    /// Where the job's spool is, if it has one.
-    pub spool: Option<SpoolPlace>,
+    /// Where the job's changes wait, if not in memory.
+    pub spool: Option<Place>,
     /// What the roles could do when the job was made, which decides how each side is written.
     pub abilities: Abilities,
 }
@@ -279,8 +279,8 @@ impl Store {
         self.set("armed", Some(if armed { "true" } else { "false" })).await
     }
 
-    /// Stores where the job's spool is.
-    pub async fn set_spool(&mut self, place: Option<&SpoolPlace>) -> Result<()> {
+    /// Stores where the job's changes wait.
+    pub async fn set_spool(&mut self, place: Option<&Place>) -> Result<()> {
         let place = place.map(json).transpose()?;
         self.set("spool", place.as_deref()).await
     }

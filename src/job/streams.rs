@@ -8,10 +8,13 @@ use std::time::Duration;
 
 use super::Result;
 use super::admit::recorded;
+use super::opening::{Half, SpoolOptions};
 use super::pipeline::{Pipe, PipeOptions, TableFilter, Visibility};
-use super::run::Runner;
-use super::spooling::SpoolOptions;
+use super::place::Place;
+use super::prepare::stored_reading;
+use super::run::{JobConfig, Runner};
 use super::state::{Event, Phase};
+use super::store::Store;
 use crate::buffer::spool::Spill;
 use crate::catalog::{Selection, tables};
 use crate::copy;
@@ -89,60 +92,13 @@ impl Runner {
         stream: Stream,
         visibility: Option<Visibility>,
     ) -> Result<Pipe> {
-        let row = self.row().await?;
-        let reading = self.reading(stream).await?;
         if stream == Stream::Forward {
             self.unchanged_publication().await?;
         }
-        let readings = self.store.load_readings().await?;
-        let own = self.config.job.object(stream);
-        let (from, to, system) = match stream {
-            Stream::Forward => (&self.config.source, &self.config.target, row.source_system),
-            Stream::Reverse => (&self.config.target, &self.config.source, row.target_system),
-        };
-        // A partition made since is of a published table, or it would not be in the stream: only
-        // tables known to be left out are filtered, the rest must be applied or refused by name.
-        let left_out = self.left_out(from).await?;
-        let canary = self.config.job.canary();
-        let tables: TableFilter = Arc::new(move |table: &QualifiedName| match &*table.schema {
-            "walferry" => *table == canary,
-            _ => !left_out.contains(table),
-        });
-        let ability = match stream {
-            Stream::Forward => row.abilities.target,
-            Stream::Reverse => row.abilities.source,
-        };
         let gate = (stream == Stream::Reverse).then(|| self.reverse_open.clone());
-        Ok(Pipe::start(PipeOptions {
-            job: self.config.job.clone(),
-            stream,
-            from: from.clone(),
-            to: to.clone(),
-            transport: reading.transport()?,
-            plain_numbers: self.config.wanted.plain_numbers,
-            followed: Arc::new(readings.tables(stream)),
-            publications: readings.publications(stream, &own),
-            recorded: recorded(from, system.as_deref(), &reading.decoder),
-            tables,
-            ability,
-            visibility,
-            spool: self.spool.clone().map(|place| SpoolOptions {
-                place,
-                limit_bytes: self.config.buffer.spool_bytes,
-                wal_budget_bytes: self.config.buffer.wal_budget_bytes,
-                made_lsn: row.slot_lsn.filter(|_| stream == Stream::Forward).unwrap_or(Lsn::ZERO),
-            }),
-            streaming: self.config.streaming.as_ref().map(|streaming| {
-                let dir = self.spool.as_ref().map(|place| PathBuf::from(&place.dir));
-                let dir = dir.unwrap_or_else(temporary);
-                Arc::new(Spill::new(dir, streaming.limit_bytes))
-            }),
-            // Rows of the way back are marked in other ways than a prepared transaction can be.
-            two_phase: self.config.two_phase && stream == Stream::Forward,
-            gate,
-            tuning: self.config.tuning,
-            gather: self.config.gather,
-        }))
+        let options = pipe_options(&self.config, &mut self.store, &self.selection, stream).await?;
+        let spool = options.spool.filter(|_| self.spool.is_some());
+        Ok(Pipe::start(PipeOptions { visibility, gate, spool, ..options }))
     }
 
     /// Stops both streams, at a batch boundary where that does not take long.
@@ -154,12 +110,76 @@ impl Runner {
         };
         tokio::join!(stop(self.forward.take()), stop(self.reverse.take()));
     }
+}
 
-    /// Tables of a side whose rows take no part.
-    async fn left_out(&self, side: &Config) -> Result<HashSet<QualifiedName>> {
-        let mut session = Session::connect(side, Purpose::Sql).await?;
-        let all = tables(&mut session, &Selection::default()).await?;
-        let names = all.into_iter().map(|t| t.name);
-        Ok(names.filter(|name| !self.selection.has_rows(name)).collect())
-    }
+/// What a stream's pipe needs to know, by the job's own tables; without what the copy read.
+pub(super) async fn pipe_options(
+    config: &JobConfig,
+    store: &mut Store,
+    selection: &Selection,
+    stream: Stream,
+) -> Result<PipeOptions> {
+    let row = store.load_existing().await?;
+    let reading = stored_reading(config, store, stream).await?;
+    let readings = store.load_readings().await?;
+    let own = config.job.object(stream);
+    let (from, to, system) = match stream {
+        Stream::Forward => (&config.source, &config.target, row.source_system),
+        Stream::Reverse => (&config.target, &config.source, row.target_system),
+    };
+    // A partition made since is of a published table, or it would not be in the stream: only
+    // tables known to be left out are filtered, the rest must be applied or refused by name.
+    let left_out = left_out(from, selection).await?;
+    let canary = config.job.canary();
+    let tables: TableFilter = Arc::new(move |table: &QualifiedName| match &*table.schema {
+        "walferry" => *table == canary,
+        _ => !left_out.contains(table),
+    });
+    let ability = match stream {
+        Stream::Forward => row.abilities.target,
+        Stream::Reverse => row.abilities.source,
+    };
+    Ok(PipeOptions {
+        job: config.job.clone(),
+        stream,
+        from: from.clone(),
+        to: to.clone(),
+        transport: reading.transport()?,
+        plain_numbers: config.wanted.plain_numbers,
+        followed: Arc::new(readings.tables(stream)),
+        publications: readings.publications(stream, &own),
+        recorded: recorded(from, system.as_deref(), &reading.decoder),
+        tables,
+        ability,
+        visibility: None,
+        streaming: config.streaming.as_ref().map(|streaming| {
+            let dir = match &row.spool {
+                Some(Place::Spool(place)) => PathBuf::from(&place.dir),
+                _ => temporary(),
+            };
+            Arc::new(Spill::new(dir, streaming.limit_bytes))
+        }),
+        spool: row.spool.map(|place| SpoolOptions {
+            place,
+            half: match stream {
+                Stream::Forward => config.half,
+                Stream::Reverse => Half::Both,
+            },
+            buffer: config.buffer.clone(),
+            made_lsn: row.slot_lsn.filter(|_| stream == Stream::Forward).unwrap_or(Lsn::ZERO),
+        }),
+        // Rows of the way back are marked in other ways than a prepared transaction can be.
+        two_phase: config.two_phase && stream == Stream::Forward,
+        gate: None,
+        tuning: config.tuning,
+        gather: config.gather,
+    })
+}
+
+/// Tables of a side whose rows take no part.
+async fn left_out(side: &Config, selection: &Selection) -> Result<HashSet<QualifiedName>> {
+    let mut session = Session::connect(side, Purpose::Sql).await?;
+    let all = tables(&mut session, &Selection::default()).await?;
+    let names = all.into_iter().map(|t| t.name);
+    Ok(names.filter(|name| !selection.has_rows(name)).collect())
 }

@@ -21,9 +21,9 @@ use crate::pg::{self, Config, Purpose, Session};
 /// Between two questions.
 const TURN: Duration = Duration::from_secs(1);
 
-/// Watches over one life of a runner; holds its lease.
+/// Watches over one life of a runner; holds its leases.
 pub(super) struct Vigil {
-    lease: Lease,
+    leases: Vec<Lease>,
     source: Config,
     probe: Option<Session>,
     /// The runner works on something that needs the source, and would wait for it without a limit.
@@ -36,20 +36,22 @@ pub(super) struct Vigil {
 
 impl Vigil {
     pub fn new(
-        lease: Lease,
+        leases: Vec<Lease>,
         config: &JobConfig,
         busy: Arc<AtomicBool>,
         flying: watch::Receiver<bool>,
     ) -> Vigil {
         let (source, job) = (config.source.clone(), config.job.clone());
-        Vigil { lease, source, probe: None, busy, job, flying }
+        Vigil { leases, source, probe: None, busy, job, flying }
     }
 
     /// Returns why the runner has to begin again.
     pub async fn keep(&mut self) -> Error {
         loop {
-            if let Err(error) = self.lease.check().await {
-                return error;
+            for lease in &mut self.leases {
+                if let Err(error) = lease.check().await {
+                    return error;
+                }
             }
             if let Err(error) = self.hear_stop().await {
                 return error;
@@ -65,10 +67,12 @@ impl Vigil {
 
     /// Finish and cancel do not wait for the end of a copy, or of an index.
     async fn hear_stop(&mut self) -> Result<()> {
-        if !*self.flying.borrow() && self.lease.stop_asked(&self.job).await? {
-            return Err(Error::Ended);
+        if *self.flying.borrow() {
+            return Ok(());
         }
-        Ok(())
+        // The first is the runner's.
+        let Some(lease) = self.leases.first_mut() else { return Ok(()) };
+        if lease.stop_asked(&self.job).await? { Err(Error::Ended) } else { Ok(()) }
     }
 
     /// An error only for silence: whoever works there meets any other himself.

@@ -86,8 +86,7 @@ impl Session {
     }
 
     /// The same session, with a limit for each statement that is not part of a COPY, a pipeline or
-    /// a replication stream. After it the session cannot be used any more; the server may still be
-    /// at the statement.
+    /// a replication stream. After it the session is over; the server may still be at it.
     pub fn with_patience(mut self, limit: Duration) -> Session {
         self.patience = Some(limit);
         self

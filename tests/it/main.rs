@@ -13,6 +13,8 @@ mod faults;
 mod fidelity;
 mod input;
 mod job;
+#[cfg(feature = "kafka")]
+mod kafka;
 mod large;
 mod matrix;
 mod newcomers;

@@ -28,9 +28,9 @@ async fn probe(spool: bool) -> Vec<f64> {
     let (mut source, mut target) = (open(ends.source_uri()).await, open(ends.target_uri()).await);
     let mut times = Vec::new();
     for id in 0..PROBES + 50 {
-        source.execute(&format!("insert into probe values ({id})")).await.unwrap();
+        source.execute(&format!("insert into public.probe values ({id})")).await.unwrap();
         let begun = Instant::now();
-        let seen = format!("select exists (select from probe where id = {id})");
+        let seen = format!("select exists (select from public.probe where id = {id})");
         while !target.query_one(&seen, &[]).await.unwrap().bool(0).unwrap() {
             tokio::time::sleep(Duration::from_micros(300)).await;
         }
@@ -88,7 +88,7 @@ async fn a_large_transaction_by_streaming_and_without() {
         for part in 0..20 {
             let (first, last) = (part * rows / 20 + 1, (part + 1) * rows / 20);
             let sql = format!(
-                "insert into big select i, repeat(md5(i::text), 3) \
+                "insert into public.big select i, repeat(md5(i::text), 3) \
                  from generate_series({first}, {last}) i"
             );
             source.execute(&sql).await.unwrap();

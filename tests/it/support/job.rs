@@ -1,9 +1,11 @@
 //! A job between two servers, driven by the commands a user would type.
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use serde_json::Value;
+use walferry::demo::kafka::Broker;
 use walferry::demo::pgbouncer::PgBouncer;
 use walferry::demo::server::Server;
 
@@ -17,7 +19,8 @@ pub struct Ends {
     /// Where walferry connects to; not the servers themselves where a proxy stands between.
     pub source_via: String,
     pub target_via: String,
-    /// `--buffer` of every command; as the variable WALFERRY_TEST_BUFFER says: a spool or memory.
+    /// `--buffer` of every command; as the variable WALFERRY_TEST_BUFFER says: a spool, kafka or
+    /// memory.
     pub buffer: Option<String>,
     /// Where spools of this job may be; removed with it.
     pub spool_dir: PathBuf,
@@ -45,10 +48,17 @@ impl Ends {
         let name = format!("walferry-it-{}-{:x}", std::process::id(), fastrand::u64(..));
         let spool_dir = std::env::temp_dir().join(name);
         let ends = Ends { source, target, source_via, target_via, buffer: None, spool_dir };
-        if std::env::var("WALFERRY_TEST_BUFFER").is_ok_and(|kind| kind == "spool") {
-            return ends.with_spool();
+        match std::env::var("WALFERRY_TEST_BUFFER").unwrap_or_default().as_str() {
+            "spool" => ends.with_spool(),
+            "kafka" => ends.with_kafka(&broker().address()),
+            _ => ends,
         }
-        ends
+    }
+
+    /// Every command from now on is given a topic of this job's own.
+    pub fn with_kafka(mut self, brokers: &str) -> Ends {
+        self.buffer = Some(format!("kafka:{brokers}/{}", topic()));
+        self
     }
 
     /// Every command from now on is given a spool of this job's own.
@@ -113,6 +123,17 @@ impl Ends {
     pub async fn inventories(&self) -> (Inventory, Inventory) {
         (Inventory::take(&self.source_uri()).await, Inventory::take(&self.target_uri()).await)
     }
+}
+
+/// A broker that the tests share; each has topics of its own. Its guard ends it with this process.
+pub fn broker() -> &'static Broker {
+    static BROKER: OnceLock<Broker> = OnceLock::new();
+    BROKER.get_or_init(|| Broker::start(&[]).unwrap())
+}
+
+/// A topic's name that no other test uses.
+pub fn topic() -> String {
+    format!("it-{:016x}", fastrand::u64(..))
 }
 
 /// `--route` for database `app` of a pooler.

@@ -1,0 +1,107 @@
+//! The whole job through a topic, by the built program.
+
+use std::time::Duration;
+
+use walferry::demo::compare::compare;
+use walferry::demo::kafka::Broker;
+use walferry::demo::ledger;
+use walferry::demo::server::StopMode;
+use walferry::demo::writer::{Options, Report, Writer, broken_invariants, create_schema};
+
+use super::broker;
+use crate::support::job::{Ends, conserved};
+use crate::support::until_within;
+
+pub async fn moving(brokers: &str, rate: f64) -> (Ends, Writer) {
+    let ends = Ends::start(15, 15).with_kafka(brokers);
+    create_schema(&ends.source_uri(), 1).await.unwrap();
+    let options = Options { tx_per_second: Some(rate), ..Options::new(&ends.source_uri()) };
+    let writer = Writer::start(options).await.unwrap();
+    (ends, writer)
+}
+
+pub async fn assert_exact(ends: &Ends, report: &Report) {
+    let comparison = compare(&ends.source_uri(), &ends.target_uri()).await.unwrap();
+    let rows = comparison.differences.iter().filter(|line| !line.starts_with("sequence "));
+    assert_eq!(rows.collect::<Vec<_>>(), Vec::<&String>::new());
+    for uri in [ends.source_uri(), ends.target_uri()] {
+        assert_eq!(broken_invariants(&uri).await.unwrap(), Vec::<String>::new());
+        let check = ledger::check(&uri, &report.ledger).await.unwrap();
+        assert!(check.is_exact(), "{check:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_move_through_a_topic_there_and_back_ends_exact() {
+    let (ends, writer) = moving(&broker().address(), 150.0).await;
+    let mut run = ends.spawn(&["run"]);
+    ends.until_phase(&mut run, "following").await;
+    assert!(writer.committed_more(200).await, "the writer is stuck");
+    ends.done(&["verify"]).await;
+    let text = ends.done(&["status"]).await.out;
+    assert!(text.contains("kafka    topic it-") && text.contains("cost nothing"), "{text}");
+    ends.done(&["cutover"]).await;
+    let report = writer.stop().await;
+    ends.done(&["verify"]).await;
+    assert_exact(&ends, &report).await;
+    // What is written there goes back by the other topic.
+    let more = Writer::start(Options::new(&ends.target_uri())).await.unwrap();
+    assert!(more.committed_more(200).await, "the writer is stuck");
+    let report = more.stop().await;
+    ends.done(&["verify"]).await;
+    let check = ledger::check(&ends.source_uri(), &report.ledger).await.unwrap();
+    assert!(check.is_exact(), "{check:?}");
+    conserved(&ends.status().await["tables"]);
+    ends.done(&["rollback"]).await;
+    let finished = ends.done(&["finish"]).await;
+    run.ended().await.expect_success();
+    assert!(finished.out.contains("not topic it-"), "{}", finished.out);
+    assert!(finished.out.contains(".reverse"), "{}", finished.out);
+}
+
+/// Of walferry, the broker, the source and the target: one dies at a time, at random moments.
+/// `WALFERRY_KILLS` says how often; `WALFERRY_SEED` repeats a run.
+#[tokio::test(flavor = "multi_thread")]
+async fn kill_9_of_walferry_broker_and_servers_at_random_moments_ends_exact() {
+    let broker = Broker::start(&[]).unwrap();
+    let (ends, writer) = moving(&broker.address(), 100.0).await;
+    let read = |name| std::env::var(name).ok().and_then(|n| n.parse().ok());
+    let seed = read("WALFERRY_SEED").unwrap_or_else(|| fastrand::u64(..));
+    let kills = read("WALFERRY_KILLS").unwrap_or(16);
+    println!("WALFERRY_SEED={seed}");
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut run = ends.spawn(&["run"]);
+    // A broker or server that never answered is an error, as it may be a mistake in its name.
+    until_within(Duration::from_secs(60), "the job", async || {
+        !ends.status().await["spool"].is_null()
+    })
+    .await;
+    for turn in 0..kills {
+        tokio::time::sleep(Duration::from_millis(random.u64(20..1500))).await;
+        match turn % 4 {
+            0 => {
+                broker.kill9().unwrap();
+                tokio::time::sleep(Duration::from_millis(random.u64(0..500))).await;
+                broker.resume().unwrap();
+            }
+            1 => ends.source.restart(StopMode::Immediate).unwrap(),
+            2 => ends.target.restart(StopMode::Immediate).unwrap(),
+            _ => {
+                run.signal("KILL");
+                let ended = run.ended().await;
+                assert_eq!(ended.code, None, "a run ended by itself: {}", ended.err);
+                run = ends.spawn(&["run"]);
+            }
+        }
+        assert!(!run.has_ended(), "the run ended:\n{}", run.so_far());
+    }
+    ends.until_phase(&mut run, "following").await;
+    assert!(writer.committed_more(50).await, "the writer is stuck");
+    ends.done(&["cutover"]).await;
+    let report = writer.stop().await;
+    ends.done(&["verify"]).await;
+    assert_exact(&ends, &report).await;
+    conserved(&ends.status().await["tables"]);
+    ends.done(&["finish"]).await;
+    run.ended().await.expect_success();
+}
