@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use crate::id::{QualifiedName, quote_ident};
 use crate::pg::{Config, CopyOut, Purpose, Result, Session};
+use crate::schema::script;
 
 /// So many differing rows of a table are named.
 const LISTED: usize = 3;
@@ -322,8 +323,11 @@ fn schema_lines(uri: &str) -> std::io::Result<BTreeMap<String, usize>> {
     let mut lines = BTreeMap::new();
     for line in String::from_utf8_lossy(&output.stdout).lines() {
         let noise = ["--", "SET ", "SELECT pg_catalog.set_config", "\\restrict", "\\unrestrict"];
-        if !line.trim().is_empty() && !noise.iter().any(|start| line.starts_with(start)) {
-            *lines.entry(line.to_string()).or_default() += 1;
+        if line.trim().is_empty() || noise.iter().any(|start| line.starts_with(start)) {
+            continue;
+        }
+        if let Some(line) = script::without_column_version(line) {
+            *lines.entry(line).or_default() += 1;
         }
     }
     Ok(lines)

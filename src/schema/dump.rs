@@ -8,6 +8,7 @@ use std::process::Stdio;
 use tokio::process::Command;
 
 use super::depend::Views;
+use super::lex::Cursor;
 use super::{Error, Result, plan, script};
 use crate::catalog::Selection;
 use crate::id::{QualifiedName, quote_ident};
@@ -67,7 +68,7 @@ pub async fn dump(config: &Config, selection: &Selection, options: &Options) -> 
     for view in views.populated().iter().filter(|view| !left_out.contains(view)) {
         post.push_str(&format!("\nREFRESH MATERIALIZED VIEW {};\n", view.quoted()));
     }
-    Ok(Dump { pre: without(&pre, &left_out)?, post })
+    Ok(Dump { pre: without(&without_column_versions(pre)?, &left_out)?, post })
 }
 
 /// Indexes of these tables.
@@ -99,6 +100,26 @@ fn without(script: &str, left_out: &[QualifiedName]) -> Result<String> {
     for sql in script::split(script)? {
         if !plan::other_tables(sql).iter().any(|table| left_out.contains(table)) {
             out.push_str(sql);
+            out.push_str(";\n");
+        }
+    }
+    Ok(out)
+}
+
+/// The script without `pg_attver` of columns, see [`script::without_column_version`].
+fn without_column_versions(text: String) -> Result<String> {
+    if !text.contains("pg_attver=") {
+        return Ok(text);
+    }
+    let mut out = String::with_capacity(text.len());
+    for sql in script::split(&text)? {
+        let kept = if Cursor::new(sql).eat("alter table") {
+            script::without_column_version(sql)
+        } else {
+            Some(sql.to_string())
+        };
+        if let Some(sql) = kept {
+            out.push_str(&sql);
             out.push_str(";\n");
         }
     }
@@ -265,6 +286,19 @@ fn parse_version(text: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn versions_of_columns_are_left_out_and_nothing_else() {
+        let text = "SET a = b;\nCREATE FUNCTION f() RETURNS text LANGUAGE sql \
+             AS $$ select 'pg_attver=1' $$;\n\
+             ALTER TABLE ONLY t ALTER COLUMN a SET (pg_attver=12);\n\
+             ALTER TABLE ONLY t ALTER COLUMN b SET (pg_attver=12, n_distinct=5);\n";
+        let left = text
+            .replace("ALTER TABLE ONLY t ALTER COLUMN a SET (pg_attver=12);\n", "")
+            .replace("pg_attver=12, ", "");
+        assert_eq!(without_column_versions(text.to_string()).unwrap(), left);
+        assert_eq!(without_column_versions(left.clone()).unwrap(), left);
+    }
 
     #[test]
     fn versions_are_read_as_pg_dump_writes_them() {

@@ -11,7 +11,7 @@ use walferry::demo::server::{Server, StopMode};
 
 use crate::support::job::conserved;
 use crate::support::walk::{Move, hold, let_go};
-use crate::support::{Walferry, until_within};
+use crate::support::{Walferry, session, until_within};
 
 const QUICK_SENDER: &str = "wal_sender_timeout = 2s";
 
@@ -124,10 +124,13 @@ async fn struck_in_every_phase(strike: Strike) {
     job.ends.done(&["verify"]).await;
     phase_done("verify", since);
 
-    hold(&job.ends.source, "fence", "insert into faults.tick values (3)");
+    // Prepared only once the fence waits for it: before, it would be refused by name.
+    let mut writer = session(&job.ends.source, "app").await;
+    writer.execute("begin; insert into faults.tick values (3)").await.unwrap();
     let cutover = job.ends.spawn(&["cutover", "--timeout", "15s"]);
     let fencing = "select count(*) > 0 from walferry.journal where step = 'fence'";
     job.until_true(&job.ends.target, fencing).await;
+    writer.execute("prepare transaction 'fence'").await.unwrap();
     strike.on(&job).await;
     let since = Instant::now();
     let ended = cutover.ended().await;
@@ -527,11 +530,12 @@ async fn ctrl_c_ends_in_three_seconds_in_every_phase() {
     let mut run = job.ends.spawn(&["run"]);
     job.until(&mut run, "following").await;
     flows(&job, &job.ends.source, &job.ends.target, 9).await;
-    hold(&job.ends.source, "fence", "insert into faults.tick values (8)");
+    let mut writer = session(&job.ends.source, "app").await;
+    writer.execute("begin; insert into faults.tick values (8)").await.unwrap();
     let cutover = job.ends.spawn(&["cutover"]);
     job.until(&mut run, "cutting_over").await;
     stop(run, "cutting_over").await;
-    let_go(&job.ends.source, "fence");
+    writer.execute("commit").await.unwrap();
     // The command goes on by itself, and tells how it ended.
     let ended = cutover.ended().await;
     assert_eq!(ended.code, Some(1), "{ended:?}");
