@@ -155,6 +155,8 @@ impl Broker {
         let child = Command::new("java")
             .args(["-Xms64m", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"])
             .arg(format!("-Dlog4j.configuration=file:{}/log4j.properties", self.dir.display()))
+            // Libraries that it unpacks would outlive a kill -9 in /tmp.
+            .arg(format!("-Djava.io.tmpdir={}", self.dir.display()))
             .arg("-cp")
             .arg(self.jars.join("*"))
             .arg("kafka.Kafka")

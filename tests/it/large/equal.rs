@@ -32,7 +32,10 @@ async fn a_job(arguments: &[&str], wait: Wait, seed: u64) {
     let mut run = ends.spawn(&all);
     ends.until_phase(&mut run, "following").await;
     let source = Config::parse(&ends.source_uri()).unwrap();
-    let work = Work { transactions: 100, rows_max: 2500, alters: false, prepares: true };
+    let two_phase = arguments.contains(&"--two-phase");
+    let (transactions, rows_max) = (100, 2500);
+    let work =
+        Work { transactions, rows_max, alters: false, prepares: true, truncates: !two_phase };
     // One that is prepared all the while, through all kills.
     let held = "begin; insert into all_of_them values (-1, 9, 'held'); prepare transaction 'held'";
     ends.source.psql("app", held).unwrap();
@@ -49,7 +52,6 @@ async fn a_job(arguments: &[&str], wait: Wait, seed: u64) {
         run = ends.spawn(&all);
     }
     println!("{kills} kills");
-    let two_phase = arguments.contains(&"--two-phase");
     held_through(&ends, two_phase).await;
     assert!(kills > 0, "it was over before the first kill");
     ends.until_phase(&mut run, "following").await;

@@ -107,7 +107,8 @@ async fn both_ways(major: u32, seed: u64) {
         database: "postgres".to_string(),
         plugin: "pgoutput".to_string(),
     };
-    let work = Work { transactions: 25, rows_max: 1500, alters: true, prepares: true };
+    let work =
+        Work { transactions: 25, rows_max: 1500, alters: true, prepares: true, truncates: false };
     work::write(&config, seed, work).await;
     sql.execute("insert into public.mark values (1)").await.unwrap();
 

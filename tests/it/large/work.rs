@@ -16,7 +16,7 @@ pub fn ddl() -> String {
             format!(
                 "create table public.own_{client} (id bigint primary key, v text, big text); \
                  alter table public.own_{client} alter big set storage external; \
-                 create table public.shape_{client} (id bigint primary key, v text); "
+                 create table public.shape_{client} (id bigint primary key, v varchar(100)); "
             )
         })
         .collect();
@@ -44,15 +44,17 @@ pub struct Client {
     alters: bool,
     /// Some transactions are prepared, and ended a while later.
     prepares: bool,
+    /// Tables are emptied by TRUNCATE, too.
+    truncates: bool,
     /// So many rows are the most of one statement.
     rows_max: i64,
 }
 
 impl Client {
     pub fn new(number: usize, seed: u64, work: Work) -> Client {
-        let Work { rows_max, alters, prepares, .. } = work;
+        let Work { rows_max, alters, prepares, truncates, .. } = work;
         let random = Rng::with_seed(seed.wrapping_mul(31).wrapping_add(number as u64));
-        Client { number, random, next_id: 1, columns: 0, alters, prepares, rows_max }
+        Client { number, random, next_id: 1, columns: 0, alters, prepares, truncates, rows_max }
     }
 
     /// The statements of the next transaction, and whether it commits.
@@ -130,7 +132,11 @@ impl Client {
                 "delete from public.whole where a = {me} and b = 'w{}'",
                 self.random.u32(1..40)
             ),
-            10 => format!("truncate public.own_{me}"),
+            // PostgreSQL (seen on 15.20) cannot decode what gives a table a new file, was prepared,
+            // and then rolled back, from a slot with two phases: "could not map filenode", again and
+            // again. For the same reason no ALTER here rewrites a table.
+            10 if self.truncates => format!("truncate public.own_{me}"),
+            10 => format!("delete from public.own_{me}"),
             _ if !self.alters => {
                 self.next_id += 1;
                 format!("insert into public.shape_{me} values ({first}, null)")
@@ -160,6 +166,8 @@ pub struct Work {
     pub alters: bool,
     /// Some transactions are prepared, and ended a while later.
     pub prepares: bool,
+    /// Tables are emptied by TRUNCATE, too.
+    pub truncates: bool,
 }
 
 /// All clients work to the end.
