@@ -312,6 +312,7 @@ pub enum Error {
 impl Faulty for Error {
     fn fault(&self) -> Fault {
         match self {
+            Error::Pg(error) if is_session_spent(error) => Fault::Retry,
             Error::Pg(error) => error.fault(),
             Error::Decode { source, .. } => source.fault(),
             // Open transactions end, readers go away, networks come back, snapshots are taken anew.
@@ -320,6 +321,12 @@ impl Faulty for Error {
             _ => Fault::Stop,
         }
     }
+}
+
+/// pgoutput asks for a callback at each start, and an old server's session has room for ten: one
+/// that pulls runs out of them, and a new one has room again. Mended in 11.19 to 15.2, never in 10.
+fn is_session_spent(error: &pg::Error) -> bool {
+    error.code() == Some("XX000") && error.to_string().contains("relcache_callback_list slots")
 }
 
 struct Blockers<'a>(&'a [Blocker]);
