@@ -24,7 +24,7 @@ help:
 	@echo "make regress          PostgreSQL's own regression suite as the workload (a download first)"
 	@echo "make matrix [PAIRS=\"10-18 ...\"]  the whole job between any two of PostgreSQL 10 to 18"
 	@echo "make cutover-bench    stalls of writers through pgbouncer, release binary [ROUNDS=5]"
-	@echo "make bench [SCALE=1 ROUNDS=5]  whole jobs beside the peers (not finished yet, see bench/README.md)"
+	@echo "make bench [SCALE=1 ROUNDS=5]  whole jobs beside the peers (two hours, see bench/README.md)"
 	@echo "make check-style      only formatting and lints"
 	@echo "make build            the release binary, target/release/walferry"
 
@@ -108,7 +108,7 @@ matrix:
 	@WALFERRY_TEST_MAJORS="10 11 12 13 14 16 17 18" sh tests/setup.sh test
 	WALFERRY_PAIRS="$(PAIRS)" cargo test --locked --test it -- --nocapture matrix::
 
-# Whole jobs beside the peers; not finished yet, see bench/README.md.
+# Whole jobs beside the peers; no figures at full scale yet, see bench/README.md.
 bench:
 	@sh tests/setup.sh bench
 	SCALE=$(SCALE) ROUNDS=$(ROUNDS) ONLY=$(ONLY) PEERS=$(PEERS) \
