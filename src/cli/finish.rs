@@ -13,7 +13,7 @@ use crate::job::lease::{self, Lease};
 use crate::job::state::Event;
 use crate::job::store::Store;
 use crate::job::{self, JobConfig};
-use crate::pg::Session;
+use crate::pg::{self, Session};
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]
@@ -46,12 +46,36 @@ pub fn show(done: &CleanedUp) {
         println!("dropped {line}");
     }
     for line in &done.left {
-        eprintln!("clients may still be held by {line}");
+        eprintln!("{line}");
     }
 }
 
 /// Stops the runner that is alive, takes the lease, and cleans up.
 pub async fn end(config: &JobConfig, ending: Ending) -> anyhow::Result<CleanedUp> {
+    end_both(config, ending).await.map_err(hint)
+}
+
+/// A server that cannot be reached may be gone for good.
+fn hint(error: anyhow::Error) -> anyhow::Error {
+    let from_job = error.downcast_ref::<job::Error>().and_then(|error| match error {
+        job::Error::Pg(error) => Some(error),
+        _ => None,
+    });
+    let peer = match from_job.or_else(|| error.downcast_ref::<pg::Error>()) {
+        Some(pg::Error::Connect { peer, transient: true, .. }) => peer,
+        _ => return error,
+    };
+    let hint = match peer.split_whitespace().find(|word| matches!(*word, "source" | "target")) {
+        Some("source") => "where the source is gone for good, --source-is-gone cleans the target",
+        Some(_) => {
+            "where the target is gone for good, walferry cancel --target-is-gone cleans the source"
+        }
+        None => return error,
+    };
+    anyhow::anyhow!("{error}; {hint}")
+}
+
+async fn end_both(config: &JobConfig, ending: Ending) -> anyhow::Result<CleanedUp> {
     let home = Session::control(&config.target).await?;
     let mut store = Store::new(home, config.job.clone());
     let row = store.load_existing().await?;
@@ -64,10 +88,14 @@ pub async fn end(config: &JobConfig, ending: Ending) -> anyhow::Result<CleanedUp
     Ok(clean_up(config, ending, &lease).await?)
 }
 
+/// A runner hears of it within a second or two, and the lease of one whose host is gone ends after
+/// half a minute.
+const STOP_WAIT: Duration = Duration::from_secs(60);
+
 async fn take_lease(config: &JobConfig) -> anyhow::Result<Lease> {
     let mut named = config.clone();
     named.target = named.target.with_application_name(&lease::application_name(&config.job));
-    let deadline = Deadline::after(Duration::from_secs(60));
+    let deadline = Deadline::after(STOP_WAIT);
     let mut client = Client::connect(&config.target, &config.job).await?;
     let mut asked: Option<String> = None;
     loop {
@@ -84,7 +112,7 @@ async fn take_lease(config: &JobConfig) -> anyhow::Result<Lease> {
         }
         if deadline.passed() {
             let pid = lease::holder(client.session(), &config.job).await?.unwrap_or_default();
-            return Err(job::Error::Busy { job: config.job.to_string(), pid }.into());
+            return Err(job::Error::Unstopped { wait: STOP_WAIT, pid }.into());
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }

@@ -3,13 +3,18 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use serde_json::Value;
+
 use super::ask::Asker;
 use super::options::JobArgs;
 use super::print;
+use crate::clock::Deadline;
 use crate::config::parse_duration;
 use crate::id::{QualifiedName, Stream};
-use crate::job::store::Store;
-use crate::job::{self, JobConfig, Phase, align, rest};
+use crate::job::align::{self, Aligned, Line};
+use crate::job::state::flowing;
+use crate::job::store::{JobRow, Store};
+use crate::job::{self, JobConfig, rest};
 use crate::large;
 use crate::pg::{Config, Purpose, Session};
 use crate::verify::{self, DifferenceKind, Report, Side};
@@ -30,7 +35,8 @@ pub struct Args {
 
 /// Compares both sides while they live. 0 equal, 1 different.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let mut asker = Asker::connect(&args.job.job()?).await?;
+    let fits = |row: &JobRow| flowing(row.phase).map(|_| ()).map_err(job::Error::from);
+    let mut asker = Asker::connect(&args.job.job()?, fits).await?;
     let outcome = async {
         let report = compare(&mut asker, args.timeout).await?;
         Ok::<_, anyhow::Error>((report, large_objects(asker.config()).await?))
@@ -56,13 +62,16 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 /// Large objects named of each kind.
 const SHOWN: usize = 20;
 
+/// A runner answers this at its next turn.
+const PING_WAIT: Duration = Duration::from_secs(60);
+
 /// How often tables that are truncated or rewritten while they are compared are tried again.
 const ROUNDS: usize = 10;
 
 async fn compare(asker: &mut Asker, timeout: Duration) -> anyhow::Result<Report> {
-    let stream = flowing(asker.config()).await?;
+    let stream = now_flowing(asker.config()).await?;
     // A runner of our own may still be connecting its streams.
-    asker.ask("ping", &serde_json::Value::Null, Duration::from_secs(60)).await?;
+    asker.ask("ping", &Value::Null, PING_WAIT).await?;
     let mut report = compare_once(asker, stream, timeout, None).await?;
     for _ in 0..ROUNDS {
         if report.rewritten.is_empty() {
@@ -87,7 +96,7 @@ async fn compare_once(
         Stream::Reverse => (&config.target, &config.source),
     };
     let line = line(&config, stream, from, to).await?;
-    let aligned = align::align(&mut asker.client, &line, timeout).await?;
+    let aligned = line_up(asker, &line, timeout).await?;
     let options = &config.options;
     let mut source = Session::connect(&config.source, Purpose::Sql).await?;
     let selection = options.selection(&mut source).await?;
@@ -110,15 +119,33 @@ async fn compare_once(
     Ok(verify::run(wanted).await?)
 }
 
+/// Lines both sides up; where the runner dies meanwhile, by one of our own.
+async fn line_up(asker: &mut Asker, line: &Line, timeout: Duration) -> anyhow::Result<Aligned> {
+    let deadline = Deadline::after(timeout);
+    loop {
+        match align::align(&mut asker.client, line, deadline.left()).await {
+            Err(job::Error::RunnerGone { .. }) if !deadline.passed() => {
+                asker.ask("ping", &Value::Null, PING_WAIT).await?;
+                // What its successor found may have led the job elsewhere.
+                let stream = now_flowing(asker.config()).await?;
+                if stream != line.stream {
+                    anyhow::bail!("the job was switched meanwhile; ask again");
+                }
+            }
+            aligned => return Ok(aligned?),
+        }
+    }
+}
+
 async fn line(
     config: &JobConfig,
     stream: Stream,
     from: &Config,
     to: &Config,
-) -> anyhow::Result<align::Line> {
+) -> anyhow::Result<Line> {
     let home = Session::control(&config.target).await?;
     let mut readings = Store::new(home, config.job.clone()).load_readings().await?;
-    Ok(align::Line {
+    Ok(Line {
         stream,
         publications: readings.publications(stream, &config.job.object(stream)),
         reading: readings.of(stream).clone().unwrap_or_default(),
@@ -127,27 +154,17 @@ async fn line(
     })
 }
 
-/// The stream that keeps the other side current in this phase.
-async fn flowing(config: &JobConfig) -> anyhow::Result<Stream> {
+/// The stream that keeps the other side current now.
+async fn now_flowing(config: &JobConfig) -> anyhow::Result<Stream> {
     let home = Session::control(&config.target).await?;
-    let row = Store::new(home, config.job.clone()).load().await?;
-    let phase = row.map_or(Phase::Planned, |row| row.phase);
-    match phase {
-        Phase::CatchingUp | Phase::Following | Phase::RolledBack => Ok(Stream::Forward),
-        Phase::Switched => Ok(Stream::Reverse),
-        phase => Err(job::Error::Refused(job::state::Refused {
-            phase,
-            asked: "verify",
-            why: "it compares two sides that a stream keeps level; wait for following",
-        })
-        .into()),
-    }
+    let row = Store::new(home, config.job.clone()).load_existing().await?;
+    Ok(flowing(row.phase).map_err(job::Error::from)?)
 }
 
 /// Large objects, if they move. They are carried at a switch and not while following, so what the
 /// live side has changed since is no difference, but told.
 async fn large_objects(config: &JobConfig) -> anyhow::Result<Option<large::Comparison>> {
-    let (live, dest, side) = match flowing(config).await? {
+    let (live, dest, side) = match now_flowing(config).await? {
         Stream::Forward => (&config.source, &config.target, "source"),
         Stream::Reverse => (&config.target, &config.source, "target"),
     };

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use super::state::Refused;
+use super::state::{Phase, Refused};
 use crate::buffer::{durable, spool};
 use crate::fault::{Fault, Faulty};
 use crate::id::{QualifiedName, quote_ident};
 use crate::lsn::Lsn;
-use crate::{apply, catalog, copy, cutover, pg, schema, source, verify};
+use crate::{apply, catalog, copy, cutover, pg, route, schema, source, verify};
 
 /// Why a job, or a command to it, did not go on.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +98,50 @@ pub enum Error {
         peer: String,
         /// Names of the jobs that are there.
         others: String,
+    },
+    /// `--target-is-gone` where it is not.
+    #[error(
+        "the target answers and has job {job} in phase {phase}: walferry {command} without \
+         --target-is-gone cleans both sides"
+    )]
+    NotGone {
+        /// The job.
+        job: String,
+        /// Where it stands.
+        phase: Phase,
+        /// The command to give.
+        command: &'static str,
+    },
+    /// A session of a job on a side that is to be cleaned alone.
+    #[error(
+        "{peer} has a session of job {job} (backend {pid}, from {host}, since {since}): a runner \
+         is alive there, or its host is gone and the server has not noticed. Stop it, or end it \
+         (select pg_terminate_backend({pid});), and give the same command again"
+    )]
+    StillThere {
+        /// The job.
+        job: String,
+        /// Which server.
+        peer: String,
+        /// Which backend.
+        pid: String,
+        /// Where it was connected from.
+        host: String,
+        /// When it was started.
+        since: String,
+    },
+    /// Nothing bears the job's name.
+    #[error(
+        "nothing of a job \"{job}\" is on {peer}{}; give the right --name and URI",
+        if slots.is_empty() { String::new() } else { format!(" (slots there: {slots})") }
+    )]
+    NothingLeft {
+        /// The name asked for.
+        job: String,
+        /// Where it was looked for.
+        peer: String,
+        /// Slots of walferry's that are there.
+        slots: String,
     },
     /// A different server than the one the job was made with.
     #[error(
@@ -290,8 +334,9 @@ pub enum Error {
         "a switch that was begun cannot be {todo} yet: {cause}. It is tried again every few \
          seconds. A password is not stored: give WALFERRY_ROUTE_PASSWORD, a line in ~/.pgpass, or \
          --route to `walferry run`. If the route is gone for good, \
-         `walferry run --skip-route KIND` (hook or pgbouncer) goes on without it and says what to \
-         do by hand"
+         `walferry run --skip-route KIND` (KIND is {}) goes on without it and says what to do by \
+         hand",
+        route::KINDS
     )]
     RouteWaits {
         /// `undone`, or `finished` and what that means.
@@ -309,10 +354,47 @@ pub enum Error {
         detail: String,
     },
     /// A runner did not answer a command.
-    #[error("the runner did not answer `{verb}` within {wait:?}; walferry status shows its state")]
+    #[error(
+        "the runner did not answer `{verb}` within {wait:?}; walferry status shows its state.{}",
+        hung(pid)
+    )]
     NoAnswer {
         /// The command.
         verb: String,
+        /// How long was waited.
+        wait: Duration,
+        /// The backend that holds the lease; empty if none does.
+        pid: String,
+    },
+    /// A runner that was asked to stop did not.
+    #[error("the runner did not stop within {wait:?}.{}", hung(pid))]
+    Unstopped {
+        /// How long was waited.
+        wait: Duration,
+        /// The backend that holds the lease.
+        pid: String,
+    },
+    /// Nobody waits for the answer any more.
+    #[error("whoever asked for it has gone")]
+    AskerGone,
+    /// Whoever ran the job has died or was stopped.
+    #[error(
+        "the runner that was asked for `{verb}` is gone; `walferry run` goes on with the job, and \
+         the same command drives it by itself where nobody else does"
+    )]
+    RunnerGone {
+        /// The command.
+        verb: String,
+    },
+    /// The stream did not come to where both sides can be compared.
+    #[error(
+        "{detail} within {wait:?}, so there is no point at which both sides could be compared: \
+         walferry status shows how far the stream is and what keeps it; ask again once it is \
+         level, or with a longer --timeout"
+    )]
+    NotAligned {
+        /// What did not happen.
+        detail: String,
         /// How long was waited.
         wait: Duration,
     },
@@ -332,6 +414,18 @@ impl From<crate::buffer::kafka::Error> for Error {
     fn from(error: crate::buffer::kafka::Error) -> Self {
         Error::Buffer(error.into())
     }
+}
+
+/// What to do about a runner that holds the lease and does nothing.
+fn hung(pid: &str) -> String {
+    if pid.is_empty() {
+        return String::new();
+    }
+    format!(
+        " If its process hangs or its host is gone, end its lease on the target (select \
+         pg_terminate_backend({pid});) and give the same command again, which does the work itself \
+         where nobody else does"
+    )
 }
 
 fn names(tables: &[QualifiedName]) -> String {

@@ -11,7 +11,7 @@
 //!   `spooling`: one through a spool. `attend`: what a runner does while it follows: commands,
 //!   `positions`. `vigil`: the lease, and servers that fall silent. `flip`: arming the way back,
 //!   and the choreography with its journal; `routes`: its routes, and those that are gone.
-//!   `cleanup`: finish and cancel.
+//!   `cleanup`: finish and cancel; `remains`: the same of one side, where the other is gone.
 //! - `ability`: what the roles may do, and so how each side is written. `reading`: how each side is
 //!   read; `published`: by which publication of others. `validating`: foreign keys that came back
 //!   at a switch. `rest`: what no stream carries. `left`: what is left behind at a flip.
@@ -46,6 +46,7 @@ mod positions;
 mod prepare;
 mod published;
 pub mod reading;
+pub mod remains;
 pub mod rest;
 pub mod routes;
 pub mod run;
