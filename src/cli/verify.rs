@@ -81,7 +81,7 @@ async fn compare_once(
     timeout: Duration,
     tables: Option<Vec<QualifiedName>>,
 ) -> anyhow::Result<Report> {
-    let config = asker.config().clone();
+    let config = asker.config().clone().reaching_shards().await?;
     let (from, to) = match stream {
         Stream::Forward => (&config.source, &config.target),
         Stream::Reverse => (&config.target, &config.source),

@@ -8,7 +8,7 @@
 //! - `plan`: pure; from a cluster and a wish to a list of tasks, each one whole group, with the
 //!   balance before and after.
 //!
-//! - `guard`: what stands in the way of a plan.
+//! - `guard`: what stands in the way of a plan. - `shard`: how shards are reached on their node.
 //!
 //! A group is the unit of everything here: it is planned, moved and switched as one, so co-location
 //! cannot be broken by a plan. Nothing here writes to any server, so nothing survives a crash.
@@ -19,6 +19,7 @@ pub mod guard;
 pub mod model;
 pub mod plan;
 pub mod read;
+pub mod shard;
 
 pub use model::{Cluster, Group, Node, Shard};
 pub use plan::{Plan, Weigh, Wish, plan};

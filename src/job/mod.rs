@@ -11,10 +11,11 @@
 //!   `spooling`: one through a spool. `attend`: what a runner does while it follows: commands,
 //!   `positions`. `vigil`: the lease, and servers that fall silent. `flip`: arming the way back,
 //!   and the choreography with its journal; `routes`: its routes, and those that are gone.
-//!   `cleanup`: finish and cancel.
-//! - `ability`: what the roles may do, and so how each side is written. `reading`: how each side is
-//!   read; `published`: by which publication of others. `validating`: foreign keys that came back
-//!   at a switch. `rest`: what no stream carries. `left`: what is left behind at a flip.
+//!   `cleanup`: finish and cancel; `recycle`: where the old side's tables go.
+//! - `ability`: what the roles may do, and so how each side is written. `alone`: tables without the
+//!   rest of their database. `reading`: how each side is read; `published`: by which publication of
+//!   others. `validating`: foreign keys that came back at a switch. `rest`: what no stream carries.
+//!   `left`: what is left behind at a flip.
 //! - `client`: commands from other processes. `align`: both sides held at one point, for verify.
 //!   `status`: what people and scripts see.
 //!
@@ -27,6 +28,7 @@
 pub mod ability;
 mod admit;
 pub mod align;
+mod alone;
 mod attend;
 pub mod capturing;
 pub mod check;
@@ -46,6 +48,7 @@ mod positions;
 mod prepare;
 mod published;
 pub mod reading;
+pub mod recycle;
 pub mod rest;
 pub mod routes;
 pub mod run;

@@ -53,6 +53,9 @@ pub struct JobConfig {
     pub target: Config,
     /// Table patterns.
     pub options: JobOptions,
+    /// The recycle bin that the old side's tables go to, where only tables move: the number of a
+    /// cluster's job. None: the job's own name.
+    pub bin: Option<String>,
     /// Tables read at the same time, and indexes built at the same time.
     pub jobs: usize,
     /// Copy owners and grants too.
@@ -273,10 +276,7 @@ impl Runner {
         stop: &watch::Receiver<bool>,
         left: &mut Left,
     ) -> Result<(Runner, Vigil)> {
-        let mut config = config.clone();
-        let name = lease::application_name(&config.job);
-        config.source = config.source.labelled("source").with_application_name(&name);
-        config.target = config.target.labelled("target").with_application_name(&name);
+        let mut config = config.clone().as_runner().reaching_shards().await?;
         let lease = lease::take(&config.target, &config.job, left.holder.as_ref()).await?;
         left.holder = Some(lease.holder().clone());
         let mut home = Session::control(&config.target).await?;

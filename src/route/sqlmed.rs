@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use super::place::{Place, Side};
+use super::place::{Place, Side, identity};
 use super::{Context, Error, Result, connstr};
 use crate::id::{Stream, quote_ident, quote_literal};
 use crate::pg::{Config, Host, Session};
@@ -450,15 +450,6 @@ impl SqlMed {
             None => Ok(()),
         }
     }
-}
-
-/// What tells a database from any other.
-async fn identity(config: &Config) -> crate::pg::Result<(String, String)> {
-    let mut session = Session::control(config).await?;
-    let sql = "select system_identifier, pg_catalog.current_database() \
-         from pg_catalog.pg_control_system()";
-    let row = session.query_one(sql, &[]).await?;
-    Ok((row.string(0)?, row.string(1)?))
 }
 
 impl fmt::Display for SqlMed {

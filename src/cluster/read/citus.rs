@@ -87,7 +87,7 @@ pub(super) async fn read(config: &Config) -> Result<Found> {
 }
 
 /// The extension's version, if this is a coordinator whose catalogs are known.
-async fn understood(session: &mut Session) -> Result<String> {
+pub async fn understood(session: &mut Session) -> Result<String> {
     let peer = session.peer().to_string();
     let other = |detail: &str| Error::Other { peer: peer.clone(), detail: detail.to_string() };
     let sql = "select extversion from pg_catalog.pg_extension where extname = 'citus'";

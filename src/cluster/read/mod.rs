@@ -16,6 +16,8 @@ use serde::Serialize;
 
 use super::model::Cluster;
 use crate::id::QualifiedName;
+pub use citus::understood;
+
 use crate::pg::{self, Config, Host};
 
 /// Where a cluster is described.
@@ -152,7 +154,7 @@ pub async fn read(address: &Address) -> Result<Found> {
 }
 
 /// The same role, options and database on another server.
-fn elsewhere(config: &Config, host: &str, port: u16) -> Config {
+pub fn elsewhere(config: &Config, host: &str, port: u16) -> Config {
     let mut other = config.clone();
     other.hosts = vec![Host { host: host.to_string(), hostaddr: None, port }];
     other.labelled("node")

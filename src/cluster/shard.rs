@@ -1,0 +1,31 @@
+//! How a node's shards are reached by who is no part of Citus.
+//!
+//! Citus hides shards from catalog queries, refuses writes to them, and hands statements that make
+//! objects on to all nodes (or refuses them on workers): each by a setting of the session, and not
+//! in every release. Where the server knows such a setting, it is given in the start-up packet, so
+//! that every session of ours has it, pg_dump's too. A server without Citus knows none of them.
+//!
+//! <https://docs.citusdata.com/en/stable/develop/api_guc.html>
+
+use crate::pg::{Config, Result, Session};
+
+/// What we need of a node: shards are seen, may be written to, and what is made stays here.
+const SETTINGS: [(&str, &str); 3] = [
+    ("citus.override_table_visibility", "off"),
+    ("citus.enable_manual_changes_to_shards", "on"),
+    ("citus.enable_ddl_propagation", "off"),
+];
+
+/// The same server, with its shards in reach. One short session.
+pub async fn reach(config: &Config) -> Result<Config> {
+    let mut session = Session::control(config).await?;
+    let mut config = config.clone();
+    for (name, value) in SETTINGS {
+        // pg_settings does not show them.
+        let known = "select pg_catalog.current_setting($1, true) is not null";
+        if session.query_one(known, &[Some(name)]).await?.bool(0)? {
+            config = config.with_setting(name, value);
+        }
+    }
+    Ok(config)
+}
