@@ -389,7 +389,7 @@ mod tests {
         for (given, tail) in [
             ("fdw:postgres://u:hush@h/d,srv", ",srv"),
             ("plproxy:postgres://u:hush@h/d,cluster,p16", ",cluster,p16"),
-            ("citus:postgres://u:hush@h:1,g:2/d", "@h:1,g:2/d"),
+            ("citus:postgres://u:hush@h:1,g:2/d", " user='u'"),
         ] {
             let (stored, password) = Route::stored(given).unwrap();
             assert!(password.is_some() && !stored.contains("hush"), "{stored}");
