@@ -2,11 +2,11 @@
 //!
 //! Until then they are kept current by the stream that leads back, and a rollback restores them.
 //! After that nobody writes to them any more, and beside the live tables of their cluster they
-//! would only be in the way: of a later move of the same shards, and, by their foreign keys, of rows
-//! of reference tables that are deleted on every node. So they are moved, with their indexes and the
-//! sequences they own, into schema `walferry_recycle_BIN` of the same database, without the keys
-//! that lead out of the job, until somebody empties it. BIN is the cluster's job, or the job's own
-//! name.
+//! would only be in the way: of a later move of the same shards, and, by their foreign keys, of
+//! rows of reference tables that are deleted on every node. So they are moved, with their indexes
+//! and the sequences they own, into schema `walferry_recycle_BIN` of the same database, without the
+//! keys that lead out of the job, until somebody empties it. BIN is the cluster's job, or the job's
+//! own name.
 //!
 //! What survives a crash: all of a job's tables are moved in one transaction, together with the
 //! rows of `contents` in that schema which say where they came from. Locks are taken in short

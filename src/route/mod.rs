@@ -40,6 +40,7 @@ mod connstr;
 mod file;
 mod hook;
 mod ini;
+mod note;
 mod pgbouncer;
 mod place;
 mod sqlmed;
@@ -54,7 +55,7 @@ pub use sqlmed::SqlMed;
 
 use crate::fault::{Fault, Faulty};
 use crate::id::{QualifiedName, Stream};
-use crate::pg::{self, Config};
+use crate::pg::{self, Config, Witness};
 use crate::secret::{SecretString, holds_secret};
 
 /// Result with this room's error.
@@ -226,6 +227,16 @@ impl Route {
             Route::Pgbouncer(pooler) => pooler.set_password(password),
             Route::SqlMed(server) => server.set_password(password),
             Route::Citus(cluster) => cluster.set_password(password),
+        }
+        self
+    }
+
+    /// The same with somebody who is told of every statement it sends to a router's database.
+    pub fn with_witness(mut self, witness: Witness) -> Route {
+        match &mut self {
+            Route::SqlMed(server) => server.set_witness(witness),
+            Route::Citus(cluster) => cluster.set_witness(witness),
+            Route::Hook(_) | Route::Pgbouncer(_) => {}
         }
         self
     }

@@ -42,7 +42,7 @@ use futures_util::future::join_all;
 use super::{Context, Error, Result};
 use crate::clock::Deadline;
 use crate::cluster::read::{elsewhere, understood};
-use crate::pg::{Config, Host, Session};
+use crate::pg::{Config, Host, Session, Witness};
 use crate::secret::SecretString;
 use node::{Ended, Node};
 use shards::Group;
@@ -89,6 +89,10 @@ impl Citus {
 
     pub(super) fn set_password(&mut self, password: SecretString) {
         self.coordinator.password = Some(password);
+    }
+
+    pub(super) fn set_witness(&mut self, witness: Witness) {
+        self.coordinator.witness = Some(witness);
     }
 
     pub(super) fn password(&self) -> Option<SecretString> {

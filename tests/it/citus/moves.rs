@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use walferry::demo::server::Server;
+
 use super::{Cluster, Load, Move};
-use crate::support;
+use crate::support::{self, Walferry};
 
 /// Clients of the coordinator and of every worker.
 fn uris(cluster: &Cluster) -> Vec<String> {
@@ -80,4 +82,59 @@ async fn a_group_goes_there_and_back_under_writers_on_every_node() {
     cluster.sql("update accounts set note = 'x' where id = 1");
     cluster.sql("alter table orders add column extra int");
     cluster.sql("delete from regions where id = 77");
+}
+
+/// `walferry cluster` of this cluster.
+async fn asked(cluster: &Cluster, words: &[&str]) -> serde_json::Value {
+    let route = cluster.route();
+    let given = [&["cluster", "--cluster", &route, "--json"], words].concat();
+    Walferry::run(&given).await.expect_success().json()
+}
+
+/// Plans, runs and finishes a job.
+async fn run(cluster: &Cluster, plan: &[&str]) {
+    let planned = asked(cluster, plan).await;
+    assert_eq!(planned["ready"], true, "{planned}");
+    let job = planned["job"].to_string();
+    asked(cluster, &["run", &job]).await;
+    asked(cluster, &["finish", &job]).await;
+}
+
+/// How many groups each worker has.
+fn counts(cluster: &Cluster) -> Vec<usize> {
+    let groups = cluster.groups();
+    let of = |worker: &Server| groups.iter().filter(|(port, _)| *port == worker.port()).count();
+    cluster.workers.iter().map(of).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_grows_is_drained_and_a_node_replaced_under_writers() {
+    let Some(cluster) = Cluster::start(2) else { return };
+    let mut cluster = cluster.with_tables();
+    assert_eq!(counts(&cluster), [3, 3]);
+    let load = Load::start(&uris(&cluster), Duration::from_millis(5));
+    cluster.add_worker();
+    cluster.sql("select replicate_reference_tables('block_writes')");
+    let node =
+        |cluster: &Cluster, worker: usize| format!("127.0.0.1:{}", cluster.workers[worker].port());
+    run(&cluster, &["rebalance", "--by", "count"]).await;
+    assert_eq!(counts(&cluster), [2, 2, 2]);
+    load.more(50).await;
+    run(&cluster, &["drain", &node(&cluster, 0)]).await;
+    assert_eq!(counts(&cluster), [0, 3, 3]);
+    run(&cluster, &["replace", &node(&cluster, 1), &node(&cluster, 0)]).await;
+    assert_eq!(counts(&cluster), [3, 0, 3]);
+    load.more(50).await;
+    let seen = load.end().await;
+    assert_eq!(seen.errors, Vec::<String>::new());
+    assert_eq!(cluster.audit(), seen.acknowledged);
+    cluster.placements();
+    assert_eq!(cluster.prepared(), "");
+    let kept = asked(&cluster, &["recycle", "list"]).await;
+    let dropped = asked(&cluster, &["recycle", "empty"]).await;
+    assert_eq!(dropped.as_array().unwrap(), kept["recycled"].as_array().unwrap());
+    assert_eq!(dropped.as_array().unwrap().len(), 7 * 5, "{dropped}");
+    // Nothing is in the way of Citus's own moves of the same shards.
+    cluster.sql(&format!("select citus_drain_node('127.0.0.1', {})", cluster.workers[2].port()));
+    assert_eq!(cluster.audit(), seen.acknowledged);
 }

@@ -12,7 +12,7 @@ use walferry::route::{Context, Route};
 
 use super::Move;
 use crate::support::citus::Citus;
-use crate::support::{self};
+use crate::support::{self, Walferry};
 
 /// Two co-located tables of two shards on the first worker, one of them with a key to a reference
 /// table; the second worker is empty.
@@ -345,4 +345,50 @@ async fn what_is_not_one_whole_group_on_its_node_is_refused_by_name() {
     let placements = Citus::placements(&stage.citus.coordinator);
     assert!(placements.contains(&format!("{orders}:2")), "{placements}");
     assert!(Citus::placements(&stage.citus.workers[0]).contains(&format!("{orders}:1")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_of_the_cluster_moves_its_groups_and_old_shards_are_kept_restored_and_emptied() {
+    let stage = Stage::new();
+    let address = stage.citus.address();
+    let asked = async |words: &[&str]| {
+        let given = [&["cluster", "--cluster", &address, "--json"], words].concat();
+        Walferry::run(&given).await.expect_success().json()
+    };
+    let load = Load::start(&stage, 1);
+    load.more().await;
+    let planned = asked(&["drain", &stage.citus.node(0)]).await;
+    assert_eq!(planned["tasks"].as_array().unwrap().len(), 2, "{planned}");
+    asked(&["run", "1"]).await;
+    assert_eq!(stage.placed(), "2");
+    load.more().await;
+    let kept = asked(&["recycle", "list"]).await;
+    assert_eq!(kept["current"].as_array().unwrap().len(), 2, "{kept}");
+    assert_eq!(kept["recycled"].as_array().unwrap().len(), 0, "{kept}");
+    asked(&["recycle", "restore", "1"]).await;
+    assert_eq!(stage.placed(), "1");
+    load.more().await;
+    asked(&["finish", "1", "--tasks", "1,2"]).await;
+    let (ids, _) = load.end().await;
+    let count = format!("select count(*) from orders_{}", stage.shards[0]);
+    let count = stage.citus.workers[0].psql("postgres", &count).unwrap();
+    assert_eq!(count, ids.len().to_string());
+    // Of the task that was led back, the copy on the new node; of the other, what was left.
+    let kept = asked(&["recycle", "list", "--job", "1"]).await;
+    let nodes: Vec<&str> =
+        kept["recycled"].as_array().unwrap().iter().map(|k| k["node"].as_str().unwrap()).collect();
+    let [old, new] = [stage.citus.node(0), stage.citus.node(1)];
+    let of = |node: &str| nodes.iter().filter(|on| **on == node).count();
+    assert_eq!((of(&old), of(&new), nodes.len()), (2, 2, 4), "{kept}");
+    let none = asked(&["recycle", "empty", "--older", "7d"]).await;
+    assert_eq!(none.as_array().unwrap().len(), 0, "{none}");
+    let dropped = asked(&["recycle", "empty", "--job", "1"]).await;
+    assert_eq!(dropped.as_array().unwrap().len(), 4, "{dropped}");
+    for worker in &stage.citus.workers {
+        let left = "select count(*) from pg_namespace where nspname like 'walferry%'";
+        assert_eq!(worker.psql("postgres", left).unwrap(), "0");
+    }
+    let said = [&["cluster", "--cluster", &address], &["recycle", "restore", "2"][..]].concat();
+    let said = Walferry::run(&said).await;
+    assert!(said.err.contains("no job has a task 2 whose old shards"), "{said:?}");
 }
