@@ -8,7 +8,8 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::jobs::home_of;
-use super::{print, run};
+use super::print;
+use super::run::{TaskArgs, rollback};
 use crate::cluster::{self, Address};
 use crate::config::{self, parse_duration};
 use crate::job::cluster::{ClusterJob, ClusterStore, TaskRow};
@@ -64,7 +65,7 @@ pub async fn run(address: Address, command: Command, as_json: bool) -> anyhow::R
                 Some(job) => job,
                 None => newest(&address, task).await?,
             };
-            run::rollback(address, run::TaskArgs::one(job, task), as_json).await
+            rollback(address, TaskArgs::one(job, task), as_json).await
         }
     }
 }
