@@ -185,6 +185,7 @@ fn request(
         refresh,
         unlogged,
         dry_run: args.dry_run,
+        mark: None,
     })
 }
 

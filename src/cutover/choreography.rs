@@ -10,7 +10,7 @@ use super::fence::{self, Fence, FenceKind};
 use super::sequences::{self, Stood};
 use super::{Error, Rest, Result, Rules, barrier, canary, undo};
 use crate::apply::Applied;
-use crate::catalog::Selection;
+use crate::catalog::{self, Selection};
 use crate::clock::{Backoff, Deadline};
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::lsn::Lsn;
@@ -64,6 +64,9 @@ pub struct Plan {
     pub carry: watch::Receiver<Applied>,
     /// Stop after the gates.
     pub dry_run: bool,
+    /// What [`catalog::mark`] gave of the live side's tables, where DDL since then refuses the
+    /// flip.
+    pub mark: Option<String>,
     /// True: give up at the next place where that can be undone.
     pub stop: watch::Receiver<bool>,
 }
@@ -260,6 +263,9 @@ impl<J: Journal> Flight<'_, J> {
         held: Instant,
     ) -> Result<Lsn> {
         let barrier_lsn = step!(self, "barrier", barrier::mark_held(live).await);
+        if self.plan.mark.is_some() {
+            step!(self, "unaltered", self.refuse_altered(live).await);
+        }
         let rest = self.plan.rest.is_there();
         step!(self, "drain", {
             match self.drain(barrier_lsn, held).await {
@@ -289,6 +295,15 @@ impl<J: Journal> Flight<'_, J> {
         });
         step!(self, "switch", self.switch_routes().await);
         Ok(barrier_lsn)
+    }
+
+    /// The fence's locks keep tables as they are from here on.
+    async fn refuse_altered(&self, live: &mut Session) -> Result<()> {
+        let now = catalog::mark(live, &self.plan.tables).await?;
+        if self.plan.mark.as_ref().is_some_and(|before| *before != now) {
+            return Err(Error::Altered);
+        }
+        Ok(())
     }
 
     /// Says also who keeps the fence's session waiting, as readers do where it drops foreign keys.

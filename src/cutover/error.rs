@@ -89,6 +89,12 @@ pub enum Error {
         /// How far the stream is.
         applied_lsn: Lsn,
     },
+    /// DDL between a look at the tables and the fence.
+    #[error(
+        "a table was altered while the cutover began; nothing was switched and writers go on. Look \
+         at what was altered, and try again"
+    )]
+    Altered,
     /// A prepared transaction would be left behind.
     #[error(
         "transaction {gid} of {owner} (xid {xid}){} is prepared on the side that is to be left, \

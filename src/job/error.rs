@@ -341,6 +341,15 @@ pub enum Error {
         /// Each with what it has free.
         nodes: Vec<String>,
     },
+    /// Other tasks move the same.
+    #[error(
+        "the same is moved by {}: let that end, finish or cancel it, and then reset this task or \
+         plan anew", rivals.join(", ")
+    )]
+    TaskRivals {
+        /// Each in words.
+        rivals: Vec<String>,
+    },
     /// Somebody changed the task's tables.
     #[error(
         "the task's tables were changed since it began, and no stream carries that: {}. Nothing \

@@ -59,6 +59,10 @@ pub struct FlipRequest {
     pub unlogged: Unlogged,
     /// `--dry-run`.
     pub dry_run: bool,
+    /// The live tables' [`catalog::mark`] before they were looked at: another one, once writers
+    /// are stopped, refuses the flip.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mark: Option<String>,
 }
 
 impl FlipRequest {
@@ -306,6 +310,7 @@ impl Runner {
             rest: self.rest(flip, request).await?,
             carry,
             dry_run: request.dry_run,
+            mark: request.mark.clone(),
             stop: self.stop.clone(),
         })
     }

@@ -64,6 +64,7 @@ impl Flip {
             },
             unlogged: Unlogged::default(),
             dry_run: false,
+            mark: None,
         }
     }
 }
