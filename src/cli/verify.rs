@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::ask::Asker;
 use super::options::JobArgs;
 use super::print;
+use crate::apply::parked::{self, Parked};
 use crate::config::parse_duration;
 use crate::id::{QualifiedName, Stream};
 use crate::job::store::Store;
@@ -33,11 +34,13 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut asker = Asker::connect(&args.job.job()?).await?;
     let outcome = async {
         let report = compare(&mut asker, args.timeout).await?;
-        Ok::<_, anyhow::Error>((report, large_objects(asker.config()).await?))
+        let large = large_objects(asker.config()).await?;
+        let parked = quarantined(asker.config()).await?;
+        Ok::<_, anyhow::Error>((report, large, parked))
     };
     let outcome = outcome.await;
     let closed = asker.close().await;
-    let (report, large) = outcome?;
+    let (report, large, parked) = outcome?;
     closed?;
     let same = report.equal && large.as_ref().is_none_or(|large| large.differing.is_empty());
     if args.json {
@@ -46,9 +49,16 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
             object.insert("equal".to_string(), same.into());
             object.insert("large_objects".to_string(), serde_json::to_value(large)?);
         }
+        if let Some(object) = value.as_object_mut() {
+            object.insert("quarantined".to_string(), serde_json::to_value(&parked)?);
+        }
         print::json(&value)?;
     } else {
         show(&report, large.as_ref(), same);
+        for table in &parked {
+            let (name, changes) = (&table.table, table.changes);
+            println!("{name}: {changes} changes are kept aside, see walferry quarantine list");
+        }
     }
     Ok(if same { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -142,6 +152,12 @@ async fn flowing(config: &JobConfig) -> anyhow::Result<Stream> {
         })
         .into()),
     }
+}
+
+/// Tables that the stream keeps changes of aside: they are expected to differ.
+async fn quarantined(config: &JobConfig) -> anyhow::Result<Vec<Parked>> {
+    let mut home = Session::control(&config.target).await?;
+    Ok(parked::parked(&mut home, &config.job.object(Stream::Forward)).await?)
 }
 
 /// Large objects, if they move. They are carried at a switch and not while following, so what the

@@ -13,8 +13,9 @@
 //!   and the choreography with its journal; `routes`: its routes, and those that are gone.
 //!   `cleanup`: finish and cancel.
 //! - `ability`: what the roles may do, and so how each side is written. `reading`: how each side is
-//!   read; `published`: by which publication of others. `validating`: foreign keys that came back
-//!   at a switch. `rest`: what no stream carries. `left`: what is left behind at a flip.
+//!   read; `published`: by which publication of others. `heartbeat`: lag while nobody writes.
+//!   `validating`: foreign keys that came back at a switch. `rest`: what no stream carries. `left`: what is left behind at a flip.
+//! - `altering`: tables that are altered meanwhile. `quarantine`: what is kept aside, and what becomes of it.
 //! - `client`: commands from other processes. `align`: both sides held at one point, for verify.
 //!   `status`: what people and scripts see.
 //!
@@ -27,6 +28,7 @@
 pub mod ability;
 mod admit;
 pub mod align;
+mod altering;
 mod attend;
 pub mod capturing;
 pub mod check;
@@ -36,6 +38,7 @@ mod copying;
 mod ddl;
 pub mod error;
 mod flip;
+pub mod heartbeat;
 pub mod lease;
 mod left;
 mod newcomers;
@@ -45,6 +48,7 @@ pub mod place;
 mod positions;
 mod prepare;
 mod published;
+pub mod quarantine;
 pub mod reading;
 pub mod rest;
 pub mod routes;

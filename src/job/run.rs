@@ -13,6 +13,7 @@ use super::admit::{admit, make_tables};
 use super::capturing;
 use super::copying::Bulk;
 use super::flip::FlipRequest;
+use super::heartbeat::{Heartbeat, HeartbeatOptions};
 use super::lease::{self, Holder};
 use super::opening::Half;
 use super::pipeline::Pipe;
@@ -26,7 +27,7 @@ use super::streams::STREAM_PATIENCE;
 use super::validating::Validating;
 use super::vigil::Vigil;
 use super::{Error, Result, client};
-use crate::apply::Tuning;
+use crate::apply::{OnRowError, Tuning};
 use crate::catalog::{Selection, Table, tables};
 use crate::clock::Backoff;
 use crate::copy::CopyProgress;
@@ -36,6 +37,7 @@ use crate::limit::CATALOG_WAIT;
 use crate::lsn::Lsn;
 use crate::pg::{Config, Session};
 use crate::schema::Unrefreshed;
+use crate::schema::altered::Policy;
 use crate::secret::LetterBox;
 use crate::source::HeldSlot;
 
@@ -69,6 +71,12 @@ pub struct JobConfig {
     pub two_phase: bool,
     /// How changes are applied.
     pub tuning: Tuning,
+    /// What becomes of a row that the target refuses.
+    pub on_row_error: OnRowError,
+    /// What is done where tables of the source are altered; `None`: what does not fit is an error.
+    pub ddl: Option<Policy>,
+    /// Keep the source's log moving, and measure lag by that.
+    pub heartbeat: Option<HeartbeatOptions>,
     /// Passwords of routes.
     pub secrets: RouteSecrets,
     /// Whether the forward stream is read by this process, or by another into a topic.
@@ -127,6 +135,8 @@ pub struct Runner {
     pub(super) selection: Selection,
     pub(super) forward: Option<Pipe>,
     pub(super) reverse: Option<Pipe>,
+    /// Beats on the source while the forward stream flows.
+    pub(super) heartbeat: Option<Heartbeat>,
     /// Whether the reverse stream applies more than canaries: true once applications are on the
     /// target.
     pub(super) reverse_open: Arc<AtomicBool>,
@@ -319,6 +329,7 @@ impl Runner {
             selection,
             forward: None,
             reverse: None,
+            heartbeat: None,
             reverse_open: Arc::new(AtomicBool::new(false)),
             flying,
             asked: None,
