@@ -16,7 +16,7 @@ const HEARTBEAT: Duration = Duration::from_secs(10);
 const HEARTBEAT_MIN: Duration = Duration::from_millis(100);
 
 impl JobArgs {
-    /// What is kept in a transaction that stays prepared cannot be seen, nor written again in order.
+    /// What is kept in a transaction that stays prepared cannot be seen, nor written in order.
     pub(super) fn on_row_error(
         &self,
         in_file: Option<String>,

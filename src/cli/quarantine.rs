@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::ask::Asker;
 use super::options::JobArgs;
 use super::print;
 use crate::config::{self, parse_duration};
+use crate::job::ask::Asker;
 use crate::job::quarantine::{self, Listed, Tried};
 use crate::pg::Session;
 
@@ -124,7 +124,7 @@ async fn drop_one(args: &Args) -> anyhow::Result<ExitCode> {
 }
 
 async fn retry(args: &Args) -> anyhow::Result<ExitCode> {
-    let mut asker = Asker::connect(&args.job.job()?).await?;
+    let mut asker = Asker::connect(&args.job.job()?, print::sayings()).await?;
     quarantine::refuse_still(asker.row.phase)?;
     let outcome = async {
         // A runner of our own may still be connecting its streams.

@@ -159,7 +159,8 @@ async fn choose(
     if let Some(sql) = &options.sql {
         return Ok(sql.clone());
     }
-    let asked = "select coalesce((select bool_or(pg_catalog.has_function_privilege(oid, 'execute')) \
+    let asked = "select coalesce((select pg_catalog.bool_or( \
+             pg_catalog.has_function_privilege(oid, 'execute')) \
            from pg_catalog.pg_proc where proname = 'pg_logical_emit_message' \
            and pronamespace = 'pg_catalog'::pg_catalog.regnamespace), false), \
          exists (select from pg_catalog.pg_class c \

@@ -1,4 +1,5 @@
-//! `walferry quarantine`: what the forward stream keeps aside on the target, and what becomes of it.
+//! `walferry quarantine`: what the forward stream keeps aside on the target, and what becomes of
+//! it.
 //!
 //! All of it is in the target's tables, where the applier looks every second: a list needs no
 //! runner, and a retry or a drop is a mark in a row and a wait for what the applier makes of it.
@@ -7,6 +8,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::config::JobConfig;
 use super::state::{Phase, Refused};
 use super::{Error, Result};
 use crate::apply::parked::{self, KeptChange, Parked};
@@ -72,6 +74,12 @@ async fn select(home: &mut Session, job: &JobName, tables: &[String]) -> Result<
     }
     all.retain(|parked| tables.is_empty() || tables.iter().any(|name| is(parked, name)));
     Ok(all)
+}
+
+/// A job's parked tables: they are expected to differ.
+pub async fn of(config: &JobConfig) -> Result<Vec<Parked>> {
+    let mut home = Session::control(&config.target).await?;
+    Ok(parked::parked(&mut home, &config.job.object(Stream::Forward)).await?)
 }
 
 /// Refuses where no forward stream flows that could write what is kept.

@@ -9,25 +9,24 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+pub use super::config::JobConfig;
+
 use super::admit::{admit, make_tables};
 use super::capturing;
-use super::copying::Bulk;
 use super::flip::FlipRequest;
-use super::heartbeat::{Heartbeat, HeartbeatOptions};
+use super::heartbeat::Heartbeat;
 use super::lease::{self, Holder};
 use super::opening::Half;
 use super::pipeline::Pipe;
-use super::place::{BufferOptions, Chosen, StreamingOptions};
-use super::reading::Wanted;
+use super::place::Chosen;
 use super::rest::Refreshing;
-use super::routes::{Late, RouteSecrets};
+use super::routes::Late;
 use super::state::{Command, Event, Phase, step};
-use super::store::{JobOptions, JobRow, Store};
+use super::store::{JobRow, Store};
 use super::streams::STREAM_PATIENCE;
 use super::validating::Validating;
 use super::vigil::Vigil;
 use super::{Error, Result, client};
-use crate::apply::{OnRowError, Tuning};
 use crate::catalog::{Selection, Table, tables};
 use crate::clock::Backoff;
 use crate::copy::CopyProgress;
@@ -37,55 +36,11 @@ use crate::limit::CATALOG_WAIT;
 use crate::lsn::Lsn;
 use crate::pg::{Config, Session};
 use crate::schema::Unrefreshed;
-use crate::schema::altered::Policy;
 use crate::secret::LetterBox;
 use crate::source::HeldSlot;
 
 /// How long servers that were never reached are tried.
 const FIRST_TRY: Duration = Duration::from_secs(10);
-
-/// What a job is, apart from its state.
-#[derive(Clone, Debug)]
-pub struct JobConfig {
-    /// Its name.
-    pub job: JobName,
-    /// Where rows come from.
-    pub source: Config,
-    /// Where they go; also the home of the job's tables.
-    pub target: Config,
-    /// Table patterns.
-    pub options: JobOptions,
-    /// Tables read at the same time, and indexes built at the same time.
-    pub jobs: usize,
-    /// Copy owners and grants too.
-    pub owners: bool,
-    /// Decoder and transport, where they are not left to be chosen.
-    pub wanted: Wanted,
-    /// Limit of the wait for the slot's consistent point.
-    pub slot_timeout: Duration,
-    /// Where changes wait.
-    pub buffer: BufferOptions,
-    /// Have the server send transactions in progress, where it can.
-    pub streaming: Option<StreamingOptions>,
-    /// Prepare on the target what is prepared on the source.
-    pub two_phase: bool,
-    /// How changes are applied.
-    pub tuning: Tuning,
-    /// What becomes of a row that the target refuses.
-    pub on_row_error: OnRowError,
-    /// What is done where tables of the source are altered; `None`: what does not fit is an error.
-    pub ddl: Option<Policy>,
-    /// Keep the source's log moving, and measure lag by that.
-    pub heartbeat: Option<HeartbeatOptions>,
-    /// Passwords of routes.
-    pub secrets: RouteSecrets,
-    /// Whether the forward stream is read by this process, or by another into a topic.
-    pub half: Half,
-    /// See [`crate::source::StreamOptions::gather`].
-    pub gather: bool,
-    /// How rows and indexes are made.
-    pub bulk: Bulk,
-}
 
 /// When the runner returns.
 #[derive(Clone, Debug)]
@@ -316,8 +271,7 @@ impl Runner {
         listener
             .execute(&format!("listen {}", crate::id::quote_ident(&config.job.channel())))
             .await?;
-        let busy = Arc::new(AtomicBool::new(true));
-        let flying = watch::channel(false).0;
+        let (busy, flying) = (Arc::new(AtomicBool::new(true)), watch::channel(false).0);
         let leases = std::iter::once(lease).chain(capture).collect();
         let vigil = Vigil::new(leases, &config, busy.clone(), flying.subscribe());
         let runner = Runner {

@@ -455,8 +455,8 @@ mod tests {
         (column.default, column.not_null) = (Some("'x'::text".to_string()), true);
         assert!(add(&column).unwrap_err().0.contains("default"));
         column.fill = Some("it's".to_string());
-        let filled = "alter table \"s\".\"t\" add column \"c\" text default 'it''s'::text not null; \
-                      alter table \"s\".\"t\" alter column \"c\" set default 'x'::text";
+        let filled = "alter table \"s\".\"t\" add column \"c\" text default 'it''s'::text \
+                      not null; alter table \"s\".\"t\" alter column \"c\" set default 'x'::text";
         assert_eq!(add(&column).as_deref(), Ok(filled));
         column.made = true;
         assert!(add(&column).is_err());
