@@ -39,8 +39,9 @@ demo-kafka:
 	cargo build --release --quiet --locked
 	target/release/walferry demo --kafka $(if $(SCALE),--scale $(SCALE))
 
+# Servers of tests live in memory where there is enough of it.
 test: setup check-style
-	cargo test --locked --all-targets
+	TMPDIR=$$(sh tests/scratch.sh) cargo test --locked --all-targets
 
 # Two rounds more than the default test, and the binary that users run.
 cutover-bench: build

@@ -6,10 +6,9 @@
 //!
 //! `run` holds the job while it lives. Commands that need the streams (`verify`, `cutover`,
 //! `rollback`) ask whatever runner is alive, on any host, through the home database; where none is,
-//! they run the job themselves for as long as they need it (`ask`).
+//! they run the job themselves for as long as they need it (`job::ask`).
 
 mod apply;
-mod ask;
 mod cancel;
 mod capture;
 mod check;

@@ -133,12 +133,17 @@ impl JobArgs {
     /// Everything put together; a missing source or target is an error of usage.
     pub fn job(&self) -> anyhow::Result<JobConfig> {
         let file = self.file()?;
+        let source = self.source.clone().or(file.source.clone());
+        let source = source.ok_or_else(|| missing("the source", "source", "WALFERRY_SOURCE"))?;
+        let target = self.target.clone().or(file.target.clone());
+        let target = target.ok_or_else(|| missing("the target", "target", "WALFERRY_TARGET"))?;
+        self.between(file, Config::parse(&source)?, Config::parse(&target)?)
+    }
+
+    /// The same between these ends.
+    pub fn between(&self, file: File, source: Config, target: Config) -> anyhow::Result<JobConfig> {
         let (tuning, bulk) = (tuning(self.apply, &file)?, bulk(&file));
         let kafka = kafka_properties(&file)?;
-        let source = self.source.clone().or(file.source);
-        let source = source.ok_or_else(|| missing("the source", "source", "WALFERRY_SOURCE"))?;
-        let target = self.target.clone().or(file.target);
-        let target = target.ok_or_else(|| missing("the target", "target", "WALFERRY_TARGET"))?;
         let job = self.job_name(file.name)?;
         let given = |own: &[String], file: Vec<String>| {
             if own.is_empty() { file } else { own.to_vec() }
@@ -169,8 +174,8 @@ impl JobArgs {
         Ok(JobConfig {
             job,
             wanted,
-            source: Config::parse(&source)?.labelled("source"),
-            target: Config::parse(&target)?.labelled("target"),
+            source: source.labelled("source"),
+            target: target.labelled("target"),
             options,
             jobs: self.jobs.or(file.jobs).unwrap_or(4).max(1),
             owners: !(self.no_owner || file.no_owner),
