@@ -62,6 +62,8 @@ pub struct Plan {
     pub rest: Rest,
     /// How far the stream from live to dest is.
     pub carry: watch::Receiver<Applied>,
+    /// What is kept of parked tables stays behind; else it refuses the flip.
+    pub leave_parked: bool,
     /// Stop after the gates.
     pub dry_run: bool,
     /// What [`catalog::mark`] gave of the live side's tables, where DDL since then refuses the
@@ -189,7 +191,8 @@ impl<J: Journal> Flight<'_, J> {
             let mut session = Session::control(&plan.live).await?;
             let mut dest = Session::control(&plan.dest).await?;
             self.stood = Some(Stood::read(&mut session, &mut dest).await?);
-            barrier::gate(&mut session, &mut plan.carry, plan.max_lag).await
+            barrier::gate(&mut session, &mut plan.carry, plan.max_lag).await?;
+            self.refuse_parked(&mut dest).await
         });
         Ok(())
     }
@@ -268,7 +271,12 @@ impl<J: Journal> Flight<'_, J> {
         }
         let rest = self.plan.rest.is_there();
         step!(self, "drain", {
-            match self.drain(barrier_lsn, held).await {
+            let drained = match self.drain(barrier_lsn, held).await {
+                // What was refused on the last stretch would be left behind as well.
+                Ok(()) => self.refuse_parked(dest).await,
+                drained => drained,
+            };
+            match drained {
                 Ok(()) if !rest => self.plan.rest.carry(live, dest).await,
                 drained => drained,
             }
@@ -406,6 +414,13 @@ impl<J: Journal> Flight<'_, J> {
         }
         let applied_lsn = self.plan.carry.borrow().applied_lsn;
         Err(Error::Drain { barrier_lsn, applied_lsn, waited: self.plan.max_hold })
+    }
+
+    async fn refuse_parked(&self, dest: &mut Session) -> Result<()> {
+        match self.plan.leave_parked {
+            true => Ok(()),
+            false => barrier::refuse_parked(dest, &self.plan.job.object(self.plan.flip)).await,
+        }
     }
 
     async fn switch_routes(&self) -> Result<()> {

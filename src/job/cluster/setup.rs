@@ -63,6 +63,7 @@ impl Flip {
                 Stream::Reverse => Refresh::After,
             },
             unlogged: Unlogged::default(),
+            leave_quarantined: false,
             dry_run: false,
             mark: None,
         }
