@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::{Error, Result};
-use crate::apply::Applied;
+use crate::apply::{Applied, parked};
 use crate::clock::Deadline;
 use crate::id::{QualifiedName, quote_literal};
 use crate::lsn::Lsn;
@@ -113,6 +113,18 @@ fn refuse(prepared: Vec<(String, String, String)>) -> Result<()> {
         Some((gid, owner, xid)) => Err(Error::Prepared { gid, owner, xid, others }),
         None => Ok(()),
     }
+}
+
+/// Refuses to switch to a side on which changes of the stream are kept aside.
+///
+/// Asked as a gate, and once more when all that there is has been drained.
+pub async fn refuse_parked(dest: &mut Session, stream: &str) -> Result<()> {
+    let parked = parked::parked(dest, stream).await.map_err(|e| Error::Parked(e.to_string()))?;
+    if parked.is_empty() {
+        return Ok(());
+    }
+    let tables = parked.iter().map(|p| format!("{} ({} changes: {})", p.table, p.changes, p.error));
+    Err(Error::Quarantined { tables: tables.collect() })
 }
 
 /// The barrier, on a side whose writers are stopped.

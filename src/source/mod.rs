@@ -53,6 +53,7 @@ mod describe;
 mod error;
 mod followed;
 mod intake;
+mod link;
 mod lull;
 mod marker;
 mod options;

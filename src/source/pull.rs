@@ -31,20 +31,19 @@ use tokio::time::Instant;
 
 use super::continuity::check_continuity_by_sql;
 use super::intake::Intake;
+use super::link::Link;
 use super::options::{Spoken, plugin_options};
-use super::peek::{Canceled, Chunks, LogEnd, Peeks};
+use super::peek::{Canceled, Chunks, LogEnd, Peeks, Starts};
 use super::rows::Rows;
-use super::{End, Error, Positions, Result, StreamOptions, slot};
+use super::slot::SlotStatus;
+use super::{End, Positions, Result, StreamOptions, slot};
 use crate::change::{Item, Sink};
+use crate::decode::Plugin;
 use crate::lsn::Lsn;
 use crate::pg::{self, Config, Purpose, Session};
 
 /// How long a slot that a backend of ours still holds is waited for when opening.
 const FREE_WAIT: Duration = Duration::from_secs(10);
-
-/// How long a source that is silent and at work is waited for: it decodes the whole chunk before it
-/// says anything.
-const PATIENCE: Duration = Duration::from_secs(1800);
 
 /// Between two looks at the log's end: the first after something came, doubled up to the second
 /// while nothing does. A look that finds the end unmoved is one small query.
@@ -64,7 +63,25 @@ pub struct Pull {
     options: StreamOptions,
     spoken: Spoken,
     peeks: Peeks,
+    starts: Starts,
     confirmed_lsn: Lsn,
+}
+
+/// A session that may read the slot, once server and slot are seen to be the recorded ones.
+async fn connect(
+    config: &Config,
+    options: &StreamOptions,
+    progress_lsn: Lsn,
+) -> Result<(Session, SlotStatus)> {
+    let mut session = Session::connect(config, Purpose::Sql).await?;
+    let (name, recorded) = (options.slot.as_str(), &options.recorded);
+    let status =
+        check_continuity_by_sql(&mut session, config, name, recorded, progress_lsn).await?;
+    // A chunk that fits does not go through a temporary file.
+    session.execute("set work_mem = '64MB'").await?;
+    session.pass_unknown_bytes().await?;
+    session.keep_warnings();
+    Ok((session, status))
 }
 
 impl Pull {
@@ -77,18 +94,11 @@ impl Pull {
     ///
     /// Errors of law 4 are `Stop`; a slot in use and a lost connection are `Retry`.
     pub async fn open(config: &Config, options: StreamOptions) -> Result<Pull> {
-        let mut session = Session::connect(config, Purpose::Sql).await?;
         let (name, start_lsn) = (options.slot.as_str(), options.start_lsn);
-        let recorded = &options.recorded;
-        let status =
-            check_continuity_by_sql(&mut session, config, name, recorded, start_lsn).await?;
+        let (mut session, status) = connect(config, &options, start_lsn).await?;
         if status.active_pid.is_some() {
             slot::free(&mut session, name, FREE_WAIT).await?;
         }
-        // A chunk that fits does not go through a temporary file.
-        session.execute("set work_mem = '64MB'").await?;
-        session.pass_unknown_bytes().await?;
-        session.keep_warnings();
         let mut spoken = options.spoken()?;
         let peeks = loop {
             let wanted = plugin_options(spoken, session.major_version(), &options);
@@ -96,13 +106,15 @@ impl Pull {
             let peeks = Peeks::new(name, spoken.plugin, session.major_version(), &wanted);
             match session.query(&peeks.first()).await {
                 Ok(_) => break peeks,
-                Err(error) if spoken.older(&error) => {}
+                Err(error) if spoken.older(&error) => spoken.admit(name)?,
                 Err(error) => return Err(error.into()),
             }
         };
-        spoken.admit(name)?;
+        let mut starts = Starts::of(&session, spoken.plugin);
+        starts.take();
         let confirmed_lsn = status.confirmed_flush_lsn.unwrap_or(Lsn::ZERO);
-        Ok(Pull { config: config.clone(), session, options, spoken, peeks, confirmed_lsn })
+        let config = config.clone();
+        Ok(Pull { config, session, options, spoken, peeks, starts, confirmed_lsn })
     }
 
     /// Reads until told to stop, pushing items in log order.
@@ -123,14 +135,16 @@ impl Pull {
             intake: Intake::new(&self.config, self.spoken, &self.options, repeats, sink, positions),
             repeats,
             canceled: Canceled::of(&self.session),
-            link: Link { config: self.config, silence: self.options.silence },
+            link: Link::of(self.config, &self.options),
             session: self.session,
+            plugin: self.spoken.plugin,
             peeks: self.peeks,
+            starts: self.starts,
             log_end: LogEnd::default(),
             drained_lsn: Lsn::ZERO,
             confirmed_lsn: self.confirmed_lsn,
             chunks: Chunks::of(self.options.pull_messages),
-            slot: self.options.slot,
+            options: self.options,
             watch: Watch { durable, stop },
             advance_at: Instant::now(),
         };
@@ -143,10 +157,12 @@ impl Pull {
 /// A slot being read.
 struct Puller<'a, S> {
     session: Session,
-    slot: String,
+    options: StreamOptions,
+    plugin: Plugin,
     intake: Intake<'a, S>,
     link: Link,
     peeks: Peeks,
+    starts: Starts,
     log_end: LogEnd,
     /// Everything below has been received, and the log ended here.
     drained_lsn: Lsn,
@@ -227,6 +243,7 @@ impl<S: Sink> Puller<'_, S> {
         if upto_lsn <= self.drained_lsn {
             return Ok(Turn::Drained(false));
         }
+        self.renew().await?;
         let (begun, limit) = (Instant::now(), self.chunks.messages());
         let before_lsn = self.intake.decoded_lsn();
         let (count, bytes) = match self.peek(upto_lsn, limit).await? {
@@ -260,7 +277,13 @@ impl<S: Sink> Puller<'_, S> {
         let pid = self.session.process_id();
         // A backend that decodes does not notice that we are gone.
         self.canceled.arm();
-        let mut copy = self.link.bounded(self.session.copy_out(&sql)).await?;
+        // Not even that a COPY has begun is heard of before the whole chunk is decoded.
+        let mut copy = tokio::select! {
+            biased;
+            end = self.watch.end() => return Ok(Err(end)),
+            silent = self.link.until_dead(pid) => return Err(silent),
+            copy = self.session.copy_out(&sql) => copy?,
+        };
         loop {
             let piece = match now(copy.next()).await {
                 Some(piece) => piece?,
@@ -269,7 +292,7 @@ impl<S: Sink> Puller<'_, S> {
                     tokio::select! {
                         biased;
                         end = self.watch.end() => return Ok(Err(end)),
-                        silent = self.link.until_dead(&self.slot, pid) => return Err(silent),
+                        silent = self.link.until_dead(pid) => return Err(silent),
                         piece = copy.next() => piece?,
                     }
                 }
@@ -312,17 +335,36 @@ impl<S: Sink> Puller<'_, S> {
             return Ok(());
         }
         let begun = Instant::now();
+        if self.peeks.advances_by_reading() {
+            self.renew().await?;
+        }
         let sql = self.peeks.advance(durable_lsn);
         let pid = self.session.process_id();
         let advancing = self.session.query(&sql);
         tokio::select! {
             biased;
             advanced = advancing => advanced?,
-            silent = self.link.until_dead(&self.slot, pid) => return Err(silent),
+            silent = self.link.until_dead(pid) => return Err(silent),
         };
         self.confirmed_lsn = durable_lsn;
         // The server should have better things to do than to decode for this.
         self.advance_at = Instant::now() + ADVANCE_GAP.max(begun.elapsed() * 10);
+        Ok(())
+    }
+
+    /// Before the plugin is started: on another session, if this one cannot start it again.
+    async fn renew(&mut self) -> Result<()> {
+        if self.starts.take() {
+            return Ok(());
+        }
+        // Whatever answers now has to be the same server with the same slot (law 4).
+        let progress_lsn = self.watch.durable_lsn().max(self.confirmed_lsn);
+        let connecting = connect(self.link.config(), &self.options, progress_lsn);
+        let (session, _) = self.link.bounded(connecting).await?;
+        self.canceled = Canceled::of(&session);
+        self.starts = Starts::of(&session, self.plugin);
+        self.starts.take();
+        self.session = session;
         Ok(())
     }
 
@@ -420,46 +462,5 @@ impl Watch {
                 reached.is_err().then_some(End::Closed)
             }
         }
-    }
-}
-
-/// What is known of the connection's health.
-struct Link {
-    config: Config,
-    silence: Duration,
-}
-
-impl Link {
-    /// A question that a server answers at once, if it is there.
-    async fn bounded<T>(&self, asking: impl Future<Output = pg::Result<T>>) -> Result<T> {
-        match tokio::time::timeout(self.silence * 2, asking).await {
-            Ok(answer) => Ok(answer?),
-            Err(_) => Err(self.silent(self.silence * 2)),
-        }
-    }
-
-    /// Ends when the server has been silent for too long and does not hold the slot for us either,
-    /// as seen on another connection: then nobody decodes for us any more.
-    async fn until_dead(&self, slot: &str, pid: i32) -> Error {
-        let begun = Instant::now();
-        loop {
-            tokio::time::sleep(self.silence).await;
-            let asking = tokio::time::timeout(self.silence, self.holds_slot(slot, pid)).await;
-            if begun.elapsed() > PATIENCE || !matches!(asking, Ok(Ok(true))) {
-                return self.silent(begun.elapsed());
-            }
-            tracing::info!(slot, "the source is silent, and at work");
-        }
-    }
-
-    async fn holds_slot(&self, slot: &str, pid: i32) -> Result<bool> {
-        let mut session = Session::connect(&self.config, Purpose::Sql).await?;
-        let status = slot::status(&mut session, slot).await?;
-        Ok(status.and_then(|status| status.active_pid) == Some(pid))
-    }
-
-    fn silent(&self, silence: Duration) -> Error {
-        let peer = self.config.hosts.first().map(|host| self.config.peer(host));
-        Error::Silent { peer: peer.unwrap_or_default(), seconds: silence.as_secs_f64() }
     }
 }

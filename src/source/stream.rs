@@ -56,11 +56,10 @@ impl Stream {
             tracing::debug!(slot = name, %start_lsn, ?wanted, "starting replication");
             let wanted: Vec<(&str, &str)> = wanted.iter().map(|(n, v)| (*n, v.as_str())).collect();
             match session.start_replication(name, start_lsn, &wanted).await {
-                Err(error) if spoken.older(&error) => {}
+                Err(error) if spoken.older(&error) => spoken.admit(name)?,
                 started => break started,
             }
         };
-        spoken.admit(name)?;
         match started {
             Ok(()) => Ok(Stream { config: config.clone(), session, options, spoken, interval }),
             Err(error) if error.code() == Some("55006") => Err(Error::SlotInUse {
