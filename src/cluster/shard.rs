@@ -16,6 +16,10 @@ const SETTINGS: [(&str, &str); 3] = [
     ("citus.enable_ddl_propagation", "off"),
 ];
 
+/// With this on, Citus has decoders of PostgreSQL's names, before them on the path, that give
+/// shards their table's name.
+const CAPTURE: &str = "citus.enable_change_data_capture";
+
 /// The same server, with its shards in reach. One short session.
 pub async fn reach(config: &Config) -> Result<Config> {
     let mut session = Session::control(config).await?;
@@ -26,6 +30,13 @@ pub async fn reach(config: &Config) -> Result<Config> {
         if session.query_one(known, &[Some(name)]).await?.bool(0)? {
             config = config.with_setting(name, value);
         }
+    }
+    let captures = "select coalesce(pg_catalog.current_setting($1, true), 'off') = 'on'";
+    // Whether a role may set the path is a superuser's privilege.
+    if session.query_one(captures, &[Some(CAPTURE)]).await?.bool(0)?
+        && session.parameter("is_superuser") == Some("on")
+    {
+        config = config.with_setting("dynamic_library_path", "$libdir");
     }
     Ok(config)
 }

@@ -77,7 +77,9 @@ impl Node {
              pg_catalog.to_regprocedure('pg_catalog.lock_shard_metadata(integer,bigint[])') \
                 is not null, \
              pg_catalog.current_setting('max_prepared_transactions')::int, \
-             (select min(gid) from pg_catalog.pg_prepared_xacts where gid = {}) \
+             (select min(gid) from pg_catalog.pg_prepared_xacts where gid = {}), \
+             pg_catalog.has_table_privilege('pg_catalog.pg_dist_placement', 'update'), \
+             current_user \
              from pg_catalog.pg_dist_placement l where l.shardstate <> 4 and l.shardid = any ({})",
             group.from,
             quote_literal(&self.gid),
@@ -102,6 +104,12 @@ impl Node {
                  = 100; -- and restart the server"
                     .to_string(),
             ));
+        }
+        if !row.bool(5).map_err(&wrong)? {
+            return Err(self.setup(format!(
+                "role \"{}\" may not update pg_dist_placement: give the route a superuser's URI",
+                row.str(6).map_err(&wrong)?
+            )));
         }
         match row.opt(4).map_err(&wrong)? {
             Some(gid) => Err(self.setup(format!(

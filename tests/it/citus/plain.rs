@@ -327,6 +327,13 @@ async fn what_is_not_one_whole_group_on_its_node_is_refused_by_name() {
     let said = refused(&whole).await;
     assert!(said.contains("has 1 of the 2 shards on group 1"), "{said}");
     stage.citus.workers[1].psql("postgres", &swap.replace("= 2 ", "= 1 ")).unwrap();
+    stage.citus.everywhere(
+        "create role app login; grant select on pg_dist_node, pg_dist_partition, pg_dist_shard, \
+         pg_dist_placement, pg_dist_local_group to app",
+    );
+    let route = format!("citus:{}", stage.citus.coordinator.uri_as("app", "postgres"));
+    let said = Route::parse(&route).unwrap().check(&whole).await.unwrap_err().to_string();
+    assert!(said.contains("give the route a superuser's URI"), "{said}");
     // Metadata on the coordinator alone, and no function for its locks: an older release.
     stage.citus.everywhere(
         "update pg_dist_node set hasmetadata = false; \
