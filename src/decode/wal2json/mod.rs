@@ -194,8 +194,8 @@ impl Decoder {
                 fields.begin(origin).map(|begin| Step::Event(Event::Begin(begin)))
             }
             Action::Commit => {
-                // DDL leaves an empty transaction, and so does whoever makes or drops an origin: its
-                // number may be another's now.
+                // DDL leaves an empty transaction, and so does whoever makes or drops an origin:
+                // its number may be another's now.
                 if !self.wrote {
                     self.tables.outdate();
                     self.origins.clear();
