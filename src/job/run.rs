@@ -226,7 +226,9 @@ impl Runner {
         runner.stop_streams().await;
         if matches!(outcome, Err(Error::Ended)) {
             report(Notice::Ended);
-            return Ok(runner.row().await?.phase);
+            // Not on the runner's own session, on which a request may have been dropped half way.
+            let home = Session::control(&config.target).await?;
+            return Ok(Store::new(home, config.job.clone()).load_existing().await?.phase);
         }
         outcome
     }

@@ -36,7 +36,7 @@ use super::options::{Spoken, plugin_options};
 use super::peek::{Canceled, Chunks, LogEnd, Peeks, Starts};
 use super::rows::Rows;
 use super::slot::SlotStatus;
-use super::{End, Positions, Result, StreamOptions, slot};
+use super::{End, Error, Positions, Result, StreamOptions, slot};
 use crate::change::{Item, Sink};
 use crate::decode::Plugin;
 use crate::lsn::Lsn;
@@ -92,12 +92,16 @@ impl Pull {
     /// test_decoding must not be behind it once [`Pull::run`] has told it what is durable: its
     /// transactions are not known again.
     ///
-    /// Errors of law 4 are `Stop`; a slot in use and a lost connection are `Retry`.
+    /// Errors of law 4 are `Stop`, and a slot that gives prepared transactions at their PREPARE; a
+    /// slot in use and a lost connection are `Retry`.
     pub async fn open(config: &Config, options: StreamOptions) -> Result<Pull> {
         let (name, start_lsn) = (options.slot.as_str(), options.start_lsn);
         let (mut session, status) = connect(config, &options, start_lsn).await?;
         if status.active_pid.is_some() {
             slot::free(&mut session, name, FREE_WAIT).await?;
+        }
+        if slot::is_two_phase(&mut session, name).await? {
+            return Err(Error::TwoPhasePull { slot: name.to_string() });
         }
         let mut spoken = options.spoken()?;
         let peeks = loop {
