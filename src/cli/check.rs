@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use super::options::JobArgs;
 use super::print;
+use crate::job;
 use crate::job::check::{self, CheckOptions, Level};
 use crate::pg::{Purpose, Session};
 
@@ -20,8 +21,11 @@ pub struct Args {
 /// Says what stands in the way. 0 ready, 1 not.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut config = args.job.job()?;
-    if let Ok(reaching) = config.clone().reaching_shards().await {
-        config = reaching;
+    match config.clone().reaching_shards().await {
+        Ok(reaching) => config = reaching,
+        Err(error @ job::Error::ShardsCaptured { .. }) => return Err(error.into()),
+        // A side that cannot be reached is a finding, as below.
+        Err(_) => {}
     }
     let options = &config.options;
     let mut selection = options.patterns()?;

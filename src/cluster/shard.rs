@@ -17,7 +17,7 @@ const SETTINGS: [(&str, &str); 3] = [
 ];
 
 /// With this on, Citus has decoders of PostgreSQL's names, before them on the path, that give
-/// shards their table's name.
+/// shards their table's name. It sets the path above what a client asks for.
 const CAPTURE: &str = "citus.enable_change_data_capture";
 
 /// The same server, with its shards in reach. One short session.
@@ -31,12 +31,13 @@ pub async fn reach(config: &Config) -> Result<Config> {
             config = config.with_setting(name, value);
         }
     }
-    let captures = "select coalesce(pg_catalog.current_setting($1, true), 'off') = 'on'";
-    // Whether a role may set the path is a superuser's privilege.
-    if session.query_one(captures, &[Some(CAPTURE)]).await?.bool(0)?
-        && session.parameter("is_superuser") == Some("on")
-    {
-        config = config.with_setting("dynamic_library_path", "$libdir");
-    }
     Ok(config)
+}
+
+/// Whether changes of shards come under the name of their table, which no publication of ours has:
+/// they would be left out without a word.
+pub async fn is_captured(config: &Config) -> Result<bool> {
+    let mut session = Session::control(config).await?;
+    let sql = "select coalesce(pg_catalog.current_setting($1, true), 'off') = 'on'";
+    session.query_one(sql, &[Some(CAPTURE)]).await?.bool(0)
 }

@@ -7,19 +7,26 @@
 
 use super::state::{Event, Phase};
 use super::store::JobRow;
-use super::{JobConfig, Result, recycle};
+use super::{Error, JobConfig, Result, recycle};
 use crate::catalog;
 use crate::cluster::shard;
 use crate::id::Stream;
-use crate::pg::{self, Session};
+use crate::pg::Session;
 
 impl JobConfig {
     /// The same with both ends as sessions have to be made there: where the tables are shards of a
-    /// Citus cluster, it would hide them. Two short sessions; none for jobs of whole databases.
-    pub async fn reaching_shards(mut self) -> pg::Result<JobConfig> {
+    /// Citus cluster, it would hide them. Some short sessions; none for jobs of whole databases.
+    ///
+    /// # Errors
+    /// Where Citus captures changes of shards under their table's name.
+    pub async fn reaching_shards(mut self) -> Result<JobConfig> {
         if self.options.tables_only {
-            self.source = shard::reach(&self.source).await?;
-            self.target = shard::reach(&self.target).await?;
+            for side in [&mut self.source, &mut self.target] {
+                if shard::is_captured(side).await? {
+                    return Err(Error::ShardsCaptured { side: side.label.clone() });
+                }
+                *side = shard::reach(side).await?;
+            }
         }
         Ok(self)
     }

@@ -121,6 +121,8 @@ impl Runner {
         super::state::step(row.phase, event)?;
         self.config.secrets.routes(&request.routes)?;
         request.fence.parse::<FenceKind>()?;
+        // Somebody may have turned on since what garbles the names of shards.
+        self.config.clone().reaching_shards().await?;
         // A rollback rests on the reverse stream's own publication.
         if request.stream() == Stream::Forward {
             self.refuse_partial().await?;

@@ -39,26 +39,19 @@ const TABLES: &[&str] = &[
 pub struct Cluster {
     pub coordinator: Server,
     pub workers: Vec<Server>,
-    settings: Vec<String>,
 }
 
 impl Cluster {
     /// `None`, and a word on why, where the server's packages do not offer Citus.
     pub fn start(workers: usize) -> Option<Cluster> {
-        Cluster::start_with(workers, &[])
-    }
-
-    /// The same with settings of all servers.
-    pub fn start_with(workers: usize, settings: &[&str]) -> Option<Cluster> {
         let first = support::server();
         let sql = "select count(*) from pg_available_extensions where name = 'citus'";
         if first.psql("postgres", sql).unwrap() == "0" {
             eprintln!("skipped: the PostgreSQL of this machine offers no Citus");
             return None;
         }
-        let settings: Vec<String> = settings.iter().map(|line| line.to_string()).collect();
-        let coordinator = prepared(first, &settings);
-        let mut cluster = Cluster { coordinator, workers: Vec::new(), settings };
+        let coordinator = prepared(first);
+        let mut cluster = Cluster { coordinator, workers: Vec::new() };
         cluster.sql(&format!(
             "select citus_set_coordinator_host('127.0.0.1', {})",
             cluster.coordinator.port()
@@ -70,7 +63,7 @@ impl Cluster {
     }
 
     pub fn add_worker(&mut self) {
-        let worker = prepared(support::server(), &self.settings);
+        let worker = prepared(support::server());
         self.sql(&format!("select citus_add_node('127.0.0.1', {})", worker.port()));
         self.workers.push(worker);
     }
@@ -162,7 +155,7 @@ impl Cluster {
 }
 
 /// Restarted with the extension loaded and made.
-fn prepared(server: Server, settings: &[String]) -> Server {
+fn prepared(server: Server) -> Server {
     server
         .configure(&[
             "shared_preload_libraries = 'citus'",
@@ -171,7 +164,6 @@ fn prepared(server: Server, settings: &[String]) -> Server {
             "citus.node_conninfo = 'sslmode=disable'",
         ])
         .unwrap();
-    server.configure(&settings.iter().map(String::as_str).collect::<Vec<_>>()).unwrap();
     server.restart(StopMode::Fast).unwrap();
     server.psql("postgres", "create extension citus").unwrap();
     server

@@ -52,9 +52,7 @@ async fn brought_to(job: &Move, command: &str, goal: &str) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_is_killed_no_row_is_lost_and_no_shard_has_two_owners() {
     let kills = std::env::var("WALFERRY_KILLS").ok().and_then(|text| text.parse().ok());
-    // With it, Citus would give shards their table's name in the stream.
-    let capture = ["citus.enable_change_data_capture = on"];
-    let Some(cluster) = Cluster::start_with(2, &capture) else { return };
+    let Some(cluster) = Cluster::start(2) else { return };
     let cluster = cluster.with_tables();
     let port = cluster.workers[0].port();
     let (_, shards) = cluster.groups().into_iter().find(|(on, _)| *on == port).unwrap();

@@ -193,6 +193,21 @@ async fn a_group_goes_there_and_back_and_an_open_transaction_holds_up_the_switch
     let stage = Stage::new();
     let (job, orders) = (stage.job(), stage.relations().remove(0));
     let load = Load::start(&stage, 1);
+    for (value, said) in [("on", "citus.enable_change_data_capture is on"), ("off", "")] {
+        let worker = &stage.citus.workers[1];
+        worker.configure(&[&format!("citus.enable_change_data_capture = {value}")]).unwrap();
+        worker.reload().unwrap();
+        let mut session = support::session(worker, "postgres").await;
+        let sql =
+            format!("select current_setting('citus.enable_change_data_capture', true) = '{value}'");
+        support::until_sql(&mut session, &sql).await;
+        if value == "on" {
+            for command in ["run", "check"] {
+                let refused = job.command(&[command]).await;
+                assert!(refused.err.contains(said), "{refused:?}");
+            }
+        }
+    }
     let run = job.follow().await;
     let keys = format!(
         "select count(*) from pg_constraint where conrelid = '{orders}'::regclass \
