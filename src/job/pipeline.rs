@@ -88,8 +88,8 @@ pub struct PipeOptions {
     pub gate: Option<Arc<AtomicBool>>,
     /// How they are applied.
     pub tuning: Tuning,
-    /// See [`StreamOptions::gather`].
-    pub gather: bool,
+    /// See [`StreamOptions::bulk_bytes`].
+    pub bulk_bytes: Option<u64>,
 }
 
 /// Both ways of keeping a stream going, through memory and through a spool, open their ends by
@@ -142,7 +142,7 @@ impl PipeOptions {
             publications: self.publications.clone(),
             plain_numbers: self.plain_numbers,
             confirmed_lsn,
-            gather: self.gather,
+            bulk_bytes: self.bulk_bytes,
             spill: self.spill(),
             two_phase: self.two_phase && self.transport == Transport::Stream,
             ..StreamOptions::new(&name, &name, start_lsn, self.recorded.clone())

@@ -172,7 +172,7 @@ pub(super) async fn pipe_options(
         two_phase: config.two_phase && stream == Stream::Forward,
         gate: None,
         tuning: config.tuning,
-        gather: config.gather,
+        bulk_bytes: config.bulk_bytes,
     })
 }
 
