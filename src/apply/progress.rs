@@ -243,6 +243,7 @@ pub async fn forget(session: &mut Session, stream: &str) -> Result<()> {
         }
     }
     super::prepared::roll_back_all(session, stream).await?;
+    super::parking::forget(session, stream).await?;
     for table in ["progress", "stream_table", "stream_fallback", "prepared"] {
         let there = format!("select pg_catalog.to_regclass('walferry.{table}') is not null");
         if session.query_one(&there, &[]).await?.bool(0)? {

@@ -2,9 +2,11 @@
 
 use std::process::ExitCode;
 
-use super::finish::{end, show};
+use super::finish::show;
 use super::options::JobArgs;
+use super::print;
 use crate::job::cleanup::Ending;
+use crate::job::ending::end;
 use crate::job::state::Event;
 
 /// Options of the command.
@@ -21,7 +23,7 @@ pub struct Args {
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let source_is_gone = args.source_is_gone;
     let ending = Ending { event: Event::CancelAsked, keep_history: false, source_is_gone };
-    let done = end(&args.job.job()?, ending).await?;
+    let done = end(&args.job.job()?, ending, &print::sayings()).await?;
     show(&done);
     println!(
         "canceled: the source {}. Tables that were created on the target are still \

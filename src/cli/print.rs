@@ -1,7 +1,21 @@
 //! Numbers and documents on standard output.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 use serde_json::Value;
+
+use crate::job::Notice;
+use crate::job::run::Report;
+
+/// What a runner says goes to standard error; its progress does not.
+pub fn sayings() -> Report {
+    Arc::new(|notice| {
+        if let Notice::Said(text) = notice {
+            eprintln!("{text}");
+        }
+    })
+}
 
 /// One JSON document and a newline on standard output.
 pub fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {

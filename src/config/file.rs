@@ -41,6 +41,14 @@ pub struct File {
     pub two_phase: Option<String>,
     /// `--apply`.
     pub apply: Option<String>,
+    /// `--on-row-error`.
+    pub on_row_error: Option<String>,
+    /// `--ddl`.
+    pub ddl: Option<String>,
+    /// `--heartbeat`.
+    pub heartbeat: Option<String>,
+    /// `--heartbeat-sql`.
+    pub heartbeat_sql: Option<String>,
     /// `--publication`.
     pub publication: Option<String>,
     /// `--decoder`.

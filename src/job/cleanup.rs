@@ -145,7 +145,9 @@ async fn drop_objects(
 /// Forgets the job where others have their state in the same home; gives how many those are.
 async fn forget_job(store: &mut Store, config: &JobConfig, keep_history: bool) -> Result<i64> {
     let name = config.job.as_str();
-    let sql = "select count(*) from walferry.job where name <> $1";
+    // Jobs of a cluster are kept here as well.
+    let sql = "select count(*) + case when pg_catalog.to_regclass('walferry.cluster_job') is null \
+         then 0 else 1 end from walferry.job where name <> $1";
     let others: i64 = store.session.query_one(sql, &[Some(name)]).await?.parse(0)?;
     if others > 0 && !keep_history {
         for (table, column) in HOME_TABLES {
@@ -209,7 +211,8 @@ async fn drop_schema(
                 where pubname like 'walferry\\_%' and pg_catalog.pg_has_role(pubowner, 'usage')) \
              + (select count(*) from pg_catalog.pg_replication_slots \
                 where slot_name like 'walferry\\_%' \
-                and database = pg_catalog.current_database())",
+                and database = pg_catalog.current_database()) \
+             + case when pg_catalog.to_regclass('walferry.cluster_job') is null then 0 else 1 end",
             &[],
         )
         .await?;

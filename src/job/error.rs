@@ -7,7 +7,7 @@ use crate::buffer::{durable, spool};
 use crate::fault::{Fault, Faulty};
 use crate::id::{QualifiedName, quote_ident};
 use crate::lsn::Lsn;
-use crate::{apply, catalog, copy, cutover, pg, schema, source, verify};
+use crate::{apply, catalog, cluster, copy, cutover, large, pg, schema, source, verify};
 
 /// Why a job, or a command to it, did not go on.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +36,9 @@ pub enum Error {
     /// The comparison.
     #[error(transparent)]
     Verify(#[from] verify::Error),
+    /// Large objects, likewise.
+    #[error(transparent)]
+    Large(#[from] large::Error),
     /// The choreography.
     #[error(transparent)]
     Cutover(#[from] cutover::Error),
@@ -78,6 +81,33 @@ pub enum Error {
         peer: String,
         /// Which backend.
         pid: String,
+    },
+    /// A table that is named is not parked.
+    #[error(
+        "nothing is kept of {table}{}",
+        if parked.is_empty() { String::new() } else { format!(", but of {parked}") }
+    )]
+    NotParked {
+        /// Its name as it was given.
+        table: String,
+        /// Those that are.
+        parked: String,
+    },
+    /// A change that is named is not kept.
+    #[error("no change {id} is kept: walferry quarantine list shows those that are")]
+    NotKept {
+        /// Its number.
+        id: i64,
+    },
+    /// `--heartbeat`, and no way to beat.
+    #[error(
+        "a heartbeat needs something that \"{role}\" may write on the source: grant execute on \
+         function pg_logical_emit_message(boolean, text, text) to it, or schema walferry, or give \
+         a statement of your own with --heartbeat-sql"
+    )]
+    NoHeartbeat {
+        /// The role.
+        role: String,
     },
     /// The lease's session is gone.
     #[error("the lease on the home database was lost; taking it again")]
@@ -277,6 +307,94 @@ pub enum Error {
         /// By table, what is left out.
         left_out: Vec<String>,
     },
+    /// A cluster, or a task as it was planned of it.
+    #[error(transparent)]
+    Cluster(#[from] cluster::read::Error),
+    /// No such job of the cluster.
+    #[error("the cluster has no job {job}; it has {others} (walferry cluster jobs lists them)")]
+    NoClusterJob {
+        /// The number asked for.
+        job: i64,
+        /// Those that are there.
+        others: String,
+    },
+    /// No such task.
+    #[error("job {job} of the cluster has no task {task}; walferry cluster job {job} lists them")]
+    NoTask {
+        /// The job.
+        job: i64,
+        /// The number asked for.
+        task: u32,
+    },
+    /// Another runner has the cluster's job.
+    #[error(
+        "job {job} of the cluster is being run by another process (backend {pid} on its home); one \
+         runner at a time. walferry cluster job {job} shows it"
+    )]
+    ClusterBusy {
+        /// The job.
+        job: i64,
+        /// The backend that holds the lease.
+        pid: String,
+    },
+    /// It was canceled, maybe in this moment.
+    #[error(
+        "job {job} of the cluster is canceled; walferry cluster reset {job} --tasks N brings a \
+         task of it back, and a new plan is a new job"
+    )]
+    ClusterCanceled {
+        /// The job.
+        job: i64,
+    },
+    /// What is asked does not fit the task's state.
+    #[error("task {task} is {state}, and {asked} is not possible: {why}")]
+    TaskState {
+        /// The task.
+        task: u32,
+        /// Its state.
+        state: String,
+        /// What was asked.
+        asked: &'static str,
+        /// What to do instead.
+        why: &'static str,
+    },
+    /// A node's replication slots would run out.
+    #[error(
+        "not enough replication slots for the tasks and their ways back: {}. Set \
+         max_replication_slots (and max_wal_senders) higher and restart, run some of them at a \
+         time (--tasks), or have each way back ended at once (--finish)", nodes.join("; ")
+    )]
+    SlotsShort {
+        /// Each with what it has free.
+        nodes: Vec<String>,
+    },
+    /// Other tasks move the same.
+    #[error(
+        "the same is moved by {}: let that end, finish or cancel it, and then reset this task or \
+         plan anew", rivals.join(", ")
+    )]
+    TaskRivals {
+        /// Each in words.
+        rivals: Vec<String>,
+    },
+    /// Somebody changed the task's tables.
+    #[error(
+        "the task's tables were changed since it began, and no stream carries that: {}. Nothing \
+         was switched; reset the task, and run it again", changes.join("; ")
+    )]
+    TaskChanged {
+        /// Each in a sentence.
+        changes: Vec<String>,
+    },
+    /// The comparison before a task's cutover.
+    #[error(
+        "both sides of the task differ, which must never be: {}. Nothing was switched; walferry \
+         verify on the task's own job names the rows", tables.join(", ")
+    )]
+    TaskDiffers {
+        /// Number of rows by table.
+        tables: Vec<String>,
+    },
     /// A stream stopped for good.
     #[error("the {stream} stream stopped: {message}")]
     Stream {
@@ -350,6 +468,8 @@ impl Faulty for Error {
             Error::Schema(error) => error.fault(),
             Error::Cutover(error) => error.fault(),
             Error::Verify(error) => error.fault(),
+            Error::Large(error) => error.fault(),
+            Error::Cluster(cluster::read::Error::Pg(error)) => error.fault(),
             Error::LeaseLost => Fault::Retry,
             _ => Fault::Stop,
         }

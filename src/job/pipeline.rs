@@ -20,7 +20,8 @@ use super::ability::Ability;
 use super::error::Error;
 use super::opening::{Half, SpoolOptions};
 use super::spooling;
-use crate::apply::{self, Applied, Applier, Tuning};
+use crate::apply::altered::Alter;
+use crate::apply::{self, Applied, Applier, OnRowError, Tuning};
 use crate::buffer::memory;
 use crate::buffer::spool::Spill;
 use crate::change::{self, Snapshot};
@@ -88,6 +89,10 @@ pub struct PipeOptions {
     pub gate: Option<Arc<AtomicBool>>,
     /// How they are applied.
     pub tuning: Tuning,
+    /// What becomes of a row that is refused.
+    pub on_row_error: OnRowError,
+    /// Who says what becomes of tables that are altered.
+    pub alter: Option<Arc<dyn Alter>>,
     /// See [`StreamOptions::bulk_bytes`].
     pub bulk_bytes: Option<u64>,
 }
@@ -102,6 +107,8 @@ impl PipeOptions {
             visibility,
             gate: self.gate.clone(),
             tuning: self.tuning,
+            on_row_error: self.on_row_error,
+            alter: self.alter.clone(),
             progress: self.ability.progress(),
             replica_role: self.ability.replica_role,
             ..apply::Options::new(self.job.object(self.stream).as_str())

@@ -4,6 +4,8 @@
 //! and [`CopyIn::next`] goes on to the next without waiting for the one before. Should one fail,
 //! the server throws away what was sent for the others.
 
+use std::time::Instant;
+
 use bytes::{BufMut, Bytes, BytesMut};
 use postgres_protocol::message::backend::Message;
 use postgres_protocol::message::frontend;
@@ -95,6 +97,13 @@ impl Session {
     }
 
     async fn start_copy(&mut self, sql: &str) -> Result<()> {
+        let begun = Instant::now();
+        let started = self.send_copy(sql).await;
+        self.tell_witness(sql, begun, started.as_ref().err());
+        started
+    }
+
+    async fn send_copy(&mut self, sql: &str) -> Result<()> {
         let mut out = BytesMut::new();
         frontend::query(sql, &mut out)
             .map_err(|e| self.protocol(format!("cannot encode query: {e}")))?;

@@ -36,6 +36,7 @@ mod connstr;
 mod file;
 mod hook;
 mod ini;
+mod note;
 mod pgbouncer;
 mod place;
 mod sqlmed;
@@ -49,7 +50,7 @@ pub use sqlmed::SqlMed;
 
 use crate::fault::{Fault, Faulty};
 use crate::id::Stream;
-use crate::pg::{self, Config};
+use crate::pg::{self, Config, Witness};
 use crate::secret::{SecretString, holds_secret};
 
 /// Result with this room's error.
@@ -204,6 +205,14 @@ impl Route {
             Route::Hook(_) => {}
             Route::Pgbouncer(pooler) => pooler.set_password(password),
             Route::SqlMed(server) => server.set_password(password),
+        }
+        self
+    }
+
+    /// The same with somebody who is told of every statement it sends to a router's database.
+    pub fn with_witness(mut self, witness: Witness) -> Route {
+        if let Route::SqlMed(server) = &mut self {
+            server.set_witness(witness);
         }
         self
     }

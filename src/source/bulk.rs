@@ -28,7 +28,7 @@ use tokio::time::Instant;
 use super::fetch::{Ends, fetch, push};
 use super::intake::Intake;
 use super::options::{Spoken, plugin_options};
-use super::peek::{Chunks, Peeks};
+use super::peek::{Chunks, Peeks, Starts};
 use super::{End, Result, StreamOptions, slot};
 use crate::change::Sink;
 use crate::decode::Plugin;
@@ -53,6 +53,7 @@ pub(super) struct Bulk {
     mark: String,
     peeks: Peeks,
     slot: Peeks,
+    starts: Starts,
     /// Where the mark stands: exclusive end of what was read.
     read_lsn: Lsn,
     confirmed_lsn: Lsn,
@@ -104,6 +105,7 @@ impl Bulk {
         Ok(Some(Bulk {
             peeks: peeks(&mark),
             slot: peeks(&options.slot),
+            starts: Starts::of(session, spoken.plugin),
             mark,
             read_lsn: options.start_lsn,
             confirmed_lsn,
@@ -119,9 +121,9 @@ impl Bulk {
         self.confirmed_lsn
     }
 
-    /// The slot that is held while this goes on.
-    pub fn mark(&self) -> &str {
-        &self.mark
+    /// The job's options, of the slot that is held while this goes on.
+    pub fn options(&self, options: &StreamOptions) -> StreamOptions {
+        StreamOptions { slot: self.mark.clone(), ..options.clone() }
     }
 
     /// Reads until the stream had better go on, or the reader is to end.
@@ -154,7 +156,8 @@ impl Bulk {
         let asked = session.query("select pg_catalog.pg_current_wal_flush_lsn()");
         let rows = ends.link.bounded(asked).await?;
         let flush_lsn = rows.first().map_or(Ok(Lsn::ZERO), |row| row.lsn(0))?;
-        if flush_lsn.0.saturating_sub(self.read_lsn.0) <= self.rest_bytes {
+        let left_bytes = flush_lsn.0.saturating_sub(self.read_lsn.0);
+        if left_bytes <= self.rest_bytes || !self.starts.take() {
             return Ok(Went::Over);
         }
         let (begun, limit) = (Instant::now(), self.chunks.messages());

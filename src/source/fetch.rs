@@ -9,19 +9,15 @@ use std::task::Poll;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::Instant;
 
 use super::intake::Intake;
+use super::link::Link;
 use super::peek::Canceled;
 use super::rows::Rows;
-use super::{End, Error, Result, slot};
+use super::{End, Result};
 use crate::change::{Item, Sink};
 use crate::lsn::Lsn;
-use crate::pg::{self, Config, Purpose, Session};
-
-/// How long a source that is silent and at work is waited for: it decodes the whole chunk before it
-/// says anything.
-const PATIENCE: Duration = Duration::from_secs(1800);
+use crate::pg::{self, Session};
 
 /// Rows are taken over together up to about so many bytes, which then live as long as any of them.
 const PIECE_BYTES: usize = 64 << 10;
@@ -30,12 +26,10 @@ const PIECE_BYTES: usize = 64 << 10;
 pub(super) struct Ends {
     /// Those who may stop the reader.
     pub watch: Watch,
-    /// How the server is held against its silence.
+    /// Who tells a server that is at work from one that is dead.
     pub link: Link,
     /// What a backend does for nobody is canceled.
     pub canceled: Canceled,
-    /// The slot that it holds meanwhile.
-    pub slot: String,
 }
 
 /// Runs a COPY of `lsn, xid, data` and pushes what the messages come to. Gives their number and
@@ -47,7 +41,7 @@ pub(super) async fn fetch<S: Sink>(
     ends: &mut Ends,
     confirmed_lsn: Lsn,
 ) -> Result<std::result::Result<(u32, u64), End>> {
-    let Ends { watch, link, canceled, slot } = ends;
+    let Ends { watch, link, canceled } = ends;
     let mut rows = Rows::default();
     let (mut count, mut bytes) = (0_u32, 0_u64);
     let pid = session.process_id();
@@ -56,7 +50,7 @@ pub(super) async fn fetch<S: Sink>(
     let mut copy = tokio::select! {
         biased;
         end = watch.end() => return Ok(Err(end)),
-        silent = link.until_dead(slot, pid) => return Err(silent),
+        silent = link.until_dead(pid) => return Err(silent),
         copy = session.copy_out(sql) => copy?,
     };
     loop {
@@ -67,7 +61,7 @@ pub(super) async fn fetch<S: Sink>(
                 tokio::select! {
                     biased;
                     end = watch.end() => return Ok(Err(end)),
-                    silent = link.until_dead(slot, pid) => return Err(silent),
+                    silent = link.until_dead(pid) => return Err(silent),
                     piece = copy.gathered(PIECE_BYTES) => piece?,
                 }
             }
@@ -178,50 +172,5 @@ impl Watch {
                 reached.is_err().then_some(End::Closed)
             }
         }
-    }
-}
-
-/// What is known of the connection's health.
-pub(super) struct Link {
-    /// The server.
-    pub config: Config,
-    /// See [`StreamOptions::silence`].
-    ///
-    /// [`StreamOptions::silence`]: super::StreamOptions::silence
-    pub silence: Duration,
-}
-
-impl Link {
-    /// A question that a server answers at once, if it is there.
-    pub async fn bounded<T>(&self, asking: impl Future<Output = pg::Result<T>>) -> Result<T> {
-        match tokio::time::timeout(self.silence * 2, asking).await {
-            Ok(answer) => Ok(answer?),
-            Err(_) => Err(self.silent(self.silence * 2)),
-        }
-    }
-
-    /// Ends when the server has been silent for too long and does not hold the slot for us either,
-    /// as seen on another connection: then nobody decodes for us any more.
-    pub async fn until_dead(&self, slot: &str, pid: i32) -> Error {
-        let begun = Instant::now();
-        loop {
-            tokio::time::sleep(self.silence).await;
-            let asking = tokio::time::timeout(self.silence, self.holds_slot(slot, pid)).await;
-            if begun.elapsed() > PATIENCE || !matches!(asking, Ok(Ok(true))) {
-                return self.silent(begun.elapsed());
-            }
-            tracing::info!(slot, "the source is silent, and at work");
-        }
-    }
-
-    async fn holds_slot(&self, slot: &str, pid: i32) -> Result<bool> {
-        let mut session = Session::connect(&self.config, Purpose::Sql).await?;
-        let status = slot::status(&mut session, slot).await?;
-        Ok(status.and_then(|status| status.active_pid) == Some(pid))
-    }
-
-    fn silent(&self, silence: Duration) -> Error {
-        let peer = self.config.hosts.first().map(|host| self.config.peer(host));
-        Error::Silent { peer: peer.unwrap_or_default(), seconds: silence.as_secs_f64() }
     }
 }

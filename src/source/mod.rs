@@ -55,6 +55,7 @@ mod error;
 mod fetch;
 mod followed;
 mod intake;
+mod link;
 mod marker;
 mod options;
 mod order;

@@ -54,6 +54,18 @@ impl Peeks {
         )
     }
 
+    /// Whether the first change of a row that the slot has, of wal2json, tells a type. No row if
+    /// there is no change.
+    pub fn tells_types(&self) -> String {
+        let Peeks { slot, binary, options, .. } = self;
+        // Within values and names, quotes have backslashes before them.
+        format!(
+            "select data like '%,\"typeoid\":%' \
+             from pg_catalog.pg_logical_slot_peek_{binary}changes({slot}, null, 10000, {options}) \
+             where data ~ '^{{\"action\":\"[IUD]\"' and data like '%{{\"name\":%' limit 1"
+        )
+    }
+
     /// Which transactions the slot has up to `upto_lsn`: id and exclusive end, in no order. (There
     /// is no max(pg_lsn) before 13.)
     pub fn commits(&self, upto_lsn: Lsn) -> String {
@@ -63,6 +75,11 @@ impl Peeks {
              from pg_catalog.pg_logical_slot_peek_{binary}changes(\
              {slot}, '{upto_lsn}', null, {options}) order by xid::text, lsn desc"
         )
+    }
+
+    /// True if advancing starts the plugin.
+    pub fn advances_by_reading(&self) -> bool {
+        self.by_reading
     }
 
     /// Makes `lsn` the slot's confirmed position. It must be the end of a record on 10, where the
@@ -78,6 +95,61 @@ impl Peeks {
         }
         format!("select pg_catalog.pg_replication_slot_advance({slot}, '{lsn}')")
     }
+}
+
+/// How often a session may start the plugin still. pgoutput asks for a callback on relations at
+/// each start, and a session has room for ten, which other parts of the server share: then it is an
+/// error ("out of relcache_callback_list slots"). 11.19, 12.14, 13.10, 14.7 and 15.2 mended that,
+/// and no release of 10 did.
+#[derive(Debug)]
+pub(super) struct Starts {
+    left: Option<u32>,
+}
+
+/// Four of the ten are others'.
+const STARTS: u32 = 5;
+
+impl Starts {
+    /// Of a new session.
+    pub fn of(session: &Session, plugin: Plugin) -> Starts {
+        let version = session.parameter("server_version").unwrap_or_default();
+        let wears = plugin == Plugin::Pgoutput && wears_out(version);
+        Starts { left: wears.then_some(STARTS) }
+    }
+
+    /// True if there is none left.
+    pub fn are_spent(&self) -> bool {
+        self.left == Some(0)
+    }
+
+    /// Takes one; false if there is none left.
+    pub fn take(&mut self) -> bool {
+        match &mut self.left {
+            None => true,
+            Some(0) => false,
+            Some(left) => {
+                *left -= 1;
+                true
+            }
+        }
+    }
+}
+
+/// Of `10.23`, `15beta1`, `15.20 (Debian 15.20-1)`.
+fn wears_out(version: &str) -> bool {
+    let mut numbers = version.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>());
+    let mut next = || numbers.next().and_then(Result::ok).unwrap_or(0);
+    let (major, minor) = (next(), next());
+    let mended = match major {
+        ..11 => return true,
+        11 => 19,
+        12 => 14,
+        13 => 10,
+        14 => 7,
+        15 => 2,
+        _ => 0,
+    };
+    minor < mended
 }
 
 /// Where the log ends: a position on disk, asked for before a peek.
@@ -238,6 +310,22 @@ mod tests {
         assert_eq!(without_header(Lsn(8192 * 3 + 40), segment), Lsn(8192 * 3 + 40));
         assert_eq!(without_header(Lsn(segment * 2 + 40), segment), Lsn(segment * 2));
         assert_eq!(without_header(Lsn(8192 * 3 + 32), segment), Lsn(8192 * 3 + 32));
+    }
+
+    #[test]
+    fn a_session_of_an_old_server_starts_pgoutput_a_few_times_only() {
+        for old in ["10.23", "10.0 (Debian)", "11.18", "12.13", "13.9", "14.6", "15.1", "15beta1"] {
+            assert!(wears_out(old), "{old}");
+        }
+        for mended in
+            ["11.19", "12.22", "13.10", "14.7", "15.2", "15.20 (Debian 1)", "16.0", "18beta1"]
+        {
+            assert!(!wears_out(mended), "{mended}");
+        }
+        let mut few = Starts { left: Some(2) };
+        assert!(few.take() && !few.are_spent() && few.take() && few.are_spent() && !few.take());
+        let mut any = Starts { left: None };
+        assert!((0..100).all(|_| any.take() && !any.are_spent()));
     }
 
     #[test]

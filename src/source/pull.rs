@@ -22,20 +22,25 @@
 //!
 //! <https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION>
 
+use std::future::Future;
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::continuity::check_continuity_by_sql;
-use super::fetch::{Ends, Link, Watch, fetch, push};
+use super::fetch::{Ends, Watch, fetch, push};
 use super::intake::Intake;
+use super::link::Link;
 use super::options::{Spoken, plugin_options};
-use super::peek::{Canceled, Chunks, LogEnd, Peeks};
-use super::{End, Positions, Result, StreamOptions, slot};
+use super::peek::{Canceled, Chunks, LogEnd, Peeks, Starts};
+use super::slot::SlotStatus;
+use super::{End, Error, Positions, Result, StreamOptions, slot};
 use crate::change::{Item, Sink};
+use crate::decode::Plugin;
 use crate::lsn::Lsn;
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{self, Config, Purpose, Session};
 
 /// How long a slot that a backend of ours still holds is waited for when opening.
 const FREE_WAIT: Duration = Duration::from_secs(10);
@@ -58,7 +63,25 @@ pub struct Pull {
     options: StreamOptions,
     spoken: Spoken,
     peeks: Peeks,
+    starts: Starts,
     confirmed_lsn: Lsn,
+}
+
+/// A session that may read the slot, once server and slot are seen to be the recorded ones.
+async fn connect(
+    config: &Config,
+    options: &StreamOptions,
+    progress_lsn: Lsn,
+) -> Result<(Session, SlotStatus)> {
+    let mut session = Session::connect(config, Purpose::Sql).await?;
+    let (name, recorded) = (options.slot.as_str(), &options.recorded);
+    let status =
+        check_continuity_by_sql(&mut session, config, name, recorded, progress_lsn).await?;
+    // A chunk that fits does not go through a temporary file.
+    session.execute("set work_mem = '64MB'").await?;
+    session.pass_unknown_bytes().await?;
+    session.keep_warnings();
+    Ok((session, status))
 }
 
 impl Pull {
@@ -69,20 +92,17 @@ impl Pull {
     /// test_decoding must not be behind it once [`Pull::run`] has told it what is durable: its
     /// transactions are not known again.
     ///
-    /// Errors of law 4 are `Stop`; a slot in use and a lost connection are `Retry`.
+    /// Errors of law 4 are `Stop`, and a slot that gives prepared transactions at their PREPARE; a
+    /// slot in use and a lost connection are `Retry`.
     pub async fn open(config: &Config, options: StreamOptions) -> Result<Pull> {
-        let mut session = Session::connect(config, Purpose::Sql).await?;
         let (name, start_lsn) = (options.slot.as_str(), options.start_lsn);
-        let recorded = &options.recorded;
-        let status =
-            check_continuity_by_sql(&mut session, config, name, recorded, start_lsn).await?;
+        let (mut session, status) = connect(config, &options, start_lsn).await?;
         if status.active_pid.is_some() {
             slot::free(&mut session, name, FREE_WAIT).await?;
         }
-        // A chunk that fits does not go through a temporary file.
-        session.execute("set work_mem = '64MB'").await?;
-        session.pass_unknown_bytes().await?;
-        session.keep_warnings();
+        if slot::is_two_phase(&mut session, name).await? {
+            return Err(Error::TwoPhasePull { slot: name.to_string() });
+        }
         let mut spoken = options.spoken()?;
         let peeks = loop {
             let wanted = plugin_options(spoken, session.major_version(), &options);
@@ -90,13 +110,15 @@ impl Pull {
             let peeks = Peeks::new(name, spoken.plugin, session.major_version(), &wanted);
             match session.query(&peeks.first()).await {
                 Ok(_) => break peeks,
-                Err(error) if spoken.older(&error) => {}
+                Err(error) if spoken.older(&error) => spoken.admit(name)?,
                 Err(error) => return Err(error.into()),
             }
         };
-        spoken.admit(name)?;
+        let mut starts = Starts::of(&session, spoken.plugin);
+        starts.take();
         let confirmed_lsn = status.confirmed_flush_lsn.unwrap_or(Lsn::ZERO);
-        Ok(Pull { config: config.clone(), session, options, spoken, peeks, confirmed_lsn })
+        let config = config.clone();
+        Ok(Pull { config, session, options, spoken, peeks, starts, confirmed_lsn })
     }
 
     /// Reads until told to stop, pushing items in log order.
@@ -118,16 +140,18 @@ impl Pull {
             repeats,
             ends: Ends {
                 canceled: Canceled::of(&self.session),
-                link: Link { config: self.config, silence: self.options.silence },
+                link: Link::of(self.config, &self.options),
                 watch: Watch { durable, stop },
-                slot: self.options.slot,
             },
             session: self.session,
+            plugin: self.spoken.plugin,
             peeks: self.peeks,
+            starts: self.starts,
             log_end: LogEnd::default(),
             drained_lsn: Lsn::ZERO,
             confirmed_lsn: self.confirmed_lsn,
             chunks: Chunks::of(self.options.pull_messages),
+            options: self.options,
             advance_at: Instant::now(),
         };
         let end = puller.read().await?;
@@ -139,9 +163,12 @@ impl Pull {
 /// A slot being read.
 struct Puller<'a, S> {
     session: Session,
+    options: StreamOptions,
+    plugin: Plugin,
     intake: Intake<'a, S>,
     ends: Ends,
     peeks: Peeks,
+    starts: Starts,
     log_end: LogEnd,
     /// Everything below has been received, and the log ended here.
     drained_lsn: Lsn,
@@ -220,6 +247,7 @@ impl<S: Sink> Puller<'_, S> {
         if upto_lsn <= self.drained_lsn {
             return Ok(Turn::Drained(false));
         }
+        self.renew().await?;
         let (begun, limit) = (Instant::now(), self.chunks.messages());
         let before_lsn = self.intake.decoded_lsn();
         let sql = self.peeks.sql(upto_lsn, limit);
@@ -254,17 +282,36 @@ impl<S: Sink> Puller<'_, S> {
             return Ok(());
         }
         let begun = Instant::now();
+        if self.peeks.advances_by_reading() {
+            self.renew().await?;
+        }
         let sql = self.peeks.advance(durable_lsn);
         let pid = self.session.process_id();
         let advancing = self.session.query(&sql);
         tokio::select! {
             biased;
             advanced = advancing => advanced?,
-            silent = self.ends.link.until_dead(&self.ends.slot, pid) => return Err(silent),
+            silent = self.ends.link.until_dead(pid) => return Err(silent),
         };
         self.confirmed_lsn = durable_lsn;
         // The server should have better things to do than to decode for this.
         self.advance_at = Instant::now() + ADVANCE_GAP.max(begun.elapsed() * 10);
+        Ok(())
+    }
+
+    /// Before the plugin is started: on another session, if this one cannot start it again.
+    async fn renew(&mut self) -> Result<()> {
+        if self.starts.take() {
+            return Ok(());
+        }
+        // Whatever answers now has to be the same server with the same slot (law 4).
+        let progress_lsn = self.ends.watch.durable_lsn().max(self.confirmed_lsn);
+        let connecting = connect(self.ends.link.config(), &self.options, progress_lsn);
+        let (session, _) = self.ends.link.bounded(connecting).await?;
+        self.ends.canceled = Canceled::of(&session);
+        self.starts = Starts::of(&session, self.plugin);
+        self.starts.take();
+        self.session = session;
         Ok(())
     }
 

@@ -10,8 +10,9 @@ use tokio::sync::watch;
 
 use super::bulk::Bulk;
 use super::continuity::{check_slot, check_system};
-use super::fetch::{Ends, Link, Watch};
+use super::fetch::{Ends, Watch};
 use super::intake::{Intake, Publisher};
+use super::link::Link;
 use super::options::{Spoken, plugin_options};
 use super::pace::Pace;
 use super::peek::Canceled;
@@ -87,9 +88,8 @@ impl Stream {
         if let Some(mut bulk) = self.bulk.take() {
             let mut ends = Ends {
                 watch: Watch { durable: durable.clone(), stop: stop.clone() },
-                link: Link { config: self.config.clone(), silence: self.options.silence },
+                link: Link::of(self.config.clone(), &bulk.options(&self.options)),
                 canceled: Canceled::of(&self.session),
-                slot: bulk.mark().to_string(),
             };
             if let Some(end) = bulk.run(&mut self.session, &mut intake, &mut ends).await? {
                 return Ok(end);
@@ -155,11 +155,10 @@ async fn start(
         tracing::debug!(slot = name, %start_lsn, ?wanted, "starting replication");
         let wanted: Vec<(&str, &str)> = wanted.iter().map(|(n, v)| (*n, v.as_str())).collect();
         match session.start_replication(name, start_lsn, &wanted).await {
-            Err(error) if spoken.older(&error) => {}
+            Err(error) if spoken.older(&error) => spoken.admit(name)?,
             started => break started,
         }
     };
-    spoken.admit(name)?;
     match started {
         Ok(()) => Ok(()),
         Err(error) if error.code() == Some("55006") => {

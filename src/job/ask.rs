@@ -1,15 +1,16 @@
 //! A client of whatever runner is alive, and of one of our own where none is.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::job::client::Client;
-use crate::job::store::{JobRow, Store};
-use crate::job::{self, JobConfig, Notice, Phase, Runner, Until, lease};
+use super::client::Client;
+use super::run::Report;
+use super::store::{JobRow, Store};
+use super::{Error, JobConfig, Phase, Result, Runner, Until, lease};
+use crate::clock::Deadline;
 use crate::pg::Session;
 
 /// A way to reach the job's runner.
@@ -19,17 +20,19 @@ pub struct Asker {
     pub row: JobRow,
     /// The connection for commands.
     pub client: Client,
+    /// Told by a runner of our own.
+    report: Report,
     own: Option<Own>,
 }
 
 struct Own {
     stop: watch::Sender<bool>,
-    task: JoinHandle<job::Result<Phase>>,
+    task: JoinHandle<Result<Phase>>,
 }
 
 impl Asker {
     /// Connects. Fails if there is no such job. Starts a runner of our own if none is alive.
-    pub async fn connect(config: &JobConfig) -> anyhow::Result<Asker> {
+    pub async fn connect(config: &JobConfig, report: Report) -> Result<Asker> {
         let mut config = config.clone();
         let home = Session::control(&config.target).await?;
         let mut store = Store::new(home, config.job.clone());
@@ -37,7 +40,7 @@ impl Asker {
         // The job knows its tables; these commands need not repeat the options.
         config.options = row.options.clone();
         let client = Client::connect(&config.target, &config.job).await?;
-        let mut asker = Asker { config, row, client, own: None };
+        let mut asker = Asker { config, row, client, report, own: None };
         asker.ensure_runner().await?;
         Ok(asker)
     }
@@ -52,12 +55,12 @@ impl Asker {
         self.own.is_some()
     }
 
-    async fn ensure_runner(&mut self) -> anyhow::Result<()> {
+    async fn ensure_runner(&mut self) -> Result<()> {
         if let Some(own) = self.own.take_if(|own| own.task.is_finished()) {
-            match own.task.await? {
+            match joined(own.task).await {
                 // Another took the lease first, and hears the command as well.
-                Ok(_) | Err(job::Error::Busy { .. }) => {}
-                Err(error) => return Err(error.into()),
+                Ok(_) | Err(Error::Busy { .. }) => {}
+                Err(error) => return Err(error),
             }
         }
         // A home database that cannot say has no use for another runner; the next turn asks again.
@@ -65,12 +68,7 @@ impl Asker {
         let alive = !matches!(holder, Ok(None));
         if self.own.is_none() && !alive {
             let (stop, stopping) = watch::channel(false);
-            let report = Arc::new(|notice: Notice| {
-                if let Notice::Said(text) = notice {
-                    eprintln!("{text}");
-                }
-            });
-            let config = self.config.clone();
+            let (config, report) = (self.config.clone(), self.report.clone());
             let task = tokio::spawn(Runner::run(config, Until::Told, report, stopping));
             self.own = Some(Own { stop, task });
         }
@@ -78,16 +76,16 @@ impl Asker {
     }
 
     /// Asks and waits for the answer, up to `wait`; a runner that dies meanwhile is replaced.
-    pub async fn ask(&mut self, verb: &str, args: &Value, wait: Duration) -> anyhow::Result<Value> {
+    pub async fn ask(&mut self, verb: &str, args: &Value, wait: Duration) -> Result<Value> {
         let id = self.client.post(verb, args).await?;
-        let deadline = crate::clock::Deadline::after(wait);
+        let deadline = Deadline::after(wait);
         let mut turns = 0_u32;
         loop {
             if let Some(result) = self.client.poll(&id).await? {
                 return Ok(result);
             }
             if deadline.passed() {
-                return Err(job::Error::NoAnswer { verb: verb.to_string(), wait }.into());
+                return Err(Error::NoAnswer { verb: verb.to_string(), wait });
             }
             turns += 1;
             if turns.is_multiple_of(40) {
@@ -98,14 +96,19 @@ impl Asker {
     }
 
     /// Ends our own runner, if there is one, at a batch boundary.
-    pub async fn close(self) -> anyhow::Result<()> {
+    pub async fn close(self) -> Result<()> {
         if let Some(own) = self.own {
             let _ = own.stop.send(true);
-            match own.task.await? {
-                Ok(_) | Err(job::Error::Interrupted | job::Error::Busy { .. }) => {}
-                Err(error) => return Err(error.into()),
+            match joined(own.task).await {
+                Ok(_) | Err(Error::Interrupted | Error::Busy { .. }) => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(())
     }
+}
+
+/// How a runner ended.
+pub(super) async fn joined(task: JoinHandle<Result<Phase>>) -> Result<Phase> {
+    task.await.map_err(|e| Error::State(format!("the runner: {e}")))?
 }
