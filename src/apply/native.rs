@@ -93,11 +93,6 @@ impl Native {
         })
     }
 
-    /// True for smallint, integer and bigint.
-    pub fn is_integer(self) -> bool {
-        matches!(self, Native::Int2 | Native::Int4 | Native::Int8)
-    }
-
     /// Appends the value's length and bytes. `None` if the text is not one that a server prints for
     /// this type; what was appended then is of no use.
     pub fn encode(self, text: &[u8], out: &mut Vec<u8>) -> Option<()> {

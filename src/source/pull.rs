@@ -22,8 +22,6 @@
 //!
 //! <https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION>
 
-use std::future::Future;
-use std::task::Poll;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -40,7 +38,7 @@ use super::{End, Error, Positions, Result, StreamOptions, slot};
 use crate::change::{Item, Sink};
 use crate::decode::Plugin;
 use crate::lsn::Lsn;
-use crate::pg::{self, Config, Purpose, Session};
+use crate::pg::{Config, Purpose, Session};
 
 /// How long a slot that a backend of ours still holds is waited for when opening.
 const FREE_WAIT: Duration = Duration::from_secs(10);
