@@ -7,7 +7,7 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo demo-kafka test fuzz decode-bench kill faults matrix regress bench spool-bench kill-spool outage latency cutover-bench setup check-style build clean
+.PHONY: help demo demo-kafka test fuzz decode-bench kill faults heartbeat matrix regress bench spool-bench kill-spool outage latency cutover-bench setup check-style build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -20,6 +20,7 @@ help:
 	@echo "make kill-spool       kill -9 of run and of both servers through a spool [KILLS=200]"
 	@echo "make outage           the target away for ten minutes of writes [SECONDS=600]"
 	@echo "make latency          memory beside spool at 500 tx/s; large transactions by streaming"
+	@echo "make heartbeat        an idle database beside pgbench pins no WAL [SECONDS=600]"
 	@echo "make faults           restarts and network faults in every phase"
 	@echo "make regress          PostgreSQL's own regression suite as the workload (a download first)"
 	@echo "make matrix [PAIRS=\"10-18 ...\"]  the whole job between any two of PostgreSQL 10 to 18"
@@ -99,6 +100,11 @@ latency: setup build
 # Servers restarted, and networks cut, silently cut and stalled, in every phase.
 faults: setup
 	WALFERRY_FAULTS=long WALFERRY_TEST_BUFFER=$(BUFFER) cargo test --locked --test it -- --nocapture --test-threads 2 faults::
+
+# An idle database beside ten minutes of pgbench in the same server: WAL retained for it.
+heartbeat: setup
+	WALFERRY_HEARTBEAT=$(or $(SECONDS),600) cargo test --locked --test it -- \
+		--ignored --nocapture heartbeat::an_idle_database_beside_pgbench
 
 # The suite is fetched and built in the cache; the servers are those of the other tests.
 regress: setup

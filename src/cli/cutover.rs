@@ -184,7 +184,9 @@ fn request(
         max_hold_ms: time(args.max_hold, file.max_hold, 5_000)?,
         refresh,
         unlogged,
+        leave_quarantined: args.leave_quarantined,
         dry_run: args.dry_run,
+        mark: None,
     })
 }
 
@@ -243,6 +245,7 @@ mod tests {
             max_hold: None,
             refresh: None,
             unlogged: None,
+            leave_quarantined: false,
             dry_run: false,
             json: false,
         };

@@ -16,8 +16,10 @@ mod cluster;
 mod cutover;
 mod demo;
 mod finish;
+mod lasting;
 mod options;
 mod print;
+mod quarantine;
 mod rollback;
 mod run;
 mod status;
@@ -62,6 +64,8 @@ pub enum Command {
     Status(status::Args),
     /// Compare both sides row by row while they live
     Verify(verify::Args),
+    /// List, retry or drop rows that the target refused, and what waits behind them
+    Quarantine(quarantine::Args),
     /// Switch applications to the target
     Cutover(cutover::Args),
     /// Switch applications back to the source
@@ -111,6 +115,7 @@ pub async fn run(cli: Cli) -> ExitCode {
         Command::Apply(args) => apply::run(args).await,
         Command::Status(args) => status::run(args).await,
         Command::Verify(args) => verify::run(args).await,
+        Command::Quarantine(args) => quarantine::run(args).await,
         Command::Cutover(args) => cutover::run(args).await,
         Command::Rollback(args) => rollback::run(args).await,
         Command::Finish(args) => finish::run(args).await,

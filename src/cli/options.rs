@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::apply::{Mode, Tuning};
+use crate::apply::{Mode, OnRowError, Tuning};
 use crate::buffer::durable::KafkaProperties;
 use crate::catalog::Selection;
 use crate::config::{self, File, parse_duration, parse_size};
@@ -21,7 +21,9 @@ use crate::job::rest::{Refresh, Unlogged};
 use crate::job::routes::RouteSecrets;
 use crate::job::store::JobOptions;
 use crate::job::{self, Bulk, JobConfig};
+use crate::limit::BULK_BYTES;
 use crate::pg::Config;
+use crate::schema::altered::Policy;
 use crate::secret::SecretString;
 
 /// Name of a job that was not given one.
@@ -61,6 +63,23 @@ pub struct JobArgs {
     /// [default: auto]
     #[arg(long, value_name = "ORDER", value_parser = str::parse::<Mode>)]
     pub apply: Option<Mode>,
+    /// What becomes of a row that the target refuses: stop, or quarantine, which keeps it and all
+    /// later changes of its table aside while other tables go on [default: stop]
+    #[arg(long, value_name = "WHAT", value_parser = str::parse::<OnRowError>)]
+    pub on_row_error: Option<OnRowError>,
+    /// What is done on the target where a table of the source is altered: apply (at its place in
+    /// the stream), hold (keep the table's changes until the SQL was run) or stop; or by class, as
+    /// in hold,add-column=apply [default: what does not fit stops]
+    #[arg(long, value_name = "POLICY", value_parser = str::parse::<Policy>)]
+    pub ddl: Option<Policy>,
+    /// Write something of ours into the source's log this often, and measure lag by it while nobody
+    /// else writes [default: never]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub heartbeat: Option<Duration>,
+    /// The statement for each beat, tables named with their schema [default: a logical message, or
+    /// a row of our own; with this alone every 10s]
+    #[arg(long, value_name = "SQL")]
+    pub heartbeat_sql: Option<String>,
     /// Read the source by this publication, which an administrator made; its row filters, column
     /// lists and operations are what the job is of
     #[arg(long, value_name = "NAME")]
@@ -171,6 +190,8 @@ impl JobArgs {
             let message = "only pgoutput reads a publication: leave one of the two out".to_string();
             return Err(config::Error::Value { option: "--decoder", message }.into());
         }
+        let two_phase = on_off("--two-phase", self.two_phase.clone().or(file.two_phase), false)?;
+        let ddl = self.ddl(file.ddl, two_phase, options.publication.is_some())?;
         Ok(JobConfig {
             job,
             wanted,
@@ -190,12 +211,18 @@ impl JobArgs {
                 )?,
                 kafka,
             },
-            two_phase: on_off("--two-phase", self.two_phase.clone().or(file.two_phase), false)?,
+            two_phase,
+            on_row_error: self.on_row_error(file.on_row_error, two_phase)?,
+            ddl,
             streaming: self.streaming(file.streaming, file.streaming_limit)?,
             tuning,
+            heartbeat: self.heartbeat(file.heartbeat, file.heartbeat_sql)?,
             half: Half::Both,
             secrets: secrets(&file.cutover.route)?,
-            gather: file.tuning.gather_messages.unwrap_or(true),
+            bulk_bytes: match file.tuning.bulk_bytes {
+                None => Some(BULK_BYTES),
+                some => some.filter(|bytes| *bytes > 0),
+            },
             bulk,
         })
     }
@@ -339,7 +366,7 @@ fn tuning(apply: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
         (limits.transactions, most.transactions) = (transactions.max(1), transactions.max(1));
     }
     tuning.copy_inserts = sizes.copy_inserts.unwrap_or(tuning.copy_inserts);
-    tuning.binary_integers = sizes.binary_integers.unwrap_or(tuning.binary_integers);
+    tuning.binary_values = sizes.binary_values.unwrap_or(tuning.binary_values);
     tuning.in_flight_max = sizes.batches_in_flight.unwrap_or(tuning.in_flight_max).max(1);
     Ok(tuning)
 }
@@ -425,6 +452,9 @@ pub struct FlipArgs {
     /// at first), or refuse to switch while there are any [default: copy]
     #[arg(long, value_name = "WHAT", value_parser = str::parse::<Unlogged>)]
     pub unlogged: Option<Unlogged>,
+    /// Switch though changes are kept aside: they stay behind, and are not on the other side
+    #[arg(long)]
+    pub leave_quarantined: bool,
     /// Prove the way there and back, and change nothing
     #[arg(long)]
     pub dry_run: bool,

@@ -7,7 +7,7 @@ use super::options::JobArgs;
 use super::print;
 use crate::config::parse_duration;
 use crate::job::ask::Asker;
-use crate::job::comparing;
+use crate::job::{comparing, quarantine};
 use crate::large;
 use crate::verify::{DifferenceKind, Report};
 
@@ -34,11 +34,12 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         // Starts another runner where ours does not come up; comparing only asks the one alive.
         asker.ask("ping", &serde_json::Value::Null, Duration::from_secs(60)).await?;
         let report = comparing::compare(&mut asker.client, &config, args.timeout).await?;
-        Ok::<_, anyhow::Error>((report, comparing::large_objects(&config).await?))
+        let large = comparing::large_objects(&config).await?;
+        Ok::<_, anyhow::Error>((report, large, quarantine::of(&config).await?))
     };
     let outcome = outcome.await;
     let closed = asker.close().await;
-    let (report, large) = outcome?;
+    let (report, large, parked) = outcome?;
     closed?;
     let same = report.equal && large.as_ref().is_none_or(|large| large.differing.is_empty());
     if args.json {
@@ -47,9 +48,16 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
             object.insert("equal".to_string(), same.into());
             object.insert("large_objects".to_string(), serde_json::to_value(large)?);
         }
+        if let Some(object) = value.as_object_mut() {
+            object.insert("quarantined".to_string(), serde_json::to_value(&parked)?);
+        }
         print::json(&value)?;
     } else {
         show(&report, large.as_ref(), same);
+        for table in &parked {
+            let (name, changes) = (&table.table, table.changes);
+            println!("{name}: {changes} changes are kept aside, see walferry quarantine list");
+        }
     }
     Ok(if same { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

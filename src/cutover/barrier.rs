@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::{Error, Result};
-use crate::apply::Applied;
+use crate::apply::{Applied, parked};
 use crate::lsn::Lsn;
 use crate::pg::Session;
 
@@ -52,6 +52,18 @@ pub async fn refuse_prepared(session: &mut Session) -> Result<()> {
     let Some(first) = rows.first() else { return Ok(()) };
     let (gid, owner, xid) = (first.string(0)?, first.string(1)?, first.string(2)?);
     Err(Error::Prepared { gid, owner, xid, others: rows.len() - 1 })
+}
+
+/// Refuses to switch to a side on which changes of the stream are kept aside.
+///
+/// Asked as a gate, and once more when all that there is has been drained.
+pub async fn refuse_parked(dest: &mut Session, stream: &str) -> Result<()> {
+    let parked = parked::parked(dest, stream).await.map_err(|e| Error::Parked(e.to_string()))?;
+    if parked.is_empty() {
+        return Ok(());
+    }
+    let tables = parked.iter().map(|p| format!("{} ({} changes: {})", p.table, p.changes, p.error));
+    Err(Error::Quarantined { tables: tables.collect() })
 }
 
 /// The barrier, on a side whose writers are stopped.

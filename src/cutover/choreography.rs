@@ -10,7 +10,7 @@ use super::fence::{self, Fence, FenceKind};
 use super::sequences::{self, Stood};
 use super::{Error, Rest, Result, Rules, barrier, canary, undo};
 use crate::apply::Applied;
-use crate::catalog::Selection;
+use crate::catalog::{self, Selection};
 use crate::clock::{Backoff, Deadline};
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::lsn::Lsn;
@@ -62,8 +62,13 @@ pub struct Plan {
     pub rest: Rest,
     /// How far the stream from live to dest is.
     pub carry: watch::Receiver<Applied>,
+    /// What is kept of parked tables stays behind; else it refuses the flip.
+    pub leave_parked: bool,
     /// Stop after the gates.
     pub dry_run: bool,
+    /// What [`catalog::mark`] gave of the live side's tables, where DDL since then refuses the
+    /// flip.
+    pub mark: Option<String>,
     /// True: give up at the next place where that can be undone.
     pub stop: watch::Receiver<bool>,
 }
@@ -186,7 +191,8 @@ impl<J: Journal> Flight<'_, J> {
             let mut session = Session::control(&plan.live).await?;
             let mut dest = Session::control(&plan.dest).await?;
             self.stood = Some(Stood::read(&mut session, &mut dest).await?);
-            barrier::gate(&mut session, &mut plan.carry, plan.max_lag).await
+            barrier::gate(&mut session, &mut plan.carry, plan.max_lag).await?;
+            self.refuse_parked(&mut dest).await
         });
         Ok(())
     }
@@ -260,9 +266,17 @@ impl<J: Journal> Flight<'_, J> {
         held: Instant,
     ) -> Result<Lsn> {
         let barrier_lsn = step!(self, "barrier", barrier::mark_held(live).await);
+        if self.plan.mark.is_some() {
+            step!(self, "unaltered", self.refuse_altered(live).await);
+        }
         let rest = self.plan.rest.is_there();
         step!(self, "drain", {
-            match self.drain(barrier_lsn, held).await {
+            let drained = match self.drain(barrier_lsn, held).await {
+                // What was refused on the last stretch would be left behind as well.
+                Ok(()) => self.refuse_parked(dest).await,
+                drained => drained,
+            };
+            match drained {
                 Ok(()) if !rest => self.plan.rest.carry(live, dest).await,
                 drained => drained,
             }
@@ -289,6 +303,15 @@ impl<J: Journal> Flight<'_, J> {
         });
         step!(self, "switch", self.switch_routes().await);
         Ok(barrier_lsn)
+    }
+
+    /// The fence's locks keep tables as they are from here on.
+    async fn refuse_altered(&self, live: &mut Session) -> Result<()> {
+        let now = catalog::mark(live, &self.plan.tables).await?;
+        if self.plan.mark.as_ref().is_some_and(|before| *before != now) {
+            return Err(Error::Altered);
+        }
+        Ok(())
     }
 
     /// Says also who keeps the fence's session waiting, as readers do where it drops foreign keys.
@@ -391,6 +414,13 @@ impl<J: Journal> Flight<'_, J> {
         }
         let applied_lsn = self.plan.carry.borrow().applied_lsn;
         Err(Error::Drain { barrier_lsn, applied_lsn, waited: self.plan.max_hold })
+    }
+
+    async fn refuse_parked(&self, dest: &mut Session) -> Result<()> {
+        match self.plan.leave_parked {
+            true => Ok(()),
+            false => barrier::refuse_parked(dest, &self.plan.job.object(self.plan.flip)).await,
+        }
     }
 
     async fn switch_routes(&self) -> Result<()> {

@@ -145,6 +145,9 @@ async fn hold_and_place(client: &mut Client, line: &Line, wait: Duration) -> Res
         };
         let mut order = Order::watch(&line.from, options, deadline.left()).await?;
         for _ in 0..SNAPSHOTS {
+            if order.is_spent() {
+                break;
+            }
             let outcome = place(client, line, &mut order, deadline).await;
             match outcome {
                 Ok(Ok(aligned)) => return Ok(aligned),

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::align::PASSED;
 use super::flip::FlipRequest;
+use super::heartbeat::Heartbeat;
 use super::left::outcome_value;
 use super::pipeline::Pipe;
 use super::run::{Notice, Runner, Until};
@@ -40,6 +41,7 @@ impl Runner {
         if matches!(phase, Phase::Finished | Phase::Canceled) {
             return Ok(None);
         }
+        self.keep_heartbeat(phase).await?;
         self.validate_beside().await?;
         self.refresh_beside().await?;
         let mut probes = Probes::default();
@@ -240,7 +242,9 @@ impl Runner {
         let mut rows = Vec::new();
         for (stream, pipe, config, probe) in sides {
             if let Some(pipe) = pipe {
-                rows.push((stream, positions(pipe, end_of_wal(config, probe).await)));
+                let beat = self.heartbeat.as_ref().filter(|_| stream == Stream::Forward);
+                let end_lsn = end_of_wal(config, probe).await;
+                rows.push((stream, positions(pipe, end_lsn, beat)));
             }
         }
         for (stream, mut row) in rows {
@@ -286,7 +290,7 @@ async fn end_of_wal(config: &Config, probe: &mut Option<Session>) -> Option<Lsn>
     tokio::time::timeout(Duration::from_secs(2), asking).await.ok().flatten()
 }
 
-fn positions(pipe: &Pipe, end_lsn: Option<Lsn>) -> StreamRow {
+fn positions(pipe: &Pipe, end_lsn: Option<Lsn>, beat: Option<&Heartbeat>) -> StreamRow {
     let applied = *pipe.applied.borrow();
     let read = *pipe.positions.borrow();
     if !applied.applied_lsn.is_valid() {
@@ -294,10 +298,12 @@ fn positions(pipe: &Pipe, end_lsn: Option<Lsn>) -> StreamRow {
     }
     let text = |lsn: Lsn| Some(lsn.to_string());
     let lag_bytes = end_lsn.map(|end| end.bytes_since(applied.applied_lsn) as i64);
-    // Level to within one transaction: what age the last one has says nothing about lag.
+    // Level to within one transaction: what age the last one has says nothing about lag, but a
+    // heartbeat does.
     let level = read.received_lsn <= applied.applied_lsn;
     let age = applied.commit_time.map_or(0.0, PgTimestamp::seconds_ago);
-    let lag_seconds = if level { 0.0 } else { age };
+    let measured = beat.and_then(Heartbeat::lag_seconds);
+    let lag_seconds = measured.unwrap_or(if level { 0.0 } else { age });
     let spool = pipe.spool.as_ref().map(|spool| *spool.borrow());
     StreamRow {
         received_lsn: text(read.received_lsn.max(applied.applied_lsn)),

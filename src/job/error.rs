@@ -82,6 +82,33 @@ pub enum Error {
         /// Which backend.
         pid: String,
     },
+    /// A table that is named is not parked.
+    #[error(
+        "nothing is kept of {table}{}",
+        if parked.is_empty() { String::new() } else { format!(", but of {parked}") }
+    )]
+    NotParked {
+        /// Its name as it was given.
+        table: String,
+        /// Those that are.
+        parked: String,
+    },
+    /// A change that is named is not kept.
+    #[error("no change {id} is kept: walferry quarantine list shows those that are")]
+    NotKept {
+        /// Its number.
+        id: i64,
+    },
+    /// `--heartbeat`, and no way to beat.
+    #[error(
+        "a heartbeat needs something that \"{role}\" may write on the source: grant execute on \
+         function pg_logical_emit_message(boolean, text, text) to it, or schema walferry, or give \
+         a statement of your own with --heartbeat-sql"
+    )]
+    NoHeartbeat {
+        /// The role.
+        role: String,
+    },
     /// The lease's session is gone.
     #[error("the lease on the home database was lost; taking it again")]
     LeaseLost,
@@ -340,6 +367,15 @@ pub enum Error {
     SlotsShort {
         /// Each with what it has free.
         nodes: Vec<String>,
+    },
+    /// Other tasks move the same.
+    #[error(
+        "the same is moved by {}: let that end, finish or cancel it, and then reset this task or \
+         plan anew", rivals.join(", ")
+    )]
+    TaskRivals {
+        /// Each in words.
+        rivals: Vec<String>,
     },
     /// Somebody changed the task's tables.
     #[error(

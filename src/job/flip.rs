@@ -57,8 +57,15 @@ pub struct FlipRequest {
     /// `--unlogged`.
     #[serde(default)]
     pub unlogged: Unlogged,
+    /// `--leave-quarantined`.
+    #[serde(default)]
+    pub leave_quarantined: bool,
     /// `--dry-run`.
     pub dry_run: bool,
+    /// The live tables' [`catalog::mark`] before they were looked at: another one, once writers
+    /// are stopped, refuses the flip.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mark: Option<String>,
 }
 
 impl FlipRequest {
@@ -305,7 +312,9 @@ impl Runner {
             rules: self.rules(flip).await?,
             rest: self.rest(flip, request).await?,
             carry,
+            leave_parked: request.leave_quarantined || flip == Stream::Reverse,
             dry_run: request.dry_run,
+            mark: request.mark.clone(),
             stop: self.stop.clone(),
         })
     }

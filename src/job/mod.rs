@@ -13,8 +13,11 @@
 //!   and the choreography with its journal; `routes`: its routes, and those that are gone.
 //!   `cleanup`: finish and cancel.
 //! - `ability`: what the roles may do, and so how each side is written. `reading`: how each side is
-//!   read; `published`: by which publication of others. `validating`: foreign keys that came back
-//!   at a switch. `rest`: what no stream carries. `left`: what is left behind at a flip.
+//!   read; `published`: by which publication of others. `heartbeat`: lag while nobody writes.
+//!   `validating`: foreign keys that came back at a switch. `rest`: what no stream carries. `left`:
+//!   what is left behind at a flip.
+//! - `altering`: tables that are altered meanwhile. `quarantine`: what is kept aside, and what
+//!   becomes of it.
 //! - `client`: commands from other processes; `ask`: the same, with a runner of one's own where
 //!   none is alive; `ending`: finish and cancel, whoever runs the job. `align`: both sides held at
 //!   one point; `comparing`: and compared there. `status`: what people and scripts see.
@@ -27,6 +30,7 @@
 pub mod ability;
 mod admit;
 pub mod align;
+mod altering;
 pub mod ask;
 mod attend;
 pub mod capturing;
@@ -35,11 +39,13 @@ pub mod cleanup;
 pub mod client;
 pub mod cluster;
 pub mod comparing;
+pub mod config;
 mod copying;
 mod ddl;
 pub mod ending;
 pub mod error;
 mod flip;
+pub mod heartbeat;
 pub mod lease;
 mod left;
 mod newcomers;
@@ -49,6 +55,7 @@ pub mod place;
 mod positions;
 mod prepare;
 mod published;
+pub mod quarantine;
 pub mod reading;
 pub mod rest;
 pub mod routes;
@@ -61,10 +68,11 @@ mod streams;
 mod validating;
 mod vigil;
 
+pub use config::JobConfig;
 pub use copying::Bulk;
 pub use error::Error;
 pub use flip::FlipRequest;
-pub use run::{JobConfig, Notice, Runner, Until};
+pub use run::{Notice, Runner, Until};
 pub use state::Phase;
 
 /// Result with this room's error.

@@ -63,7 +63,9 @@ impl Flip {
                 Stream::Reverse => Refresh::After,
             },
             unlogged: Unlogged::default(),
+            leave_quarantined: false,
             dry_run: false,
+            mark: None,
         }
     }
 }
