@@ -16,7 +16,7 @@ use crate::{apply, copy, schema};
 
 impl JobConfig {
     /// As the runner's sessions are told from all others.
-    pub(super) fn as_runner(mut self) -> JobConfig {
+    pub(super) fn with_runner_name(mut self) -> JobConfig {
         let name = lease::application_name(&self.job);
         self.source = self.source.labelled("source").with_application_name(&name);
         self.target = self.target.labelled("target").with_application_name(&name);

@@ -240,7 +240,7 @@ impl Runner {
         stop: &watch::Receiver<bool>,
         left: &mut Left,
     ) -> Result<(Runner, Vigil)> {
-        let mut config = config.clone().as_runner().reaching_shards().await?;
+        let mut config = config.clone().with_runner_name().reaching_shards().await?;
         let (lease, sessions) = lease::take_with_sessions(&config, left.holder.as_ref()).await?;
         left.holder = Some(lease.holder().clone());
         let [home, mut listener, mut source] = sessions?;
