@@ -181,12 +181,7 @@ impl JobArgs {
                 self.large_objects.clone().or(file.large_objects),
             )?,
         };
-        // A typo is told before any server is asked.
-        options.patterns().map_err(job::Error::from)?;
-        if options.tables_only && options.include.is_empty() {
-            let message = "needs --include: the tables that it is about".to_string();
-            return Err(config::Error::Value { option: "--tables-only", message }.into());
-        }
+        refuse_typos(&options)?;
         let wanted = Wanted {
             decoder: choice("--decoder", self.decoder.clone().or(file.decoder))?,
             plain_numbers: self.no_nan || file.no_nan,
@@ -245,6 +240,16 @@ impl JobArgs {
         let limit_bytes = limit.unwrap_or(STREAMING_BYTES);
         Ok(wanted.then_some(StreamingOptions { limit_bytes }))
     }
+}
+
+/// A typo is told before any server is asked.
+fn refuse_typos(options: &JobOptions) -> anyhow::Result<()> {
+    options.patterns().map_err(job::Error::from)?;
+    if options.tables_only && options.include.is_empty() {
+        let message = "needs --include: the tables that it is about".to_string();
+        return Err(config::Error::Value { option: "--tables-only", message }.into());
+    }
+    Ok(())
 }
 
 fn on_off(
