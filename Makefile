@@ -7,7 +7,7 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo demo-kafka test fuzz decode-bench kill faults matrix regress bench spool-bench kill-spool outage latency cutover-bench setup check-style build clean
+.PHONY: help demo demo-kafka test fuzz decode-bench kill faults heartbeat matrix regress bench spool-bench kill-spool outage latency cutover-bench setup check-style build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -20,6 +20,7 @@ help:
 	@echo "make kill-spool       kill -9 of run and of both servers through a spool [KILLS=200]"
 	@echo "make outage           the target away for ten minutes of writes [SECONDS=600]"
 	@echo "make latency          memory beside spool at 500 tx/s; large transactions by streaming"
+	@echo "make heartbeat        an idle database beside pgbench pins no WAL [SECONDS=600]"
 	@echo "make faults           restarts and network faults in every phase"
 	@echo "make regress          PostgreSQL's own regression suite as the workload (a download first)"
 	@echo "make matrix [PAIRS=\"10-18 ...\"]  the whole job between any two of PostgreSQL 10 to 18"
@@ -39,8 +40,9 @@ demo-kafka:
 	cargo build --release --quiet --locked
 	target/release/walferry demo --kafka $(if $(SCALE),--scale $(SCALE))
 
+# Servers of tests live in memory where there is enough of it.
 test: setup check-style
-	cargo test --locked --all-targets
+	TMPDIR=$$(sh tests/scratch.sh) cargo test --locked --all-targets
 
 # Two rounds more than the default test, and the binary that users run.
 cutover-bench: build
@@ -84,9 +86,10 @@ kill: setup
 kill-spool: setup
 	WALFERRY_SPOOL_KILLS=$(or $(KILLS),200) cargo test --locked --test it -- --nocapture spool::a_move_through
 
-# The target away for ten minutes of writes: the source's WAL stays under the budget.
+# The target away for ten minutes of writes, once with a spool and once with Kafka: the source's WAL
+# stays under the budget.
 outage: setup
-	WALFERRY_OUTAGE=$(or $(SECONDS),600) cargo test --locked --test it -- --nocapture spool::a_target_outage
+	WALFERRY_OUTAGE=$(or $(SECONDS),600) cargo test --locked --test it -- --nocapture a_target_outage_goes_into
 
 # How long a change takes through memory and through a spool, and a large transaction by streaming
 # and without; release binary. The first fails beyond its bar.
@@ -97,6 +100,11 @@ latency: setup build
 # Servers restarted, and networks cut, silently cut and stalled, in every phase.
 faults: setup
 	WALFERRY_FAULTS=long WALFERRY_TEST_BUFFER=$(BUFFER) cargo test --locked --test it -- --nocapture --test-threads 2 faults::
+
+# An idle database beside ten minutes of pgbench in the same server: WAL retained for it.
+heartbeat: setup
+	WALFERRY_HEARTBEAT=$(or $(SECONDS),600) cargo test --locked --test it -- \
+		--ignored --nocapture heartbeat::an_idle_database_beside_pgbench
 
 # The suite is fetched and built in the cache; the servers are those of the other tests.
 regress: setup

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::batch::Batch;
 use super::error::{Error, Result};
+use super::parking::Kept;
 use super::routing::{Route, Routes};
 use super::statement::Locator;
 use super::{MESSAGE_PREFIX, Message};
@@ -30,6 +31,10 @@ pub(super) struct Admitted {
     pub acts: bool,
     /// Updates and deletes of tables that are searched whole for each.
     pub searches: usize,
+    /// Changes of parked tables.
+    pub kept: Vec<Kept>,
+    /// By chunk, the place of its first change in its transaction.
+    firsts: Vec<u64>,
 }
 
 impl Step {
@@ -39,6 +44,12 @@ impl Step {
         let chunk = batch.chunks.get(*chunk)?;
         Some((chunk, chunk.changes.get(*change)?))
     }
+
+    /// Its change's place in its transaction.
+    pub fn ordinal(&self, admitted: &Admitted) -> u64 {
+        let (Step::Row(chunk, change) | Step::Truncate(chunk, change, _)) = self;
+        admitted.firsts.get(*chunk).map_or(0, |first| first + *change as u64)
+    }
 }
 
 /// Counts every change of the batch, and gives those to be written. Every relation must have its
@@ -46,6 +57,7 @@ impl Step {
 pub(super) fn admit(routes: &mut Routes, batch: &Batch) -> Result<Admitted> {
     let mut admitted = Admitted::default();
     for (chunk_at, chunk) in batch.chunks.iter().enumerate() {
+        admitted.firsts.push(routes.parks.chunk(chunk.number, chunk.changes.len()));
         for (change_at, change) in chunk.changes.iter().enumerate() {
             match change {
                 Change::Message { lsn, prefix, content, .. }
@@ -56,12 +68,13 @@ pub(super) fn admit(routes: &mut Routes, batch: &Batch) -> Result<Admitted> {
                 }
                 Change::Message { .. } => {}
                 Change::Truncate { relations, .. } => {
-                    let written = truncated(routes, &chunk.begin, relations);
+                    let at = (chunk_at, change_at);
+                    let written = admitted.truncated(routes, &chunk.begin, relations, at);
                     if !written.is_empty() {
                         admitted.steps.push(Step::Truncate(chunk_at, change_at, written));
                     }
                 }
-                _ if admitted.row(routes, &chunk.begin, change)? => {
+                _ if admitted.row(routes, &chunk.begin, change, (chunk_at, change_at))? => {
                     admitted.steps.push(Step::Row(chunk_at, change_at));
                 }
                 _ => {}
@@ -72,14 +85,28 @@ pub(super) fn admit(routes: &mut Routes, batch: &Batch) -> Result<Admitted> {
 }
 
 impl Admitted {
-    fn row(&mut self, routes: &mut Routes, begin: &Begin, change: &Change) -> Result<bool> {
-        let relation = relations(change).next();
-        let shut = relation.is_some_and(|r| routes.is_shut(r));
-        let Some(route) = relation.and_then(|r| routes.get_mut(r)) else {
+    fn row(
+        &mut self,
+        routes: &mut Routes,
+        begin: &Begin,
+        change: &Change,
+        at: (usize, usize),
+    ) -> Result<bool> {
+        let Some(relation) = relations(change).next() else {
+            return Err(Error::Broken("a row of no table".to_string()));
+        };
+        let kept = self.keeps(routes, begin, relation, at);
+        let shut = routes.is_shut(relation);
+        let Some(route) = routes.get_mut(relation) else {
             return Err(Error::Broken("a change without a route".to_string()));
         };
-        if !count(route, begin, shut) {
-            return Ok(false);
+        match count(route, begin, shut, kept.is_some()) {
+            Fate::Filtered => return Ok(false),
+            Fate::Kept => {
+                self.kept.extend(kept);
+                return Ok(false);
+            }
+            Fate::Written => {}
         }
         if let Some(mapping) = &route.mapping {
             self.acts |= mapping.table.acts;
@@ -89,37 +116,69 @@ impl Admitted {
         }
         Ok(true)
     }
-}
 
-/// Those tables that are neither outside the job nor newer on the target.
-fn truncated(
-    routes: &mut Routes,
-    begin: &Begin,
-    relations: &[Arc<Relation>],
-) -> Vec<Arc<Relation>> {
-    let mut written = Vec::new();
-    for relation in relations {
-        let shut = routes.is_shut(relation);
-        let Some(route) = routes.get_mut(relation) else { continue };
-        if count(route, begin, shut) && !written.contains(relation) {
-            written.push(relation.clone());
+    /// Those tables that are neither outside the job nor newer on the target, nor parked.
+    fn truncated(
+        &mut self,
+        routes: &mut Routes,
+        begin: &Begin,
+        relations: &[Arc<Relation>],
+        at: (usize, usize),
+    ) -> Vec<Arc<Relation>> {
+        let mut written = Vec::new();
+        for relation in relations {
+            let kept = self.keeps(routes, begin, relation, at);
+            let shut = routes.is_shut(relation);
+            let Some(route) = routes.get_mut(relation) else { continue };
+            match count(route, begin, shut, kept.is_some()) {
+                Fate::Written if !written.contains(relation) => written.push(relation.clone()),
+                Fate::Kept => self.kept.extend(kept),
+                Fate::Written | Fate::Filtered => {}
+            }
         }
+        written
     }
-    written
+
+    /// The change as it is kept, if its table is parked.
+    fn keeps(
+        &self,
+        routes: &mut Routes,
+        begin: &Begin,
+        relation: &Arc<Relation>,
+        at: (usize, usize),
+    ) -> Option<Kept> {
+        if routes.parks.is_empty() {
+            return None;
+        }
+        let ordinal = self.firsts.last().map_or(0, |first| first + at.1 as u64);
+        let keeps = routes.parks.keeps(&relation.name, begin.xid, ordinal);
+        keeps.then(|| Kept { at, relation: relation.clone(), ordinal })
+    }
 }
 
-/// Counts a change of the route's table; true if it is to be written.
-fn count(route: &mut Route, begin: &Begin, shut: bool) -> bool {
+/// What becomes of a change.
+enum Fate {
+    Written,
+    Filtered,
+    Kept,
+}
+
+/// Counts a change of the route's table, which is `parked` or not.
+fn count(route: &mut Route, begin: &Begin, shut: bool, parked: bool) -> Fate {
     route.counts.decoded += 1;
     let seen =
         |(snapshot, lsn): &(Snapshot, _)| begin.commit_lsn < *lsn && snapshot.sees(begin.xid);
     let copied = route.copied.as_ref().is_some_and(seen);
-    if shut || route.mapping.is_none() || copied {
+    if shut || copied || (route.mapping.is_none() && !parked) {
         route.counts.filtered += 1;
-        return false;
+        return Fate::Filtered;
+    }
+    if parked {
+        route.counts.quarantined += 1;
+        return Fate::Kept;
     }
     route.counts.applied += 1;
-    true
+    Fate::Written
 }
 
 /// The tables a change touches.

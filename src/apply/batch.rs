@@ -47,6 +47,27 @@ impl Batch {
         begin.filter(|begin| matches!(begin.ending, Ending::Prepare(_)))
     }
 
+    /// Cut before this change: what is before it, if anything is, and the rest.
+    pub fn split(mut self, chunk_at: usize, change_at: usize) -> (Option<Batch>, Batch) {
+        let mut rest = self.chunks.split_off(chunk_at.min(self.chunks.len()));
+        if let Some(first) = rest.first_mut().filter(|_| change_at > 0) {
+            let changes = first.changes.split_off(change_at.min(first.changes.len()));
+            let bytes = changes.iter().map(crate::change::Change::bytes).sum();
+            let (number, commit) = (first.number.saturating_add(1), first.commit.take());
+            let tail = Chunk { begin: first.begin.clone(), number, changes, commit, bytes };
+            first.bytes = first.bytes.saturating_sub(bytes);
+            self.chunks.push(std::mem::replace(first, tail));
+        }
+        let commit = self.chunks.last().and_then(|chunk| chunk.commit);
+        let (full, opens) = (self.full, self.opens);
+        let after = |opens| Batch { chunks: rest, opens, commit: self.commit, full };
+        if self.chunks.is_empty() {
+            return (None, after(opens));
+        }
+        let tail = after(commit.is_some());
+        (Some(Batch { chunks: self.chunks, opens, commit, full: false }), tail)
+    }
+
     /// Number of source transactions that end in this batch.
     pub fn transactions(&self) -> u64 {
         self.chunks.iter().filter(|c| c.commit.is_some()).count() as u64
@@ -117,7 +138,12 @@ impl Batcher {
 
     /// Chunks are counted too, as empty transactions have no bytes.
     fn is_full(&self) -> bool {
-        self.bytes >= self.limits.bytes || self.queue.len() >= self.limits.transactions.max(1)
+        let bytes = match self.complete {
+            // A part of one transaction.
+            0 => self.limits.bytes.min(limit::PART_BYTES),
+            _ => self.limits.bytes,
+        };
+        self.bytes >= bytes || self.queue.len() >= self.limits.transactions.max(1)
     }
 
     /// True if what is at the front may not be applied yet.

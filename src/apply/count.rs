@@ -24,7 +24,7 @@ pub(super) struct Counts {
     pub applied: u64,
     /// Left out on purpose: not in the job, or part of the copy.
     pub filtered: u64,
-    /// Set aside for a person. None, so far.
+    /// Kept, as their table is parked.
     pub quarantined: u64,
 }
 

@@ -21,6 +21,8 @@ pub struct Culprit {
     pub commit_lsn: Lsn,
     /// The source transaction.
     pub xid: u32,
+    /// The change's place in it, counted from 0; 0 where nobody asks.
+    pub ordinal: u64,
 }
 
 impl std::fmt::Display for Culprit {
@@ -176,6 +178,22 @@ pub enum Error {
         /// The server's error in full.
         source: Box<pg::Error>,
     },
+    /// The source's table was altered, and the target's was not.
+    #[error(
+        "table {table} was altered on the source: {altered}; run on the target {}, and start again",
+        if sql.is_empty() { "what makes it the same" } else { sql }
+    )]
+    Altered {
+        /// Its name.
+        table: QualifiedName,
+        /// What was altered.
+        altered: String,
+        /// The SQL.
+        sql: String,
+    },
+    /// What stood in the way is dealt with, as these words say: the stream begins again.
+    #[error("{0}")]
+    Again(String),
     /// COMMIT did not answer COMMIT.
     #[error("the target answered COMMIT with \"{tag}\": the batch up to {end_lsn} is not applied")]
     NotCommitted {
@@ -210,11 +228,33 @@ impl Faulty for Error {
     fn fault(&self) -> Fault {
         match self {
             Error::Pg(error) => error.fault(),
-            Error::ProgressMoved { .. } => Fault::Retry,
+            Error::ProgressMoved { .. } | Error::Again(_) => Fault::Retry,
             Error::NotCommitted { .. } | Error::Conservation { .. } | Error::Broken(_) => {
                 Fault::Bug
             }
             _ => Fault::Stop,
+        }
+    }
+}
+
+impl Error {
+    /// Its table is parked because of it.
+    pub(super) fn parked(&self) -> Error {
+        Error::Again(format!("{self}; its table is parked, see walferry quarantine list"))
+    }
+
+    /// The row that the target refused, where the row is the cause: not rights, not a full disk.
+    ///
+    /// <https://www.postgresql.org/docs/current/errcodes-appendix.html>
+    pub(super) fn refused_row(&self) -> Option<&Culprit> {
+        match self {
+            Error::RowMissing { culprit, .. } => Some(culprit),
+            Error::Refused { culprit, source, .. } => {
+                let class = source.code().and_then(|code| code.get(..2));
+                // Data, integrity, WITH CHECK OPTION, what a trigger raises.
+                matches!(class, Some("22" | "23" | "44" | "P0")).then_some(culprit)
+            }
+            _ => None,
         }
     }
 }

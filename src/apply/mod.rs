@@ -51,12 +51,15 @@
 //! durable_lsn      (flush) T3                    (flush) T4 idle   <- what the slot may be told
 //! ```
 //!
-//! Left out on purpose: several target sessions, and setting single rows aside (`quarantined` is
-//! counted, and always 0).
+//! `parking` keeps the changes of tables that cannot be written for now, `release` writes them when
+//! they can. `altered` brings source tables that were altered and target tables together.
+//!
+//! Left out on purpose: several target sessions.
 //!
 //! [`Item::Idle`]: crate::change::Item::Idle
 
 mod admit;
+pub mod altered;
 mod batch;
 mod count;
 mod durable;
@@ -64,9 +67,13 @@ mod encode;
 mod error;
 mod growth;
 mod lines;
+mod native;
+pub mod parked;
+mod parking;
 mod plan;
 mod prepared;
 mod progress;
+mod release;
 mod request;
 mod routing;
 mod rows;
@@ -87,8 +94,10 @@ use bytes::Bytes;
 
 pub use batch::Limits;
 pub use error::{Culprit, Error, Result};
+pub use parking::{OnRowError, Reason};
 pub use progress::{ProgressKind, begin_at, durable_progress, forget};
 
+use altered::{Alter, Known};
 use batch::Batcher;
 use durable::Durable;
 use growth::Growth;
@@ -114,7 +123,29 @@ pub const DDL: &str = "do $$ begin if pg_catalog.to_regnamespace('walferry') is 
      create table if not exists walferry.stream_fallback (\
      stream text primary key, batches bigint not null); \
      create table if not exists walferry.prepared (\
-     stream text, xid bigint, primary key (stream, xid));";
+     stream text, xid bigint, primary key (stream, xid)); \
+     create table if not exists walferry.parked (\
+     stream text, schema text, name text, reason text not null, from_xid bigint not null, \
+     from_ordinal bigint not null, from_lsn pg_lsn not null, begun boolean not null, \
+     error text not null, awaited text, asked boolean not null default false, \
+     since timestamptz not null default pg_catalog.clock_timestamp(), \
+     primary key (stream, schema, name)); \
+     create table if not exists walferry.parked_relation (\
+     stream text, id text, description text not null, primary key (stream, id)); \
+     create table if not exists walferry.parked_change (\
+     id bigint generated always as identity primary key, stream text not null, \
+     schema text not null, name text not null, relation text not null, xid bigint not null, \
+     commit_lsn pg_lsn not null, ordinal bigint not null, operation text not null, \
+     old_full boolean, old bytea, new bytea, error text); \
+     create index if not exists parked_change_table \
+     on walferry.parked_change (stream, schema, name, id); \
+     create table if not exists walferry.source_table (\
+     stream text, schema text, name text, columns text not null, \
+     primary key (stream, schema, name)); \
+     create table if not exists walferry.altered (\
+     id bigint generated always as identity primary key, stream text not null, \
+     schema text not null, name text not null, sql text not null, \
+     at timestamptz not null default pg_catalog.clock_timestamp());";
 
 /// Logical messages whose prefix starts with this are handed to [`Options::on_message`].
 pub const MESSAGE_PREFIX: &str = "walferry";
@@ -180,8 +211,8 @@ pub struct Tuning {
     pub in_flight_max: usize,
     /// Sets of new rows go in by COPY, where the target's table takes one.
     pub copy_inserts: bool,
-    /// Integers of sets travel in their binary form.
-    pub binary_integers: bool,
+    /// Values of sets travel in their binary form, where they have one.
+    pub binary_values: bool,
 }
 
 impl Default for Tuning {
@@ -195,7 +226,7 @@ impl Default for Tuning {
             },
             in_flight_max: limit::BATCHES_IN_FLIGHT,
             copy_inserts: true,
-            binary_integers: true,
+            binary_values: true,
         }
     }
 }
@@ -226,6 +257,10 @@ pub struct Options {
     pub busy_wait: Duration,
     /// Sizes and switches.
     pub tuning: Tuning,
+    /// What becomes of a row that the target refuses.
+    pub on_row_error: OnRowError,
+    /// Who says what becomes of tables that were altered; `None`: what does not fit is an error.
+    pub alter: Option<Arc<dyn Alter>>,
 }
 
 impl Options {
@@ -241,6 +276,8 @@ impl Options {
             on_message: None,
             busy_wait: Duration::from_secs(40),
             tuning: Tuning::default(),
+            on_row_error: OnRowError::default(),
+            alter: None,
         }
     }
 }
@@ -287,6 +324,12 @@ pub struct Applier {
     durable: Durable,
     applied: Applied,
     on_message: Option<MessageHook>,
+    on_row_error: OnRowError,
+    alter: Option<Arc<dyn Alter>>,
+    /// Descriptions of the source's tables; empty where nobody asks.
+    known: Known,
+    /// When parked tables were looked at last.
+    parked_at: Instant,
 }
 
 impl Applier {
@@ -305,6 +348,10 @@ impl Applier {
             Progress::open(&mut session, &options.stream, options.progress, options.busy_wait)
                 .await?;
         let writer = Writer::new(&mut session, &options).await?;
+        let known = match &options.alter {
+            Some(_) => altered::known(&mut session, &options.stream).await?,
+            None => Known::new(),
+        };
         Ok(Applier {
             session,
             progress,
@@ -324,6 +371,10 @@ impl Applier {
                 ..Applied::default()
             },
             on_message: options.on_message,
+            on_row_error: options.on_row_error,
+            alter: options.alter,
+            known,
+            parked_at: Instant::now(),
         })
     }
 
@@ -334,31 +385,30 @@ impl Applier {
     }
 }
 
+/// One round trip: a target may be far away.
 async fn set_up(session: &mut Session, replica_role: bool) -> Result<()> {
-    if replica_role {
-        let set = session.execute("set session_replication_role = replica").await;
-        if let Err(error) = set {
-            let grant = if session.major_version() >= 15 {
-                |role: &str| format!("grant set on parameter session_replication_role to {role}")
-            } else {
-                |role: &str| format!("alter role {role} superuser")
-            };
-            return Err(refused(session, error, "set session_replication_role", grant).await);
-        }
-    } else {
-        // The seal of a fence lets this session through by it, as it does the replica role.
-        session.execute("set walferry.applying = 'on'").await?;
-    }
+    // The seal of a fence lets this session through by the one or the other.
+    let role = match replica_role {
+        true => "set session_replication_role = replica",
+        false => "set walferry.applying = 'on'",
+    };
     // An index is used wherever there is one, even if the planner saw the table when it was small;
     // the cost that this adds to scans must not start the JIT compiler. Sets are joined to a table
     // by its index, row by row, for the same reason.
-    let mut settings = "set synchronous_commit = off; set enable_seqscan = off; \
-         set enable_hashjoin = off; set enable_mergejoin = off"
-        .to_string();
-    if session.major_version() >= 11 {
-        settings.push_str("; set jit = off");
+    let jit = if session.major_version() >= 11 { "; set jit = off" } else { "" };
+    let settings = format!(
+        "{role}; set synchronous_commit = off; set enable_seqscan = off; \
+         set enable_hashjoin = off; set enable_mergejoin = off{jit}"
+    );
+    if let Err(error) = session.execute(&settings).await {
+        // The others are everybody's to set.
+        let grant = if session.major_version() >= 15 {
+            |role: &str| format!("grant set on parameter session_replication_role to {role}")
+        } else {
+            |role: &str| format!("alter role {role} superuser")
+        };
+        return Err(refused(session, error, "set session_replication_role", grant).await);
     }
-    session.execute(&settings).await?;
     session.pass_unknown_bytes().await?;
     Ok(())
 }

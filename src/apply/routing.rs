@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::count::Counts;
 use super::error::{Error, Result};
+use super::parking::Parks;
 use super::statement::{Bind, Mapping, MissingColumn};
 use super::target::Table;
 use super::{Options, TableFilter, Tuning};
@@ -69,18 +70,21 @@ pub(super) struct Routes {
     tuning: Tuning,
     /// Names of prepared statements that no route uses any more.
     pub discarded: Vec<String>,
+    /// Tables whose changes are kept.
+    pub parks: Parks,
 }
 
 impl Routes {
-    /// No table is known yet.
-    pub fn new(options: &Options) -> Self {
-        Routes {
+    /// No table is known yet, but which of them are parked.
+    pub async fn open(session: &mut Session, options: &Options) -> Result<Self> {
+        Ok(Routes {
+            parks: Parks::read(session, &options.stream).await?,
             tables: options.tables.clone(),
             visibility: options.visibility.clone(),
             gate: options.gate.clone(),
             tuning: options.tuning,
             ..Routes::default()
-        }
+        })
     }
 
     /// The relation's route, once [`Routes::ensure`] has seen it.
@@ -132,13 +136,44 @@ impl Routes {
         }
     }
 
+    /// Forgets all that is known of a table, so that the target is asked again. To be called
+    /// between target transactions.
+    pub fn forget(&mut self, table: &QualifiedName) {
+        let discarded = &mut self.discarded;
+        self.routes.retain(|_, route| {
+            let stays = route.relation.name != *table;
+            if !stays {
+                discarded.extend(route.statements.drain().map(|(_, p)| p.name));
+            }
+            stays
+        });
+        let routes = &self.routes;
+        self.superseded.retain(|address| routes.contains_key(address));
+    }
+
     /// Gets to know the relation, asking the target about its table if it is new.
     pub async fn ensure(&mut self, session: &mut Session, relation: &Arc<Relation>) -> Result<()> {
-        let address = address(relation);
-        if self.routes.contains_key(&address) {
-            return Ok(());
-        }
+        let mapping = match self.routes.contains_key(&address(relation)) {
+            true => return Ok(()),
+            // Whether it fits is asked once it is written again.
+            false if self.parks.keeps_all(&relation.name) => None,
+            false => self.map(session, relation).await?,
+        };
+        self.learn(relation, mapping);
+        Ok(())
+    }
+
+    /// The relation's changes are written to a table as the target has it now.
+    pub async fn renew(&mut self, session: &mut Session, relation: &Arc<Relation>) -> Result<()> {
+        self.forget(&relation.name);
         let mapping = self.map(session, relation).await?;
+        self.learn(relation, mapping);
+        Ok(())
+    }
+
+    /// The relation's route; without a mapping its changes are kept or filtered.
+    pub fn learn(&mut self, relation: &Arc<Relation>, mapping: Option<Mapping>) {
+        let address = address(relation);
         let mut statements = HashMap::new();
         for (old_address, old) in &mut self.routes {
             if old.relation.name != relation.name || self.superseded.contains(old_address) {
@@ -157,7 +192,25 @@ impl Routes {
             counts: Counts::default(),
         };
         self.routes.insert(address, route);
-        Ok(())
+    }
+
+    /// True unless every change of the table is filtered.
+    pub fn takes_part(&self, table: &QualifiedName) -> bool {
+        self.tables.as_ref().is_none_or(|contains| contains(table))
+    }
+
+    /// A description of the table that is in force.
+    pub fn relation(&self, table: &QualifiedName) -> Option<Arc<Relation>> {
+        let routes = self.routes.iter().filter(|(at, _)| !self.superseded.contains(at));
+        let mut relations = routes.map(|(_, route)| &route.relation);
+        relations.find(|relation| relation.name == *table).cloned()
+    }
+
+    /// Forgets all tables, so that the target is asked again.
+    pub fn forget_all(&mut self) {
+        self.forget_statements();
+        self.routes.clear();
+        self.superseded.clear();
     }
 
     async fn map(&self, session: &mut Session, relation: &Relation) -> Result<Option<Mapping>> {
@@ -165,8 +218,7 @@ impl Routes {
         if self.tables.as_ref().is_some_and(|contains| !contains(name)) {
             return Ok(None);
         }
-        let integers = self.tuning.binary_integers;
-        let Some(mut table) = Table::load(session, name, integers).await? else {
+        let Some(mut table) = Table::load(session, name, self.tuning.binary_values).await? else {
             return Err(Error::NoTable { table: name.clone() });
         };
         table.takes_copy &= self.tuning.copy_inserts;

@@ -47,7 +47,7 @@ impl Writer {
         let unfit = |unfit| match unfit {
             Unfit::Broken(text) => Error::Broken(text),
             Unfit::NotIdentified => Error::NotIdentified {
-                culprit: Box::new(culprit(route, begin, change)),
+                culprit: Box::new(culprit(route, begin, change, 0)),
                 quoted: route.relation.name.quoted(),
             },
         };
@@ -74,7 +74,7 @@ impl Writer {
 }
 
 /// What errors say of a change.
-pub(super) fn culprit(route: &Route, begin: &Begin, change: &Change) -> Culprit {
+pub(super) fn culprit(route: &Route, begin: &Begin, change: &Change, ordinal: u64) -> Culprit {
     let operation = match change {
         Change::Insert { .. } => "INSERT",
         Change::Update { .. } => "UPDATE",
@@ -92,5 +92,6 @@ pub(super) fn culprit(route: &Route, begin: &Begin, change: &Change) -> Culprit 
         key,
         commit_lsn: begin.commit_lsn,
         xid: begin.xid,
+        ordinal,
     }
 }

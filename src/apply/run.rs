@@ -7,6 +7,7 @@ use tokio::sync::watch;
 
 use super::batch::{Batch, Work};
 use super::error::Result;
+use super::release::TURN;
 use super::{Applied, Applier, POSITION};
 use crate::change::{Commit, Ending, Feed};
 use crate::clock::PgTimestamp;
@@ -62,6 +63,10 @@ impl Applier {
                 self.applied.held = None;
             }
             self.fill(&mut feed)?;
+            if self.parks_are_due() && !stopping {
+                self.land_all().await?;
+                self.try_parked().await?;
+            }
             // While a batch is under way only a full one is sent after it: whatever is less may as
             // well grow.
             let room = match under_way {
@@ -70,7 +75,10 @@ impl Applier {
             };
             let work = if room && !stopping { self.batcher.take(hold_lsn) } else { None };
             if work.is_some() || under_way > 0 {
-                let stopped = self.work(work, &mut shutdown).await?;
+                let stopped = match self.work(work, &mut shutdown).await {
+                    Ok(stopped) => stopped,
+                    Err(error) => return Err(self.park_row(error).await),
+                };
                 self.publish(positions);
                 polls = 0;
                 if stopped {
@@ -96,6 +104,7 @@ impl Applier {
                     self.poll_flush(polls).await?;
                 }
                 () = tokio::time::sleep(RECORD_INTERVAL), if self.has_passed() => {}
+                () = tokio::time::sleep(TURN), if self.has_parks() => {}
             }
         }
         self.finish(positions).await
@@ -133,6 +142,7 @@ impl Applier {
                 self.land_all().await?;
                 self.session.execute("rollback").await?;
                 self.writer.abandon();
+                self.reread_parks().await?;
                 return Ok(false);
             }
             Some(Work::Idle(lsn)) => {
@@ -164,7 +174,7 @@ impl Applier {
 
     /// Sends a batch, or waits for one.
     async fn write(&mut self, batch: Option<Batch>) -> Result<()> {
-        let Some(batch) = batch else { return self.land().await };
+        let Some(mut batch) = batch else { return self.land().await };
         // What is sent behind must not be taken back with it, nor find it half done.
         let alone = *batch.ending() != Ending::Commit;
         if alone {
@@ -172,7 +182,7 @@ impl Applier {
         }
         if !self.writer.knows(&batch) {
             self.land_all().await?;
-            self.writer.meet(&mut self.session, &batch).await?;
+            batch = self.meet(batch).await?;
         }
         let progress_lsn = self.progress_lsn;
         self.writer.launch(&mut self.session, &self.progress, progress_lsn, batch).await?;
@@ -182,7 +192,7 @@ impl Applier {
         Ok(())
     }
 
-    async fn land_all(&mut self) -> Result<()> {
+    pub(super) async fn land_all(&mut self) -> Result<()> {
         while self.writer.in_flight() > 0 {
             self.land().await?;
         }

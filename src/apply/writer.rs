@@ -55,8 +55,8 @@ pub(super) struct Landed {
 
 /// Puts batches into statements. Belongs to one session.
 pub(super) struct Writer {
-    stream: String,
-    mode: Mode,
+    pub(super) stream: String,
+    pub(super) mode: Mode,
     /// However few changes there are.
     pub(super) always_sets: bool,
     pub(super) routes: Routes,
@@ -114,7 +114,7 @@ impl Writer {
             stream: options.stream.clone(),
             mode: options.tuning.mode,
             always_sets: options.tuning.mode == Mode::Sets,
-            routes: Routes::new(options),
+            routes: Routes::open(session, options).await?,
             names: Names::default(),
             messages: Vec::new(),
             flights: VecDeque::new(),
@@ -343,6 +343,7 @@ impl Writer {
         if saves {
             request.aside("release savepoint walferry");
         }
+        self.park(&mut request, &flight.batch, &flight.admitted);
         if again {
             request.pipeline.run("walferry_fallback", [Some(self.stream.as_bytes())].into_iter());
             request.roles.push(Role::Aside);
@@ -431,9 +432,10 @@ impl Writer {
     }
 
     fn culprit(&self, flight: &Flight, at: usize) -> Option<Culprit> {
-        let (chunk, change) = flight.admitted.steps.get(at)?.of(&flight.batch)?;
+        let step = flight.admitted.steps.get(at)?;
+        let (chunk, change) = step.of(&flight.batch)?;
         let route = self.routes.get(relations(change).next()?)?;
-        Some(culprit(route, &chunk.begin, change))
+        Some(culprit(route, &chunk.begin, change, step.ordinal(&flight.admitted)))
     }
 }
 

@@ -13,7 +13,7 @@ pub mod transaction;
 pub mod visibility;
 
 pub use feed::Feed;
-pub use relation::{Column, Relation, ReplicaIdentity};
+pub use relation::{Column, KnownColumn, Relation, ReplicaIdentity};
 pub use row::{Row, RowBuilder, RowError, Value};
 pub use sink::{Sink, SinkClosed};
 pub use spill::{Spill, SpillFile};

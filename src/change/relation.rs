@@ -56,6 +56,19 @@ pub struct Relation {
     pub columns: Vec<Column>,
 }
 
+/// A column of a source's table as it was last known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KnownColumn {
+    /// `pg_attribute.attnum`, which is never given again; 0 where nobody knows it.
+    pub attnum: i16,
+    /// `attname`, unquoted.
+    pub name: String,
+    /// `atttypid` on the source.
+    pub type_oid: u32,
+    /// `atttypmod`.
+    pub type_modifier: i32,
+}
+
 impl Relation {
     /// Indexes of the replica identity's columns, in column order.
     pub fn key_columns(&self) -> impl Iterator<Item = usize> + '_ {

@@ -2,9 +2,11 @@
 
 use std::process::ExitCode;
 
-use super::finish::{end, show};
+use super::finish::{hint, show};
 use super::options::JobArgs;
+use super::print;
 use crate::job::cleanup::Ending;
+use crate::job::ending::end;
 use crate::job::state::Event;
 use crate::job::store::Store;
 use crate::job::{self, JobConfig, remains};
@@ -41,7 +43,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let ending = Ending { event: Event::CancelAsked, keep_history: false, source_is_gone };
-    let done = end(&config, ending).await?;
+    let done = end(&config, ending, &print::sayings()).await.map_err(hint)?;
     show(&done);
     println!(
         "canceled: the source {}. Tables that were created on the target are still \

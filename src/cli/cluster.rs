@@ -1,6 +1,12 @@
-//! `walferry cluster`: what a sharded cluster is made of, and plans for moving shards.
+//! `walferry cluster`: what a sharded cluster is made of, plans for moving shards, and the jobs
+//! that such plans become.
 //!
-//! Every command here reads and changes nothing.
+//! Planning changes nothing but that the plan is stored, as a job with a number, in the cluster's
+//! home; with --dry-run not even that.
+
+mod jobs;
+mod recycle;
+mod run;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -43,29 +49,35 @@ pub struct Args {
 enum Command {
     /// Nodes, shard groups, sizes, balance
     Show(ByArgs),
-    /// Plan: even the nodes, new empty ones included
+    /// Plan a job: even the nodes, new empty ones included
     Rebalance {
         #[command(flatten)]
         by: ByArgs,
         #[command(flatten)]
         threshold: ThresholdArgs,
+        #[command(flatten)]
+        store: StoreArgs,
     },
-    /// Plan: move everything off these nodes
+    /// Plan a job: move everything off these nodes
     Drain {
         /// Nodes as `show` names them
         #[arg(required = true, value_name = "NODE")]
         nodes: Vec<String>,
         #[command(flatten)]
         by: ByArgs,
+        #[command(flatten)]
+        store: StoreArgs,
     },
-    /// Plan: move everything from one node to another
+    /// Plan a job: move everything from one node to another
     Replace {
         /// The node to be emptied
         old: String,
         /// The node that takes its place
         new: String,
+        #[command(flatten)]
+        store: StoreArgs,
     },
-    /// Plan: spread what is on some nodes evenly over others, or move one group
+    /// Plan a job: spread what is on some nodes evenly over others, or move one group
     Move {
         /// Nodes whose groups move
         #[arg(long, value_name = "NODE,...", value_delimiter = ',')]
@@ -80,7 +92,35 @@ enum Command {
         by: ByArgs,
         #[command(flatten)]
         threshold: ThresholdArgs,
+        #[command(flatten)]
+        store: StoreArgs,
     },
+    /// All jobs of the cluster
+    Jobs,
+    /// One job: its tasks, their states, sizes, times, errors and history
+    Job(jobs::JobArgs),
+    /// Run a job, or go on with one whose runner is gone
+    Run(Box<run::Args>),
+    /// Stop a job and take back what its tasks began; completed ones stay
+    Cancel(jobs::JobArgs),
+    /// Take back what tasks in error began, and have them run again
+    Reset(run::TaskArgs),
+    /// Every statement sent to every node, with time and outcome
+    Log(jobs::LogArgs),
+    /// Lead clients of completed tasks back to the old nodes
+    Rollback(run::TaskArgs),
+    /// End the way back of completed tasks, and drop all that walferry made for them
+    Finish(run::TaskArgs),
+    /// Old shards that are kept on their nodes
+    #[command(subcommand)]
+    Recycle(recycle::Command),
+}
+
+#[derive(Clone, Copy, Debug, clap::Args)]
+struct StoreArgs {
+    /// Print the plan and do not store it as a job
+    #[arg(long)]
+    dry_run: bool,
 }
 
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -108,6 +148,8 @@ fn fraction(text: &str) -> Result<f64, String> {
 /// A plan as `--json` prints it.
 #[derive(Serialize)]
 struct Planned<'a> {
+    /// Its number, if it was stored.
+    job: Option<i64>,
     #[serde(flatten)]
     plan: &'a Plan,
     /// No finding is an error.
@@ -115,54 +157,107 @@ struct Planned<'a> {
     findings: &'a [Finding],
 }
 
-/// Shows or plans. 0 done.
+/// Shows, plans, or runs. 0 done, 1 not.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let wish = args.command.wish()?;
     let (option, variable) = ("cluster", "WALFERRY_CLUSTER");
     let missing = config::Error::Missing { what: "the cluster", option, variable };
+    // A mistake in the wish is told before anything is read.
+    let wish = args.command.wish()?;
     let address = Address::parse(&args.cluster.ok_or(missing)?)?;
-    let found = cluster::read(&address).await?;
-    match wish {
-        Err(by) => show(&found, by, args.json)?,
-        Ok(wish) => {
-            let plan = cluster::plan(&found.cluster, &wish)?;
-            let age = args.transaction_age.unwrap_or(guard::TRANSACTION_AGE);
-            let findings = guard::findings(&found, &plan, age).await?;
-            if args.json {
-                let ready = ready(&findings);
-                print::json(&Planned { plan: &plan, ready, findings: &findings })?;
-            } else {
-                print_plan(&plan);
-                print_findings(&findings);
+    let age = args.transaction_age.unwrap_or(guard::TRANSACTION_AGE);
+    let json = args.json;
+    match args.command {
+        Command::Jobs => jobs::list(&address, json).await,
+        Command::Job(job) => jobs::show(&address, job.job, json).await,
+        Command::Log(args) => jobs::log(&address, args, json).await,
+        Command::Run(args) => run::run(address, *args, age, json).await,
+        Command::Cancel(job) => run::cancel(address, job.job, json).await,
+        Command::Reset(args) => run::reset(address, args, json).await,
+        Command::Rollback(args) => run::rollback(address, args, json).await,
+        Command::Finish(args) => run::finish(address, args, json).await,
+        Command::Recycle(command) => recycle::run(address, command, json).await,
+        _ => {
+            let found = cluster::read(&address).await?;
+            match wish {
+                Wanted::Show(by) => show(&found, by, json)?,
+                Wanted::Plan(wish, store) => {
+                    plan(&address, &found, &wish, store, age, json).await?
+                }
+                Wanted::Other => {}
             }
+            Ok(ExitCode::SUCCESS)
         }
     }
-    Ok(ExitCode::SUCCESS)
+}
+
+async fn plan(
+    address: &Address,
+    found: &Found,
+    wish: &Wish,
+    store: StoreArgs,
+    age: Duration,
+    as_json: bool,
+) -> anyhow::Result<()> {
+    let plan = cluster::plan(&found.cluster, wish)?;
+    let findings = guard::findings(found, &plan, age).await?;
+    let stored = match store.dry_run || plan.tasks.is_empty() {
+        true => Ok(None),
+        false => jobs::store(address, found, wish, &plan).await,
+    };
+    let job = stored.as_ref().ok().copied().flatten();
+    if as_json {
+        let ready = ready(&findings);
+        print::json(&Planned { job, plan: &plan, ready, findings: &findings })?;
+    } else {
+        print_plan(&plan);
+        print_findings(&findings);
+        match job {
+            Some(job) => println!("stored as job {job}: walferry cluster run {job}"),
+            None => println!("not stored"),
+        }
+    }
+    stored.map(|_| ())
+}
+
+/// What a command wants to know of the cluster.
+enum Wanted {
+    Show(Weigh),
+    Plan(Wish, StoreArgs),
+    /// Nothing: it is about a job.
+    Other,
 }
 
 impl Command {
     /// What is to be planned; for `show`, by what nodes are compared.
-    fn wish(&self) -> Result<Result<Wish, Weigh>, config::Error> {
+    fn wish(&self) -> Result<Wanted, config::Error> {
         let measure =
             |by: &ByArgs, t: &ThresholdArgs| Measure { by: by.by, threshold: t.threshold };
-        Ok(Ok(match self {
-            Command::Show(by) => return Ok(Err(by.by)),
-            Command::Rebalance { by, threshold } => Wish::Rebalance(measure(by, threshold)),
-            Command::Drain { nodes, by } => Wish::Drain { nodes: nodes.clone(), by: by.by },
-            Command::Replace { old, new } => Wish::Replace { old: old.clone(), new: new.clone() },
-            Command::Move { shard: Some(shard), to, .. } => match to.as_slice() {
-                [] => Wish::One { shard: *shard, to: None },
-                [to] => Wish::One { shard: *shard, to: Some(to.clone()) },
+        let (wish, store) = match self {
+            Command::Show(by) => return Ok(Wanted::Show(by.by)),
+            Command::Rebalance { by, threshold, store } => {
+                (Wish::Rebalance(measure(by, threshold)), store)
+            }
+            Command::Drain { nodes, by, store } => {
+                (Wish::Drain { nodes: nodes.clone(), by: by.by }, store)
+            }
+            Command::Replace { old, new, store } => {
+                (Wish::Replace { old: old.clone(), new: new.clone() }, store)
+            }
+            Command::Move { shard: Some(shard), to, store, .. } => match to.as_slice() {
+                [] => (Wish::One { shard: *shard, to: None }, store),
+                [to] => (Wish::One { shard: *shard, to: Some(to.clone()) }, store),
                 _ => return Err(value("--to", "one group goes to one node")),
             },
-            Command::Move { from, to, by, threshold, .. } => {
+            Command::Move { from, to, by, threshold, store, .. } => {
                 if from.is_empty() || to.is_empty() {
                     return Err(value("--from", "give --from and --to, or --shard"));
                 }
                 let (from, to) = (from.clone(), to.clone());
-                Wish::Spread { from, to, measure: measure(by, threshold) }
+                (Wish::Spread { from, to, measure: measure(by, threshold) }, store)
             }
-        }))
+            _ => return Ok(Wanted::Other),
+        };
+        Ok(Wanted::Plan(wish, *store))
     }
 }
 
@@ -231,7 +326,7 @@ fn print_plan(plan: &Plan) {
     let (before, after) = (percent(plan.before.deviation), percent(plan.after.deviation));
     println!("from the mean by {}: {before} before, {after} after", word(plan.by));
     let tasks = plan.tasks.len();
-    println!("{tasks} tasks, {}; nothing was changed", print::bytes(plan.bytes));
+    println!("{tasks} tasks, {}; nothing was moved", print::bytes(plan.bytes));
 }
 
 fn ready(findings: &[Finding]) -> bool {

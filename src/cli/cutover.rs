@@ -6,12 +6,12 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::ask::Asker;
 use super::options::{FlipArgs, JobArgs, learn};
 use super::print;
 use super::run::stop_on_signal;
 use crate::config::{self, parse_duration};
 use crate::id::Stream;
+use crate::job::ask::Asker;
 use crate::job::rest::{Refresh, Unlogged};
 use crate::job::state::may_flip;
 use crate::job::store::JobRow;
@@ -40,7 +40,7 @@ pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Res
     let config = job.job()?;
     let mut request = request(stream, job, args, &config)?;
     let fits = |row: &JobRow| may_flip(row.phase, stream).map_err(job::Error::from);
-    let mut asker = Asker::connect(&config, fits).await?;
+    let mut asker = Asker::connect_if(&config, print::sayings(), fits).await?;
     choose_routes(&mut request, args, &asker)?;
     tell_passwords(&mut request, args, &mut asker).await?;
     let wait = Duration::from_millis(request.timeout_ms + request.max_hold_ms) + PREPARATION;
@@ -49,7 +49,7 @@ pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Res
     let routeless = request.routes.is_empty();
     let request = serde_json::to_value(&request)?;
     let answer = tokio::select! {
-        answer = asker.ask("flip", &request, wait) => answer,
+        answer = asker.ask("flip", &request, wait) => answer.map_err(anyhow::Error::from),
         _ = stopping.wait_for(|stop| *stop) => Err(anyhow::anyhow!(STOPPED)),
     };
     let answer = match answer {
@@ -197,7 +197,9 @@ fn request(
         max_hold_ms: time(args.max_hold, file.max_hold, 5_000)?,
         refresh,
         unlogged,
+        leave_quarantined: args.leave_quarantined,
         dry_run: args.dry_run,
+        mark: None,
     })
 }
 
@@ -256,6 +258,7 @@ mod tests {
             max_hold: None,
             refresh: None,
             unlogged: None,
+            leave_quarantined: false,
             dry_run: false,
             json: false,
         };

@@ -1,19 +1,13 @@
 //! `walferry finish`, and what it shares with cancel.
 
 use std::process::ExitCode;
-use std::time::Duration;
-
-use serde_json::json;
 
 use super::options::JobArgs;
-use crate::clock::Deadline;
-use crate::job::cleanup::{CleanedUp, Ending, clean_up};
-use crate::job::client::Client;
-use crate::job::lease::{self, Lease};
+use super::print;
+use crate::job::cleanup::{CleanedUp, Ending};
+use crate::job::ending::end;
 use crate::job::state::Event;
-use crate::job::store::Store;
-use crate::job::{self, JobConfig};
-use crate::pg::{self, Session};
+use crate::{job, pg};
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]
@@ -32,7 +26,7 @@ pub struct Args {
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let (keep_history, source_is_gone) = (args.keep_history, args.source_is_gone);
     let ending = Ending { event: Event::FinishAsked, keep_history, source_is_gone };
-    let done = end(&args.job.job()?, ending).await?;
+    let done = end(&args.job.job()?, ending, &print::sayings()).await.map_err(hint)?;
     show(&done);
     let side = if source_is_gone { "on the target" } else { "on either side" };
     let but = if keep_history { " but the history in schema walferry on the target" } else { "" };
@@ -45,75 +39,25 @@ pub fn show(done: &CleanedUp) {
     for line in &done.dropped {
         println!("dropped {line}");
     }
+    if let Some(line) = &done.recycled {
+        println!("moved {line}");
+    }
     for line in &done.left {
         eprintln!("{line}");
     }
 }
 
-/// Stops the runner that is alive, takes the lease, and cleans up.
-pub async fn end(config: &JobConfig, ending: Ending) -> anyhow::Result<CleanedUp> {
-    end_both(config, ending).await.map_err(hint)
-}
-
 /// A server that cannot be reached may be gone for good.
-fn hint(error: anyhow::Error) -> anyhow::Error {
-    let from_job = error.downcast_ref::<job::Error>().and_then(|error| match error {
-        job::Error::Pg(error) => Some(error),
-        _ => None,
-    });
-    let peer = match from_job.or_else(|| error.downcast_ref::<pg::Error>()) {
-        Some(pg::Error::Connect { peer, transient: true, .. }) => peer,
-        _ => return error,
+pub fn hint(error: job::Error) -> anyhow::Error {
+    let job::Error::Pg(pg::Error::Connect { peer, transient: true, .. }) = &error else {
+        return error.into();
     };
     let hint = match peer.split_whitespace().find(|word| matches!(*word, "source" | "target")) {
         Some("source") => "where the source is gone for good, --source-is-gone cleans the target",
         Some(_) => {
             "where the target is gone for good, walferry cancel --target-is-gone cleans the source"
         }
-        None => return error,
+        None => return error.into(),
     };
     anyhow::anyhow!("{error}; {hint}")
-}
-
-async fn end_both(config: &JobConfig, ending: Ending) -> anyhow::Result<CleanedUp> {
-    let home = Session::control(&config.target).await?;
-    let mut store = Store::new(home, config.job.clone());
-    let row = store.load_existing().await?;
-    // Refused before the runner is disturbed.
-    let ended = matches!(row.phase, job::Phase::Finished | job::Phase::Canceled);
-    if !ended {
-        job::state::step(row.phase, ending.event).map_err(job::Error::from)?;
-    }
-    let lease = take_lease(config).await?;
-    Ok(clean_up(config, ending, &lease).await?)
-}
-
-/// A runner hears of it within a second or two, and the lease of one whose host is gone ends after
-/// half a minute.
-const STOP_WAIT: Duration = Duration::from_secs(60);
-
-async fn take_lease(config: &JobConfig) -> anyhow::Result<Lease> {
-    let mut named = config.clone();
-    named.target = named.target.with_application_name(&lease::application_name(&config.job));
-    let deadline = Deadline::after(STOP_WAIT);
-    let mut client = Client::connect(&config.target, &config.job).await?;
-    let mut asked: Option<String> = None;
-    loop {
-        if let Some(lease) = Lease::try_take(&named.target, &config.job).await? {
-            return Ok(lease);
-        }
-        match &asked {
-            // Read by the runner for as long as it is kept fresh.
-            Some(id) => drop(client.poll(id).await?),
-            None => {
-                eprintln!("stopping the runner");
-                asked = Some(client.post("stop", &json!({})).await?);
-            }
-        }
-        if deadline.passed() {
-            let pid = lease::holder(client.session(), &config.job).await?.unwrap_or_default();
-            return Err(job::Error::Unstopped { wait: STOP_WAIT, pid }.into());
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
 }

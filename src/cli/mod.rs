@@ -6,10 +6,9 @@
 //!
 //! `run` holds the job while it lives. Commands that need the streams (`verify`, `cutover`,
 //! `rollback`) ask whatever runner is alive, on any host, through the home database; where none is,
-//! they run the job themselves for as long as they need it (`ask`).
+//! they run the job themselves for as long as they need it (`job::ask`).
 
 mod apply;
-mod ask;
 mod cancel;
 mod capture;
 mod check;
@@ -17,8 +16,10 @@ mod cluster;
 mod cutover;
 mod demo;
 mod finish;
+mod lasting;
 mod options;
 mod print;
+mod quarantine;
 mod rollback;
 mod run;
 mod status;
@@ -63,6 +64,8 @@ pub enum Command {
     Status(status::Args),
     /// Compare both sides row by row while they live
     Verify(verify::Args),
+    /// List, retry or drop rows that the target refused, and what waits behind them
+    Quarantine(quarantine::Args),
     /// Switch applications to the target
     Cutover(cutover::Args),
     /// Switch applications back to the source
@@ -112,6 +115,7 @@ pub async fn run(cli: Cli) -> ExitCode {
         Command::Apply(args) => apply::run(args).await,
         Command::Status(args) => status::run(args).await,
         Command::Verify(args) => verify::run(args).await,
+        Command::Quarantine(args) => quarantine::run(args).await,
         Command::Cutover(args) => cutover::run(args).await,
         Command::Rollback(args) => rollback::run(args).await,
         Command::Finish(args) => finish::run(args).await,

@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::apply::{Mode, Tuning};
+use crate::apply::{Mode, OnRowError, Tuning};
 use crate::buffer::durable::KafkaProperties;
-use crate::catalog::Selection;
 use crate::config::{self, File, parse_duration, parse_size};
 use crate::copy::Freeze;
 use crate::decode::Plugin;
@@ -21,7 +20,9 @@ use crate::job::rest::{Refresh, Unlogged};
 use crate::job::routes::RouteSecrets;
 use crate::job::store::JobOptions;
 use crate::job::{self, Bulk, JobConfig};
+use crate::limit::BULK_BYTES;
 use crate::pg::Config;
+use crate::schema::altered::Policy;
 use crate::secret::SecretString;
 
 /// Name of a job that was not given one.
@@ -51,6 +52,10 @@ pub struct JobArgs {
     /// Create these tables and leave their rows behind; may be given again
     #[arg(long, value_name = "TABLE")]
     pub schema_only: Vec<String>,
+    /// Only the tables of --include and what belongs to them (indexes, keys, triggers, grants, the
+    /// sequences they own), into a database that has all else: shards of a cluster, for one
+    #[arg(long)]
+    pub tables_only: bool,
     /// Whether large objects move: copy or leave [default: copy, but leave with --include]
     #[arg(long, value_name = "WHAT")]
     pub large_objects: Option<String>,
@@ -61,6 +66,23 @@ pub struct JobArgs {
     /// [default: auto]
     #[arg(long, value_name = "ORDER", value_parser = str::parse::<Mode>)]
     pub apply: Option<Mode>,
+    /// What becomes of a row that the target refuses: stop, or quarantine, which keeps it and all
+    /// later changes of its table aside while other tables go on [default: stop]
+    #[arg(long, value_name = "WHAT", value_parser = str::parse::<OnRowError>)]
+    pub on_row_error: Option<OnRowError>,
+    /// What is done on the target where a table of the source is altered: apply (at its place in
+    /// the stream), hold (keep the table's changes until the SQL was run) or stop; or by class, as
+    /// in hold,add-column=apply [default: what does not fit stops]
+    #[arg(long, value_name = "POLICY", value_parser = str::parse::<Policy>)]
+    pub ddl: Option<Policy>,
+    /// Write something of ours into the source's log this often, and measure lag by it while nobody
+    /// else writes [default: never]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub heartbeat: Option<Duration>,
+    /// The statement for each beat, tables named with their schema [default: a logical message, or
+    /// a row of our own; with this alone every 10s]
+    #[arg(long, value_name = "SQL")]
+    pub heartbeat_sql: Option<String>,
     /// Read the source by this publication, which an administrator made; its row filters, column
     /// lists and operations are what the job is of
     #[arg(long, value_name = "NAME")]
@@ -143,12 +165,17 @@ impl JobArgs {
     /// Everything put together; a missing source or target is an error of usage.
     pub fn job(&self) -> anyhow::Result<JobConfig> {
         let file = self.file()?;
+        let source = self.source.clone().or(file.source.clone());
+        let source = source.ok_or_else(|| missing("the source", "source", "WALFERRY_SOURCE"))?;
+        let target = self.target.clone().or(file.target.clone());
+        let target = target.ok_or_else(|| missing("the target", "target", "WALFERRY_TARGET"))?;
+        self.between(file, Config::parse(&source)?, Config::parse(&target)?)
+    }
+
+    /// The same between these ends.
+    pub fn between(&self, file: File, source: Config, target: Config) -> anyhow::Result<JobConfig> {
         let (tuning, bulk) = (tuning(self.apply, &file)?, bulk(&file));
         let kafka = kafka_properties(&file)?;
-        let source = self.source.clone().or(file.source);
-        let source = source.ok_or_else(|| missing("the source", "source", "WALFERRY_SOURCE"))?;
-        let target = self.target.clone().or(file.target);
-        let target = target.ok_or_else(|| missing("the target", "target", "WALFERRY_TARGET"))?;
         let job = self.job_name(file.name)?;
         let given = |own: &[String], file: Vec<String>| {
             if own.is_empty() { file } else { own.to_vec() }
@@ -159,13 +186,12 @@ impl JobArgs {
             include: given(&self.include, file.include),
             exclude: given(&self.exclude, file.exclude),
             schema_only: given(&self.schema_only, file.schema_only),
+            tables_only: self.tables_only || file.tables_only,
             leave_large_objects: leaves_large_objects(
                 self.large_objects.clone().or(file.large_objects),
             )?,
         };
-        // A typo is told before any server is asked.
-        Selection::parse(&options.include, &options.exclude, &options.schema_only)
-            .map_err(job::Error::from)?;
+        refuse_typos(&options)?;
         let wanted = Wanted {
             decoder: choice("--decoder", self.decoder.clone().or(file.decoder))?,
             plain_numbers: self.no_nan || file.no_nan,
@@ -176,12 +202,15 @@ impl JobArgs {
             let message = "only pgoutput reads a publication: leave one of the two out".to_string();
             return Err(config::Error::Value { option: "--decoder", message }.into());
         }
+        let two_phase = on_off("--two-phase", self.two_phase.clone().or(file.two_phase), false)?;
+        let ddl = self.ddl(file.ddl, two_phase, options.publication.is_some())?;
         Ok(JobConfig {
             job,
             wanted,
-            source: Config::parse(&source)?.labelled("source"),
-            target: Config::parse(&target)?.labelled("target"),
+            source: source.labelled("source"),
+            target: target.labelled("target"),
             options,
+            bin: None,
             jobs: self.jobs.or(file.jobs).unwrap_or(4).max(1),
             owners: !(self.no_owner || file.no_owner),
             slot_timeout: Duration::from_secs(3600),
@@ -195,12 +224,18 @@ impl JobArgs {
                 )?,
                 kafka,
             },
-            two_phase: on_off("--two-phase", self.two_phase.clone().or(file.two_phase), false)?,
+            two_phase,
+            on_row_error: self.on_row_error(file.on_row_error, two_phase)?,
+            ddl,
             streaming: self.streaming(file.streaming, file.streaming_limit)?,
             tuning,
+            heartbeat: self.heartbeat(file.heartbeat, file.heartbeat_sql)?,
             half: Half::Both,
             secrets: secrets(&file.cutover.route)?,
-            gather: file.tuning.gather_messages.unwrap_or(true),
+            bulk_bytes: match file.tuning.bulk_bytes {
+                None => Some(BULK_BYTES),
+                some => some.filter(|bytes| *bytes > 0),
+            },
             bulk,
         })
     }
@@ -215,6 +250,16 @@ impl JobArgs {
         let limit_bytes = limit.unwrap_or(STREAMING_BYTES);
         Ok(wanted.then_some(StreamingOptions { limit_bytes }))
     }
+}
+
+/// A typo is told before any server is asked.
+fn refuse_typos(options: &JobOptions) -> anyhow::Result<()> {
+    options.patterns().map_err(job::Error::from)?;
+    if options.tables_only && options.include.is_empty() {
+        let message = "needs --include: the tables that it is about".to_string();
+        return Err(config::Error::Value { option: "--tables-only", message }.into());
+    }
+    Ok(())
 }
 
 fn on_off(
@@ -344,7 +389,7 @@ fn tuning(apply: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
         (limits.transactions, most.transactions) = (transactions.max(1), transactions.max(1));
     }
     tuning.copy_inserts = sizes.copy_inserts.unwrap_or(tuning.copy_inserts);
-    tuning.binary_integers = sizes.binary_integers.unwrap_or(tuning.binary_integers);
+    tuning.binary_values = sizes.binary_values.unwrap_or(tuning.binary_values);
     tuning.in_flight_max = sizes.batches_in_flight.unwrap_or(tuning.in_flight_max).max(1);
     Ok(tuning)
 }
@@ -403,8 +448,8 @@ pub struct FlipArgs {
     #[arg(long, value_name = "KIND")]
     pub fence: Option<String>,
     /// Where clients find the data: hook:COMMAND, pgbouncer:ADMIN_URI,INI_PATH,DBNAME,
-    /// fdw:URI,SERVER or plproxy:URI,CLUSTER,PARTITION (URI of the router's database); may be given
-    /// again [default: those of the last switch]
+    /// fdw:URI,SERVER, plproxy:URI,CLUSTER,PARTITION (URI of the router's database) or
+    /// citus:COORDINATOR_URI; may be given again [default: those of the last switch]
     #[arg(long, value_name = "KIND:...")]
     pub route: Vec<String>,
     /// Lead no clients: neither by the routes of the last switch nor by those of walferry.toml
@@ -430,6 +475,9 @@ pub struct FlipArgs {
     /// at first), or refuse to switch while there are any [default: copy]
     #[arg(long, value_name = "WHAT", value_parser = str::parse::<Unlogged>)]
     pub unlogged: Option<Unlogged>,
+    /// Switch though changes are kept aside: they stay behind, and are not on the other side
+    #[arg(long)]
+    pub leave_quarantined: bool,
     /// Prove the way there and back, and change nothing
     #[arg(long)]
     pub dry_run: bool,

@@ -84,6 +84,12 @@ fn show(status: &Status) {
     show_stream("forward", &status.positions);
     show_fallbacks(status.fallbacks);
     show_tables(&status.tables);
+    for table in &status.parked {
+        println!("parked   {}, {} changes: {}", table.table, table.changes, table.error);
+        if let Some(sql) = &table.awaited {
+            println!("         waits for: {sql}");
+        }
+    }
     if let Some(reverse) = &status.reverse {
         show_stream("reverse", &reverse.positions);
         show_fallbacks(reverse.fallbacks);

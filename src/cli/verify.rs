@@ -5,19 +5,16 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::ask::Asker;
 use super::options::JobArgs;
 use super::print;
 use crate::clock::Deadline;
 use crate::config::parse_duration;
-use crate::id::{QualifiedName, Stream};
-use crate::job::align::{self, Aligned, Line};
+use crate::job::ask::Asker;
 use crate::job::state::flowing;
-use crate::job::store::{JobRow, Store};
-use crate::job::{self, JobConfig, rest};
+use crate::job::store::JobRow;
+use crate::job::{self, Gone, JobConfig, comparing, quarantine};
 use crate::large;
-use crate::pg::{Config, Purpose, Session};
-use crate::verify::{self, DifferenceKind, Report, Side};
+use crate::verify::{DifferenceKind, Report};
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]
@@ -36,14 +33,16 @@ pub struct Args {
 /// Compares both sides while they live. 0 equal, 1 different.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let fits = |row: &JobRow| flowing(row.phase).map(|_| ()).map_err(job::Error::from);
-    let mut asker = Asker::connect(&args.job.job()?, fits).await?;
+    let mut asker = Asker::connect_if(&args.job.job()?, print::sayings(), fits).await?;
     let outcome = async {
-        let report = compare(&mut asker, args.timeout).await?;
-        Ok::<_, anyhow::Error>((report, large_objects(asker.config()).await?))
+        let config = asker.config().clone();
+        let report = compare(&mut asker, &config, args.timeout).await?;
+        let large = comparing::large_objects(&config).await?;
+        Ok::<_, anyhow::Error>((report, large, quarantine::of(&config).await?))
     };
     let outcome = outcome.await;
     let closed = asker.close().await;
-    let (report, large) = outcome?;
+    let (report, large, parked) = outcome?;
     closed?;
     let same = report.equal && large.as_ref().is_none_or(|large| large.differing.is_empty());
     if args.json {
@@ -52,9 +51,16 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
             object.insert("equal".to_string(), same.into());
             object.insert("large_objects".to_string(), serde_json::to_value(large)?);
         }
+        if let Some(object) = value.as_object_mut() {
+            object.insert("quarantined".to_string(), serde_json::to_value(&parked)?);
+        }
         print::json(&value)?;
     } else {
         show(&report, large.as_ref(), same);
+        for table in &parked {
+            let (name, changes) = (&table.table, table.changes);
+            println!("{name}: {changes} changes are kept aside, see walferry quarantine list");
+        }
     }
     Ok(if same { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -65,119 +71,22 @@ const SHOWN: usize = 20;
 /// A runner answers this at its next turn.
 const PING_WAIT: Duration = Duration::from_secs(60);
 
-/// How often tables that are truncated or rewritten while they are compared are tried again.
-const ROUNDS: usize = 10;
-
-async fn compare(asker: &mut Asker, timeout: Duration) -> anyhow::Result<Report> {
-    let stream = now_flowing(asker.config()).await?;
-    // A runner of our own may still be connecting its streams.
-    asker.ask("ping", &Value::Null, PING_WAIT).await?;
-    let mut report = compare_once(asker, stream, timeout, None).await?;
-    for _ in 0..ROUNDS {
-        if report.rewritten.is_empty() {
-            return Ok(report);
-        }
-        let tables = report.rewritten.clone();
-        report = report.amend(compare_once(asker, stream, timeout, Some(tables)).await?);
-    }
-    Err(verify::Error::Rewritten { tables: report.rewritten }.into())
-}
-
-/// Compares `tables`, or all, at one point of the stream.
-async fn compare_once(
+/// Compares through whatever runner is alive; where it dies meanwhile, through one of our own.
+async fn compare(
     asker: &mut Asker,
-    stream: Stream,
+    config: &JobConfig,
     timeout: Duration,
-    tables: Option<Vec<QualifiedName>>,
 ) -> anyhow::Result<Report> {
-    let config = asker.config().clone();
-    let (from, to) = match stream {
-        Stream::Forward => (&config.source, &config.target),
-        Stream::Reverse => (&config.target, &config.source),
-    };
-    let line = line(&config, stream, from, to).await?;
-    let aligned = line_up(asker, &line, timeout).await?;
-    let options = &config.options;
-    let mut source = Session::connect(&config.source, Purpose::Sql).await?;
-    let selection = options.selection(&mut source).await?;
-    let side = |config: &Config, snapshot: &str| Side {
-        config: config.clone(),
-        snapshot: Some(snapshot.to_string()),
-    };
-    // Source and target keep their names whichever way the rows flow.
-    let (from, to) = (side(from, &aligned.from_snapshot), side(to, &aligned.to_snapshot));
-    let mut wanted = match stream {
-        Stream::Forward => verify::Options::new(from, to),
-        Stream::Reverse => verify::Options::new(to, from),
-    };
-    wanted.selection = selection;
-    wanted.tables = tables;
-    let home = Session::connect(&config.target, Purpose::Sql).await?;
-    let mut store = Store::new(home, config.job.clone());
-    wanted.publication = store.load_readings().await?.publication;
-    wanted.parallelism = config.jobs;
-    Ok(verify::run(wanted).await?)
-}
-
-/// Lines both sides up; where the runner dies meanwhile, by one of our own.
-async fn line_up(asker: &mut Asker, line: &Line, timeout: Duration) -> anyhow::Result<Aligned> {
     let deadline = Deadline::after(timeout);
     loop {
-        match align::align(&mut asker.client, line, deadline.left()).await {
-            Err(job::Error::RunnerGone { .. }) if !deadline.passed() => {
-                asker.ask("ping", &Value::Null, PING_WAIT).await?;
-                // What its successor found may have led the job elsewhere.
-                let stream = now_flowing(asker.config()).await?;
-                if stream != line.stream {
-                    anyhow::bail!("the job was switched meanwhile; ask again");
-                }
-            }
-            aligned => return Ok(aligned?),
+        // Starts another runner where ours does not come up; comparing only asks the one alive.
+        asker.ask("ping", &Value::Null, PING_WAIT).await?;
+        match comparing::compare(&mut asker.client, config, deadline.left()).await {
+            Err(job::Error::Gone(Gone::Runner { .. })) if !deadline.passed() => {}
+            compared => return Ok(compared?),
         }
     }
 }
-
-async fn line(
-    config: &JobConfig,
-    stream: Stream,
-    from: &Config,
-    to: &Config,
-) -> anyhow::Result<Line> {
-    let home = Session::control(&config.target).await?;
-    let mut readings = Store::new(home, config.job.clone()).load_readings().await?;
-    Ok(Line {
-        stream,
-        publications: readings.publications(stream, &config.job.object(stream)),
-        reading: readings.of(stream).clone().unwrap_or_default(),
-        from: from.clone(),
-        to: to.clone(),
-    })
-}
-
-/// The stream that keeps the other side current now.
-async fn now_flowing(config: &JobConfig) -> anyhow::Result<Stream> {
-    let home = Session::control(&config.target).await?;
-    let row = Store::new(home, config.job.clone()).load_existing().await?;
-    Ok(flowing(row.phase).map_err(job::Error::from)?)
-}
-
-/// Large objects, if they move. They are carried at a switch and not while following, so what the
-/// live side has changed since is no difference, but told.
-async fn large_objects(config: &JobConfig) -> anyhow::Result<Option<large::Comparison>> {
-    let (live, dest, side) = match now_flowing(config).await? {
-        Stream::Forward => (&config.source, &config.target, "source"),
-        Stream::Reverse => (&config.target, &config.source, "target"),
-    };
-    let mut home = Session::connect(&config.target, Purpose::Sql).await?;
-    if !rest::moves_large_objects(&mut home, config).await? {
-        return Ok(None);
-    }
-    let since = rest::load_mark(&mut home, config.job.as_str(), side).await?;
-    let mut live = Session::connect(live, Purpose::Sql).await?;
-    let mut dest = Session::connect(dest, Purpose::Sql).await?;
-    Ok(Some(large::compare(&mut live, &mut dest, since).await?))
-}
-
 fn show(report: &Report, large: Option<&large::Comparison>, same: bool) {
     for table in &report.tables {
         let verdict = match table.equal {

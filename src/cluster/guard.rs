@@ -13,7 +13,7 @@ use super::plan::Plan;
 use super::read::Found;
 use crate::fault::Level;
 use crate::id::QualifiedName;
-use crate::pg::{Purpose, Result, Session};
+use crate::pg::{Config, Purpose, Result, Session};
 
 /// Transactions that are open for longer are reported, unless told otherwise: cigration's own
 /// threshold.
@@ -53,6 +53,29 @@ pub async fn findings(found: &Found, plan: &Plan, age: Duration) -> Result<Vec<F
         if gives {
             at.shards(&moving(found, plan, node)).await?;
         }
+    }
+    findings.sort();
+    Ok(findings)
+}
+
+/// What stands in the way on one node that takes part in a task. `shards`: relation and table of
+/// what leaves it; a node that only takes has none.
+///
+/// # Errors
+/// Where it cannot be asked.
+pub async fn on_node(
+    node: &str,
+    config: &Config,
+    shards: Option<&BTreeMap<QualifiedName, String>>,
+    age: Duration,
+) -> Result<Vec<Finding>> {
+    let mut findings = Vec::new();
+    let mut session = Session::connect(config, Purpose::Sql).await?;
+    let mut at = At { node, session: &mut session, findings: &mut findings };
+    at.transactions(age).await?;
+    at.settings().await?;
+    if let Some(shards) = shards {
+        at.shards(shards).await?;
     }
     findings.sort();
     Ok(findings)

@@ -89,6 +89,25 @@ pub enum Error {
         /// How far the stream is.
         applied_lsn: Lsn,
     },
+    /// DDL between a look at the tables and the fence.
+    #[error(
+        "a table was altered while the cutover began; nothing was switched and writers go on. Look \
+         at what was altered, and try again"
+    )]
+    Altered,
+    /// Rows would be missing on the other side.
+    #[error(
+        "changes are kept aside and would not be on the other side: {}; see walferry quarantine \
+         list, and retry or drop them, or leave them behind with --leave-quarantined; nothing was \
+         switched and writers go on", tables.join("; ")
+    )]
+    Quarantined {
+        /// Each with what keeps it.
+        tables: Vec<String>,
+    },
+    /// What is kept aside could not be read.
+    #[error("what is kept aside on the other side cannot be read: {0}")]
+    Parked(String),
     /// A prepared transaction would be left behind.
     #[error(
         "transaction {gid} of {owner} (xid {xid}){} is prepared on the side that is to be left, \

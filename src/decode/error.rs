@@ -121,12 +121,16 @@ pub enum Error {
         /// In the message, counted from 0.
         at: usize,
     },
-    /// A whole transaction in one message, which breaks at 1 GB.
+    /// A message of wal2json before 2.5, which does not tell a bytea from a text.
     #[error(
-        "wal2json message at {lsn} holds a whole transaction; format 1 is read only with \
-         write-in-chunks, as the server cannot build such a message past 1 GB"
+        "{relation} at {lsn}: the server's wal2json is older than 2.5, which tells no column's \
+         type, so that one altered between text and bytea would be misread; install 2.5 or newer \
+         on the server and run again, or end this job with walferry cancel and start it anew with \
+         --decoder test_decoding"
     )]
-    NotInChunks {
+    NoTypes {
+        /// The table.
+        relation: QualifiedName,
         /// Where.
         lsn: Lsn,
     },

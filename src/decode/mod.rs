@@ -22,8 +22,9 @@
 //! [`test_decoding`] writes text: what it leaves out is asked of the caller ([`Step::Describe`]),
 //! and its transactions [`Event::Start`] without a position, which their COMMIT brings.
 //!
-//! Laws kept here: any bytes give a value or an error, never a panic (law 12); a transaction of any
-//! size passes in chunks (law 9); a position is given only for what came before it (law 1). An
+//! Laws kept here: any bytes give a value or an error, never a panic (law 12), and no message
+//! makes a decoder hold more than 64 kB and 16 bytes for each of its own; a transaction of any size
+//! passes in chunks (law 9); a position is given only for what came before it (law 1). An
 //! empty transaction gives a chunk too, or the slot would stand still under a load that publishes
 //! nothing.
 //!

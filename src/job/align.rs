@@ -20,7 +20,7 @@ use serde_json::json;
 use super::admit::recorded;
 use super::client::{ASK_AGAIN, Client};
 use super::reading::Reading;
-use super::{Error, Result};
+use super::{Error, Gone, Result};
 use crate::clock::Deadline;
 use crate::cutover::barrier;
 use crate::id::Stream;
@@ -72,8 +72,8 @@ enum Kept {
 }
 
 /// Lines both sides up through a runner that is alive, and through the next one where it dies and
-/// another takes over at once. Errors: [`Error::RunnerGone`] where none does;
-/// [`Error::NotAligned`] after `wait`.
+/// another takes over at once. Errors: [`Gone::Runner`] where none does;
+/// [`Gone::NotAligned`] after `wait`.
 pub async fn align(client: &mut Client, line: &Line, wait: Duration) -> Result<Aligned> {
     let deadline = Deadline::after(wait);
     loop {
@@ -81,7 +81,7 @@ pub async fn align(client: &mut Client, line: &Line, wait: Duration) -> Result<A
             Transport::Stream => hold_and_export(client, line, deadline).await,
             Transport::Pull => hold_and_place(client, line, deadline).await,
         };
-        if let Err(error @ Error::RunnerGone { .. }) = outcome {
+        if let Err(error @ Error::Gone(Gone::Runner { .. })) = outcome {
             return Err(error);
         }
         let let_go = client.ask("let_go", &json!({}), Duration::from_secs(10)).await;
@@ -92,14 +92,14 @@ pub async fn align(client: &mut Client, line: &Line, wait: Duration) -> Result<A
             Err(Error::Remote(said)) if said.ends_with(ASK_AGAIN) && !deadline.passed() => {
                 tracing::debug!(said, "aligning again");
             }
-            Err(Error::NotAligned { detail, .. }) => {
-                return Err(Error::NotAligned { detail, wait });
+            Err(Error::Gone(Gone::NotAligned { detail, .. })) => {
+                return Err(Gone::NotAligned { detail, wait }.into());
             }
             outcome => {
                 let aligned = outcome?;
                 match let_go {
                     // A hold ends with the runner that had it.
-                    Ok(_) | Err(Error::RunnerGone { .. }) => return Ok(aligned),
+                    Ok(_) | Err(Error::Gone(Gone::Runner { .. })) => return Ok(aligned),
                     Err(error) => return Err(error),
                 }
             }
@@ -154,6 +154,9 @@ async fn hold_and_place(client: &mut Client, line: &Line, deadline: Deadline) ->
         };
         let mut order = Order::watch(&line.from, options, deadline.left()).await?;
         for _ in 0..SNAPSHOTS {
+            if order.is_spent() {
+                break;
+            }
             let outcome = place(client, line, &mut order, deadline).await;
             match outcome {
                 Ok(Ok(aligned)) => return Ok(aligned),
@@ -224,5 +227,5 @@ async fn hold(
 
 /// How long was waited is known by [`align`].
 fn not_aligned(detail: String) -> Error {
-    Error::NotAligned { detail, wait: Duration::ZERO }
+    Gone::NotAligned { detail, wait: Duration::ZERO }.into()
 }

@@ -8,12 +8,13 @@ use serde_json::{Value, json};
 
 use super::align::PASSED;
 use super::flip::FlipRequest;
+use super::heartbeat::Heartbeat;
 use super::left::outcome_value;
 use super::pipeline::Pipe;
 use super::run::{Notice, Runner, Until};
 use super::state::{Event, Phase};
 use super::store::StreamRow;
-use super::{Error, Result, client};
+use super::{Error, Gone, Result, client};
 use crate::clock::PgTimestamp;
 use crate::cutover::{self, barrier};
 use crate::id::Stream;
@@ -48,6 +49,7 @@ impl Runner {
         if matches!(phase, Phase::Finished | Phase::Canceled) {
             return Ok(None);
         }
+        self.keep_heartbeat(phase).await?;
         self.validate_beside().await?;
         self.refresh_beside().await?;
         let mut probes = Probes::default();
@@ -158,14 +160,14 @@ impl Runner {
         let home = self.config.target.clone();
         let armed = tokio::select! {
             armed = self.arm(&request) => armed,
-            () = client::until_gone(&home, &asked.id) => Err(Error::AskerGone),
+            () = client::until_gone(&home, &asked.id) => Err(Gone::Asker.into()),
         };
-        if matches!(armed, Err(Error::AskerGone)) {
+        if matches!(armed, Err(Error::Gone(Gone::Asker))) {
             self.renew_home().await?;
         }
         match armed {
             Ok(_) if client::asker_gone(&mut self.store.session, &asked.id).await? => {
-                Ok(Flipping::Answer(Err(Error::AskerGone.to_string())))
+                Ok(Flipping::Answer(Err(Gone::Asker.to_string())))
             }
             // Proofs only: neither the phase nor the record of the last flip changes.
             Ok(_) if request.dry_run => {
@@ -274,7 +276,9 @@ impl Runner {
         let mut rows = Vec::new();
         for (stream, pipe, config, probe) in sides {
             if let Some(pipe) = pipe {
-                rows.push((stream, positions(pipe, end_of_wal(config, probe).await)));
+                let beat = self.heartbeat.as_ref().filter(|_| stream == Stream::Forward);
+                let end_lsn = end_of_wal(config, probe).await;
+                rows.push((stream, positions(pipe, end_lsn, beat)));
             }
         }
         for (stream, mut row) in rows {
@@ -320,7 +324,7 @@ async fn end_of_wal(config: &Config, probe: &mut Option<Session>) -> Option<Lsn>
     tokio::time::timeout(Duration::from_secs(2), asking).await.ok().flatten()
 }
 
-fn positions(pipe: &Pipe, end_lsn: Option<Lsn>) -> StreamRow {
+fn positions(pipe: &Pipe, end_lsn: Option<Lsn>, beat: Option<&Heartbeat>) -> StreamRow {
     let applied = *pipe.applied.borrow();
     let read = *pipe.positions.borrow();
     if !applied.applied_lsn.is_valid() {
@@ -328,10 +332,12 @@ fn positions(pipe: &Pipe, end_lsn: Option<Lsn>) -> StreamRow {
     }
     let text = |lsn: Lsn| Some(lsn.to_string());
     let lag_bytes = end_lsn.map(|end| end.bytes_since(applied.applied_lsn) as i64);
-    // Level to within one transaction: what age the last one has says nothing about lag.
+    // Level to within one transaction: what age the last one has says nothing about lag, but a
+    // heartbeat does.
     let level = read.received_lsn <= applied.applied_lsn;
     let age = applied.commit_time.map_or(0.0, PgTimestamp::seconds_ago);
-    let lag_seconds = if level { 0.0 } else { age };
+    let measured = beat.and_then(Heartbeat::lag_seconds);
+    let lag_seconds = measured.unwrap_or(if level { 0.0 } else { age });
     let spool = pipe.spool.as_ref().map(|spool| *spool.borrow());
     StreamRow {
         received_lsn: text(read.received_lsn.max(applied.applied_lsn)),

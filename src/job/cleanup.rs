@@ -14,7 +14,8 @@ use super::run::JobConfig;
 use super::state::{Event, Phase, step};
 use super::store::{JobRow, Store};
 use super::{Result, lease};
-use crate::cutover::fence;
+use crate::cluster::shard;
+use crate::cutover::{self, fence};
 use crate::id::{JobName, Stream};
 use crate::pg::{Config, Purpose, Session};
 use crate::source::{publication, slot};
@@ -40,6 +41,8 @@ const RELEASE_WAIT: Duration = Duration::from_secs(5);
 pub struct CleanedUp {
     /// What was dropped, one line each.
     pub dropped: Vec<String>,
+    /// What was put into the recycle bin.
+    pub recycled: Option<String>,
     /// What a person has to do.
     pub left: Vec<String>,
 }
@@ -58,6 +61,14 @@ pub struct Ending {
 /// Ends a job. `lease` must be held by the caller.
 pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Result<CleanedUp> {
     let Ending { event, keep_history, source_is_gone } = ending;
+    let mut config = config.clone();
+    if config.options.tables_only {
+        config.target = shard::reach(&config.target).await?;
+        if !source_is_gone {
+            config.source = shard::reach(&config.source).await?;
+        }
+    }
+    let config = &config;
     let home = Session::control(&config.target).await?;
     let mut store = Store::new(home, config.job.clone());
     let row = store.load_existing().await?;
@@ -84,10 +95,18 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
         lease::end_sessions(session, &name, &[]).await?;
     }
     let mut dropped = Vec::new();
+    let mut recycled = None;
+    let left_side = config.left_side(&row, event);
     if let Some(session) = &mut source {
+        if left_side == Some(Stream::Forward) {
+            recycled = config.recycle(session).await?;
+        }
         drop_objects(session, &config.source, &config.job, Stream::Forward, &mut dropped).await?;
     }
     let home = &mut store.session;
+    if left_side == Some(Stream::Reverse) {
+        recycled = config.recycle(home).await?;
+    }
     drop_objects(home, &config.target, &config.job, Stream::Reverse, &mut dropped).await?;
     forget_routes(config, &row, &mut left).await?;
     remove_spool(config, &row, &mut dropped).await?;
@@ -96,7 +115,7 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
     }
     let keep = keep_history || forget_job(&mut store, config, keep_history).await? > 0;
     drop_schema(&mut store.session, &config.job, &mut dropped, keep).await?;
-    Ok(CleanedUp { dropped, left })
+    Ok(CleanedUp { dropped, recycled, left })
 }
 
 /// Clients that a route still holds, as it could not be reached after the switch, are not waited
@@ -144,7 +163,9 @@ pub(super) async fn drop_objects(
 /// Forgets the job where others have their state in the same home; gives how many those are.
 async fn forget_job(store: &mut Store, config: &JobConfig, keep_history: bool) -> Result<i64> {
     let name = config.job.as_str();
-    let sql = "select count(*) from walferry.job where name <> $1";
+    // Jobs of a cluster are kept here as well.
+    let sql = "select count(*) + case when pg_catalog.to_regclass('walferry.cluster_job') is null \
+         then 0 else 1 end from walferry.job where name <> $1";
     let others: i64 = store.session.query_one(sql, &[Some(name)]).await?.parse(0)?;
     if others > 0 && !keep_history {
         for (table, column) in HOME_TABLES {
@@ -192,6 +213,11 @@ async fn forget_routes(config: &JobConfig, row: &JobRow, left: &mut Vec<String>)
     let switched = matches!(row.phase, Phase::Switched | Phase::RolledBack | Phase::Finished);
     let routes = [&*record.routes, &*record.earlier_routes].concat();
     for route in config.secrets.routes(&routes)? {
+        if route.kind() == "citus" {
+            // What it keeps there is more than a note.
+            route.forget(&context).await.map_err(cutover::Error::from)?;
+            continue;
+        }
         let why = match tokio::time::timeout(RELEASE_WAIT, route.forget(&context)).await {
             Ok(Ok(())) => continue,
             Ok(Err(error)) => error.to_string(),
@@ -218,7 +244,8 @@ pub(super) async fn drop_schema(
                 where pubname like 'walferry\\_%' and pg_catalog.pg_has_role(pubowner, 'usage')) \
              + (select count(*) from pg_catalog.pg_replication_slots \
                 where slot_name like 'walferry\\_%' \
-                and database = pg_catalog.current_database())",
+                and database = pg_catalog.current_database()) \
+             + case when pg_catalog.to_regclass('walferry.cluster_job') is null then 0 else 1 end",
             &[],
         )
         .await?;

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::error::Error;
 use super::state::Phase;
 use super::store::{JobRow, Store};
-use super::{Result, lease};
+use super::{Gone, Result, lease};
 use crate::clock::Deadline;
 use crate::fault::{Fault, Faulty};
 use crate::id::JobName;
@@ -62,13 +62,27 @@ pub struct Client {
     job: JobName,
     /// The command posted last.
     last: Option<String>,
+    /// Do not wait for a runner that is gone.
+    told_of_loss: bool,
 }
 
 impl Client {
     /// Connects to the home database.
     pub async fn connect(home: &Config, job: &JobName) -> Result<Client> {
         let session = Session::control(home).await?;
-        Ok(Client { session, home: home.clone(), job: job.clone(), last: None })
+        Ok(Client {
+            session,
+            home: home.clone(),
+            job: job.clone(),
+            last: None,
+            told_of_loss: false,
+        })
+    }
+
+    /// From now on [`Client::wait`] gives up once nobody has had the job's lease for some seconds:
+    /// for whoever can run the job himself.
+    pub fn tell_of_loss(&mut self) {
+        self.told_of_loss = true;
     }
 
     /// Writes the command down and wakes the runner. Gives its id.
@@ -151,7 +165,7 @@ impl Client {
     }
 
     /// Waits for a command's outcome, `None` if there is none by then. Errors:
-    /// [`Error::RunnerGone`] once nobody has had the job's lease for some seconds.
+    /// [`Gone::Runner`], see [`Client::tell_of_loss`].
     pub async fn wait(
         &mut self,
         id: &str,
@@ -166,13 +180,13 @@ impl Client {
             if deadline.passed() {
                 return Ok(None);
             }
-            if look.passed() {
+            if self.told_of_loss && look.passed() {
                 look = Deadline::after(LEASE_LOOK);
                 // A home database that cannot say is away, and not the runner.
                 let held = !matches!(lease::holder(&mut self.session, &self.job).await, Ok(None));
                 gone = if held { 0 } else { gone + 1 };
                 if gone >= GONE_LOOKS {
-                    return Err(Error::RunnerGone { verb: verb.to_string() });
+                    return Err(Gone::Runner { verb: verb.to_string() }.into());
                 }
             }
             tokio::time::sleep(POLL).await;

@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use super::state::{Phase, Refused};
+use super::gone::{Gone, hung};
+use super::state::Refused;
 use crate::buffer::{durable, spool};
 use crate::fault::{Fault, Faulty};
 use crate::id::{QualifiedName, quote_ident};
 use crate::lsn::Lsn;
-use crate::{apply, catalog, copy, cutover, pg, route, schema, source, verify};
+use crate::{apply, catalog, cluster, copy, cutover, large, pg, route, schema, source, verify};
 
 /// Why a job, or a command to it, did not go on.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +37,9 @@ pub enum Error {
     /// The comparison.
     #[error(transparent)]
     Verify(#[from] verify::Error),
+    /// Large objects, likewise.
+    #[error(transparent)]
+    Large(#[from] large::Error),
     /// The choreography.
     #[error(transparent)]
     Cutover(#[from] cutover::Error),
@@ -56,6 +60,16 @@ pub enum Error {
     NoWayBack {
         /// What mends it.
         grants: Vec<String>,
+    },
+    /// Citus gives changes of shards another name.
+    #[error(
+        "on the {side}, citus.enable_change_data_capture is on: changes of shards come under the \
+         name of their table, and would be left out without a word. For as long as shards move: \
+         alter system set citus.enable_change_data_capture = off; select pg_reload_conf()"
+    )]
+    ShardsCaptured {
+        /// Which.
+        side: String,
     },
     /// Another runner has the job.
     #[error(
@@ -79,6 +93,33 @@ pub enum Error {
         /// Which backend.
         pid: String,
     },
+    /// A table that is named is not parked.
+    #[error(
+        "nothing is kept of {table}{}",
+        if parked.is_empty() { String::new() } else { format!(", but of {parked}") }
+    )]
+    NotParked {
+        /// Its name as it was given.
+        table: String,
+        /// Those that are.
+        parked: String,
+    },
+    /// A change that is named is not kept.
+    #[error("no change {id} is kept: walferry quarantine list shows those that are")]
+    NotKept {
+        /// Its number.
+        id: i64,
+    },
+    /// `--heartbeat`, and no way to beat.
+    #[error(
+        "a heartbeat needs something that \"{role}\" may write on the source: grant execute on \
+         function pg_logical_emit_message(boolean, text, text) to it, or schema walferry, or give \
+         a statement of your own with --heartbeat-sql"
+    )]
+    NoHeartbeat {
+        /// The role.
+        role: String,
+    },
     /// The lease's session is gone.
     #[error("the lease on the home database was lost; taking it again")]
     LeaseLost,
@@ -98,50 +139,6 @@ pub enum Error {
         peer: String,
         /// Names of the jobs that are there.
         others: String,
-    },
-    /// `--target-is-gone` where it is not.
-    #[error(
-        "the target answers and has job {job} in phase {phase}: walferry {command} without \
-         --target-is-gone cleans both sides"
-    )]
-    NotGone {
-        /// The job.
-        job: String,
-        /// Where it stands.
-        phase: Phase,
-        /// The command to give.
-        command: &'static str,
-    },
-    /// A session of a job on a side that is to be cleaned alone.
-    #[error(
-        "{peer} has a session of job {job} (backend {pid}, from {host}, since {since}): a runner \
-         is alive there, or its host is gone and the server has not noticed. Stop it, or end it \
-         (select pg_terminate_backend({pid});), and give the same command again"
-    )]
-    StillThere {
-        /// The job.
-        job: String,
-        /// Which server.
-        peer: String,
-        /// Which backend.
-        pid: String,
-        /// Where it was connected from.
-        host: String,
-        /// When it was started.
-        since: String,
-    },
-    /// Nothing bears the job's name.
-    #[error(
-        "nothing of a job \"{job}\" is on {peer}{}; give the right --name and URI",
-        if slots.is_empty() { String::new() } else { format!(" (slots there: {slots})") }
-    )]
-    NothingLeft {
-        /// The name asked for.
-        job: String,
-        /// Where it was looked for.
-        peer: String,
-        /// Slots of walferry's that are there.
-        slots: String,
     },
     /// A different server than the one the job was made with.
     #[error(
@@ -321,6 +318,94 @@ pub enum Error {
         /// By table, what is left out.
         left_out: Vec<String>,
     },
+    /// A cluster, or a task as it was planned of it.
+    #[error(transparent)]
+    Cluster(#[from] cluster::read::Error),
+    /// No such job of the cluster.
+    #[error("the cluster has no job {job}; it has {others} (walferry cluster jobs lists them)")]
+    NoClusterJob {
+        /// The number asked for.
+        job: i64,
+        /// Those that are there.
+        others: String,
+    },
+    /// No such task.
+    #[error("job {job} of the cluster has no task {task}; walferry cluster job {job} lists them")]
+    NoTask {
+        /// The job.
+        job: i64,
+        /// The number asked for.
+        task: u32,
+    },
+    /// Another runner has the cluster's job.
+    #[error(
+        "job {job} of the cluster is being run by another process (backend {pid} on its home); one \
+         runner at a time. walferry cluster job {job} shows it"
+    )]
+    ClusterBusy {
+        /// The job.
+        job: i64,
+        /// The backend that holds the lease.
+        pid: String,
+    },
+    /// It was canceled, maybe in this moment.
+    #[error(
+        "job {job} of the cluster is canceled; walferry cluster reset {job} --tasks N brings a \
+         task of it back, and a new plan is a new job"
+    )]
+    ClusterCanceled {
+        /// The job.
+        job: i64,
+    },
+    /// What is asked does not fit the task's state.
+    #[error("task {task} is {state}, and {asked} is not possible: {why}")]
+    TaskState {
+        /// The task.
+        task: u32,
+        /// Its state.
+        state: String,
+        /// What was asked.
+        asked: &'static str,
+        /// What to do instead.
+        why: &'static str,
+    },
+    /// A node's replication slots would run out.
+    #[error(
+        "not enough replication slots for the tasks and their ways back: {}. Set \
+         max_replication_slots (and max_wal_senders) higher and restart, run some of them at a \
+         time (--tasks), or have each way back ended at once (--finish)", nodes.join("; ")
+    )]
+    SlotsShort {
+        /// Each with what it has free.
+        nodes: Vec<String>,
+    },
+    /// Other tasks move the same.
+    #[error(
+        "the same is moved by {}: let that end, finish or cancel it, and then reset this task or \
+         plan anew", rivals.join(", ")
+    )]
+    TaskRivals {
+        /// Each in words.
+        rivals: Vec<String>,
+    },
+    /// Somebody changed the task's tables.
+    #[error(
+        "the task's tables were changed since it began, and no stream carries that: {}. Nothing \
+         was switched; reset the task, and run it again", changes.join("; ")
+    )]
+    TaskChanged {
+        /// Each in a sentence.
+        changes: Vec<String>,
+    },
+    /// The comparison before a task's cutover.
+    #[error(
+        "both sides of the task differ, which must never be: {}. Nothing was switched; walferry \
+         verify on the task's own job names the rows", tables.join(", ")
+    )]
+    TaskDiffers {
+        /// Number of rows by table.
+        tables: Vec<String>,
+    },
     /// A stream stopped for good.
     #[error("the {stream} stream stopped: {message}")]
     Stream {
@@ -366,38 +451,9 @@ pub enum Error {
         /// The backend that holds the lease; empty if none does.
         pid: String,
     },
-    /// A runner that was asked to stop did not.
-    #[error("the runner did not stop within {wait:?}.{}", hung(pid))]
-    Unstopped {
-        /// How long was waited.
-        wait: Duration,
-        /// The backend that holds the lease.
-        pid: String,
-    },
-    /// Nobody waits for the answer any more.
-    #[error("whoever asked for it has gone")]
-    AskerGone,
-    /// Whoever ran the job has died or was stopped.
-    #[error(
-        "the runner that was asked for `{verb}` is gone; `walferry run` goes on with the job, and \
-         the same command drives it by itself where nobody else does"
-    )]
-    RunnerGone {
-        /// The command.
-        verb: String,
-    },
-    /// The stream did not come to where both sides can be compared.
-    #[error(
-        "{detail} within {wait:?}, so there is no point at which both sides could be compared: \
-         walferry status shows how far the stream is and what keeps it; ask again once it is \
-         level, or with a longer --timeout"
-    )]
-    NotAligned {
-        /// What did not happen.
-        detail: String,
-        /// How long was waited.
-        wait: Duration,
-    },
+    /// A runner, an asker or a server that is gone, or is said to be.
+    #[error(transparent)]
+    Gone(#[from] Gone),
     /// A command failed in the runner, which said why.
     #[error("{0}")]
     Remote(String),
@@ -416,18 +472,6 @@ impl From<crate::buffer::kafka::Error> for Error {
     }
 }
 
-/// What to do about a runner that holds the lease and does nothing.
-fn hung(pid: &str) -> String {
-    if pid.is_empty() {
-        return String::new();
-    }
-    format!(
-        " If its process hangs or its host is gone, end its lease on the target (select \
-         pg_terminate_backend({pid});) and give the same command again, which does the work itself \
-         where nobody else does"
-    )
-}
-
 fn names(tables: &[QualifiedName]) -> String {
     tables.iter().map(QualifiedName::to_string).collect::<Vec<_>>().join(", ")
 }
@@ -444,6 +488,8 @@ impl Faulty for Error {
             Error::Schema(error) => error.fault(),
             Error::Cutover(error) => error.fault(),
             Error::Verify(error) => error.fault(),
+            Error::Large(error) => error.fault(),
+            Error::Cluster(cluster::read::Error::Pg(error)) => error.fault(),
             Error::LeaseLost => Fault::Retry,
             _ => Fault::Stop,
         }

@@ -11,31 +11,45 @@
 //!   `spooling`: one through a spool. `attend`: what a runner does while it follows: commands,
 //!   `positions`. `vigil`: the lease, and servers that fall silent. `flip`: arming the way back,
 //!   and the choreography with its journal; `routes`: its routes, and those that are gone.
-//!   `cleanup`: finish and cancel; `remains`: the same of one side, where the other is gone.
-//! - `ability`: what the roles may do, and so how each side is written. `reading`: how each side is
-//!   read; `published`: by which publication of others. `validating`: foreign keys that came back
-//!   at a switch. `rest`: what no stream carries. `left`: what is left behind at a flip.
-//! - `client`: commands from other processes. `align`: both sides held at one point, for verify.
-//!   `status`: what people and scripts see.
+//!   `cleanup`: finish and cancel; `recycle`: where the old side's tables go; `remains`: cleaning
+//!   one side where the other is gone.
+//! - `ability`: what the roles may do, and so how each side is written. `alone`: tables without the
+//!   rest of their database. `reading`: how each side is read; `published`: by which publication of
+//!   others. `heartbeat`: lag while nobody writes. `validating`: foreign keys that came back at a
+//!   switch. `rest`: what no stream carries. `left`: what is left behind at a flip.
+//! - `altering`: tables that are altered meanwhile. `quarantine`: what is kept aside, and what
+//!   becomes of it.
+//! - `gone`: what is said of runners and servers that are.
+//! - `client`: commands from other processes; `ask`: the same, with a runner of one's own where
+//!   none is alive; `ending`: finish and cancel, whoever runs the job. `align`: both sides held at
+//!   one point; `comparing`: and compared there. `status`: what people and scripts see.
+//! - `cluster`: jobs of many tasks, each of which is an ordinary job of this room.
 //!
 //! What survives a crash: everything that is in a table, and what a spool has synced; without one
 //! there are no local files. A runner that dies is replaced by any other; each phase begins by
 //! looking at what is there.
-//!
-//! Left out here: more than one task in a job (shard groups); they are built on the same runner.
 
 pub mod ability;
 mod admit;
 pub mod align;
+mod alone;
+mod altering;
+pub mod ask;
 mod attend;
 pub mod capturing;
 pub mod check;
 pub mod cleanup;
 pub mod client;
+pub mod cluster;
+pub mod comparing;
+pub mod config;
 mod copying;
 mod ddl;
+pub mod ending;
 pub mod error;
 mod flip;
+mod gone;
+pub mod heartbeat;
 pub mod lease;
 mod left;
 mod newcomers;
@@ -45,7 +59,9 @@ pub mod place;
 mod positions;
 mod prepare;
 mod published;
+pub mod quarantine;
 pub mod reading;
+pub mod recycle;
 pub mod remains;
 pub mod rest;
 pub mod routes;
@@ -58,10 +74,12 @@ mod streams;
 mod validating;
 mod vigil;
 
+pub use config::JobConfig;
 pub use copying::Bulk;
 pub use error::Error;
 pub use flip::FlipRequest;
-pub use run::{JobConfig, Notice, Runner, Until};
+pub use gone::Gone;
+pub use run::{Notice, Runner, Until};
 pub use state::Phase;
 
 /// Result with this room's error.

@@ -20,7 +20,8 @@ use super::ability::Ability;
 use super::error::Error;
 use super::opening::{Half, SpoolOptions};
 use super::spooling;
-use crate::apply::{self, Applied, Applier, Tuning};
+use crate::apply::altered::Alter;
+use crate::apply::{self, Applied, Applier, OnRowError, Tuning};
 use crate::buffer::memory;
 use crate::buffer::spool::Spill;
 use crate::change::{self, Snapshot};
@@ -88,8 +89,12 @@ pub struct PipeOptions {
     pub gate: Option<Arc<AtomicBool>>,
     /// How they are applied.
     pub tuning: Tuning,
-    /// See [`StreamOptions::gather`].
-    pub gather: bool,
+    /// What becomes of a row that is refused.
+    pub on_row_error: OnRowError,
+    /// Who says what becomes of tables that are altered.
+    pub alter: Option<Arc<dyn Alter>>,
+    /// See [`StreamOptions::bulk_bytes`].
+    pub bulk_bytes: Option<u64>,
 }
 
 /// Both ways of keeping a stream going, through memory and through a spool, open their ends by
@@ -102,6 +107,8 @@ impl PipeOptions {
             visibility,
             gate: self.gate.clone(),
             tuning: self.tuning,
+            on_row_error: self.on_row_error,
+            alter: self.alter.clone(),
             progress: self.ability.progress(),
             replica_role: self.ability.replica_role,
             ..apply::Options::new(self.job.object(self.stream).as_str())
@@ -142,7 +149,7 @@ impl PipeOptions {
             publications: self.publications.clone(),
             plain_numbers: self.plain_numbers,
             confirmed_lsn,
-            gather: self.gather,
+            bulk_bytes: self.bulk_bytes,
             spill: self.spill(),
             two_phase: self.two_phase && self.transport == Transport::Stream,
             ..StreamOptions::new(&name, &name, start_lsn, self.recorded.clone())

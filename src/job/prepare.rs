@@ -8,7 +8,7 @@ use super::reading::{Reading, Wanted, choose, refuse_blind, refuse_garbled};
 use super::run::{JobConfig, Notice, Report, Runner, published};
 use super::state::Event;
 use super::store::Store;
-use super::{Error, Result, check};
+use super::{Error, Result, altering, check};
 use crate::catalog::{Selection, Table};
 use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
@@ -37,7 +37,13 @@ impl Runner {
             true => self.keep_publication(&mut source, &tables, marked).await?,
             false => publish(&mut source, &name, &followed, &reading).await?,
         }
+        let unmade = self.row().await?.slot_lsn.is_none();
+        let described = altering::describe_all(&mut source).await?;
         self.make_slot(&mut source, &name, &reading).await?;
+        // A publication may show less of them.
+        if unmade && self.config.options.publication.is_none() {
+            apply::altered::remember(&mut self.store.session, &name, &described).await?;
+        }
         let dump = match self.store.load_dump().await? {
             Some((pre, post)) => schema::Dump { pre, post },
             None => {

@@ -14,7 +14,8 @@ use crate::catalog;
 use crate::decode::Plugin;
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::pg::{Config, Purpose, Session};
-use crate::source::{Followed, Transport, choice, publication};
+use crate::source::choice::{self, Tried};
+use crate::source::{Followed, Transport, publication};
 
 /// What was asked for; `None` is `auto`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -270,6 +271,20 @@ async fn blind(side: &Config, job: &JobName, decoder: Plugin) -> Result<Option<S
     }))
 }
 
+/// Why a decoder cannot be used; otherwise what is not sure of it, to follow a reason, or nothing.
+async fn unfit(
+    side: &Config,
+    job: &JobName,
+    decoder: Plugin,
+) -> Result<std::result::Result<String, String>> {
+    let unsure = match choice::try_plugin(side, decoder).await? {
+        Tried::Fit => String::new(),
+        Tried::Unsure(what) => format!("; {what}"),
+        Tried::Unfit(reason) => return Ok(Err(reason)),
+    };
+    Ok(blind(side, job, decoder).await?.map_or(Ok(unsure), Err))
+}
+
 /// The decoder alone, and why.
 pub(super) async fn choose_decoder(
     side: &Config,
@@ -282,13 +297,11 @@ pub(super) async fn choose_decoder(
         return Ok((Plugin::Pgoutput, format!("publication {name} was asked for")));
     }
     if let Some(decoder) = wanted.decoder {
-        if let Some(reason) = choice::refused_plugin(side, decoder).await? {
-            return Err(Error::NoDecoder { decoder: decoder.to_string(), reason });
-        }
-        if let Some(reason) = blind(side, job, decoder).await? {
-            return Err(Error::NoDecoder { decoder: decoder.to_string(), reason });
-        }
-        return Ok((decoder, "asked for".to_string()));
+        let reason = match unfit(side, job, decoder).await? {
+            Ok(unsure) => return Ok((decoder, format!("asked for{unsure}"))),
+            Err(reason) => reason,
+        };
+        return Err(Error::NoDecoder { decoder: decoder.to_string(), reason });
     }
     let mut session = Session::connect(side, Purpose::Sql).await?;
     let Some(refused) = choice::refused_publication(&mut session, tables).await? else {
@@ -300,13 +313,11 @@ pub(super) async fn choose_decoder(
     }
     let mut reasons = vec![format!("no publication may be made ({refused})")];
     for decoder in Plugin::ALL.into_iter().filter(|plugin| plugin.is_textual()) {
-        let unfit = match choice::refused_plugin(side, decoder).await? {
-            Some(reason) => Some(reason),
-            None => blind(side, job, decoder).await?,
-        };
-        match unfit {
-            None => return Ok((decoder, format!("no publication may be made: {refused}"))),
-            Some(reason) => reasons.push(format!("{decoder}: {reason}")),
+        match unfit(side, job, decoder).await? {
+            Ok(unsure) => {
+                return Ok((decoder, format!("no publication may be made: {refused}{unsure}")));
+            }
+            Err(reason) => reasons.push(format!("{decoder}: {reason}")),
         }
     }
     let (decoder, reason) = (Plugin::Pgoutput.to_string(), reasons.join("; "));

@@ -25,7 +25,7 @@ use super::cleanup::{CleanedUp, drop_objects, drop_schema};
 use super::lease;
 use super::state::Phase;
 use super::store::Store;
-use super::{Error, Result};
+use super::{Error, Gone, Result};
 use crate::cutover::fence::seal_name;
 use crate::id::{JobName, Stream};
 use crate::pg::{Config, Purpose, Session};
@@ -35,8 +35,8 @@ const TARGET_WAIT: Duration = Duration::from_secs(15);
 
 /// Cleans the source where the target is gone; `target` is where it was, if that is known.
 ///
-/// Errors: [`Error::NotGone`] if it answers and has the job; [`Error::StillThere`] for a session of
-/// the job on the source; [`Error::NothingLeft`].
+/// Errors: [`Gone::NotGone`] if it answers and has the job; [`Gone::StillThere`] for a session of
+/// the job on the source; [`Gone::NothingLeft`].
 pub async fn clean_source(
     job: &JobName,
     source: &Config,
@@ -50,7 +50,7 @@ pub async fn clean_source(
 
 /// Cleans the target where the source is gone and the job's own tables with it.
 ///
-/// Errors: [`Error::StillThere`]; [`Error::NothingLeft`].
+/// Errors: [`Gone::StillThere`]; [`Gone::NothingLeft`].
 pub async fn clean_target(job: &JobName, target: &Config) -> Result<CleanedUp> {
     clean(job, target, Stream::Reverse).await
 }
@@ -66,7 +66,7 @@ async fn refuse_alive(job: &JobName, target: &Config) -> Result<()> {
         Ok(Ok(Some(row))) => {
             let flipped = matches!(row.phase, Phase::Switched | Phase::RolledBack);
             let command = if flipped { "finish" } else { "cancel" };
-            Err(Error::NotGone { job: job.to_string(), phase: row.phase, command })
+            Err(Gone::NotGone { job: job.to_string(), phase: row.phase, command }.into())
         }
         Ok(Err(Error::Pg(error))) if matches!(error.code(), None | Some("3D000")) => {
             tracing::info!(%error, "the target is taken for gone");
@@ -101,7 +101,7 @@ async fn clean(job: &JobName, side: &Config, reads: Stream) -> Result<CleanedUp>
          directory named walferry_{job}_*",
         session.peer()
     ));
-    Ok(CleanedUp { dropped, left })
+    Ok(CleanedUp { dropped, recycled: None, left })
 }
 
 /// A session of the job is a runner that is alive, or one whose end the server has not noticed.
@@ -116,7 +116,7 @@ async fn refuse_session(job: &JobName, session: &mut Session) -> Result<()> {
     };
     let (pid, host, since) = (row.string(0)?, row.string(1)?, row.string(2)?);
     let peer = session.peer().to_string();
-    Err(Error::StillThere { job: job.to_string(), peer, pid, host, since })
+    Err(Gone::StillThere { job: job.to_string(), peer, pid, host, since }.into())
 }
 
 async fn is_there(job: &JobName, session: &mut Session, reads: Stream) -> Result<bool> {
@@ -139,7 +139,7 @@ async fn nothing_left(job: &JobName, session: &mut Session) -> Error {
     let named = session.query_one(sql, &[]).await;
     let slots = named.ok().and_then(|row| row.opt(0).ok().flatten().map(str::to_string));
     let (job, peer) = (job.to_string(), session.peer().to_string());
-    Error::NothingLeft { job, peer, slots: slots.unwrap_or_default() }
+    Gone::NothingLeft { job, peer, slots: slots.unwrap_or_default() }.into()
 }
 
 /// True if a switch has left this side shut to writers.

@@ -26,7 +26,7 @@ use crate::clock::{Backoff, Deadline};
 use crate::cutover::{self, FenceKind, Rules};
 use crate::fault::{Fault, Faulty};
 use crate::id::Stream;
-use crate::pg::Config;
+use crate::pg::{Config, Witness};
 use crate::route::{self, Route};
 use crate::secret::{ExposeSecret, LetterBox, SecretString, seal};
 
@@ -48,12 +48,20 @@ const NOT_LED: &str = "routes are led outside of a flip";
 pub struct RouteSecrets {
     known: Arc<Mutex<HashMap<String, SecretString>>>,
     otherwise: Option<SecretString>,
+    /// Told of the statements of routes that are made from here.
+    witness: Option<Witness>,
 }
 
 impl RouteSecrets {
     /// Knows none yet; `otherwise` is for every route whose own is not known.
     pub fn new(otherwise: Option<SecretString>) -> RouteSecrets {
         RouteSecrets { otherwise, ..RouteSecrets::default() }
+    }
+
+    /// The same, sharing what is known, with somebody who is told of the statements of routes.
+    pub fn with_witness(mut self, witness: Witness) -> RouteSecrets {
+        self.witness = Some(witness);
+        self
     }
 
     /// Reads `--route` as a person gives it, keeps its password, and gives it as it is stored.
@@ -76,10 +84,12 @@ impl RouteSecrets {
     /// Stored routes, ready to be used.
     pub fn routes(&self, stored: &[String]) -> Result<Vec<Route>> {
         let read = |text: &String| {
-            let route = Route::parse(text)?;
-            let password = self.known(text).or_else(|| self.otherwise.clone());
-            Ok(match password {
-                Some(password) => route.with_password(password),
+            let mut route = Route::parse(text)?;
+            if let Some(password) = self.known(text).or_else(|| self.otherwise.clone()) {
+                route = route.with_password(password);
+            }
+            Ok(match &self.witness {
+                Some(witness) => route.with_witness(witness.clone()),
                 None => route,
             })
         };

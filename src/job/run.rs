@@ -9,24 +9,24 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+pub use super::config::JobConfig;
+
 use super::admit::{admit, make_tables};
 use super::capturing;
-use super::copying::Bulk;
 use super::flip::FlipRequest;
+use super::heartbeat::Heartbeat;
 use super::lease::{self, Holder};
 use super::opening::Half;
 use super::pipeline::Pipe;
-use super::place::{BufferOptions, Chosen, StreamingOptions};
-use super::reading::Wanted;
+use super::place::Chosen;
 use super::rest::Refreshing;
-use super::routes::{Late, RouteSecrets};
+use super::routes::Late;
 use super::state::{Command, Event, Phase, step};
-use super::store::{JobOptions, JobRow, Store};
+use super::store::{JobRow, Store};
 use super::streams::STREAM_PATIENCE;
 use super::validating::Validating;
 use super::vigil::Vigil;
 use super::{Error, Result, client};
-use crate::apply::Tuning;
 use crate::catalog::{Selection, Table, tables};
 use crate::clock::Backoff;
 use crate::copy::CopyProgress;
@@ -41,43 +41,6 @@ use crate::source::HeldSlot;
 
 /// How long servers that were never reached are tried.
 const FIRST_TRY: Duration = Duration::from_secs(10);
-
-/// What a job is, apart from its state.
-#[derive(Clone, Debug)]
-pub struct JobConfig {
-    /// Its name.
-    pub job: JobName,
-    /// Where rows come from.
-    pub source: Config,
-    /// Where they go; also the home of the job's tables.
-    pub target: Config,
-    /// Table patterns.
-    pub options: JobOptions,
-    /// Tables read at the same time, and indexes built at the same time.
-    pub jobs: usize,
-    /// Copy owners and grants too.
-    pub owners: bool,
-    /// Decoder and transport, where they are not left to be chosen.
-    pub wanted: Wanted,
-    /// Limit of the wait for the slot's consistent point.
-    pub slot_timeout: Duration,
-    /// Where changes wait.
-    pub buffer: BufferOptions,
-    /// Have the server send transactions in progress, where it can.
-    pub streaming: Option<StreamingOptions>,
-    /// Prepare on the target what is prepared on the source.
-    pub two_phase: bool,
-    /// How changes are applied.
-    pub tuning: Tuning,
-    /// Passwords of routes.
-    pub secrets: RouteSecrets,
-    /// Whether the forward stream is read by this process, or by another into a topic.
-    pub half: Half,
-    /// See [`crate::source::StreamOptions::gather`].
-    pub gather: bool,
-    /// How rows and indexes are made.
-    pub bulk: Bulk,
-}
 
 /// When the runner returns.
 #[derive(Clone, Debug)]
@@ -127,6 +90,8 @@ pub struct Runner {
     pub(super) selection: Selection,
     pub(super) forward: Option<Pipe>,
     pub(super) reverse: Option<Pipe>,
+    /// Beats on the source while the forward stream flows.
+    pub(super) heartbeat: Option<Heartbeat>,
     /// Whether the reverse stream applies more than canaries: true once applications are on the
     /// target.
     pub(super) reverse_open: Arc<AtomicBool>,
@@ -261,7 +226,9 @@ impl Runner {
         runner.stop_streams().await;
         if matches!(outcome, Err(Error::Ended)) {
             report(Notice::Ended);
-            return Ok(runner.row().await?.phase);
+            // Not on the runner's own session, on which a request may have been dropped half way.
+            let home = Session::control(&config.target).await?;
+            return Ok(Store::new(home, config.job.clone()).load_existing().await?.phase);
         }
         outcome
     }
@@ -273,17 +240,10 @@ impl Runner {
         stop: &watch::Receiver<bool>,
         left: &mut Left,
     ) -> Result<(Runner, Vigil)> {
-        let mut config = config.clone();
-        let name = lease::application_name(&config.job);
-        config.source = config.source.labelled("source").with_application_name(&name);
-        config.target = config.target.labelled("target").with_application_name(&name);
-        let lease = lease::take(&config.target, &config.job, left.holder.as_ref()).await?;
+        let mut config = config.clone().with_runner_name().reaching_shards().await?;
+        let (lease, sessions) = lease::take_with_sessions(&config, left.holder.as_ref()).await?;
         left.holder = Some(lease.holder().clone());
-        let mut home = Session::control(&config.target).await?;
-        let mut listener = Session::control(&config.target).await?;
-        let keep = [lease.process_id(), listener.process_id()];
-        lease::end_predecessors(&mut home, &config.job, &keep).await?;
-        let mut source = Session::control(&config.source).await?;
+        let [home, mut listener, mut source] = sessions?;
         let mut store = Store::new(home, config.job.clone());
         if left.opened && store.load().await?.is_none() {
             // It was finished or canceled while we were away: nothing is to be made anew.
@@ -306,8 +266,7 @@ impl Runner {
         listener
             .execute(&format!("listen {}", crate::id::quote_ident(&config.job.channel())))
             .await?;
-        let busy = Arc::new(AtomicBool::new(true));
-        let flying = watch::channel(false).0;
+        let (busy, flying) = (Arc::new(AtomicBool::new(true)), watch::channel(false).0);
         let leases = std::iter::once(lease).chain(capture).collect();
         let vigil = Vigil::new(leases, &config, busy.clone(), flying.subscribe());
         let runner = Runner {
@@ -319,6 +278,7 @@ impl Runner {
             selection,
             forward: None,
             reverse: None,
+            heartbeat: None,
             reverse_open: Arc::new(AtomicBool::new(false)),
             flying,
             asked: None,

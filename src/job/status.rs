@@ -9,6 +9,7 @@ use super::reading::Reading;
 use super::state::Phase;
 use super::store::{Store, StreamRow};
 use super::{Result, lease};
+use crate::apply::parked::{self, Parked};
 use crate::id::{JobName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Config, Session};
@@ -79,6 +80,8 @@ pub struct Status {
     pub tables: Vec<TableStatus>,
     /// Batches that were refused as sets, and written in row order.
     pub fallbacks: i64,
+    /// Tables whose changes are kept aside.
+    pub parked: Vec<Parked>,
     /// The reverse stream, once armed.
     pub reverse: Option<ReverseStatus>,
     /// Where the spool or the topic is, and what its loss would cost.
@@ -149,6 +152,7 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
     }
     let name = job.object(Stream::Forward);
     let tables = tables(&mut store.session, job.as_str(), &name).await?;
+    let parked = parked::parked(&mut store.session, &name).await?;
     let forward_fallbacks = fallbacks(&mut store.session, &name).await?;
     let reverse = if row.armed {
         let mut positions = store.load_stream(Stream::Reverse).await?.unwrap_or_default();
@@ -180,6 +184,7 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
         positions,
         tables,
         fallbacks: forward_fallbacks,
+        parked,
         reverse,
         spool,
     })

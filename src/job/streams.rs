@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::Result;
 use super::admit::recorded;
+use super::altering::Altering;
 use super::opening::{Half, SpoolOptions};
 use super::pipeline::{Pipe, PipeOptions, TableFilter, Visibility};
 use super::place::Place;
@@ -15,6 +16,8 @@ use super::prepare::stored_reading;
 use super::run::{JobConfig, Runner};
 use super::state::{Event, Phase};
 use super::store::Store;
+use crate::apply::OnRowError;
+use crate::apply::altered::Alter;
 use crate::buffer::spool::Spill;
 use crate::catalog::{Selection, tables};
 use crate::copy;
@@ -173,7 +176,15 @@ pub(super) async fn pipe_options(
         two_phase: config.two_phase && stream == Stream::Forward,
         gate: None,
         tuning: config.tuning,
-        gather: config.gather,
+        on_row_error: match stream {
+            Stream::Forward => config.on_row_error,
+            // What is kept would be on the side that is left, and out of sight.
+            Stream::Reverse => OnRowError::Stop,
+        },
+        alter: Altering::new(config)
+            .filter(|_| stream == Stream::Forward)
+            .map(|altering| Arc::new(altering) as Arc<dyn Alter>),
+        bulk_bytes: config.bulk_bytes,
     })
 }
 

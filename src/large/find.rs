@@ -221,9 +221,11 @@ async fn differing(live: &mut Session, dest: &mut Session, both: &[u32]) -> Resu
 /// Bytes of a page of pg_largeobject, as an int8.
 pub(super) const PAGE: &str = "(pg_catalog.current_setting('block_size')::int8 / 4)";
 
-/// The oid with its descriptor and size. A subquery with OFFSET is evaluated once for each row.
+/// The oid with its descriptor and size. A subquery with OFFSET is evaluated once for each row; but
+/// what it gave is remembered (Memoize, from 14 on) by what goes into it, and descriptors that are
+/// closed come again: so the oid goes in.
 const OPENED: &str = "lateral (select pg_catalog.lo_open(o.oid, 262144) fd offset 0) f, \
-     lateral (select pg_catalog.lo_lseek64(f.fd, 0, 2) size offset 0) s";
+     lateral (select pg_catalog.lo_lseek64(f.fd, 0, 2) + 0 * o.oid::int8 size offset 0) s";
 
 /// Size and fingerprint, in pieces of a megabyte, however large an object is.
 async fn fingerprints(session: &mut Session, oids: &[u32]) -> pg::Result<HashMap<u32, String>> {

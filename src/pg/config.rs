@@ -12,6 +12,7 @@ use super::choice::{CHANNEL_BINDINGS, SSL_MODES, TARGET_SESSION_ATTRS, word_of};
 pub use super::choice::{ChannelBinding, RequireAuth, SslMode, TargetSessionAttrs};
 use super::conninfo::{self, KEYS, Parameters};
 use super::passfile::PassFile;
+use super::witness::Witness;
 use super::{Error, Result};
 use crate::secret::{ExposeSecret, SecretString};
 
@@ -82,6 +83,8 @@ pub struct Config {
     pub application_name: Option<String>,
     /// Run-time settings sent in the start-up packet, `-c` style.
     pub options: Option<String>,
+    /// Told of every statement that sessions send.
+    pub witness: Option<Witness>,
 }
 
 /// No limit was asked for (`connect_timeout=0`): a year, which every clock can count.
@@ -139,6 +142,7 @@ impl Config {
                 .get("application_name")
                 .or_else(|| given.get("fallback_application_name")),
             options: given.get("options"),
+            witness: None,
         })
     }
 
@@ -157,6 +161,22 @@ impl Config {
     /// The same, shown as `walferry <job> <role>` in pg_stat_activity.
     pub fn with_application_name(mut self, name: &str) -> Config {
         self.application_name = Some(name.to_string());
+        self
+    }
+
+    /// The same with a run-time setting in the start-up packet, unless one of this name is there.
+    /// The value has no spaces or backslashes.
+    pub fn with_setting(mut self, name: &str, value: &str) -> Config {
+        let options = self.options.unwrap_or_default();
+        let is_there = options.contains(&format!("{name}="));
+        let more = if is_there { String::new() } else { format!(" -c {name}={value}") };
+        self.options = Some(format!("{options}{more}").trim().to_string());
+        self
+    }
+
+    /// The same server, with somebody who is told of every statement.
+    pub fn with_witness(mut self, witness: Witness) -> Config {
+        self.witness = Some(witness);
         self
     }
 

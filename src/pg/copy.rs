@@ -4,6 +4,8 @@
 //! and [`CopyIn::next`] goes on to the next without waiting for the one before. Should one fail,
 //! the server throws away what was sent for the others.
 
+use std::time::Instant;
+
 use bytes::{BufMut, Bytes, BytesMut};
 use postgres_protocol::message::backend::Message;
 use postgres_protocol::message::frontend;
@@ -95,6 +97,13 @@ impl Session {
     }
 
     async fn start_copy(&mut self, sql: &str) -> Result<()> {
+        let begun = Instant::now();
+        let started = self.send_copy(sql).await;
+        self.tell_witness(sql, begun, started.as_ref().err());
+        started
+    }
+
+    async fn send_copy(&mut self, sql: &str) -> Result<()> {
         let mut out = BytesMut::new();
         frontend::query(sql, &mut out)
             .map_err(|e| self.protocol(format!("cannot encode query: {e}")))?;
@@ -148,6 +157,17 @@ impl CopyOut<'_> {
                 Ok(_) => {}
                 Err(error) => return Err(self.session.drain(error).await),
             }
+        }
+    }
+
+    /// Like [`CopyOut::next`], but gives the pieces that have arrived as one, of about `limit`
+    /// bytes at most: cheaper where pieces are small and many.
+    pub async fn gathered(&mut self, limit: usize) -> Result<Option<Bytes>> {
+        let reader = &mut self.session.reader;
+        let mut pieces = BytesMut::with_capacity(reader.arrived().min(limit));
+        match reader.gather(&mut pieces, limit) {
+            0 => self.next().await,
+            _ => Ok(Some(pieces.freeze())),
         }
     }
 

@@ -9,13 +9,15 @@
 //!
 //! - `conninfo`, `config`, `choice`, `passfile`: connection strings, PG* variables, password files.
 //! - `connect`, `tls`, `auth`: hosts in turn, and the start of a session.
-//! - `frame`: messages on a socket. - `session`: simple and extended queries, notifications.
+//! - `frame`: messages on a socket. - `session`: simple and extended queries, notifications;
+//!   `cancel`: and their end.
 //! - `pipeline`: many statements in one round trip. - `copy`: COPY in and out. - `replication`:
-//!   the replication commands and the COPY BOTH stream.
+//!   the replication commands and the COPY BOTH stream. - `witness`: who is told of statements.
 //!
 //! Left out on purpose: pools, binary results, statement caches (the applier names its own).
 
 pub mod auth;
+mod cancel;
 mod choice;
 pub mod config;
 mod connect;
@@ -30,14 +32,17 @@ pub mod row;
 pub mod session;
 pub mod socket;
 pub mod tls;
+pub mod witness;
 
+pub use cancel::CancelHandle;
 pub use config::{Config, Host};
 pub use copy::{CopyChunk, CopyIn, CopyOut, Filled};
 pub use error::{Error, ServerError};
 pub use pipeline::{Event, Param, Pipeline, Reply};
 pub use replication::{CreatedSlot, ReplicationMessage};
 pub use row::Row;
-pub use session::{CancelHandle, Notification, Purpose, Session};
+pub use session::{Notification, Purpose, Session};
+pub use witness::{Heard, Witness};
 
 /// Result with this room's error.
 pub type Result<T> = std::result::Result<T, Error>;

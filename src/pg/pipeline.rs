@@ -4,6 +4,8 @@
 //! are read while the request is still being written: a server blocked on its own output would
 //! otherwise never read the rest of ours (pgcopydb#880).
 
+use std::time::Instant;
+
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use postgres_protocol::message::backend::Message;
 use postgres_protocol::message::frontend;
@@ -139,6 +141,23 @@ impl Pipeline {
         self.run("", std::iter::empty());
     }
 
+    /// The text of what is prepared in it, with semicolons between.
+    fn statements(&self) -> String {
+        let (mut rest, mut texts) = (self.out.as_ref(), Vec::new());
+        // Each message is a tag, its length with the four bytes of it, and the body.
+        while let Some((head, tail)) = rest.split_at_checked(5) {
+            let mut length = head.get(1..).unwrap_or_default();
+            let length = (length.get_u32() as usize).saturating_sub(4);
+            let Some((body, next)) = tail.split_at_checked(length) else { break };
+            if head.first() == Some(&b'P') {
+                let text = body.split(|byte| *byte == 0).nth(1).unwrap_or_default();
+                texts.push(String::from_utf8_lossy(text).into_owned());
+            }
+            rest = next;
+        }
+        texts.join("; ")
+    }
+
     /// Drops a prepared statement.
     pub fn close(&mut self, name: &str) {
         let _ = frontend::close(b'S', name, &mut self.out);
@@ -172,6 +191,19 @@ impl Session {
         &mut self,
         pipeline: Pipeline,
         mut on_reply: impl FnMut(Reply),
+    ) -> Result<()> {
+        let (begun, sql) = (Instant::now(), self.has_witness().then(|| pipeline.statements()));
+        let outcome = self.exchange_unseen(pipeline, &mut on_reply).await;
+        if let Some(sql) = sql {
+            self.tell_witness(&sql, begun, outcome.as_ref().err());
+        }
+        outcome
+    }
+
+    async fn exchange_unseen(
+        &mut self,
+        pipeline: Pipeline,
+        on_reply: &mut impl FnMut(Reply),
     ) -> Result<()> {
         let mut failure: Option<Error> = None;
         let mut take = |event| match event {

@@ -2,6 +2,8 @@
 //!
 //! <https://www.postgresql.org/docs/current/protocol-replication.html>
 
+use std::time::Instant;
+
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use postgres_protocol::message::backend::Message;
 use postgres_protocol::message::frontend;
@@ -83,8 +85,15 @@ impl Session {
             quote_ident(slot),
             options.join(", ")
         );
+        let begun = Instant::now();
+        let started = self.send_start(&sql).await;
+        self.tell_witness(&sql, begun, started.as_ref().err());
+        started
+    }
+
+    async fn send_start(&mut self, sql: &str) -> Result<()> {
         let mut out = BytesMut::new();
-        frontend::query(&sql, &mut out)
+        frontend::query(sql, &mut out)
             .map_err(|e| self.protocol(format!("cannot encode query: {e}")))?;
         self.begin_exchange()?;
         self.send(&out).await?;

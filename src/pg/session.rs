@@ -1,19 +1,21 @@
 //! A session: simple and extended queries, notifications, cancel.
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use fallible_iterator::FallibleIterator;
 use postgres_protocol::IsNull;
 use postgres_protocol::message::backend::{DataRowBody, Message};
 use postgres_protocol::message::frontend;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, WriteHalf};
+use tokio::io::{AsyncWriteExt, WriteHalf};
 
 use super::auth::Greeting;
+use super::cancel::CancelHandle;
 use super::connect::{self, Opened, Place};
 use super::frame::{Frame, FrameReader};
 use super::socket::Socket;
+use super::witness::Heard;
 use super::{Config, Error, Host, Result, Row, ServerError};
 use crate::limit::CONTROL_WAIT;
 
@@ -280,6 +282,26 @@ impl Session {
 
     /// Sends what asks for `sql`, and reads the answer.
     async fn answer_to(&mut self, out: &[u8], sql: &str) -> Result<Answer> {
+        let begun = Instant::now();
+        let answer = self.answer_in_time(out, sql).await;
+        self.tell_witness(sql, begun, answer.as_ref().err());
+        answer
+    }
+
+    /// True if somebody wants to hear of statements.
+    pub(super) fn has_witness(&self) -> bool {
+        self.place.config.witness.is_some()
+    }
+
+    /// Tells whoever wants to hear of it.
+    pub(super) fn tell_witness(&self, sql: &str, begun: Instant, error: Option<&Error>) {
+        if let Some(witness) = &self.place.config.witness {
+            let took = begun.elapsed();
+            witness.hear(Heard { peer: &self.peer, sql, took, error });
+        }
+    }
+
+    async fn answer_in_time(&mut self, out: &[u8], sql: &str) -> Result<Answer> {
         self.begin_exchange()?;
         let Some(limit) = self.patience else {
             self.send(out).await?;
@@ -460,41 +482,4 @@ struct Answer {
     columns: Vec<String>,
     rows: Vec<Row>,
     count: u64,
-}
-
-/// Cancels what a session is doing.
-///
-/// <https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-CANCELING-REQUESTS>
-#[derive(Clone, Debug)]
-pub struct CancelHandle {
-    place: Place,
-    process_id: i32,
-    secret_key: i32,
-}
-
-impl CancelHandle {
-    /// Sends the request on a connection of its own, TLS where the session is, and waits (up to
-    /// connect_timeout) until the server has taken it. The server promises nothing more.
-    pub async fn cancel(&self) -> Result<()> {
-        let Place { config, host, address, encrypted } = &self.place;
-        let peer = config.peer(host);
-        let asking = async {
-            let mut socket = connect::connect_socket(config, host, address, *encrypted).await?;
-            let mut out = BytesMut::new();
-            frontend::cancel_request(self.process_id, self.secret_key, &mut out);
-            let sent = async {
-                socket.write_all(&out).await?;
-                socket.flush().await
-            };
-            sent.await.map_err(|source| Error::Io { peer: peer.clone(), source })?;
-            // The server hangs up when it has passed the request on; how does not matter.
-            let _ = socket.read(&mut [0u8; 1]).await;
-            Ok(())
-        };
-        let limit = config.connect_timeout;
-        tokio::time::timeout(limit, asking).await.unwrap_or_else(|_| {
-            let (doing, seconds) = ("canceling".to_string(), limit.as_secs());
-            Err(Error::Timeout { peer: config.peer(host), doing, seconds })
-        })
-    }
 }

@@ -7,32 +7,27 @@
 //!
 //! The comment is the one place that a server's owner may always write to, and that a crash of ours
 //! or of the router leaves in step with the options: both change in one transaction. It is given
-//! back by undo and forget. Options of a server are readable by all in pg_foreign_server already.
+//! back by undo and forget. Partitions of one cluster may be led by several jobs at once: each has
+//! its own note in the comment, and an advisory lock keeps one from writing over another's. Options
+//! of a server are readable by all in pg_foreign_server already.
 //!
 //! postgres_fdw drops cached connections at the next transaction, plproxy at the next call: what is
 //! under way ends on the old side, where the fence and the seal stand.
 //!
 //! <https://www.postgresql.org/docs/current/sql-alterserver.html>
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use serde::{Deserialize, Serialize};
-
-use super::place::{Place, Side};
+use super::note::{Note, Notes, Options};
+use super::place::{Place, Side, identity};
 use super::{Context, Error, Result, connstr};
 use crate::id::{Stream, quote_ident, quote_literal};
-use crate::pg::{Config, Host, Session};
+use crate::pg::{Config, Host, Session, Witness};
 use crate::secret::SecretString;
-
-/// How our comment on a server begins.
-const MARK: &str = "walferry: ";
 
 /// Options of a postgres_fdw server that say where it leads.
 const LEADING: [&str; 4] = ["host", "hostaddr", "port", "dbname"];
-
-type Options = BTreeMap<String, String>;
 
 /// A foreign server, or one partition of it.
 #[derive(Clone, Debug)]
@@ -45,26 +40,20 @@ pub struct SqlMed {
     idle: Arc<Mutex<Option<Session>>>,
 }
 
-/// Our comment while a job leads a server.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Note {
-    job: String,
-    /// The flip that release is to do.
-    armed: Option<String>,
-    /// Our options as they were.
-    kept: Options,
-    /// The comment as it was.
-    comment: Option<String>,
-}
-
 /// A server as it is.
 struct Found {
     wrapper: String,
     owned: bool,
-    comment: Option<String>,
+    notes: Notes,
+    /// Our own of them.
     note: Option<Note>,
     options: Options,
 }
+
+/// Locks out other jobs that lead partitions of the same server, until the transaction's end. The
+/// class is the one of our leases; names of servers are not names of jobs.
+const LOCK: &str = "select pg_catalog.pg_advisory_xact_lock(2002873446, \
+     pg_catalog.hashtext('server ' || ";
 
 impl SqlMed {
     /// Reads `URI,SERVER`.
@@ -114,6 +103,10 @@ impl SqlMed {
 
     pub(super) fn set_password(&mut self, password: SecretString) {
         self.router.password = Some(password);
+    }
+
+    pub(super) fn set_witness(&mut self, witness: Witness) {
+        self.router.witness = Some(witness);
     }
 
     pub(super) fn password(&self) -> Option<SecretString> {
@@ -183,17 +176,29 @@ impl SqlMed {
         let Some(row) = row else {
             return Err(self.setup("is not there; name one that \\des lists"));
         };
-        let comment = row.opt(2).map_err(wrong)?.map(str::to_string);
+        let comment = row.opt(2).map_err(wrong)?;
         let options = serde_json::from_str(row.str(3).map_err(wrong)?);
-        let note = comment.as_deref().and_then(|text| text.strip_prefix(MARK));
-        let note = note.map(serde_json::from_str::<Note>).transpose();
+        let notes = Notes::read(comment);
+        let notes = notes.map_err(|e| self.setup(format!("has a damaged note of ours: {e}")))?;
         Ok(Found {
             wrapper: row.string(0).map_err(wrong)?,
             owned: row.bool(1).map_err(wrong)?,
-            note: note.map_err(|e| self.setup(format!("has a damaged note of ours: {e}")))?,
-            comment,
+            note: notes.led.get(self.key()).cloned(),
+            notes,
             options: options.map_err(|e| self.setup(format!("has unreadable options: {e}")))?,
         })
+    }
+
+    /// Begins a transaction in which no other job changes the server, and looks at it.
+    async fn find_locked(&self, session: &mut Session) -> Result<Found> {
+        let server = quote_literal(&self.server);
+        self.execute(session, &format!("begin; {LOCK}{server}))")).await?;
+        self.find(session).await
+    }
+
+    /// Under which of the notes ours is.
+    fn key(&self) -> &str {
+        self.partition.as_deref().unwrap_or_default()
     }
 
     /// Where these options lead.
@@ -273,15 +278,16 @@ impl SqlMed {
         format!("alter server {} options ({});", quote_ident(&self.server), clauses.join(", "))
     }
 
-    fn note(&self, note: &Note) -> Result<String> {
-        let text = serde_json::to_string(note);
-        let text = text.map_err(|e| self.setup(format!("cannot be noted: {e}")))?;
-        Ok(self.comment(Some(&format!("{MARK}{text}"))))
-    }
-
-    fn comment(&self, text: Option<&str>) -> String {
-        let literal = text.map_or("null".to_string(), quote_literal);
-        format!("comment on server {} is {literal};", quote_ident(&self.server))
+    /// The comment with our note in it, or without; the others' stay.
+    fn comment(&self, found: &Found, note: Option<Note>) -> Result<String> {
+        let mut notes = found.notes.clone();
+        match note {
+            Some(note) => notes.led.insert(self.key().to_string(), note),
+            None => notes.led.remove(self.key()),
+        };
+        let text = notes.text().map_err(|e| self.setup(format!("cannot be noted: {e}")))?;
+        let text = text.map_or("null".to_string(), |text| quote_literal(&text));
+        Ok(format!("comment on server {} is {text};", quote_ident(&self.server)))
     }
 
     /// The server is there, ours to change, and leads to the live side; whoever is mapped to a role
@@ -309,18 +315,13 @@ impl SqlMed {
         }
         self.is_live(&self.leads(&found.options)?, context).await?;
         let wanted = self.wanted(&found, context).await?;
-        self.try_out(&mut session, &self.alter(&found, &wanted), "").await?;
+        let tried = format!("begin; {} rollback", self.alter(&found, &wanted));
+        self.execute(&mut session, &tried).await?;
         if self.partition.is_none() {
             self.check_mappings(&mut session, context).await?;
         }
         self.keep(session);
         Ok(())
-    }
-
-    /// Runs the statement and takes it back, then the other and keeps it.
-    async fn try_out(&self, session: &mut Session, tried: &str, kept: &str) -> Result<()> {
-        let sql = format!("begin; savepoint tried; {tried} rollback to tried; {kept} commit");
-        self.execute(session, &sql).await
     }
 
     /// That place is the live side: by its name, or because it says the same of itself.
@@ -388,20 +389,18 @@ impl SqlMed {
     /// Tries the change and arms it; `release` does it.
     pub(super) async fn switch(&self, context: &Context) -> Result<()> {
         let mut session = self.session().await?;
-        let found = self.find(&mut session).await?;
+        let found = self.find_locked(&mut session).await?;
         let alter = self.alter(&found, &self.wanted(&found, context).await?);
         if alter.is_empty() {
-            return Ok(());
+            return self.execute(&mut session, "rollback").await;
         }
-        let fresh = || Note {
-            job: context.job.to_string(),
-            armed: None,
-            kept: self.ours(&found.options),
-            comment: found.comment.clone(),
-        };
+        let fresh =
+            || Note { job: context.job.to_string(), armed: None, kept: self.ours(&found.options) };
         let mut note = found.note.clone().unwrap_or_else(fresh);
         note.armed = Some(context.flip.to_string());
-        self.try_out(&mut session, &alter, &self.note(&note)?).await?;
+        let note = self.comment(&found, Some(note))?;
+        let sql = format!("savepoint tried; {alter} rollback to tried; {note} commit");
+        self.execute(&mut session, &sql).await?;
         self.keep(session);
         Ok(())
     }
@@ -410,55 +409,48 @@ impl SqlMed {
     /// not stop its writers, too.
     pub(super) async fn release(&self, context: &Context) -> Result<()> {
         let mut session = self.session().await?;
-        let found = self.find(&mut session).await?;
+        let found = self.find_locked(&mut session).await?;
         let armed = |note: &&Note| note.armed.as_deref() == Some(context.flip.as_str());
         let Some(note) = found.note.as_ref().filter(armed) else {
+            self.execute(&mut session, "rollback").await?;
             self.keep(session);
             return Ok(());
         };
         let alter = self.alter(&found, &self.wanted(&found, context).await?);
-        let note = self.note(&Note { armed: None, ..note.clone() })?;
-        self.execute(&mut session, &format!("begin; {alter} {note} commit")).await
+        let note = self.comment(&found, Some(Note { armed: None, ..note.clone() }))?;
+        self.execute(&mut session, &format!("{alter} {note} commit")).await
     }
 
     pub(super) async fn undo(&self, context: &Context) -> Result<()> {
         let mut session = self.session().await?;
-        let found = self.find(&mut session).await?;
-        let Some(note) = &found.note else { return Ok(()) };
+        let found = self.find_locked(&mut session).await?;
+        let Some(note) = &found.note else {
+            return self.execute(&mut session, "rollback").await;
+        };
         let (alter, note) = match context.flip {
-            Stream::Forward => {
-                (self.alter(&found, &note.kept), self.comment(note.comment.as_deref()))
-            }
+            Stream::Forward => (self.alter(&found, &note.kept), None),
             Stream::Reverse => {
                 let target = Place::of(context, Side::Target).await?;
                 let wanted = self.leading_to(&found.options, &target)?;
-                let note = self.note(&Note { armed: None, ..note.clone() })?;
-                (self.alter(&found, &wanted), note)
+                (self.alter(&found, &wanted), Some(Note { armed: None, ..note.clone() }))
             }
         };
-        self.execute(&mut session, &format!("begin; {alter} {note} commit")).await
+        let note = self.comment(&found, note)?;
+        self.execute(&mut session, &format!("{alter} {note} commit")).await
     }
 
     pub(super) async fn forget(&self, context: &Context) -> Result<()> {
         let mut session = self.session().await?;
-        let found = self.find(&mut session).await?;
-        match found.note.filter(|note| note.job == context.job.as_str()) {
-            Some(note) => {
-                let comment = self.comment(note.comment.as_deref());
-                self.execute(&mut session, &comment).await
+        let found = self.find_locked(&mut session).await?;
+        let ours = |note: &Note| note.job == context.job.as_str();
+        match found.note.as_ref().is_some_and(ours) {
+            true => {
+                let comment = self.comment(&found, None)?;
+                self.execute(&mut session, &format!("{comment} commit")).await
             }
-            None => Ok(()),
+            false => self.execute(&mut session, "rollback").await,
         }
     }
-}
-
-/// What tells a database from any other.
-async fn identity(config: &Config) -> crate::pg::Result<(String, String)> {
-    let mut session = Session::control(config).await?;
-    let sql = "select system_identifier, pg_catalog.current_database() \
-         from pg_catalog.pg_control_system()";
-    let row = session.query_one(sql, &[]).await?;
-    Ok((row.string(0)?, row.string(1)?))
 }
 
 impl fmt::Display for SqlMed {

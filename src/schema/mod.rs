@@ -29,12 +29,15 @@
 //!
 //! Left out: tablespaces unless asked for, roles (they are not of one database; missing ones are
 //! named before anything is done), publications and subscriptions, changes of the schema while the
-//! job runs, indexes built CONCURRENTLY (nobody else works on the target yet).
+//! job runs beyond what `altered` can tell from the stream, indexes built CONCURRENTLY (nobody else
+//! works on the target yet).
 //!
-//! - `lex`, `script`, `plan`, `pack`: pure; tokens, statements, order, company.
+//! - `lex`, `script`, `plan`, `pack`: pure; tokens, statements, order, company. `altered`: what
+//!   became of a table that is followed, pure too.
 //! - `depend`: views of the source.
 //! - `dump`, `pre`, `post`, `aside`, `sequence`: the steps above. - `error`: what can go wrong.
 
+pub mod altered;
 pub mod aside;
 pub mod depend;
 pub mod dump;
@@ -49,7 +52,7 @@ pub mod refresh;
 pub mod script;
 pub mod sequence;
 
-pub use aside::{ASIDE_DDL, build_acting, restore, set_aside, validate};
+pub use aside::{ASIDE_DDL, Acting, build_acting, restore, set_aside, validate};
 pub use dump::{Dump, Options, dump, pg_dump_versions};
 pub use error::Error;
 pub use older::{Fitted, TooNew, fit};

@@ -3,13 +3,22 @@
 use std::time::Duration;
 
 use super::Result;
-use crate::decode::Plugin;
+use super::peek::Peeks;
+use crate::decode::{Plugin, wal2json};
 use crate::id::{JobName, QualifiedName, Stream, quote_literal};
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{self, Config, Purpose, Session};
 
 /// A server loads a plugin before it waits for open transactions, so that one which is missing is
 /// known at once; what takes longer than this is a plugin that is there.
 const PROBE: Duration = Duration::from_millis(500);
+
+/// How often a change is looked for that shows what a plugin tells, and the time between.
+const LOOKS: u32 = 5;
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Said of wal2json 2.3 and 2.4.
+const UNTYPED: &str = "the server's wal2json is older than 2.5, and does not tell the types of \
+     columns: install 2.5 or newer";
 
 /// SQLSTATEs: no such file; canceled.
 const UNDEFINED_FILE: &str = "58P01";
@@ -24,34 +33,102 @@ pub async fn refused_replication(config: &Config) -> Option<String> {
     opened.await.err().map(|error| error.to_string())
 }
 
-/// Why no slot can be made with the plugin, tried with a temporary one that is dropped at once;
-/// `None` if one can.
+/// What trying a plugin has shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Tried {
+    /// It can be read.
+    Fit,
+    /// It can, unless it is older than it looks; what that means, to follow a reason.
+    Unsure(&'static str),
+    /// It cannot, and why.
+    Unfit(String),
+}
+
+/// Whether a slot can be made with the plugin, tried with a temporary one that is dropped at once,
+/// and whether what it tells is enough. Takes two seconds at most.
 ///
 /// Errors: what else keeps a slot from being made, such as a missing right.
-pub async fn refused_plugin(config: &Config, plugin: Plugin) -> Result<Option<String>> {
+pub async fn try_plugin(config: &Config, plugin: Plugin) -> Result<Tried> {
     if plugin == Plugin::Pgoutput {
-        return Ok(None); // PostgreSQL's own, in each version from 10 on.
+        return Ok(Tried::Fit); // PostgreSQL's own, in each version from 10 on.
     }
     let mut session = Session::connect(config, Purpose::Sql).await?;
-    let name = quote_literal(&format!("walferry_probe_{:08x}", fastrand::u32(..)));
+    let probe = Probe { name: format!("walferry_probe_{:08x}", fastrand::u32(..)), plugin };
     session.execute(&format!("set statement_timeout = {}", PROBE.as_millis())).await?;
-    let sql = format!(
-        "select pg_catalog.pg_create_logical_replication_slot({name}, {}, true)",
-        quote_literal(plugin.as_str())
-    );
-    match session.query(&sql).await {
-        Ok(_) => {
-            session.query(&format!("select pg_catalog.pg_drop_replication_slot({name})")).await?;
-            Ok(None)
+    let tried = match session.query(&probe.make()).await {
+        Ok(_) if plugin == Plugin::Wal2json => probe.tells_types(&mut session).await,
+        Ok(_) => Ok(Tried::Fit),
+        Err(error) => Err(error),
+    };
+    match tried {
+        // Dropped by the server where the last statement failed.
+        Ok(tried) => {
+            session.query(&probe.remove()).await?;
+            Ok(tried)
         }
-        Err(error) if error.code() == Some(CANCELED) => Ok(None),
+        Err(error) if error.code() == Some(CANCELED) => Ok(Tried::Fit),
         Err(error) if error.code() == Some(UNDEFINED_FILE) => {
-            Ok(Some(format!("the server does not have {plugin}")))
+            Ok(Tried::Unfit(format!("the server does not have {plugin}")))
         }
         Err(error) => match not_approved(&mut session, plugin).await? {
-            Some(reason) => Ok(Some(reason)),
+            Some(reason) => Ok(Tried::Unfit(reason)),
             None => Err(error.into()),
         },
+    }
+}
+
+/// A temporary slot.
+struct Probe {
+    name: String,
+    plugin: Plugin,
+}
+
+impl Probe {
+    fn make(&self) -> String {
+        let (name, plugin) = (quote_literal(&self.name), quote_literal(self.plugin.as_str()));
+        format!("select pg_catalog.pg_create_logical_replication_slot({name}, {plugin}, true)")
+    }
+
+    fn remove(&self) -> String {
+        format!(
+            "select pg_catalog.pg_drop_replication_slot(slot_name) \
+             from pg_catalog.pg_replication_slots where slot_name = {}",
+            quote_literal(&self.name)
+        )
+    }
+
+    /// Whether this wal2json is 2.5 or newer. 2.3 and 2.4 take the same options, so that only a
+    /// change tells them apart: one that is written while we look.
+    async fn tells_types(&self, session: &mut Session) -> pg::Result<Tried> {
+        let mut version = wal2json::Plugin::V2_6;
+        let peeks = loop {
+            let options = wal2json::options(version, &[]);
+            let peeks = Peeks::new(&self.name, self.plugin, session.major_version(), &options);
+            let Err(error) = session.query(&peeks.first()).await else { break peeks };
+            let said = error.server().map(|said| said.message.as_str()).unwrap_or_default();
+            match version.refused(said) {
+                Some(wal2json::Plugin::Older) => {
+                    let reason = format!("the server's {}", wal2json::TOO_OLD);
+                    return Ok(Tried::Unfit(reason));
+                }
+                Some(older) => version = older,
+                None => return Err(error),
+            }
+            // The error has dropped it.
+            session.query(&self.make()).await?;
+        };
+        if version == wal2json::Plugin::V2_6 {
+            return Ok(Tried::Fit);
+        }
+        for _ in 0..LOOKS {
+            if let Some(row) = session.query(&peeks.tells_types()).await?.first() {
+                return Ok(if row.bool(0)? { Tried::Fit } else { Tried::Unfit(UNTYPED.into()) });
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(Tried::Unsure(
+            "if its wal2json is older than 2.5, the first change will stop the stream",
+        ))
     }
 }
 

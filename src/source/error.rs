@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::decode;
+use crate::decode::{self, wal2json};
 use crate::fault::{Fault, Faulty};
 use crate::id::QualifiedName;
 use crate::lsn::Lsn;
@@ -34,11 +34,21 @@ pub enum Error {
     },
     /// A wal2json that tells too little.
     #[error(
-        "slot {slot}: the server's wal2json is older than 2.0, which tells neither TRUNCATE nor \
-         what came in by replication; install 2.0 or newer on the server, or end this job with \
-         walferry cancel and start it anew with another --decoder"
+        "slot {slot}: the server's {}; install 2.5 or newer on the server and run again, or end \
+         this job with walferry cancel and start it anew with --decoder test_decoding",
+        wal2json::TOO_OLD
     )]
     OldWal2json {
+        /// The slot.
+        slot: String,
+    },
+    /// A pull would take a PREPARE that comes again for a transaction of its own.
+    #[error(
+        "slot {slot} gives prepared transactions at their PREPARE, as it was read so once \
+         (--two-phase on), and only a stream can follow that: run with --transport stream, or end \
+         this job with walferry cancel and start it anew without --two-phase"
+    )]
+    TwoPhasePull {
         /// The slot.
         slot: String,
     },

@@ -9,7 +9,7 @@ use crate::clock::PgTimestamp;
 use crate::decode::wal2json::{self, Numbers};
 use crate::decode::{Plugin, test_decoding};
 use crate::id::quote_ident;
-use crate::limit::SILENCE;
+use crate::limit::{BULK_BYTES, SILENCE};
 use crate::lsn::Lsn;
 use crate::pg;
 
@@ -49,12 +49,13 @@ pub struct StreamOptions {
     /// Have a server that can (pgoutput, 15 and on) give prepared transactions at their PREPARE. A
     /// slot that was read so once is read so for ever.
     pub two_phase: bool,
-    /// Let messages that come densely gather for a millisecond before they are read, in a stream.
-    pub gather: bool,
+    /// A backlog of so many bytes of log or more is read in bulk before it is streamed; `None`
+    /// for never.
+    pub bulk_bytes: Option<u64>,
     /// Where transactions in progress wait for their end: with it, a server that can is asked to
     /// send them (pgoutput, 14 and on, by the replication protocol).
     pub spill: Option<Arc<dyn Spill>>,
-    /// Messages asked for at a time by a pull; chosen by what chunks cost where `None`.
+    /// Messages asked for at a time, in bulk or by a pull; chosen by what chunks cost where `None`.
     pub pull_messages: Option<u32>,
     /// Where decoded and filtered changes are counted.
     pub counters: Counters,
@@ -77,7 +78,7 @@ impl StreamOptions {
             followed: Arc::default(),
             plain_numbers: false,
             two_phase: false,
-            gather: true,
+            bulk_bytes: Some(BULK_BYTES),
             spill: None,
             pull_messages: None,
             counters: Counters::new(),
@@ -110,11 +111,14 @@ impl Spoken {
         }
     }
 
-    /// Refuses wal2json 1: what the other direction wrote would come back, as it tells no origins,
-    /// and a TRUNCATE would pass without a trace.
+    /// Refuses a wal2json that tells too little, as far as its options show it; 2.3 and 2.4 show it
+    /// in their first change.
     pub fn admit(&self, slot: &str) -> Result<()> {
-        let lacking = self.plugin == Plugin::Wal2json && !self.wal2json.tells_truncate();
-        if lacking { Err(Error::OldWal2json { slot: slot.to_string() }) } else { Ok(()) }
+        let older = self.wal2json == wal2json::Plugin::Older;
+        if self.plugin == Plugin::Wal2json && older {
+            return Err(Error::OldWal2json { slot: slot.to_string() });
+        }
+        Ok(())
     }
 
     /// True if the refusal is of an option that an older version does not know: then it is taken to
@@ -229,13 +233,13 @@ mod tests {
     }
 
     #[test]
-    fn a_wal2json_without_origins_and_truncate_is_refused() {
+    fn a_wal2json_that_tells_too_little_is_refused() {
         let spoken = |plugin, wal2json| Spoken { plugin, wal2json }.admit("s");
-        for newer in [wal2json::Plugin::V2, wal2json::Plugin::V2_3, wal2json::Plugin::V2_6] {
+        for newer in [wal2json::Plugin::V2_3, wal2json::Plugin::V2_6] {
             assert!(spoken(Plugin::Wal2json, newer).is_ok(), "{newer:?}");
         }
-        let refused = spoken(Plugin::Wal2json, wal2json::Plugin::V1).unwrap_err().to_string();
-        assert!(refused.contains("2.0") && refused.contains("--decoder"), "{refused}");
-        assert!(spoken(Plugin::TestDecoding, wal2json::Plugin::V1).is_ok());
+        let refused = spoken(Plugin::Wal2json, wal2json::Plugin::Older).unwrap_err().to_string();
+        assert!(refused.contains("2.5") && refused.contains("--decoder"), "{refused}");
+        assert!(spoken(Plugin::TestDecoding, wal2json::Plugin::Older).is_ok());
     }
 }

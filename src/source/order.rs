@@ -19,7 +19,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::options::plugin_options;
-use super::peek::Peeks;
+use super::peek::{Peeks, Starts};
 use super::snapshot::{self, ExportedSnapshot};
 use super::{Result, StreamOptions, slot};
 use crate::change::Snapshot;
@@ -31,6 +31,7 @@ use crate::pg::{Config, Purpose, Session};
 pub struct Order {
     session: Session,
     peeks: Peeks,
+    starts: Starts,
     running: BTreeSet<u64>,
     /// Everything from here on is known.
     pub consistent_lsn: Lsn,
@@ -69,12 +70,21 @@ impl Order {
             let wanted = plugin_options(spoken, major, &options);
             let peeks = Peeks::new(&options.slot, spoken.plugin, major, &wanted);
             match session.query(&peeks.first()).await {
-                Ok(_) => return Ok(Order { session, peeks, running, consistent_lsn }),
+                Ok(_) => {
+                    let mut starts = Starts::of(&session, spoken.plugin);
+                    starts.take();
+                    return Ok(Order { session, peeks, starts, running, consistent_lsn });
+                }
                 // An error drops a temporary slot.
-                Err(error) if spoken.older(&error) => {}
+                Err(error) if spoken.older(&error) => spoken.admit(&options.slot)?,
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    /// True if its session can start the plugin no more: another slot has to be made.
+    pub fn is_spent(&self) -> bool {
+        self.starts.are_spent()
     }
 
     /// Where `exported` is, or is not. `floor_lsn` is a record's boundary not before the consistent
@@ -89,6 +99,7 @@ impl Order {
         if exported.snapshot.xip.iter().any(|xid| self.running.contains(xid)) {
             return Ok(Place::Unknown);
         }
+        self.starts.take();
         let commits = self.commits(upto_lsn).await?;
         Ok(between(&commits, &exported.snapshot, floor_lsn, upto_lsn))
     }

@@ -40,12 +40,29 @@ impl Peeks {
         )
     }
 
+    /// The same, and makes what was read the slot's confirmed position.
+    pub fn taking(&self, upto_lsn: Lsn, limit: u32) -> String {
+        self.sql(upto_lsn, limit).replace("pg_logical_slot_peek_", "pg_logical_slot_get_")
+    }
+
     /// Reads one record, so that the plugin has looked at its options.
     pub fn first(&self) -> String {
         let Peeks { slot, binary, options, .. } = self;
         format!(
             "select count(*) from pg_catalog.pg_logical_slot_peek_{binary}changes(\
              {slot}, '0/1', 1, {options})"
+        )
+    }
+
+    /// Whether the first change of a row that the slot has, of wal2json, tells a type. No row if
+    /// there is no change.
+    pub fn tells_types(&self) -> String {
+        let Peeks { slot, binary, options, .. } = self;
+        // Within values and names, quotes have backslashes before them.
+        format!(
+            "select data like '%,\"typeoid\":%' \
+             from pg_catalog.pg_logical_slot_peek_{binary}changes({slot}, null, 10000, {options}) \
+             where data ~ '^{{\"action\":\"[IUD]\"' and data like '%{{\"name\":%' limit 1"
         )
     }
 
@@ -58,6 +75,11 @@ impl Peeks {
              from pg_catalog.pg_logical_slot_peek_{binary}changes(\
              {slot}, '{upto_lsn}', null, {options}) order by xid::text, lsn desc"
         )
+    }
+
+    /// True if advancing starts the plugin.
+    pub fn advances_by_reading(&self) -> bool {
+        self.by_reading
     }
 
     /// Makes `lsn` the slot's confirmed position. It must be the end of a record on 10, where the
@@ -73,6 +95,61 @@ impl Peeks {
         }
         format!("select pg_catalog.pg_replication_slot_advance({slot}, '{lsn}')")
     }
+}
+
+/// How often a session may start the plugin still. pgoutput asks for a callback on relations at
+/// each start, and a session has room for ten, which other parts of the server share: then it is an
+/// error ("out of relcache_callback_list slots"). 11.19, 12.14, 13.10, 14.7 and 15.2 mended that,
+/// and no release of 10 did.
+#[derive(Debug)]
+pub(super) struct Starts {
+    left: Option<u32>,
+}
+
+/// Four of the ten are others'.
+const STARTS: u32 = 5;
+
+impl Starts {
+    /// Of a new session.
+    pub fn of(session: &Session, plugin: Plugin) -> Starts {
+        let version = session.parameter("server_version").unwrap_or_default();
+        let wears = plugin == Plugin::Pgoutput && wears_out(version);
+        Starts { left: wears.then_some(STARTS) }
+    }
+
+    /// True if there is none left.
+    pub fn are_spent(&self) -> bool {
+        self.left == Some(0)
+    }
+
+    /// Takes one; false if there is none left.
+    pub fn take(&mut self) -> bool {
+        match &mut self.left {
+            None => true,
+            Some(0) => false,
+            Some(left) => {
+                *left -= 1;
+                true
+            }
+        }
+    }
+}
+
+/// Of `10.23`, `15beta1`, `15.20 (Debian 15.20-1)`.
+fn wears_out(version: &str) -> bool {
+    let mut numbers = version.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>());
+    let mut next = || numbers.next().and_then(Result::ok).unwrap_or(0);
+    let (major, minor) = (next(), next());
+    let mended = match major {
+        ..11 => return true,
+        11 => 19,
+        12 => 14,
+        13 => 10,
+        14 => 7,
+        15 => 2,
+        _ => 0,
+    };
+    minor < mended
 }
 
 /// Where the log ends: a position on disk, asked for before a peek.
@@ -135,9 +212,9 @@ pub(super) struct Chunks {
     fixed: bool,
 }
 
-/// Fewest and most messages of a chunk. 20,000 are read in a tenth of a second; a million small
-/// ones are 100 MB on the source, and more would save nothing.
-const MESSAGES: (u32, u32) = (20_000, 1_000_000);
+/// Fewest and most messages of a chunk. 20,000 are read in a tenth of a second; half a million
+/// small ones are 50 MB on the source, and take it half a second, for which the target may be idle.
+const MESSAGES: (u32, u32) = (20_000, 500_000);
 
 /// Bytes that a chunk may take in the source's memory and temporary files, unless a single
 /// transaction is larger.
@@ -165,7 +242,8 @@ impl Chunks {
         if took > CHUNK_TIME * 2 || bytes > CHUNK_BYTES * 2 {
             self.messages = (self.messages / 2).max(MESSAGES.0);
         } else if full && took < CHUNK_TIME / 2 && bytes < CHUNK_BYTES / 2 {
-            self.messages = (self.messages * 2).min(MESSAGES.1);
+            let times = if bytes < CHUNK_BYTES / 4 { 4 } else { 2 };
+            self.messages = (self.messages * times).min(MESSAGES.1);
         }
     }
 }
@@ -235,13 +313,31 @@ mod tests {
     }
 
     #[test]
+    fn a_session_of_an_old_server_starts_pgoutput_a_few_times_only() {
+        for old in ["10.23", "10.0 (Debian)", "11.18", "12.13", "13.9", "14.6", "15.1", "15beta1"] {
+            assert!(wears_out(old), "{old}");
+        }
+        for mended in
+            ["11.19", "12.22", "13.10", "14.7", "15.2", "15.20 (Debian 1)", "16.0", "18beta1"]
+        {
+            assert!(!wears_out(mended), "{mended}");
+        }
+        let mut few = Starts { left: Some(2) };
+        assert!(few.take() && !few.are_spent() && few.take() && few.are_spent() && !few.take());
+        let mut any = Starts { left: None };
+        assert!((0..100).all(|_| any.take() && !any.are_spent()));
+    }
+
+    #[test]
     fn chunks_grow_while_they_are_cheap_and_shrink_when_they_are_not() {
         let mut chunks = Chunks::of(None);
         let first = chunks.messages();
         chunks.learn(true, Duration::from_secs(1), 1 << 20);
-        assert_eq!(chunks.messages(), first * 2);
+        assert_eq!(chunks.messages(), first * 4);
         chunks.learn(false, Duration::from_secs(1), 1 << 20);
-        assert_eq!(chunks.messages(), first * 2);
+        assert_eq!(chunks.messages(), first * 4);
+        chunks.learn(true, Duration::from_secs(1), CHUNK_BYTES / 3);
+        assert_eq!(chunks.messages(), MESSAGES.1);
         for _ in 0..20 {
             chunks.learn(true, Duration::from_secs(1), CHUNK_BYTES * 3);
         }

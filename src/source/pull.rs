@@ -22,29 +22,26 @@
 //!
 //! <https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION>
 
-use std::future::Future;
-use std::task::Poll;
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::continuity::check_continuity_by_sql;
+use super::fetch::{Ends, Watch, fetch, push};
 use super::intake::Intake;
+use super::link::Link;
 use super::options::{Spoken, plugin_options};
-use super::peek::{Canceled, Chunks, LogEnd, Peeks};
-use super::rows::Rows;
+use super::peek::{Canceled, Chunks, LogEnd, Peeks, Starts};
+use super::slot::SlotStatus;
 use super::{End, Error, Positions, Result, StreamOptions, slot};
 use crate::change::{Item, Sink};
+use crate::decode::Plugin;
 use crate::lsn::Lsn;
-use crate::pg::{self, Config, Purpose, Session};
+use crate::pg::{Config, Purpose, Session};
 
 /// How long a slot that a backend of ours still holds is waited for when opening.
 const FREE_WAIT: Duration = Duration::from_secs(10);
-
-/// How long a source that is silent and at work is waited for: it decodes the whole chunk before it
-/// says anything.
-const PATIENCE: Duration = Duration::from_secs(1800);
 
 /// Between two looks at the log's end: the first after something came, doubled up to the second
 /// while nothing does. A look that finds the end unmoved is one small query.
@@ -64,7 +61,25 @@ pub struct Pull {
     options: StreamOptions,
     spoken: Spoken,
     peeks: Peeks,
+    starts: Starts,
     confirmed_lsn: Lsn,
+}
+
+/// A session that may read the slot, once server and slot are seen to be the recorded ones.
+async fn connect(
+    config: &Config,
+    options: &StreamOptions,
+    progress_lsn: Lsn,
+) -> Result<(Session, SlotStatus)> {
+    let mut session = Session::connect(config, Purpose::Sql).await?;
+    let (name, recorded) = (options.slot.as_str(), &options.recorded);
+    let status =
+        check_continuity_by_sql(&mut session, config, name, recorded, progress_lsn).await?;
+    // A chunk that fits does not go through a temporary file.
+    session.execute("set work_mem = '64MB'").await?;
+    session.pass_unknown_bytes().await?;
+    session.keep_warnings();
+    Ok((session, status))
 }
 
 impl Pull {
@@ -75,20 +90,17 @@ impl Pull {
     /// test_decoding must not be behind it once [`Pull::run`] has told it what is durable: its
     /// transactions are not known again.
     ///
-    /// Errors of law 4 are `Stop`; a slot in use and a lost connection are `Retry`.
+    /// Errors of law 4 are `Stop`, and a slot that gives prepared transactions at their PREPARE; a
+    /// slot in use and a lost connection are `Retry`.
     pub async fn open(config: &Config, options: StreamOptions) -> Result<Pull> {
-        let mut session = Session::connect(config, Purpose::Sql).await?;
         let (name, start_lsn) = (options.slot.as_str(), options.start_lsn);
-        let recorded = &options.recorded;
-        let status =
-            check_continuity_by_sql(&mut session, config, name, recorded, start_lsn).await?;
+        let (mut session, status) = connect(config, &options, start_lsn).await?;
         if status.active_pid.is_some() {
             slot::free(&mut session, name, FREE_WAIT).await?;
         }
-        // A chunk that fits does not go through a temporary file.
-        session.execute("set work_mem = '64MB'").await?;
-        session.pass_unknown_bytes().await?;
-        session.keep_warnings();
+        if slot::is_two_phase(&mut session, name).await? {
+            return Err(Error::TwoPhasePull { slot: name.to_string() });
+        }
         let mut spoken = options.spoken()?;
         let peeks = loop {
             let wanted = plugin_options(spoken, session.major_version(), &options);
@@ -96,13 +108,15 @@ impl Pull {
             let peeks = Peeks::new(name, spoken.plugin, session.major_version(), &wanted);
             match session.query(&peeks.first()).await {
                 Ok(_) => break peeks,
-                Err(error) if spoken.older(&error) => {}
+                Err(error) if spoken.older(&error) => spoken.admit(name)?,
                 Err(error) => return Err(error.into()),
             }
         };
-        spoken.admit(name)?;
+        let mut starts = Starts::of(&session, spoken.plugin);
+        starts.take();
         let confirmed_lsn = status.confirmed_flush_lsn.unwrap_or(Lsn::ZERO);
-        Ok(Pull { config: config.clone(), session, options, spoken, peeks, confirmed_lsn })
+        let config = config.clone();
+        Ok(Pull { config, session, options, spoken, peeks, starts, confirmed_lsn })
     }
 
     /// Reads until told to stop, pushing items in log order.
@@ -122,16 +136,20 @@ impl Pull {
         let mut puller = Puller {
             intake: Intake::new(&self.config, self.spoken, &self.options, repeats, sink, positions),
             repeats,
-            canceled: Canceled::of(&self.session),
-            link: Link { config: self.config, silence: self.options.silence },
+            ends: Ends {
+                canceled: Canceled::of(&self.session),
+                link: Link::of(self.config, &self.options),
+                watch: Watch { durable, stop },
+            },
             session: self.session,
+            plugin: self.spoken.plugin,
             peeks: self.peeks,
+            starts: self.starts,
             log_end: LogEnd::default(),
             drained_lsn: Lsn::ZERO,
             confirmed_lsn: self.confirmed_lsn,
             chunks: Chunks::of(self.options.pull_messages),
-            slot: self.options.slot,
-            watch: Watch { durable, stop },
+            options: self.options,
             advance_at: Instant::now(),
         };
         let end = puller.read().await?;
@@ -143,21 +161,21 @@ impl Pull {
 /// A slot being read.
 struct Puller<'a, S> {
     session: Session,
-    slot: String,
+    options: StreamOptions,
+    plugin: Plugin,
     intake: Intake<'a, S>,
-    link: Link,
+    ends: Ends,
     peeks: Peeks,
+    starts: Starts,
     log_end: LogEnd,
     /// Everything below has been received, and the log ended here.
     drained_lsn: Lsn,
     /// What the slot was last advanced to.
     confirmed_lsn: Lsn,
     chunks: Chunks,
-    watch: Watch,
     advance_at: Instant,
     /// What was received before is known when it comes again.
     repeats: bool,
-    canceled: Canceled,
 }
 
 /// How a chunk ended.
@@ -185,7 +203,7 @@ impl<S: Sink> Puller<'_, S> {
                 Turn::Drained(some) => {
                     pause = if some { PAUSES.0 } else { (pause * 2).min(PAUSES.1) };
                     // At most half of the source's time is ours.
-                    let end = self.watch.rest(pause.max(begun.elapsed())).await;
+                    let end = self.ends.watch.rest(pause.max(begun.elapsed())).await;
                     if end.is_none() && !self.repeats {
                         self.settle().await?
                     } else {
@@ -207,7 +225,7 @@ impl<S: Sink> Puller<'_, S> {
     /// next peek begins behind it.
     async fn settle(&mut self) -> Result<Option<End>> {
         loop {
-            let settling = self.watch.until_durable(self.intake.buffered_lsn());
+            let settling = self.ends.watch.until_durable(self.intake.buffered_lsn());
             let settled = tokio::time::timeout(ADVANCE_GAP, settling).await;
             if settled.is_ok() || Instant::now() >= self.advance_at {
                 self.advance().await?;
@@ -221,15 +239,18 @@ impl<S: Sink> Puller<'_, S> {
     /// Peeks once, and pushes what comes.
     async fn chunk(&mut self) -> Result<Turn> {
         let asking = self.log_end.ask(&mut self.session);
-        let Some(upto_lsn) = self.link.bounded(asking).await? else {
+        let Some(upto_lsn) = self.ends.link.bounded(asking).await? else {
             return Ok(Turn::Drained(false));
         };
         if upto_lsn <= self.drained_lsn {
             return Ok(Turn::Drained(false));
         }
+        self.renew().await?;
         let (begun, limit) = (Instant::now(), self.chunks.messages());
         let before_lsn = self.intake.decoded_lsn();
-        let (count, bytes) = match self.peek(upto_lsn, limit).await? {
+        let sql = self.peeks.sql(upto_lsn, limit);
+        let Puller { session, intake, ends, confirmed_lsn, .. } = self;
+        let (count, bytes) = match fetch(session, &sql, intake, ends, *confirmed_lsn).await? {
             Ok(received) => received,
             Err(end) => return Ok(Turn::End(end)),
         };
@@ -248,77 +269,27 @@ impl<S: Sink> Puller<'_, S> {
         Ok(Turn::Drained(some))
     }
 
-    /// The messages of one peek, their number and bytes; or why the reader is to end.
-    async fn peek(
-        &mut self,
-        upto_lsn: Lsn,
-        limit: u32,
-    ) -> Result<std::result::Result<(u32, u64), End>> {
-        let sql = self.peeks.sql(upto_lsn, limit);
-        let mut rows = Rows::default();
-        let (mut count, mut bytes) = (0_u32, 0_u64);
-        let pid = self.session.process_id();
-        // A backend that decodes does not notice that we are gone.
-        self.canceled.arm();
-        let mut copy = self.link.bounded(self.session.copy_out(&sql)).await?;
-        loop {
-            let piece = match now(copy.next()).await {
-                Some(piece) => piece?,
-                None => {
-                    self.intake.publish(self.intake.decoded_lsn(), self.confirmed_lsn);
-                    tokio::select! {
-                        biased;
-                        end = self.watch.end() => return Ok(Err(end)),
-                        silent = self.link.until_dead(&self.slot, pid) => return Err(silent),
-                        piece = copy.next() => piece?,
-                    }
-                }
-            };
-            // The server has decoded the whole chunk before it sends the first row of it.
-            self.intake.warned(copy.take_warnings()).await?;
-            let Some(piece) = piece else { break };
-            bytes += piece.len() as u64;
-            rows.feed(piece);
-            while let Some(message) = rows.next()? {
-                count = count.saturating_add(1);
-                let mut item = Some(self.intake.message(message.data, message.lsn).await?);
-                while let Some(said) = item {
-                    if let Some(said) = said
-                        && let Some(end) =
-                            push(&mut self.intake, &mut self.watch, said, self.confirmed_lsn).await
-                    {
-                        return Ok(Err(end));
-                    }
-                    item = self.intake.more().await?;
-                }
-            }
-        }
-        self.canceled.disarm();
-        if !rows.is_complete() || self.intake.in_transaction() {
-            let message = "the answer to a peek at the slot ended too early".to_string();
-            return Err(pg::Error::Result(message).into());
-        }
-        Ok(Ok((count, bytes)))
-    }
-
     async fn push(&mut self, item: Item) -> Option<End> {
-        push(&mut self.intake, &mut self.watch, item, self.confirmed_lsn).await
+        push(&mut self.intake, &mut self.ends.watch, item, self.confirmed_lsn).await
     }
 
     /// Tells the slot what is durable, if it does not know.
     async fn advance(&mut self) -> Result<()> {
-        let durable_lsn = self.watch.durable_lsn();
+        let durable_lsn = self.ends.watch.durable_lsn();
         if durable_lsn <= self.confirmed_lsn {
             return Ok(());
         }
         let begun = Instant::now();
+        if self.peeks.advances_by_reading() {
+            self.renew().await?;
+        }
         let sql = self.peeks.advance(durable_lsn);
         let pid = self.session.process_id();
         let advancing = self.session.query(&sql);
         tokio::select! {
             biased;
             advanced = advancing => advanced?,
-            silent = self.link.until_dead(&self.slot, pid) => return Err(silent),
+            silent = self.ends.link.until_dead(pid) => return Err(silent),
         };
         self.confirmed_lsn = durable_lsn;
         // The server should have better things to do than to decode for this.
@@ -326,9 +297,25 @@ impl<S: Sink> Puller<'_, S> {
         Ok(())
     }
 
+    /// Before the plugin is started: on another session, if this one cannot start it again.
+    async fn renew(&mut self) -> Result<()> {
+        if self.starts.take() {
+            return Ok(());
+        }
+        // Whatever answers now has to be the same server with the same slot (law 4).
+        let progress_lsn = self.ends.watch.durable_lsn().max(self.confirmed_lsn);
+        let connecting = connect(self.ends.link.config(), &self.options, progress_lsn);
+        let (session, _) = self.ends.link.bounded(connecting).await?;
+        self.ends.canceled = Canceled::of(&session);
+        self.starts = Starts::of(&session, self.plugin);
+        self.starts.take();
+        self.session = session;
+        Ok(())
+    }
+
     /// So that the slot holds on to no more than it must while nobody reads it.
     async fn leave(&mut self) {
-        if !self.canceled.is_armed() {
+        if !self.ends.canceled.is_armed() {
             match tokio::time::timeout(LAST_ADVANCE, self.advance()).await {
                 Ok(Ok(())) => {}
                 // Whoever stops us has what it wants; the slot learns it from the next reader.
@@ -341,125 +328,5 @@ impl<S: Sink> Puller<'_, S> {
 
     fn publish(&self) {
         self.intake.publish(self.intake.decoded_lsn(), self.confirmed_lsn);
-    }
-}
-
-/// Hands the item to the sink; meanwhile nothing is read, and the server waits.
-async fn push<S: Sink>(
-    intake: &mut Intake<'_, S>,
-    watch: &mut Watch,
-    item: Item,
-    confirmed_lsn: Lsn,
-) -> Option<End> {
-    let end_lsn = item.end_lsn();
-    let (publisher, received_lsn) = (intake.publisher(), intake.decoded_lsn());
-    let pushed = {
-        let pushing = intake.sink.push(item);
-        tokio::pin!(pushing);
-        match now(pushing.as_mut()).await {
-            Some(pushed) => pushed,
-            None => {
-                publisher.publish(received_lsn, confirmed_lsn);
-                tokio::select! {
-                    biased;
-                    pushed = pushing => pushed,
-                    end = watch.end() => return Some(end),
-                }
-            }
-        }
-    };
-    if pushed.is_err() {
-        return Some(End::Closed);
-    }
-    intake.buffered(end_lsn);
-    None
-}
-
-/// What the future gives without waiting, if it does.
-async fn now<F: Future>(future: F) -> Option<F::Output> {
-    tokio::pin!(future);
-    std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
-        Poll::Ready(output) => Poll::Ready(Some(output)),
-        Poll::Pending => Poll::Ready(None),
-    })
-    .await
-}
-
-/// Those who may end the reader, and whom it waits for.
-struct Watch {
-    durable: watch::Receiver<Lsn>,
-    stop: watch::Receiver<bool>,
-}
-
-impl Watch {
-    fn durable_lsn(&self) -> Lsn {
-        *self.durable.borrow()
-    }
-
-    /// Waits until the reader is to end. Cancel-safe.
-    async fn end(&mut self) -> End {
-        let gone = async { while self.durable.changed().await.is_ok() {} };
-        tokio::select! {
-            biased;
-            // An error means that whoever could stop us is gone: stop as well.
-            _ = self.stop.wait_for(|stop| *stop) => End::Stopped,
-            () = gone => End::Closed,
-        }
-    }
-
-    async fn rest(&mut self, pause: Duration) -> Option<End> {
-        tokio::time::timeout(pause, self.end()).await.ok()
-    }
-
-    /// Waits until the target durably has everything before `lsn`.
-    async fn until_durable(&mut self, lsn: Lsn) -> Option<End> {
-        tokio::select! {
-            biased;
-            _ = self.stop.wait_for(|stop| *stop) => Some(End::Stopped),
-            reached = self.durable.wait_for(|durable| *durable >= lsn) => {
-                reached.is_err().then_some(End::Closed)
-            }
-        }
-    }
-}
-
-/// What is known of the connection's health.
-struct Link {
-    config: Config,
-    silence: Duration,
-}
-
-impl Link {
-    /// A question that a server answers at once, if it is there.
-    async fn bounded<T>(&self, asking: impl Future<Output = pg::Result<T>>) -> Result<T> {
-        match tokio::time::timeout(self.silence * 2, asking).await {
-            Ok(answer) => Ok(answer?),
-            Err(_) => Err(self.silent(self.silence * 2)),
-        }
-    }
-
-    /// Ends when the server has been silent for too long and does not hold the slot for us either,
-    /// as seen on another connection: then nobody decodes for us any more.
-    async fn until_dead(&self, slot: &str, pid: i32) -> Error {
-        let begun = Instant::now();
-        loop {
-            tokio::time::sleep(self.silence).await;
-            let asking = tokio::time::timeout(self.silence, self.holds_slot(slot, pid)).await;
-            if begun.elapsed() > PATIENCE || !matches!(asking, Ok(Ok(true))) {
-                return self.silent(begun.elapsed());
-            }
-            tracing::info!(slot, "the source is silent, and at work");
-        }
-    }
-
-    async fn holds_slot(&self, slot: &str, pid: i32) -> Result<bool> {
-        let mut session = Session::connect(&self.config, Purpose::Sql).await?;
-        let status = slot::status(&mut session, slot).await?;
-        Ok(status.and_then(|status| status.active_pid) == Some(pid))
-    }
-
-    fn silent(&self, silence: Duration) -> Error {
-        let peer = self.config.hosts.first().map(|host| self.config.peer(host));
-        Error::Silent { peer: peer.unwrap_or_default(), seconds: silence.as_secs_f64() }
     }
 }

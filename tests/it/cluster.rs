@@ -1,7 +1,13 @@
 //! Sharded clusters: what is shown of them, and what is planned. Citus is not in Debian, so
 //! servers with catalogs of its shape stand in for it; plproxy is the real one.
 
+mod double;
+mod jobs;
+mod load;
+
 use serde_json::Value;
+use walferry::cluster::read::siblings;
+use walferry::cluster::{Address, Errand};
 use walferry::demo::server::{Server, StopMode};
 
 use crate::support::citus::Citus;
@@ -89,7 +95,7 @@ async fn a_citus_cluster_is_shown_and_planned_and_nothing_is_changed() {
 
     // 4, 4, 0 of one co-location group and 1, 1, 0 of the other. Two tasks bring 3, 3, 2 of the
     // first, and in sum 4, 4, 2; a third makes that 4, 3, 3.
-    let plan = asked(&address, &["rebalance", "--by", "count"]).await;
+    let plan = asked(&address, &["rebalance", "--by", "count", "--dry-run"]).await;
     let tasks = plan["tasks"].as_array().unwrap();
     assert_eq!(tasks.len(), 3, "{plan}");
     for task in tasks {
@@ -97,22 +103,22 @@ async fn a_citus_cluster_is_shown_and_planned_and_nothing_is_changed() {
         assert_eq!(task["shards"].as_array().unwrap().len(), 2, "co-located shards move as one");
     }
     assert!(tasks.iter().all(|t| t["bytes"].as_u64() < large["shards"][0]["bytes"].as_u64()));
-    let plan = asked(&address, &["drain", &citus.node(0)]).await;
+    let plan = asked(&address, &["drain", &citus.node(0), "--dry-run"]).await;
     assert_eq!(plan["tasks"].as_array().unwrap().len(), 5);
     let empty = plan["after"]["nodes"].as_array().unwrap();
     let of = |node: &str| empty.iter().find(|n| n["node"] == node).unwrap()["groups"].clone();
     assert_eq!(of(&citus.node(0)), 0);
-    let plan = asked(&address, &["replace", &citus.node(0), &citus.node(2)]).await;
+    let plan = asked(&address, &["replace", &citus.node(0), &citus.node(2), "--dry-run"]).await;
     let targets = plan["tasks"].as_array().unwrap().iter().map(|t| t["target"].clone());
     assert!(targets.clone().count() == 5 && targets.into_iter().all(|t| t == citus.node(2)));
     let (from, to) = (format!("{},{}", citus.node(0), citus.node(1)), citus.node(2));
-    let plan = asked(&address, &["move", "--from", &from, "--to", &to]).await;
+    let plan = asked(&address, &["move", "--from", &from, "--to", &to, "--dry-run"]).await;
     assert_eq!(plan["tasks"].as_array().unwrap().len(), 10);
-    let plan = asked(&address, &["move", "--shard", "102016", "--to", &to]).await;
+    let plan = asked(&address, &["move", "--shard", "102016", "--to", &to, "--dry-run"]).await;
     assert_eq!(plan["tasks"][0]["shards"], serde_json::json!([102_008, 102_016]));
-    let text = cluster(&address, &["rebalance"]).await.expect_success().out;
+    let text = cluster(&address, &["rebalance", "--dry-run"]).await.expect_success().out;
     assert!(text.contains("shards 102010, 102018 of public.tb1, public.tb2"), "{text}");
-    assert!(text.contains("nothing was changed"), "{text}");
+    assert!(text.contains("nothing was moved") && text.contains("not stored"), "{text}");
     for (server, before) in servers.iter().zip(&before) {
         let after = Inventory::take(&server.uri("postgres")).await;
         assert_eq!(before.diff(&after), Vec::<String>::new());
@@ -161,7 +167,8 @@ async fn what_stands_in_the_way_of_a_plan_is_found_on_every_node() {
     citus.distribute("nokey", "id int", 6, 1, &[0]);
     citus.distribute("part", "id int primary key", 7, 2, &[0, 1]);
     let address = citus.address();
-    let move_all = ["replace", &citus.node(0), &citus.node(2), "--transaction-age", "1s"];
+    let move_all =
+        ["replace", &citus.node(0), &citus.node(2), "--transaction-age", "1s", "--dry-run"];
     let codes = |plan: &Value| -> Vec<String> {
         let findings = plan["findings"].as_array().unwrap().iter();
         let errors = findings.filter(|f| f["level"] == "error");
@@ -191,7 +198,7 @@ async fn what_stands_in_the_way_of_a_plan_is_found_on_every_node() {
     open.execute("prepare transaction 'gone'").await.unwrap();
     tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
     let text = cluster(&address, &move_all).await.expect_success().out;
-    assert!(text.contains("prepared transaction gone on") && text.ends_with("not ready"), "{text}");
+    assert!(text.contains("prepared transaction gone on") && text.contains("not ready"), "{text}");
     assert!(text.contains("rollback prepared 'gone';"), "{text}");
     open.execute("rollback prepared 'gone'").await.unwrap();
     // A reference table that the target lacks; a table that keeps those co-located with it.
@@ -211,6 +218,14 @@ async fn what_stands_in_the_way_of_a_plan_is_found_on_every_node() {
     let part = plan["findings"].as_array().unwrap().iter().find(|f| f["object"] == "public.part");
     let said = part.unwrap()["message"].as_str().unwrap().to_string();
     assert!(said.contains("co-located with public.swift, which cannot be moved"), "{said}");
+    // A table that is distributed beside a group that moves already.
+    let group = Errand { shards: vec![102_008, 102_016], ..Errand::default() };
+    let place = Address::parse(&address).unwrap();
+    assert_eq!(siblings(&place, &group).await.unwrap(), Vec::<String>::new());
+    citus.distribute("tb3", "c1 int primary key", 1, 8, &[0, 1]);
+    let new = siblings(&place, &group).await.unwrap();
+    assert_eq!(new.len(), 1, "{new:?}");
+    assert!(new[0].contains("tb3 is co-located with it since (shard "), "{new:?}");
     citus.workers[0].configure(&["wal_level = replica"]).unwrap();
     citus.workers[0].restart(StopMode::Fast).unwrap();
     let plan = asked(&address, &move_all).await;
@@ -272,7 +287,7 @@ async fn a_cluster_is_read_from_a_file() {
     }
     std::fs::write(&path, &text).unwrap();
     let address = format!("file:{}", path.display());
-    let plan = asked(&address, &["rebalance"]).await;
+    let plan = asked(&address, &["rebalance", "--dry-run"]).await;
     assert_eq!(plan["tasks"][0]["tables"].as_array().unwrap().len(), 2);
     assert_eq!(plan["tasks"][0]["target"], "b");
     assert_eq!(plan["tasks"].as_array().unwrap().len(), 1);

@@ -4,13 +4,16 @@
 mod apply;
 mod catalog;
 mod check;
+mod citus;
 mod cli;
 mod cluster;
 mod copy;
 mod cutover;
+mod ddl;
 mod decode;
 mod faults;
 mod fidelity;
+mod heartbeat;
 mod input;
 mod job;
 #[cfg(feature = "kafka")]
@@ -21,6 +24,7 @@ mod newcomers;
 mod older;
 mod pg;
 mod publications;
+mod quarantine;
 mod readings;
 mod regress;
 mod rights;

@@ -9,8 +9,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::sizes::{self, Sizes};
-use super::{Error, Fixed, Found, Result, elsewhere};
+use super::{Error, Fixed, Found, Layout, Result, elsewhere};
 use crate::cluster::model::{Cluster, Group, Node, Shard};
+use crate::cluster::shard;
 use crate::id::QualifiedName;
 use crate::pg::{Config, Purpose, Row, Session};
 
@@ -82,12 +83,50 @@ pub(super) async fn read(config: &Config) -> Result<Found> {
         cluster: Cluster::new(all, groups),
         nodes: nodes.into_values().map(|(node, config)| (node.name, config)).collect(),
         relations,
+        databases: BTreeMap::new(),
         fixed,
     })
 }
 
+pub(super) async fn layout(config: &Config) -> Result<Layout> {
+    let mut session = Session::connect(config, Purpose::Sql).await?;
+    understood(&mut session).await?;
+    // What is made on a node, the coordinator too, is not for Citus to make on all of them.
+    let config = shard::reach(config).await?;
+    let nodes = nodes(&mut session, &config).await?;
+    Ok(Layout {
+        nodes: nodes.into_values().map(|(node, config)| (node.name, config)).collect(),
+        home: Some(config),
+        routes: BTreeMap::new(),
+        template: None,
+    })
+}
+
+/// Shards co-located with these and not among them: of tables that were distributed since, or of
+/// partitions that were attached.
+pub(super) async fn siblings(config: &Config, shards: &[u64]) -> Result<Vec<String>> {
+    let mut session = Session::connect(config, Purpose::Sql).await?;
+    let sql = "select distinct s.shardid, s.logicalrelid::regclass::text \
+         from pg_catalog.pg_dist_shard o \
+         join pg_catalog.pg_dist_partition op on op.logicalrelid = o.logicalrelid \
+         join pg_catalog.pg_dist_partition p on p.colocationid = op.colocationid \
+         join pg_catalog.pg_dist_shard s on s.logicalrelid = p.logicalrelid \
+         and s.shardminvalue is not distinct from o.shardminvalue \
+         and s.shardmaxvalue is not distinct from o.shardmaxvalue \
+         where op.colocationid <> 0 and o.shardid = any ($1::bigint[]) \
+         and s.shardid <> all ($1::bigint[]) order by 1";
+    let list: Vec<String> = shards.iter().map(u64::to_string).collect();
+    let array = format!("{{{}}}", list.join(","));
+    let rows = session.query_params(sql, &[Some(&array)]).await?;
+    let said = |row: &Row| {
+        let (shard, table) = (row.str(0)?, row.str(1)?);
+        Ok(format!("{table} is co-located with it since (shard {shard})"))
+    };
+    rows.iter().map(said).collect()
+}
+
 /// The extension's version, if this is a coordinator whose catalogs are known.
-async fn understood(session: &mut Session) -> Result<String> {
+pub async fn understood(session: &mut Session) -> Result<String> {
     let peer = session.peer().to_string();
     let other = |detail: &str| Error::Other { peer: peer.clone(), detail: detail.to_string() };
     let sql = "select extversion from pg_catalog.pg_extension where extname = 'citus'";

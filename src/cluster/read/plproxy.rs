@@ -8,35 +8,31 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Error, Found, Result, elsewhere, sizes};
+use super::{Database, Error, Found, Layout, Result, elsewhere, host_and_port, sizes};
 use crate::cluster::model::{Cluster, Group, Node, Shard};
 use crate::pg::{Config, Purpose, Session};
 
+/// A partition by the cluster's definition.
+struct Partition {
+    id: u64,
+    /// `p16`.
+    option: String,
+    /// The server it is on, as `host:port`.
+    node: String,
+    /// How we reach its database.
+    config: Config,
+}
+
 pub(super) async fn read(proxy: &Config, cluster: &str, new_nodes: &[String]) -> Result<Found> {
-    let mut session = Session::connect(proxy, Purpose::Sql).await?;
-    let partitions = partitions(&mut session, cluster).await?;
-    let (mut groups, mut nodes) = (Vec::new(), BTreeMap::new());
-    for (id, text) in partitions {
-        let mut config = Config::parse_with(&text, &inherited(proxy))?;
-        // The proxy's users are plproxy's business; we come as whoever we are to the proxy.
-        config.user.clone_from(&proxy.user);
-        config.password.clone_from(&proxy.password);
-        config.passfile.clone_from(&proxy.passfile);
-        let config = config.labelled("partition");
-        let Some(host) = config.hosts.first() else { continue };
-        let name = format!("{}:{}", host.host, host.port);
-        nodes.entry(name.clone()).or_insert_with(|| config.clone().labelled("node"));
+    let partitions = partitions(proxy, cluster).await?;
+    let nodes = nodes(&partitions, proxy, new_nodes)?;
+    let (mut groups, mut databases) = (Vec::new(), BTreeMap::new());
+    for Partition { id, option, node, config } in partitions {
         let (bytes, rows, load) = sizes::of_database(&config).await?;
         let table = format!("database {}", config.dbname);
         let shards = vec![Shard { id, table, bytes, rows, load }];
-        groups.push(Group { colocation: 0, node: name, shards });
-    }
-    for name in new_nodes {
-        let place = name.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?)));
-        let Some((host, port)) = place else {
-            return Err(Error::Usage(format!("\"{name}\" is not HOST:PORT")));
-        };
-        nodes.entry(name.clone()).or_insert_with(|| elsewhere(proxy, host, port));
+        groups.push(Group { colocation: 0, node, shards });
+        databases.insert(id, Database { dbname: config.dbname, option });
     }
     let names: BTreeSet<&String> = nodes.keys().collect();
     let node = |name: &&String| Node { name: name.to_string(), takes_shards: true };
@@ -46,8 +42,44 @@ pub(super) async fn read(proxy: &Config, cluster: &str, new_nodes: &[String]) ->
         cluster,
         nodes,
         relations: BTreeMap::new(),
+        databases,
         fixed: Vec::new(),
     })
+}
+
+pub(super) async fn layout(proxy: &Config, cluster: &str, new_nodes: &[String]) -> Result<Layout> {
+    let partitions = partitions(proxy, cluster).await?;
+    Ok(Layout {
+        nodes: nodes(&partitions, proxy, new_nodes)?,
+        home: Some(proxy.clone()),
+        routes: BTreeMap::new(),
+        template: Some(proxy.clone().with_dbname(EVERYWHERE)),
+    })
+}
+
+/// A database that every server has; the proxy's is on its own server only.
+const EVERYWHERE: &str = "postgres";
+
+fn beside(proxy: &Config, host: &str, port: u16) -> Config {
+    elsewhere(proxy, host, port).with_dbname(EVERYWHERE)
+}
+
+/// Every server of the definition, and those that are new, by their names.
+fn nodes(
+    partitions: &[Partition],
+    proxy: &Config,
+    new_nodes: &[String],
+) -> Result<BTreeMap<String, Config>> {
+    let mut nodes = BTreeMap::new();
+    for partition in partitions {
+        let config = || partition.config.clone().labelled("node");
+        nodes.entry(partition.node.clone()).or_insert_with(config);
+    }
+    for name in new_nodes {
+        let (host, port) = host_and_port(name)?;
+        nodes.entry(name.clone()).or_insert_with(|| beside(proxy, host, port));
+    }
+    Ok(nodes)
 }
 
 /// What a connection string leaves out, libpq on the proxy's host would take from there; we take
@@ -62,8 +94,26 @@ fn inherited(proxy: &Config) -> impl Fn(&str) -> Option<String> {
     }
 }
 
-/// Number and connection string of each partition.
-async fn partitions(session: &mut Session, cluster: &str) -> Result<Vec<(u64, String)>> {
+/// In the order of their numbers.
+async fn partitions(proxy: &Config, cluster: &str) -> Result<Vec<Partition>> {
+    let mut session = Session::connect(proxy, Purpose::Sql).await?;
+    let mut partitions = Vec::new();
+    for (id, option, text) in options(&mut session, cluster).await? {
+        let mut config = Config::parse_with(&text, &inherited(proxy))?;
+        // The proxy's users are plproxy's business; we come as whoever we are to the proxy.
+        config.user.clone_from(&proxy.user);
+        config.password.clone_from(&proxy.password);
+        config.passfile.clone_from(&proxy.passfile);
+        let config = config.labelled("partition");
+        let Some(host) = config.hosts.first() else { continue };
+        let node = format!("{}:{}", host.host, host.port);
+        partitions.push(Partition { id, option, node, config });
+    }
+    Ok(partitions)
+}
+
+/// Number, name and connection string of each partition.
+async fn options(session: &mut Session, cluster: &str) -> Result<Vec<(u64, String, String)>> {
     let peer = session.peer().to_string();
     let other = |detail: String| Error::Other { peer: peer.clone(), detail };
     let sql = "select o.option_name, o.option_value from pg_catalog.pg_foreign_server s \
@@ -75,7 +125,7 @@ async fn partitions(session: &mut Session, cluster: &str) -> Result<Vec<(u64, St
         let name = row.str(0)?;
         let digits = name.strip_prefix("partition_").or_else(|| name.strip_prefix('p'));
         if let Some(id) = digits.and_then(|digits| digits.parse().ok()) {
-            partitions.push((id, row.string(1)?));
+            partitions.push((id, name.to_string(), row.string(1)?));
         }
     }
     partitions.sort();

@@ -15,22 +15,6 @@ use crate::lsn::Lsn;
 /// `MaxHeapAttributeNumber`.
 const COLUMNS_AT_MOST: usize = 1600;
 
-/// Where a message's columns stand.
-#[derive(Clone, Copy, Debug)]
-pub enum Cells<'a> {
-    /// Format 2, at the bracket: `[{"name":..,"typeoid":..,"value":..},..]`.
-    Objects(Reader<'a>),
-    /// Format 1, each at its bracket: lists of names, types and values.
-    Lists {
-        /// `["id",..]`
-        names: Reader<'a>,
-        /// `[23,..]`
-        oids: Option<Reader<'a>>,
-        /// `[1,..]`
-        values: Reader<'a>,
-    },
-}
-
 /// One column of a message.
 struct Cell<'a> {
     /// It is the column that was expected; name and type are not read then.
@@ -40,13 +24,11 @@ struct Cell<'a> {
     value: Token<'a>,
 }
 
-/// The rows of one message.
-#[derive(Clone, Copy, Debug)]
-pub struct Rows<'a> {
-    pub new: Option<Cells<'a>>,
-    pub old: Option<Cells<'a>>,
-    /// Old rows leave out what is NULL (format 1).
-    pub nulls_left_out: bool,
+/// Which rows a message has shown.
+#[derive(Clone, Copy, Debug, Default)]
+struct Shown {
+    new: bool,
+    old: bool,
 }
 
 /// Which row is being read; decides what a missing column means.
@@ -58,20 +40,19 @@ enum Part {
     Updated,
     /// Key columns are there.
     Key,
-    /// All columns are there, but for NULL where that is left out.
-    Full { nulls_left_out: bool },
+    /// All columns are there.
+    Full,
 }
 
 impl Part {
     /// The value of a column that is not there; `None` if it should be.
     fn missing(self, column: &Expected) -> Option<Value<'static>> {
         match self {
-            Part::Inserted => None,
+            Part::Inserted | Part::Full => None,
             Part::Updated => Some(Value::Unchanged),
             // A key value too large for its row, of a key that did not change, is left out too.
             Part::Key if column.key => Some(Value::Unchanged),
             Part::Key => Some(Value::Null),
-            Part::Full { nulls_left_out } => nulls_left_out.then_some(Value::Null),
         }
     }
 
@@ -82,35 +63,9 @@ impl Part {
     }
 }
 
-impl<'a> Cells<'a> {
-    fn next(&mut self, first: bool, expected: Option<&Expected>) -> Result<Option<Cell<'a>>> {
-        match self {
-            Cells::Objects(reader) => next_object(reader, first, expected),
-            Cells::Lists { names, oids, values } => next_of_lists(names, oids, values, first),
-        }
-    }
-
-    /// All columns with their types.
-    fn seen(mut self) -> Result<Option<Vec<Seen>>> {
-        let mut all = Vec::new();
-        while let Some(cell) = self.next(all.is_empty(), None)? {
-            let Some(name) = cell.name.name()? else { return Ok(None) };
-            all.push(Seen { name, type_oid: cell.type_oid });
-        }
-        Ok(Some(all))
-    }
-}
-
-/// True if a list has another element.
-fn begun(reader: &mut Reader<'_>, first: bool) -> Result<bool> {
-    if !first {
-        return reader.more(b']');
-    }
-    reader.expect(b'[', "a list")?;
-    Ok(!reader.eat(b']'))
-}
-
-fn next_object<'a>(
+/// The next column of a list at whose opening bracket, or behind one of whose columns, the reader
+/// is: `[{"name":..,"typeoid":..,"value":..},..]`.
+fn next_cell<'a>(
     reader: &mut Reader<'a>,
     first: bool,
     expected: Option<&Expected>,
@@ -147,29 +102,38 @@ fn next_object<'a>(
     if has_value { Ok(Some(cell)) } else { reader.wrong("a value in a column") }
 }
 
-fn next_of_lists<'a>(
-    names: &mut Reader<'a>,
-    oids: &mut Option<Reader<'a>>,
-    values: &mut Reader<'a>,
-    first: bool,
-) -> Result<Option<Cell<'a>>> {
-    let more = begun(names, first)?;
-    let mut even = begun(values, first)? == more;
-    if let Some(oids) = oids {
-        even &= begun(oids, first)? == more;
+/// All columns of a list with their types; `None` if a name is not UTF-8.
+fn seen(reader: &mut Reader<'_>) -> Result<Option<Vec<Seen>>> {
+    let (mut all, mut first, mut utf8) = (Vec::new(), true, true);
+    while let Some(cell) = next_cell(reader, first, None)? {
+        first = false;
+        match cell.name.name()? {
+            // What tells no type was refused before.
+            Some(name) => all.push(Seen { name, type_oid: cell.type_oid.unwrap_or_default() }),
+            None => utf8 = false,
+        }
     }
-    if !even {
-        return values.wrong("as many values and types as names");
+    Ok(utf8.then_some(all))
+}
+
+/// True if a list has another element.
+fn begun(reader: &mut Reader<'_>, first: bool) -> Result<bool> {
+    if !first {
+        return reader.more(b']');
     }
-    if !more {
-        return Ok(None);
+    reader.expect(b'[', "a list")?;
+    Ok(!reader.eat(b']'))
+}
+
+/// Behind a field of a message: `None` if that was its last, and nothing follows.
+fn continue_after(rows: &mut Option<Reader<'_>>) -> Result<()> {
+    if let Some(reader) = rows
+        && !reader.more(b'}')?
+    {
+        reader.end()?;
+        *rows = None;
     }
-    let name = names.string()?;
-    let type_oid = match oids {
-        Some(oids) => number(oids)?,
-        None => None,
-    };
-    Ok(Some(Cell { expected: false, name, type_oid, value: values.token()? }))
+    Ok(())
 }
 
 /// Reads the rows of one change of one table.
@@ -182,70 +146,102 @@ pub struct Reading<'r> {
 }
 
 impl Reading<'_> {
-    /// The change; `None` if the table has to be described (again) first.
-    pub fn change(&mut self, action: Action, rows: &Rows<'_>) -> Outcome<Option<Change>> {
-        if self.fits(action, rows)? {
+    /// The change; `None` if the table has to be described (again) first. `rows` is at the key of
+    /// the message's first row; `None` if it has none.
+    pub fn change(&mut self, action: Action, rows: Option<Reader<'_>>) -> Outcome<Option<Change>> {
+        if let Some(shown) = self.fits(action, rows)? {
             self.table.fresh = false;
-            return self.made(action, rows).map(Some);
+            return self.made(action, shown).map(Some);
         }
         if !self.table.fresh {
             return Ok(None);
         }
-        let seen = |cells: Option<Cells<'_>>| match cells {
-            Some(cells) => cells.seen(),
-            None => Ok(Some(Vec::new())),
-        };
-        let (Some(new), Some(old)) = (seen(rows.new)?, seen(rows.old)?) else {
-            return Err(Error::NameNotUtf8 { lsn: self.lsn }.into());
-        };
-        // What leaves NULL out does not show which columns the identity has.
-        let key = if rows.nulls_left_out { &[] } else { old.as_slice() };
-        let possible = possible(&new) && possible(&old);
-        if possible {
-            self.table.believe(&new, action == Action::Insert, key);
-        }
-        if possible && self.fits(action, rows)? {
+        if self.believes(action, rows)?
+            && let Some(shown) = self.fits(action, rows)?
+        {
             self.table.fresh = false;
-            return self.made(action, rows).map(Some);
+            return self.made(action, shown).map(Some);
         }
         let relation = self.table.relation.name.clone();
         Err(Error::Unfitting { relation, lsn: self.lsn }.into())
     }
 
-    /// Reads the rows into the builders; false if they are not rows of the table as it is known.
-    fn fits(&mut self, action: Action, rows: &Rows<'_>) -> Outcome<bool> {
-        self.new.clear();
-        self.old.clear();
-        let part = if action == Action::Insert { Part::Inserted } else { Part::Updated };
-        if let Some(cells) = rows.new
-            && !self.row(cells, part)?
-        {
-            return Ok(false);
+    /// Takes the table to have the columns of the rows, if any table can have them.
+    fn believes(&mut self, action: Action, rows: Option<Reader<'_>>) -> Outcome<bool> {
+        let (mut new, mut old) = (Vec::new(), Vec::new());
+        let mut more = rows;
+        while let Some(reader) = &mut more {
+            let place = match reader.key()?.raw {
+                b"columns" => &mut new,
+                b"identity" => &mut old,
+                _ => {
+                    reader.skip()?;
+                    continue_after(&mut more)?;
+                    continue;
+                }
+            };
+            let Some(all) = seen(reader)? else {
+                return Err(Error::NameNotUtf8 { lsn: self.lsn }.into());
+            };
+            *place = all;
+            continue_after(&mut more)?;
         }
-        let part = match self.table.relation.identity {
-            ReplicaIdentity::Full => Part::Full { nulls_left_out: rows.nulls_left_out },
-            _ => Part::Key,
-        };
-        match rows.old {
-            Some(cells) if action != Action::Insert => self.row(cells, part),
-            _ => Ok(true),
+        let possible = possible(&new) && possible(&old);
+        if possible {
+            self.table.believe(&new, action == Action::Insert, &old);
         }
+        Ok(possible)
     }
 
-    fn row(&mut self, mut cells: Cells<'_>, part: Part) -> Outcome<bool> {
-        let old = matches!(part, Part::Key | Part::Full { .. });
+    /// Reads the rows into the builders, once and without looking ahead; `None` if they are not
+    /// rows of the table as it is known.
+    fn fits(&mut self, action: Action, rows: Option<Reader<'_>>) -> Outcome<Option<Shown>> {
+        self.new.clear();
+        self.old.clear();
+        let mut shown = Shown::default();
+        let mut more = rows;
+        while let Some(reader) = &mut more {
+            match reader.key()?.raw {
+                b"columns" if !shown.new => {
+                    let inserted = action == Action::Insert;
+                    let part = if inserted { Part::Inserted } else { Part::Updated };
+                    if !self.row(reader, part)? {
+                        return Ok(None);
+                    }
+                    shown.new = true;
+                }
+                b"identity" if !shown.old && action != Action::Insert => {
+                    let full = self.table.relation.identity == ReplicaIdentity::Full;
+                    if !self.row(reader, if full { Part::Full } else { Part::Key })? {
+                        return Ok(None);
+                    }
+                    shown.old = true;
+                }
+                _ => reader.skip()?,
+            }
+            continue_after(&mut more)?;
+        }
+        Ok(Some(shown))
+    }
+
+    fn row(&mut self, reader: &mut Reader<'_>, part: Part) -> Outcome<bool> {
+        let old = matches!(part, Part::Key | Part::Full);
         let (table, numbers, lsn) = (&*self.table, self.numbers, self.lsn);
         let out = if old { &mut *self.old } else { &mut *self.new };
         let mut at = 0;
         let mut first = true;
         let mut scratch = BytesMut::new();
-        while let Some(cell) = cells.next(first, part.next(&table.columns, at))? {
+        while let Some(cell) = next_cell(reader, first, part.next(&table.columns, at))? {
             first = false;
-            let found = match cell.expected {
-                true => table.columns.iter().skip(at).position(|c| part != Part::Key || c.key),
-                false => {
+            let found = match (cell.expected, cell.type_oid) {
+                (true, _) => table.columns.iter().skip(at).position(|c| part != Part::Key || c.key),
+                (false, Some(type_oid)) => {
                     let name = plain(&mut scratch, cell.name)?;
-                    table.find(at, name, cell.type_oid).map(|found| found - at)
+                    table.find(at, name, type_oid).map(|found| found - at)
+                }
+                (false, None) => {
+                    let relation = table.relation.name.clone();
+                    return Err(Error::NoTypes { relation, lsn }.into());
                 }
             };
             let rest = table.columns.get(at..).unwrap_or_default();
@@ -265,24 +261,24 @@ impl Reading<'_> {
         Ok(left_out(table.columns.get(at..).unwrap_or_default(), part, out))
     }
 
-    fn made(&mut self, action: Action, rows: &Rows<'_>) -> Outcome<Change> {
+    fn made(&mut self, action: Action, shown: Shown) -> Outcome<Change> {
         let relation = self.table.relation.clone();
         let wrong = |what| Err(Wrong { what, left: 0 }.into());
         if action == Action::Delete {
-            if rows.old.is_none() {
+            if !shown.old {
                 return wrong("the deleted row's identity");
             }
             let old = self.old_row();
             return Ok(Change::Delete { relation, old });
         }
-        if rows.new.is_none() {
+        if !shown.new {
             return wrong("the new row's columns");
         }
         if action == Action::Insert {
             return Ok(Change::Insert { relation, new: self.new.take() });
         }
         let full = relation.identity == ReplicaIdentity::Full;
-        if full && rows.old.is_none() {
+        if full && !shown.old {
             return wrong("the old row, all of it");
         }
         // Without a change of the key, the identity is a copy out of the new row.
@@ -290,7 +286,7 @@ impl Reading<'_> {
             let mut both = self.old.values().zip(self.new.values()).zip(&relation.columns);
             both.any(|((old, new), column)| column.key && old != new)
         };
-        let old = (rows.old.is_some() && (full || key_changed())).then(|| self.old_row());
+        let old = (shown.old && (full || key_changed())).then(|| self.old_row());
         Ok(Change::Update { relation, old, new: self.new.take() })
     }
 
@@ -329,12 +325,11 @@ fn push(
 ) -> Result<bool> {
     match value {
         Token::Null => {
-            let never_null = part == Part::Full { nulls_left_out: true } || part == Part::Key;
             let special = column.kind == Kind::Special
                 && match numbers {
                     Numbers::Text => false,
                     Numbers::Ambiguous => true,
-                    Numbers::Plain => column.not_null || never_null,
+                    Numbers::Plain => column.not_null || part == Part::Key,
                 };
             if special {
                 return Ok(false);

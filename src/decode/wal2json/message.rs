@@ -36,8 +36,8 @@ impl Action {
     }
 }
 
-/// What stands in a message; which of it there is depends on the action. Unknown keys are passed
-/// over, as newer versions add some.
+/// What stands in a message that is no change of a row; which of it, depends on the action. Unknown
+/// keys are passed over, as newer versions add some.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Fields<'a> {
     pub xid: Option<u32>,
@@ -47,13 +47,39 @@ pub struct Fields<'a> {
     pub next_lsn: Option<Lsn>,
     pub schema: Option<Text<'a>>,
     pub table: Option<Text<'a>>,
-    /// At the opening bracket of `columns`.
-    pub columns: Option<super::change::Cells<'a>>,
-    /// At the opening bracket of `identity`.
-    pub identity: Option<super::change::Cells<'a>>,
     pub transactional: bool,
     pub prefix: Option<Text<'a>>,
     pub content: Option<Text<'a>>,
+}
+
+/// A change up to its rows, which are read once the table is known.
+#[derive(Clone, Copy, Debug)]
+pub struct Head<'a> {
+    pub schema: Option<Text<'a>>,
+    pub table: Option<Text<'a>>,
+    /// At the key of the first row; `None` if there is none.
+    pub rows: Option<Reader<'a>>,
+}
+
+impl<'a> Head<'a> {
+    /// From behind the action. The names come before the rows.
+    pub fn read(reader: &mut Reader<'a>) -> Result<Head<'a>> {
+        let mut head = Head { schema: None, table: None, rows: None };
+        while reader.more(b'}')? {
+            let field = *reader;
+            match reader.key()?.raw {
+                b"schema" => head.schema = text(reader)?,
+                b"table" => head.table = text(reader)?,
+                b"columns" | b"identity" => {
+                    head.rows = Some(field);
+                    return Ok(head);
+                }
+                _ => reader.skip()?,
+            }
+        }
+        reader.end()?;
+        Ok(head)
+    }
 }
 
 impl<'a> Fields<'a> {
@@ -69,7 +95,7 @@ impl<'a> Fields<'a> {
     }
 
     /// One field's value.
-    pub fn take(&mut self, key: &[u8], reader: &mut Reader<'a>) -> Result<()> {
+    fn take(&mut self, key: &[u8], reader: &mut Reader<'a>) -> Result<()> {
         match key {
             b"xid" => self.xid = number(reader)?,
             b"timestamp" => self.time = text(reader)?,
@@ -81,14 +107,6 @@ impl<'a> Fields<'a> {
             b"transactional" => self.transactional = reader.token()? == Token::Bool(true),
             b"prefix" => self.prefix = text(reader)?,
             b"content" => self.content = text(reader)?,
-            b"columns" => {
-                self.columns = Some(super::change::Cells::Objects(*reader));
-                reader.skip()?;
-            }
-            b"identity" => {
-                self.identity = Some(super::change::Cells::Objects(*reader));
-                reader.skip()?;
-            }
             _ => reader.skip()?,
         }
         Ok(())

@@ -1,9 +1,11 @@
-//! wal2json, formats 2 and 1, giving the events that pgoutput would give.
+//! wal2json, format 2, giving the events that pgoutput would give.
 //!
-//! Format 2 writes one JSON object for each change, and for BEGIN and COMMIT. Format 1, all that
-//! wal2json 1.0 has, writes one object for a whole transaction, which the server cannot build past
-//! 1 GB (wal2json#46, #183); [`options`] therefore always asks for it in chunks: a head, one object
-//! a change, a tail. Which of the two a message is shows in its first bytes.
+//! Format 2 writes one JSON object for each change, and for BEGIN and COMMIT. Format 1 is not read:
+//! it writes one object for a whole transaction, which the server cannot build past 1 GB
+//! (wal2json#46, #183), and where there is nothing else (1.0), TRUNCATE leaves no trace and what an
+//! origin brought is not told apart. Nor is a format 2 without the numbers of types (before 2.5):
+//! a bytea is written there as its digits, like a text, so that one altered to the other while its
+//! rows are in the stream would be misread in silence. Servers with either have test_decoding.
 //!
 //! What the plugin does not say, and where it comes from instead:
 //! - a table's whole list of columns, its order and its key: the catalog ([`Step::Describe`]),
@@ -11,14 +13,13 @@
 //!   is not noticed by itself). A message that does not fit asks again too; one that does not fit
 //!   the catalog either was written before an ALTER TABLE, and its own word is taken;
 //! - unchanged TOAST values: columns of the table that an UPDATE leaves out;
-//! - whether an UPDATE changed the key: `identity` is always there, so it is compared;
-//! - the commit's position in format 1: the byte before its end, which is all that is given.
+//! - whether an UPDATE changed the key: `identity` is always there, so it is compared.
 //!
 //! What it cannot say: NaN and infinities of columns that are `real`, `double precision` or
-//! `numeric` are `null` like NULL, before 2.6 ([`Numbers`]); TRUNCATE in format 1; RESTART IDENTITY
-//! and CASCADE (cascaded tables are listed); a logical message behind its first NUL byte; a change
-//! of a column's modifier alone; in an UPDATE written before ADD COLUMN, that the column was not
-//! there (it comes as unchanged, which writes nothing). UPDATE and DELETE of a table without an
+//! `numeric` are `null` like NULL, before 2.6 ([`Numbers`]); RESTART IDENTITY and CASCADE (cascaded
+//! tables are listed); a logical message behind its first NUL byte; a change of a column's modifier
+//! alone; in an UPDATE written before ADD COLUMN, that the column was not there (it comes as
+//! unchanged, which writes nothing). UPDATE and DELETE of a table without an
 //! identity are left out with a WARNING: [`dropped`] knows it.
 //!
 //! Over the replication protocol textual output comes in the server's encoding, unconverted; from
@@ -26,7 +27,6 @@
 //! be read that way.
 
 mod change;
-mod first;
 mod message;
 mod options;
 mod table;
@@ -47,11 +47,10 @@ use crate::id::QualifiedName;
 use crate::limit::MESSAGE_BYTES;
 use crate::lsn::Lsn;
 
-use change::Rows;
-use message::{Action, Fields};
+use message::{Action, Fields, Head};
 use table::Table;
 
-pub use options::{Plugin, options, table_list};
+pub use options::{Plugin, TOO_OLD, options, table_list};
 pub use warning::dropped;
 
 /// What a `null` in a column of type `real`, `double precision` or `numeric` means.
@@ -73,8 +72,6 @@ pub struct Decoder {
     numbers: Numbers,
     origins: HashMap<u32, String>,
     truncated: Option<Truncated>,
-    /// Format 1: the transaction whose head has come.
-    open: Option<first::Open>,
     /// A change came since the last transaction began.
     wrote: bool,
     scratch: Scratch,
@@ -125,7 +122,6 @@ impl Decoder {
             numbers,
             origins: HashMap::new(),
             truncated: None,
-            open: None,
             wrote: false,
             scratch: Scratch::default(),
         }
@@ -146,7 +142,8 @@ impl Decoder {
     }
 
     /// The name of a replication origin of the source (`pg_replication_origin`): wal2json gives its
-    /// number only. A transaction of an origin not named here has the name "".
+    /// number only. A transaction of an origin not named here has the name "", and after an empty
+    /// transaction none is.
     pub fn name_origin(&mut self, id: u32, name: impl Into<String>) {
         self.origins.insert(id, name.into());
     }
@@ -154,7 +151,8 @@ impl Decoder {
     /// Decodes one message. `lsn` is where the transport said it stands; of a COMMIT that does not
     /// tell it itself, that is taken as the commit's end.
     ///
-    /// Errors for bytes that are not exactly one message, and for values that wal2json has lost.
+    /// Errors for bytes that are not exactly one message (of a table that takes no part, only its
+    /// beginning is looked at), and for values that wal2json has lost.
     /// Never panics; needs no more memory than the message has bytes.
     pub fn decode(&mut self, data: Bytes, lsn: Lsn) -> Result<Step> {
         let len = data.len();
@@ -172,9 +170,16 @@ impl Decoder {
     fn message(&mut self, data: &[u8], lsn: Lsn) -> Outcome<Step> {
         let mut reader = Reader::new(data);
         if !reader.eat_exact(b"{\"action\":") {
-            return self.first_format(data, lsn);
+            return Err(Wrong { what: "a message of format 2", left: data.len() }.into());
         }
         let action = Action::read(&mut reader)?;
+        if matches!(action, Action::Insert | Action::Update | Action::Delete) {
+            let head = Head::read(&mut reader)?;
+            return match self.truncated() {
+                Some(step) => Ok(step),
+                None => self.change(action, &head, lsn),
+            };
+        }
         let fields = Fields::read(&mut reader)?;
         if action == Action::Truncate {
             return self.truncate(&fields, lsn);
@@ -189,19 +194,19 @@ impl Decoder {
                 fields.begin(origin).map(|begin| Step::Event(Event::Begin(begin)))
             }
             Action::Commit => {
-                self.committed();
+                // DDL leaves an empty transaction, and so does whoever makes or drops an origin:
+                // its number may be another's now.
+                if !self.wrote {
+                    self.tables.outdate();
+                    self.origins.clear();
+                }
                 fields.commit(lsn).map(|commit| Step::Event(Event::Commit(commit)))
             }
             Action::Message => fields.message(lsn),
-            Action::Insert | Action::Update | Action::Delete => self.change(action, &fields, lsn),
-            Action::Truncate => Ok(Step::Nothing),
-        }
-    }
-
-    /// DDL leaves an empty transaction.
-    fn committed(&mut self) {
-        if !self.wrote {
-            self.tables.outdate();
+            // Above.
+            Action::Insert | Action::Update | Action::Delete | Action::Truncate => {
+                Ok(Step::Nothing)
+            }
         }
     }
 
@@ -227,7 +232,8 @@ impl Decoder {
         {
             return Ok(step);
         }
-        let (schema, name) = names(&mut self.scratch.schema, &mut self.scratch.name, fields)?;
+        let Scratch { schema, name, .. } = &mut self.scratch;
+        let (schema, name) = names(schema, name, fields.schema, fields.table)?;
         match self.tables.get_mut(schema, name) {
             None => Ok(Step::Describe(qualified(schema, name, lsn)?)),
             Some(Known::Ignored) => Ok(Step::Nothing),
@@ -240,29 +246,17 @@ impl Decoder {
         }
     }
 
-    fn change(&mut self, action: Action, fields: &Fields<'_>, lsn: Lsn) -> Outcome<Step> {
-        let rows = Rows { new: fields.columns, old: fields.identity, nulls_left_out: false };
-        self.rows(action, fields, rows, lsn)
-    }
-
-    /// The change that `rows` make of a table.
-    fn rows(
-        &mut self,
-        action: Action,
-        fields: &Fields<'_>,
-        rows: Rows<'_>,
-        lsn: Lsn,
-    ) -> Outcome<Step> {
+    fn change(&mut self, action: Action, head: &Head<'_>, lsn: Lsn) -> Outcome<Step> {
         self.wrote = true;
         let Scratch { new, old, schema, name } = &mut self.scratch;
-        let (schema, name) = names(schema, name, fields)?;
+        let (schema, name) = names(schema, name, head.schema, head.table)?;
         let table = match self.tables.get_mut(schema, name) {
             None => return Ok(Step::Describe(qualified(schema, name, lsn)?)),
             Some(Known::Ignored) => return Ok(Step::Nothing),
             Some(Known::Table(table)) => table,
         };
         let mut reading = change::Reading { table, numbers: self.numbers, new, old, lsn };
-        match reading.change(action, &rows)? {
+        match reading.change(action, head.rows)? {
             Some(change) => Ok(Step::Event(Event::Change { xid: None, change })),
             None => Ok(Step::Describe(qualified(schema, name, lsn)?)),
         }
@@ -273,9 +267,10 @@ impl Decoder {
 fn names<'a>(
     schema: &'a mut BytesMut,
     name: &'a mut BytesMut,
-    fields: &Fields<'a>,
+    schema_text: Option<Text<'a>>,
+    name_text: Option<Text<'a>>,
 ) -> Outcome<(&'a [u8], &'a [u8])> {
-    let (Some(schema_text), Some(name_text)) = (fields.schema, fields.table) else {
+    let (Some(schema_text), Some(name_text)) = (schema_text, name_text) else {
         return Err(Wrong { what: "a schema and a table", left: 0 }.into());
     };
     Ok((plain(schema, schema_text)?, plain(name, name_text)?))

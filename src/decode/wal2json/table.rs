@@ -20,7 +20,7 @@ pub struct Table {
 /// A column, in the order in which messages have them.
 #[derive(Debug)]
 pub struct Expected {
-    /// How wal2json 2.5 and later begin the column: `{"name":"id","typeoid":23,"value":`.
+    /// How wal2json begins the column: `{"name":"id","typeoid":23,"value":`.
     pub head: Vec<u8>,
     pub name: String,
     pub type_oid: u32,
@@ -52,11 +52,11 @@ impl Kind {
     }
 }
 
-/// A column as a message has it; `None` where the message does not tell the type.
+/// A column as a message has it.
 #[derive(Debug)]
 pub struct Seen {
     pub name: String,
-    pub type_oid: Option<u32>,
+    pub type_oid: u32,
 }
 
 impl Table {
@@ -67,12 +67,12 @@ impl Table {
         Table { described, relation, columns, fresh: true }
     }
 
-    /// The first column from `from` on that has this name, and this type if it is told.
-    pub fn find(&self, from: usize, name: &[u8], type_oid: Option<u32>) -> Option<usize> {
+    /// The first column from `from` on that has this name and this type.
+    pub fn find(&self, from: usize, name: &[u8], type_oid: u32) -> Option<usize> {
         let rest = self.columns.get(from..)?;
-        let found = rest.iter().position(|column| {
-            column.name.as_bytes() == name && type_oid.is_none_or(|oid| oid == column.type_oid)
-        });
+        let same =
+            |column: &Expected| column.name.as_bytes() == name && column.type_oid == type_oid;
+        let found = rest.iter().position(same);
         found.map(|at| from + at)
     }
 
@@ -122,10 +122,10 @@ impl Table {
 
 fn believed(known: Option<&DescribedColumn>, seen: &Seen) -> DescribedColumn {
     match known {
-        Some(known) if seen.type_oid.is_none_or(|oid| oid == known.type_oid) => known.clone(),
+        Some(known) if seen.type_oid == known.type_oid => known.clone(),
         _ => DescribedColumn {
             name: seen.name.clone(),
-            type_oid: seen.type_oid.unwrap_or(0),
+            type_oid: seen.type_oid,
             type_modifier: -1,
             type_name: String::new(),
             key: known.is_some_and(|known| known.key),

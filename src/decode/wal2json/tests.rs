@@ -40,23 +40,7 @@ const MESSAGE: &str = concat!(
     r#"{"action":"M","xid":null,"timestamp":null,"origin":null,"lsn":"0/1C0","#,
     r#""transactional":false,"prefix":"p","content":"a\"b"}"#,
 );
-const HEAD_1: &str =
-    r#"{"xid":731,"nextlsn":"0/1D0","timestamp":"2026-11-21 04:18:20.123456+00","change":["#;
-const INSERT_1: &str = concat!(
-    r#"{"kind":"insert","schema":"public","table":"t","columnnames":["id","b","ok","n","#,
-    r#""v"],"columntypeoids": [23,17,16,1700,25],"columnvalues":[1,"00ff",true,1.50,null]}"#,
-);
-const UPDATE_1: &str = concat!(
-    r#",{"kind":"update","schema":"public","table":"t","columnnames":["id","ok","n","v"],"#,
-    r#""columntypeoids":[23,16,1700,25],"columnvalues":[1,false,2,"x"],"#,
-    r#""oldkeys":{"keynames":["id"],"keytypeoids":[23],"keyvalues":[1]}}"#,
-);
-const TAIL_1: &str = "]}";
-const LONE_1: &str =
-    r#"{"change":[,{"kind":"message","transactional":false,"prefix":"p","content":"c"}]}"#;
-
-const EVERY: [&str; 9] =
-    [BEGIN, COMMIT, INSERT, UPDATE, DELETE, TRUNCATE, MESSAGE, INSERT_1, UPDATE_1];
+const EVERY: [&str; 7] = [BEGIN, COMMIT, INSERT, UPDATE, DELETE, TRUNCATE, MESSAGE];
 
 fn table() -> Described {
     let column = |name: &str, type_oid: u32| DescribedColumn {
@@ -134,24 +118,54 @@ fn a_transaction_of_format_2_is_told_as_pgoutput_tells_it() {
     assert_eq!(step(&mut decoder, &old), Step::Event(Event::Commit(commit)));
 }
 
+/// The one is written as the digits of the other.
 #[test]
-fn a_transaction_of_format_1_comes_in_chunks() {
-    let mut decoder = knowing(Numbers::Plain);
-    let Step::Event(Event::Begin(begin)) = step(&mut decoder, HEAD_1) else { panic!() };
-    assert_eq!((begin.xid, begin.commit_lsn), (731, Lsn(0x1CF)));
-    let Change::Insert { new, .. } = change(step(&mut decoder, INSERT_1)) else { panic!() };
-    assert_eq!(show(&new), ["1", "\\x00ff", "t", "1.50", "NULL"]);
-    let Change::Update { old, new, .. } = change(step(&mut decoder, UPDATE_1)) else { panic!() };
-    assert_eq!((old, show(&new)[1].as_str()), (None, "unchanged"));
-    let Step::Event(Event::Commit(commit)) = step(&mut decoder, TAIL_1) else { panic!() };
-    assert_eq!((commit.commit_lsn, commit.end_lsn), (Lsn(0x1CF), Lsn(0x1D0)));
-    assert!(refused(&mut decoder, TAIL_1).to_string().contains("the head of a transaction"));
-    let Change::Message { transactional, lsn, .. } = change(step(&mut decoder, LONE_1)) else {
-        panic!()
+fn a_column_without_the_number_of_its_type_is_refused_and_never_guessed() {
+    for message in [INSERT, UPDATE, DELETE] {
+        for oid in [23, 17, 16, 1700, 25] {
+            let older = message.replace(&format!("\"typeoid\":{oid},"), "");
+            let mut decoder = knowing(Numbers::Plain);
+            if older == message {
+                continue;
+            }
+            let error = refused(&mut decoder, &older);
+            assert!(matches!(error, Error::NoTypes { .. }), "{error}: {older}");
+            let text = error.to_string();
+            for told in ["public.t", "2.5", "--decoder test_decoding"] {
+                assert!(text.contains(told), "{told}: {text}");
+            }
+            // Of a table that takes no part it may tell what it likes.
+            decoder.ignore(&QualifiedName::new("public", "t"));
+            assert_eq!(step(&mut decoder, &older), Step::Nothing);
+        }
+    }
+}
+
+#[test]
+fn wal2json_46_format_1_is_not_read() {
+    let head = r#"{"xid":731,"nextlsn":"0/1D0","timestamp":"2026-11-21 04:18:20+00","change":["#;
+    for message in [head, r#",{"kind":"insert","schema":"public","table":"t"}"#, "]}", "{}", ""] {
+        let error = refused(&mut knowing(Numbers::Text), message).to_string();
+        assert!(error.contains("a message of format 2"), "{error}");
+    }
+}
+
+#[test]
+fn the_number_of_an_origin_is_another_s_once_origins_were_made_or_dropped() {
+    let mut decoder = knowing(Numbers::Text);
+    let begin = BEGIN.replace("\"origin\":0", "\"origin\":3");
+    let origin = |decoder: &mut Decoder| match step(decoder, &begin) {
+        Step::Event(Event::Begin(begin)) => begin.origin,
+        other => panic!("{other:?}"),
     };
-    assert_eq!((transactional, lsn), (false, Lsn(0x1D0)));
-    let whole = format!("{HEAD_1}{INSERT_1}{TAIL_1}");
-    assert_eq!(refused(&mut decoder, &whole), Error::NotInChunks { lsn: Lsn(1) });
+    assert_eq!(origin(&mut decoder).as_deref(), Some(""));
+    decoder.name_origin(3, "elsewhere");
+    assert_eq!(origin(&mut decoder).as_deref(), Some("elsewhere"));
+    step(&mut decoder, INSERT);
+    step(&mut decoder, COMMIT);
+    assert_eq!(origin(&mut decoder).as_deref(), Some("elsewhere"));
+    step(&mut decoder, COMMIT);
+    assert_eq!(origin(&mut decoder).as_deref(), Some(""), "to be asked for again");
 }
 
 #[test]
@@ -181,13 +195,13 @@ fn tables_of_one_truncate_are_emptied_together() {
 fn unknown_tables_are_asked_for_and_ignored_ones_passed_over() {
     let mut decoder = Decoder::new(Numbers::Text);
     let name = QualifiedName::new("public", "t");
-    for message in [INSERT, UPDATE, DELETE, TRUNCATE, INSERT_1] {
+    for message in [INSERT, UPDATE, DELETE, TRUNCATE] {
         assert_eq!(step(&mut decoder, message), Step::Describe(name.clone()), "{message}");
     }
     let odd = INSERT.replace("\"table\":\"t\"", r#""table":"a\"\\b\u00e9""#);
     assert_eq!(step(&mut decoder, &odd), Step::Describe(QualifiedName::new("public", "a\"\\bé")));
     decoder.ignore(&name);
-    for message in [INSERT, UPDATE, DELETE, TRUNCATE, INSERT_1] {
+    for message in [INSERT, UPDATE, DELETE, TRUNCATE] {
         assert_eq!(step(&mut decoder, message), Step::Nothing, "{message}");
     }
     // What was ignored may be described later, and the other way round.
@@ -267,21 +281,21 @@ fn a_number_keeps_a_thousand_digits() {
 
 #[test]
 fn wal2json_183_no_plugin_is_asked_for_a_whole_transaction_in_one_message() {
-    for plugin in [Plugin::V1, Plugin::V2, Plugin::V2_3, Plugin::V2_6] {
+    for plugin in [Plugin::V2_3, Plugin::V2_6] {
         let options = options(plugin, &[3, 4]);
         let has = |name: &str, value: &str| options.contains(&(name, value.to_string()));
-        assert!(has("format-version", "2") || has("write-in-chunks", "1"), "{plugin:?}");
-        assert_eq!(has("filter-origins", "3,4"), plugin >= Plugin::V2_3, "{plugin:?}");
+        assert!(has("format-version", "2") && has("filter-origins", "3,4"), "{plugin:?}");
         assert!(!options.iter().any(|(name, _)| *name == "add-tables"), "wal2json#146");
     }
     let refused = |plugin: Plugin, option: &str| {
         plugin.refused(&format!("127.0.0.1/d: option \"{option}\" = \"1\" is unknown"))
     };
     assert_eq!(refused(Plugin::V2_6, "numeric-data-types-as-string"), Some(Plugin::V2_3));
-    assert_eq!(refused(Plugin::V2_3, "filter-origins"), Some(Plugin::V2));
-    assert_eq!(refused(Plugin::V2, "format-version"), Some(Plugin::V1));
-    assert_eq!(refused(Plugin::V1, "include-origin"), None, "it was not sent");
-    assert_eq!(Plugin::V2.refused("slot \"option\" does not exist"), None);
+    assert_eq!(refused(Plugin::V2_3, "filter-origins"), Some(Plugin::Older));
+    assert_eq!(refused(Plugin::V2_6, "format-version"), Some(Plugin::Older));
+    assert_eq!(refused(Plugin::V2_3, "include-default"), Some(Plugin::Older));
+    assert_eq!(refused(Plugin::Older, "include-origin"), None, "known already");
+    assert_eq!(Plugin::V2_3.refused("slot \"option\" does not exist"), None);
 }
 
 #[test]
@@ -290,7 +304,7 @@ fn every_message_cut_at_every_byte_is_an_error() {
         for len in 0..message.len() {
             let mut decoder = knowing(Numbers::Text);
             let error = refused(&mut decoder, &message[..len]);
-            assert!(matches!(error, Error::Json { .. } | Error::NotInChunks { .. }), "{error}");
+            assert!(matches!(error, Error::Json { .. }), "{error}");
         }
         let longer = format!("{message}x");
         refused(&mut knowing(Numbers::Text), &longer);

@@ -58,8 +58,11 @@ impl Check<'_> {
         }
         let names: Vec<String> =
             self.tables.iter().map(|t| quote_literal(&t.oid.to_string())).collect();
-        let found = self.source_objects(&names.join(",")).await;
+        let oids = names.join(",");
+        let found = self.source_objects(&oids).await;
         self.take(Side::Source, "rights on tables", found)?;
+        let found = self.forced(&oids).await;
+        self.take(Side::Source, "row-level security", found)?;
         let found = database(&mut self.target).await;
         self.take(Side::Target, "rights on the database", found)?;
         if !self.source.facts.superuser {
@@ -96,6 +99,38 @@ impl Check<'_> {
             findings.extend(self.not_given(&given).await?);
         }
         Ok(findings)
+    }
+
+    /// Tables whose policies hold for their owners too: who owns them on the target is refused when
+    /// it writes there.
+    async fn forced(&mut self, oids: &str) -> pg::Result<Vec<Finding>> {
+        let sql = "select rolsuper or rolbypassrls from pg_catalog.pg_roles \
+             where rolname = current_user";
+        if oids.is_empty() || self.target.session.query_one(sql, &[]).await?.bool(0)? {
+            return Ok(Vec::new());
+        }
+        let sql = format!(
+            "select n.nspname, c.relname from pg_catalog.pg_class c \
+             join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+             where c.relrowsecurity and c.relforcerowsecurity and c.oid in ({oids}) order by 1, 2"
+        );
+        let rows = self.source.session.query(&sql).await?;
+        let names = rows
+            .iter()
+            .map(|row| Ok(crate::id::QualifiedName::new(row.str(0)?, row.str(1)?).to_string()));
+        let names = names.collect::<pg::Result<Vec<_>>>()?;
+        if names.is_empty() {
+            return Ok(Vec::new());
+        }
+        let role = quote_ident(&self.target.facts.role);
+        let message = format!(
+            "{} have FORCE ROW LEVEL SECURITY, which holds for role {role} there too: applying \
+             changes to them would be refused",
+            some(&names)
+        );
+        let fix = format!("ALTER ROLE {role} BYPASSRLS;");
+        let object = "row-level security";
+        Ok(vec![Finding::error(Side::Target, "row-security", object, message).fix(fix)])
     }
 
     pub(super) fn end(&mut self, side: Side) -> &mut End {

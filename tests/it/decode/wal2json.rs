@@ -64,35 +64,6 @@ async fn format_2_gives_what_pgoutput_gives() {
     assert!(changes > 90, "{changes}");
 }
 
-/// Format 1 does not tell where a commit begins.
-fn without_commit_lsn(mut chunks: Vec<Chunk>) -> Vec<Chunk> {
-    for chunk in &mut chunks {
-        let Some(commit) = &mut chunk.commit else { panic!("a transaction in pieces") };
-        commit.commit_lsn = Lsn(commit.end_lsn.0 - 1);
-        std::sync::Arc::make_mut(&mut chunk.begin).commit_lsn = commit.commit_lsn;
-    }
-    chunks
-}
-
-#[tokio::test]
-async fn wal2json_46_format_1_in_chunks_gives_what_pgoutput_gives() {
-    let (_server, mut session) = worked("UTF8").await;
-    let expected = without_commit_lsn(beside::by_pgoutput(&mut session).await);
-    let mut first = options(Plugin::V1, &[]);
-    assert!(first.contains(&("write-in-chunks", "1".to_string())));
-    // Version 2 refuses what 1.0 needs to leave out unchanged values.
-    first.retain(|(name, _)| *name != "include-unchanged-toast");
-    let mut decoder = Decoder::new(Numbers::Plain);
-    let (found, _) = beside::by_text(&mut session, &mut decoder, &first).await;
-    let changes = beside::assert_same(&expected, &without_commit_lsn(found));
-    println!("{changes} changes");
-    assert!(changes > 80, "{changes}");
-    first.retain(|(name, _)| *name != "write-in-chunks");
-    let whole = beside::messages(&mut session, &first).await.unwrap();
-    let (lsn, data) = whole.into_iter().find(|(_, data)| data.len() > 200).unwrap();
-    assert_eq!(decoder.decode(data, lsn), Err(Error::NotInChunks { lsn }));
-}
-
 /// The values of the rows that changes give, NULL and unchanged ones by name.
 fn rows(chunks: &[Chunk]) -> Vec<String> {
     let show = |row: &Row| {

@@ -395,9 +395,26 @@ const DROPPED: &[&str] = &["abstime", "reltime", "tinterval", "smgr"];
 
 async fn there_and_back(name: &str, majors: (u32, u32), keep: impl Fn(&Type) -> bool) {
     let story = Story::between(servers(majors.0, majors.1), name, "template template0", "select 1");
+    story_of_types(story, majors, &[], keep).await;
+}
+
+/// `how` goes with the first run.
+async fn story_of_types(
+    story: Story,
+    majors: (u32, u32),
+    how: &[&str],
+    keep: impl Fn(&Type) -> bool,
+) {
+    let name = story.name.clone();
     let mut types = types_of(&story, majors).await;
     types.retain(keep);
     assert!(types.len() >= DROPPED.len(), "{} types", types.len());
+    println!(
+        "{}: {} types, {} values",
+        name,
+        types.len(),
+        types.iter().map(|t| t.values.len()).sum::<usize>()
+    );
     story.source(&format!("{PLAIN}{}", schema(&types)));
     for server in [story.source, story.target] {
         for (setting, value) in HOSTILE {
@@ -406,7 +423,7 @@ async fn there_and_back(name: &str, majors: (u32, u32), keep: impl Fn(&Type) -> 
         }
     }
     let alike = majors.0 == majors.1;
-    story.done(&["run", "--until", "following"]).await;
+    story.done(&[&["run", "--until", "following"], how].concat()).await;
     same(&story, &types, alike).await;
     story.source(&format!("{PLAIN}{}", writes(&types, 100)));
     let mut run = story.spawn(&["run"]);
@@ -437,4 +454,37 @@ async fn every_type_of_the_catalog_goes_from_10_to_18_and_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn types_that_later_versions_dropped_go_there_and_back() {
     there_and_back("types_dropped", (10, 10), |t| DROPPED.contains(&&*t.name)).await;
+}
+
+/// By each textual decoder too: the one over SQL, the other over the replication protocol. (Before
+/// 2.6 wal2json has no NaN and no infinities of numbers, and the values then are none of those.)
+#[tokio::test(flavor = "multi_thread")]
+async fn every_type_of_the_catalog_goes_there_and_back_by_textual_decoders() {
+    // Other stories make origins, which test_decoding cannot tell apart.
+    let servers = alone((15, 15));
+    let story = Story::between(servers, "every_type_td", "template template0", "select 1");
+    let how = ["--decoder", "test_decoding", "--transport", "pull"];
+    story_of_types(story, (15, 15), &how, |_| true).await;
+    let story = Story::between(servers, "every_type_w2j", "template template0", "select 1");
+    let how = ["--decoder", "wal2json", "--transport", "stream", "--no-nan"];
+    let numbers = ["float4", "float8", "numeric"];
+    story_of_types(story, (15, 15), &how, |t| !numbers.contains(&&*t.name)).await;
+}
+
+/// No version has a type that the samples lack.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_type_of_every_version_has_a_sample() {
+    for major in (10..=18).filter(|major| binaries::is_installed(*major)) {
+        let server = Server::start(&Server::bin_of(major).unwrap(), &[]).unwrap();
+        let mut session = session(&server, "postgres").await;
+        let rows = session.query(TYPES).await.unwrap();
+        let names = rows.iter().map(|row| row.str(0).unwrap());
+        let known = |name: &&str| {
+            SAMPLES.iter().any(|(n, since, _)| n == name && *since <= major)
+                || UNWRITABLE.contains(name)
+        };
+        let without: Vec<&str> = names.filter(|name| !known(name)).collect();
+        assert_eq!(without, Vec::<&str>::new(), "{major}");
+        assert!(rows.len() > 60, "{major}: {}", rows.len());
+    }
 }

@@ -176,18 +176,50 @@ async fn values_of_100_mb_are_copied_and_followed() {
 /// What LATIN1 has, UTF-8 has too, in values, in names and in labels.
 #[tokio::test(flavor = "multi_thread")]
 async fn latin1_becomes_utf8_in_values_names_and_labels() {
-    let (source, target) = servers(15, 15);
-    source
-        .psql(
-            "postgres",
-            "create database latin encoding 'LATIN1' lc_collate 'C' lc_ctype 'C' \
-            template template0",
-        )
-        .unwrap();
-    target.psql("postgres", "create database latin template template0").unwrap();
-    let story = Story::there((source, target), "latin");
+    latin1(servers(15, 15), "latin", &[]).await;
+}
+
+/// What a textual decoder prints has to be read in the encoding that it comes in: of LATIN1 only a
+/// pull has it converted, and bytes of SQL_ASCII are no text at all.
+#[tokio::test(flavor = "multi_thread")]
+async fn encodings_of_databases_are_kept_by_textual_decoders() {
+    let servers = alone((15, 15));
+    for decoder in ["test_decoding", "wal2json"] {
+        let how = ["--decoder", decoder];
+        latin1(servers, &format!("latin_{decoder}"), &how).await;
+        for transport in ["stream", "pull"] {
+            let name = format!("ascii_{decoder}_{transport}");
+            sql_ascii(servers, &name, &["--decoder", decoder, "--transport", transport]).await;
+        }
+    }
+}
+
+async fn sql_ascii(servers: (&'static Server, &'static Server), name: &str, how: &[&str]) {
+    let options = "encoding 'SQL_ASCII' lc_collate 'C' lc_ctype 'C' template template0";
+    let schema = "create table raw (id int primary key, v text, k varchar(10)); \
+         insert into raw values (1, E'\\xff\\xfe caf\\xe9', E'\\xe9'), (2, 'plain', E'\\xc3\\xa9')";
+    let story = Story::between(servers, name, options, schema);
+    story.done(&[&["run", "--until", "following"], how].concat()).await;
+    story.source(
+        "insert into raw values (3, E'\\x80\\x81\"\\\\\\x27', null); \
+         update raw set v = v || E'\\xfc' where id = 1",
+    );
+    story.follows("update raw set k = E'\\xa0' where id = 3; delete from raw where id = 2").await;
+    let bytes = "select string_agg(encode(v::bytea, 'hex') || encode(k::bytea, 'hex'), ',' \
+         order by id) from raw where id = 1";
+    assert_eq!(story.target(bytes), "fffe20636166e9fce9");
+}
+
+async fn latin1(servers: (&'static Server, &'static Server), name: &str, how: &[&str]) {
+    let (source, target) = servers;
+    let made = format!(
+        "create database {name} encoding 'LATIN1' lc_collate 'C' lc_ctype 'C' template template0"
+    );
+    source.psql("postgres", &made).unwrap();
+    target.psql("postgres", &format!("create database {name} template template0")).unwrap();
+    let story = Story::there((source, target), name);
     // psql would take its own encoding for granted.
-    let mut source = session(source, "latin").await;
+    let mut source = session(source, name).await;
     let mut write = async |sql: &str| source.execute(sql).await.unwrap();
     write(
         "set search_path = public; create table mark (n int primary key); \
@@ -196,7 +228,7 @@ async fn latin1_becomes_utf8_in_values_names_and_labels() {
         insert into \"stra\u{df}e\" values ('\u{e4}\u{f6}\u{fc}\u{df}', '\u{bf}\u{d8}?', '\u{e4}')",
     )
     .await;
-    story.done(&["run", "--until", "following"]).await;
+    story.done(&[&["run", "--until", "following"], how].concat()).await;
     write(
         "insert into \"stra\u{df}e\" values ('\u{e9}', 'caf\u{e9}', 'b'); \
         update \"stra\u{df}e\" set v = v || '\u{ff}' where \"schl\u{fc}ssel\" like '\u{e4}%'",

@@ -2,6 +2,7 @@
 
 mod aside;
 mod managed;
+mod objects;
 mod roles;
 mod textual;
 

@@ -3,6 +3,7 @@
 pub mod contract;
 mod flow;
 mod publication;
+mod pull;
 pub mod rig;
 mod slot;
 mod snapshot;

@@ -46,6 +46,11 @@ impl Rig {
     /// Runs `ddl`, publishes `tables`, makes the slot.
     pub async fn new(settings: &[&str], ddl: &str, tables: &[&str]) -> Rig {
         let server = Server::start(&Server::default_bin().unwrap(), settings).unwrap();
+        Rig::on(server, ddl, tables).await
+    }
+
+    /// The same on a server that runs.
+    pub async fn on(server: Server, ddl: &str, tables: &[&str]) -> Rig {
         let config = Config::parse(&server.uri("postgres")).unwrap().labelled("source");
         let mut sql = Session::connect(&config, Purpose::Sql).await.unwrap();
         sql.execute(ddl).await.unwrap();

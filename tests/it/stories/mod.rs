@@ -40,6 +40,14 @@ pub fn servers(source_major: u32, target_major: u32) -> (&'static Server, &'stat
     (of(source_major, true), of(target_major, false))
 }
 
+/// Servers that no other story uses, of these major versions.
+pub fn alone(majors: (u32, u32)) -> (&'static Server, &'static Server) {
+    let start = |major| -> &'static Server {
+        Box::leak(Box::new(Server::start(&Server::bin_of(major).unwrap(), ROOM).unwrap()))
+    };
+    (start(majors.0), start(majors.1))
+}
+
 /// One story: a database on both sides, and a job between them.
 pub struct Story {
     pub source: &'static Server,

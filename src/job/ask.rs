@@ -1,16 +1,16 @@
 //! A client of whatever runner is alive, and of one of our own where none is.
 
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use super::client::{Asking, Client};
+use super::run::{Notice, Report};
+use super::store::{JobRow, Store};
+use super::{Error, JobConfig, Phase, Result, Runner, Until, lease};
 use crate::clock::Deadline;
-use crate::job::client::{Asking, Client};
-use crate::job::store::{JobRow, Store};
-use crate::job::{self, JobConfig, Notice, Phase, Runner, Until, lease};
 use crate::pg::Session;
 
 /// A runner that is alive takes a command at its next turn, and one that hangs takes none.
@@ -30,23 +30,28 @@ pub struct Asker {
     pub row: JobRow,
     /// The connection for commands.
     pub client: Client,
+    /// Told by a runner of our own, and of what keeps another from its work.
+    report: Report,
     own: Option<Own>,
-    /// What was said last of what keeps the runner from its work.
-    said: Arc<Mutex<String>>,
 }
 
 struct Own {
     stop: watch::Sender<bool>,
-    task: JoinHandle<job::Result<Phase>>,
+    task: JoinHandle<Result<Phase>>,
 }
 
 impl Asker {
-    /// Connects. Fails if there is no such job, or where `fits` refuses it as it stands. Starts a
-    /// runner of our own if none is alive.
-    pub async fn connect(
+    /// Connects. Fails if there is no such job. Starts a runner of our own if none is alive.
+    pub async fn connect(config: &JobConfig, report: Report) -> Result<Asker> {
+        Self::connect_if(config, report, |_| Ok(())).await
+    }
+
+    /// The same, but where `fits` refuses the job as it stands: then no runner is started.
+    pub async fn connect_if(
         config: &JobConfig,
-        fits: impl FnOnce(&JobRow) -> job::Result<()>,
-    ) -> anyhow::Result<Asker> {
+        report: Report,
+        fits: impl FnOnce(&JobRow) -> Result<()>,
+    ) -> Result<Asker> {
         let mut config = config.clone();
         let home = Session::control(&config.target).await?;
         let mut store = Store::new(home, config.job.clone());
@@ -54,9 +59,9 @@ impl Asker {
         fits(&row)?;
         // The job knows its tables; these commands need not repeat the options.
         config.options = row.options.clone();
-        let client = Client::connect(&config.target, &config.job).await?;
-        let said = Arc::new(Mutex::new(String::new()));
-        let mut asker = Asker { config, row, client, own: None, said };
+        let mut client = Client::connect(&config.target, &config.job).await?;
+        client.tell_of_loss();
+        let mut asker = Asker { config, row, client, report, own: None };
         asker.ensure_runner().await?;
         Ok(asker)
     }
@@ -72,12 +77,12 @@ impl Asker {
     }
 
     /// True if it has just been started.
-    async fn ensure_runner(&mut self) -> anyhow::Result<bool> {
+    async fn ensure_runner(&mut self) -> Result<bool> {
         if let Some(own) = self.own.take_if(|own| own.task.is_finished()) {
-            match own.task.await? {
+            match joined(own.task).await {
                 // Another took the lease first, and hears the command as well.
-                Ok(_) | Err(job::Error::Busy { .. }) => {}
-                Err(error) => return Err(error.into()),
+                Ok(_) | Err(Error::Busy { .. }) => {}
+                Err(error) => return Err(error),
             }
         }
         // A home database that cannot say has no use for another runner; the next turn asks again.
@@ -87,13 +92,7 @@ impl Asker {
             return Ok(false);
         }
         let (stop, stopping) = watch::channel(false);
-        let said = self.said.clone();
-        let report = Arc::new(move |notice: Notice| match notice {
-            Notice::Said(text) => eprintln!("{text}"),
-            Notice::Trouble(text) => say_once(&said, &text),
-            _ => {}
-        });
-        let config = self.config.clone();
+        let (config, report) = (self.config.clone(), self.report.clone());
         let task = tokio::spawn(Runner::run(config, Until::Told, report, stopping));
         self.own = Some(Own { stop, task });
         Ok(true)
@@ -102,7 +101,7 @@ impl Asker {
     /// Asks and waits for the answer, up to `wait`; a runner that dies meanwhile is replaced by one
     /// of our own. What keeps a runner from its work is said. A command that no runner takes in
     /// time is taken back.
-    pub async fn ask(&mut self, verb: &str, args: &Value, wait: Duration) -> anyhow::Result<Value> {
+    pub async fn ask(&mut self, verb: &str, args: &Value, wait: Duration) -> Result<Value> {
         let id = self.client.post(verb, args).await?;
         let mut take_wait = if self.is_own() { OWN_TAKE_WAIT } else { TAKE_WAIT };
         let (deadline, mut take) = (Deadline::after(wait), Deadline::after(take_wait));
@@ -111,12 +110,12 @@ impl Asker {
             match self.client.poll(&id).await? {
                 Asking::Done(value) => return Ok(value),
                 Asking::Queued if take.passed() && self.client.withdraw(&id).await? => {
-                    return Err(self.client.no_answer(verb, take_wait).await.into());
+                    return Err(self.client.no_answer(verb, take_wait).await);
                 }
                 _ => {}
             }
             if deadline.passed() {
-                return Err(self.client.no_answer(verb, wait).await.into());
+                return Err(self.client.no_answer(verb, wait).await);
             }
             if look.passed() {
                 look = Deadline::after(RUNNER_LOOK);
@@ -126,7 +125,7 @@ impl Asker {
                 } else if self.own.is_none()
                     && let Some(trouble) = self.client.trouble().await
                 {
-                    say_once(&self.said, &trouble);
+                    (self.report)(Notice::Trouble(trouble));
                 }
             }
             tokio::time::sleep(POLL).await;
@@ -139,22 +138,19 @@ impl Asker {
     }
 
     /// Ends our own runner, if there is one, at a batch boundary.
-    pub async fn close(self) -> anyhow::Result<()> {
+    pub async fn close(self) -> Result<()> {
         if let Some(own) = self.own {
             let _ = own.stop.send(true);
-            match own.task.await? {
-                Ok(_) | Err(job::Error::Interrupted | job::Error::Busy { .. }) => {}
-                Err(error) => return Err(error.into()),
+            match joined(own.task).await {
+                Ok(_) | Err(Error::Interrupted | Error::Busy { .. }) => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(())
     }
 }
 
-fn say_once(said: &Mutex<String>, text: &str) {
-    let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
-    if *said != text {
-        *said = text.to_string();
-        eprintln!("trying again: {text}");
-    }
+/// How a runner ended.
+pub(super) async fn joined(task: JoinHandle<Result<Phase>>) -> Result<Phase> {
+    task.await.map_err(|e| Error::State(format!("the runner: {e}")))?
 }

@@ -1,0 +1,115 @@
+//! Both sides compared while a runner keeps them level, as verify does, and a task before it
+//! cuts over.
+
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::client::Client;
+use super::store::Store;
+use super::{JobConfig, Result, align, rest, state};
+use crate::id::{QualifiedName, Stream};
+use crate::large;
+use crate::pg::{Config, Purpose, Session};
+use crate::verify::{self, Report, Side};
+
+/// How often tables that are truncated or rewritten while they are compared are tried again.
+const ROUNDS: usize = 10;
+
+/// Compares all rows through a runner that is alive. Both sides must be lined up within `timeout`.
+///
+/// # Errors
+/// In a phase without a stream that keeps the sides level. A difference is none: see the report.
+pub async fn compare(client: &mut Client, config: &JobConfig, timeout: Duration) -> Result<Report> {
+    let config = &config.clone().reaching_shards().await?;
+    let stream = flowing(config).await?;
+    // A runner that has just begun may still be connecting its streams.
+    client.ask("ping", &Value::Null, Duration::from_secs(60)).await?;
+    let mut report = compare_once(client, config, stream, timeout, None).await?;
+    for _ in 0..ROUNDS {
+        if report.rewritten.is_empty() {
+            return Ok(report);
+        }
+        let tables = report.rewritten.clone();
+        let again = compare_once(client, config, stream, timeout, Some(tables)).await?;
+        report = report.amend(again);
+    }
+    Err(verify::Error::Rewritten { tables: report.rewritten }.into())
+}
+
+/// Compares `tables`, or all, at one point of the stream.
+async fn compare_once(
+    client: &mut Client,
+    config: &JobConfig,
+    stream: Stream,
+    timeout: Duration,
+    tables: Option<Vec<QualifiedName>>,
+) -> Result<Report> {
+    let (from, to) = match stream {
+        Stream::Forward => (&config.source, &config.target),
+        Stream::Reverse => (&config.target, &config.source),
+    };
+    let line = line(config, stream, from, to).await?;
+    let aligned = align::align(client, &line, timeout).await?;
+    let options = &config.options;
+    let mut source = Session::connect(&config.source, Purpose::Sql).await?;
+    let selection = options.selection(&mut source).await?;
+    let side = |config: &Config, snapshot: &str| Side {
+        config: config.clone(),
+        snapshot: Some(snapshot.to_string()),
+    };
+    // Source and target keep their names whichever way the rows flow.
+    let (from, to) = (side(from, &aligned.from_snapshot), side(to, &aligned.to_snapshot));
+    let mut wanted = match stream {
+        Stream::Forward => verify::Options::new(from, to),
+        Stream::Reverse => verify::Options::new(to, from),
+    };
+    wanted.selection = selection;
+    wanted.tables = tables;
+    let home = Session::connect(&config.target, Purpose::Sql).await?;
+    let mut store = Store::new(home, config.job.clone());
+    wanted.publication = store.load_readings().await?.publication;
+    wanted.parallelism = config.jobs;
+    Ok(verify::run(wanted).await?)
+}
+
+async fn line(
+    config: &JobConfig,
+    stream: Stream,
+    from: &Config,
+    to: &Config,
+) -> Result<align::Line> {
+    let home = Session::control(&config.target).await?;
+    let mut readings = Store::new(home, config.job.clone()).load_readings().await?;
+    Ok(align::Line {
+        stream,
+        publications: readings.publications(stream, &config.job.object(stream)),
+        reading: readings.of(stream).clone().unwrap_or_default(),
+        from: from.clone(),
+        to: to.clone(),
+    })
+}
+
+/// The stream that keeps the other side current now.
+async fn flowing(config: &JobConfig) -> Result<Stream> {
+    let home = Session::control(&config.target).await?;
+    let row = Store::new(home, config.job.clone()).load_existing().await?;
+    Ok(state::flowing(row.phase)?)
+}
+
+/// Large objects, if they move. They are carried at a switch and not while following, so what the
+/// live side has changed since is no difference, but told.
+pub async fn large_objects(config: &JobConfig) -> Result<Option<large::Comparison>> {
+    let (live, dest, side) = match flowing(config).await? {
+        Stream::Forward => (&config.source, &config.target, "source"),
+        Stream::Reverse => (&config.target, &config.source, "target"),
+    };
+    let mut home = Session::connect(&config.target, Purpose::Sql).await?;
+    if !rest::moves_large_objects(&mut home, config).await? {
+        return Ok(None);
+    }
+    let since = rest::load_mark(&mut home, config.job.as_str(), side).await?;
+    let mut live = Session::connect(live, Purpose::Sql).await?;
+    let mut dest = Session::connect(dest, Purpose::Sql).await?;
+    Ok(Some(large::compare(&mut live, &mut dest, since).await?))
+}

@@ -1,0 +1,204 @@
+//! `--ddl`: tables of the source that are altered while they are followed.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use walferry::demo::compare::compare;
+use walferry::demo::server::Server;
+use walferry::demo::writer::{Options, Writer, create_schema};
+
+use crate::support::job::{Ends, conserved};
+use crate::support::{Walferry, until_within};
+
+const TABLES: &str = "create type mood as enum ('sad', 'glad'); \
+    create table item (id int primary key, note varchar(20), amount int); \
+    insert into item select i, 'row ' || i, i from generate_series(1, 100) i; \
+    create table feel (id int primary key, mood mood); \
+    create table log (id int, day int, primary key (id, day)) partition by range (day); \
+    create table log_1 partition of log for values from (0) to (10); \
+    insert into log values (1, 1); \
+    create table other (n serial primary key)";
+
+/// What a table is made of, on either side.
+const SCHEMA: &str = "select string_agg(concat_ws(' ', table_name, column_name, data_type, \
+      character_maximum_length, column_default, is_nullable), E'\n' order by table_name, \
+      ordinal_position) from information_schema.columns where table_schema = 'public'";
+
+async fn two_servers() -> Ends {
+    let ends = Ends::start(15, 15);
+    create_schema(&ends.source_uri(), 1).await.unwrap();
+    ends.source.psql("app", TABLES).unwrap();
+    ends
+}
+
+async fn following(ends: &Ends, arguments: &[&str]) -> Walferry {
+    let mut run = ends.spawn(arguments);
+    ends.until_phase(&mut run, "following").await;
+    run
+}
+
+/// Waits until the target has all that the source has committed by now, of tables that go on.
+async fn arrived(ends: &Ends, run: &mut Walferry) {
+    let n = ends.source.psql("app", "insert into other default values returning n").unwrap();
+    let sql = format!("select count(*) from other where n = {}", n.lines().next().unwrap());
+    until_within(Duration::from_secs(40), "the other table goes on", || {
+        assert!(!run.has_ended(), "the run ended: {}", run.so_far());
+        std::future::ready(ends.target.psql("app", &sql).unwrap() == "1")
+    })
+    .await;
+}
+
+async fn parked(ends: &Ends) -> Value {
+    let status = ends.status().await;
+    conserved(&status["tables"]);
+    status["parked"].clone()
+}
+
+async fn nothing_parked(ends: &Ends) {
+    until_within(Duration::from_secs(40), "nothing is parked", async || {
+        parked(ends).await.as_array().is_some_and(Vec::is_empty)
+    })
+    .await;
+}
+
+async fn same(ends: &Ends) {
+    let found = compare(&ends.source_uri(), &ends.target_uri()).await.unwrap();
+    let rows = found.differences.iter().filter(|line| !line.starts_with("sequence "));
+    assert_eq!(rows.collect::<Vec<_>>(), Vec::<&String>::new());
+    let schema = |server: &Server| server.psql("app", SCHEMA).unwrap();
+    assert_eq!(schema(&ends.source), schema(&ends.target));
+}
+
+/// Each is run with what follows it in one transaction where it may be.
+const ALTERED: &[&str] = &[
+    "insert into item values (200, 'before', 1); alter table item add column c text; \
+     insert into item values (201, 'behind', 1, 'c'); \
+     alter table item add column d int not null default 7; \
+     update item set c = 'all' where id <= 10; insert into item values (202, 'twice', 1, 'c', 9)",
+    "alter table item rename note to remark; update item set remark = 'renamed' where id = 3",
+    "alter table item alter amount type bigint; update item set amount = 9876543210 where id = 4",
+    "alter table item alter remark type varchar(200), add column e numeric(4,1) default 1.5; \
+     update item set remark = repeat('long ', 30) where id = 5",
+    "alter table item drop column c; delete from item where id = 6",
+    "create table log_2 partition of log for values from (10) to (20); \
+     insert into log values (2, 15), (1, 2)",
+    "alter table log add column note text default 'x'; insert into log values (3, 3), (4, 14)",
+    "alter table item rename d to dd; alter table item add column f timestamptz default now(); \
+     update item set dd = 3 where id = 7; truncate feel",
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_altered_is_applied_at_its_place_once_through_kills() {
+    let ends = two_servers().await;
+    let arguments = ["run", "--ddl", "apply"];
+    let mut run = following(&ends, &arguments).await;
+    let options = Options { tx_per_second: Some(100.0), ..Options::new(&ends.source_uri()) };
+    let writer = Writer::start(options).await.unwrap();
+    for (turn, sql) in ALTERED.iter().enumerate() {
+        ends.source.psql("app", sql).unwrap();
+        if turn % 2 == 0 {
+            tokio::time::sleep(Duration::from_millis(fastrand::u64(0..300))).await;
+            run.kill9().await;
+            run = ends.spawn(&arguments);
+        }
+        // Some alone, some behind each other in one batch.
+        if turn % 3 == 1 {
+            arrived(&ends, &mut run).await;
+        }
+    }
+    ends.source.psql("app", "alter type mood add value 'odd' before 'glad'").unwrap();
+    ends.source.psql("app", "insert into feel values (1, 'odd'), (2, 'glad')").unwrap();
+    arrived(&ends, &mut run).await;
+    writer.stop().await;
+    arrived(&ends, &mut run).await;
+    same(&ends).await;
+    ends.done(&["verify"]).await;
+    let once = "select count(*) = count(distinct sql) and count(*) >= 12 from walferry.altered";
+    assert_eq!(ends.target.psql("app", once).unwrap(), "t");
+    let labels = "select enum_range(null::mood)";
+    assert_eq!(ends.target.psql("app", labels).unwrap(), "{sad,odd,glad}");
+    assert!(parked(&ends).await.as_array().unwrap().is_empty());
+    ends.done(&["cancel"]).await;
+    let _ = run.ended().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_waits_for_the_sql_that_is_named_and_all_others_go_on() {
+    let ends = two_servers().await;
+    let mut run = following(&ends, &["run", "--ddl", "hold"]).await;
+    // Enough for sets, and old rows before new ones in one transaction.
+    let first = "begin; update item set amount = 0 where id = 1; delete from item where id = 2; \
+                 alter table item add column c text default 'filled'; \
+                 insert into item select i, 'new', i, 'c' from generate_series(200, 500) i; \
+                 update item set c = 'one' where id = 1; commit";
+    ends.source.psql("app", first).unwrap();
+    let second = "alter table item rename note to remark; \
+                  update item set remark = 'renamed' where id < 300";
+    ends.source.psql("app", second).unwrap();
+    arrived(&ends, &mut run).await;
+    let before = "select count(*), min(amount) from item where id < 100";
+    assert_eq!(ends.target.psql("app", before).unwrap(), "98|0");
+    for awaited in
+        ["add column \"c\" text default 'filled'", "rename column \"note\" to \"remark\""]
+    {
+        run.kill9().await;
+        run = ends.spawn(&["run", "--ddl", "hold"]);
+        until_within(Duration::from_secs(30), awaited, async || {
+            let parked = parked(&ends).await;
+            parked[0]["awaited"].as_str().is_some_and(|sql| sql.contains(awaited))
+        })
+        .await;
+        let parked = parked(&ends).await;
+        assert_eq!(
+            (&parked[0]["table"], parked[0]["reason"].as_str()),
+            (&"public.item".into(), Some("ddl"))
+        );
+        let sql = parked[0]["awaited"].as_str().unwrap();
+        ends.target.psql("app", sql).unwrap();
+    }
+    nothing_parked(&ends).await;
+    arrived(&ends, &mut run).await;
+    same(&ends).await;
+
+    // An enum's label is missed by the first row that has it; a type with USING is not guessed.
+    let odd = "alter type mood add value 'odd' before 'glad'; ";
+    ends.source.psql("app", odd).unwrap();
+    ends.source
+        .psql("app", "insert into feel values (1, 'sad'); insert into feel values (2, 'odd')")
+        .unwrap();
+    let using = "alter table item alter amount type text using 'n' || amount; \
+                 update item set amount = 'text' where id = 1";
+    ends.source.psql("app", using).unwrap();
+    arrived(&ends, &mut run).await;
+    until_within(Duration::from_secs(30), "both are parked", async || {
+        parked(&ends).await.as_array().is_some_and(|parked| parked.len() == 2)
+    })
+    .await;
+    let listed = ends.done(&["quarantine", "list"]).await.out;
+    assert!(listed.contains("add value if not exists 'odd' after 'sad'"), "{listed}");
+    assert!(listed.contains("amount was rewritten as text"), "{listed}");
+    ends.target.psql("app", "alter type mood add value 'odd' before 'glad'").unwrap();
+    let mended = "alter table item alter amount type text using 'n' || amount";
+    ends.target.psql("app", mended).unwrap();
+    nothing_parked(&ends).await;
+    arrived(&ends, &mut run).await;
+    same(&ends).await;
+    run.signal("INT");
+    run.ended().await.expect_success();
+
+    // Stopped, the SQL is in the error; applied by the next run, it goes on.
+    ends.source
+        .psql("app", "alter table item drop column c; insert into item values (9000)")
+        .unwrap();
+    let stopped = ends.walferry(&["run", "--ddl", "hold,drop-column=stop"]).await;
+    assert_eq!(stopped.code, Some(1), "{stopped:?}");
+    assert!(stopped.err.contains("drop column \"c\""), "{}", stopped.err);
+    let mut run = ends.spawn(&["run", "--ddl", "apply"]);
+    ends.until_phase(&mut run, "following").await;
+    arrived(&ends, &mut run).await;
+    same(&ends).await;
+    for bad in [["--ddl", "maybe"], ["--two-phase", "on"]] {
+        let refused = ends.walferry(&[&["run", "--ddl", "hold"][..], &bad].concat()).await;
+        assert_eq!(refused.code, Some(2), "{refused:?}");
+    }
+}

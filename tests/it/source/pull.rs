@@ -1,0 +1,91 @@
+//! What only a pull can run into.
+
+use std::time::Duration;
+
+use walferry::change::Item;
+use walferry::demo::server::Server;
+use walferry::pg::{Purpose, Session};
+use walferry::source::{self, StreamOptions, Transport, slot};
+
+use super::rig::{Reader, Rig, is_mark, soon};
+
+const BUFFER: usize = 16 << 20;
+
+/// The changes up to the next mark, confirmed as they come.
+async fn until_mark(reader: &mut Reader) -> usize {
+    let mut changes = 0;
+    loop {
+        let item = reader.pop().await;
+        if let Some(end_lsn) = item.end_lsn() {
+            reader.durable.send_replace(end_lsn);
+        }
+        let Item::Chunk(chunk) = item else { continue };
+        if chunk.changes.first().is_some_and(is_mark) {
+            return changes;
+        }
+        changes += chunk.changes.len();
+    }
+}
+
+/// A session of PostgreSQL 10 can start pgoutput a few times; a pull starts it with each chunk, and
+/// there each time it tells the slot what is durable.
+#[tokio::test]
+async fn a_pull_outlives_what_a_session_of_an_old_server_bears() {
+    let server = Server::start(&Server::bin_of(10).unwrap(), &[]).unwrap();
+    let mut rig = Rig::on(server, "create table public.t (id int primary key)", &["t"]).await;
+    let options = StreamOptions { pull_messages: Some(10), ..rig.options() };
+    let mut reader = Reader::start_by(&rig.config, Transport::Pull, options, BUFFER).await;
+    let mut backends = std::collections::HashSet::new();
+    for round in 0..30 {
+        for part in 0..3 {
+            let from = round * 12 + part * 4;
+            let sql =
+                format!("insert into public.t select {from} + i from generate_series(0, 3) i");
+            rig.sql.execute(&sql).await.unwrap();
+        }
+        rig.mark().await;
+        assert_eq!(until_mark(&mut reader).await, 12, "{round}");
+        let sql = "select pid from pg_stat_activity where query like '%peek_binary_changes%' \
+             and pid <> pg_backend_pid()";
+        backends.extend(rig.sql.query(sql).await.unwrap().iter().map(|r| r.string(0).unwrap()));
+    }
+    assert!(backends.len() > 3, "{backends:?}");
+    soon("the end", reader.end()).await.unwrap();
+}
+
+/// The server answers a peek once it has decoded all of it, and not even the beginning of the COPY
+/// is heard of before: while it holds the slot for us, it is at work.
+#[tokio::test]
+async fn a_pull_waits_for_a_source_that_decodes_for_longer_than_the_silence_it_bears() {
+    let ddl = "create table public.t (id int primary key); create table public.unseen (id int)";
+    let mut rig = Rig::new(&[], ddl, &["t"]).await;
+    let sql = "insert into public.unseen select generate_series(1, 1500000)";
+    rig.sql.execute(sql).await.unwrap();
+    rig.sql.execute("insert into public.t values (1)").await.unwrap();
+    rig.mark().await;
+    let silence = Duration::from_millis(150);
+    let options = StreamOptions { silence, ..rig.options() };
+    let begun = std::time::Instant::now();
+    let mut reader = Reader::start_by(&rig.config, Transport::Pull, options, BUFFER).await;
+    assert_eq!(until_mark(&mut reader).await, 1);
+    assert!(begun.elapsed() > silence * 2, "{:?}: decode more", begun.elapsed());
+    soon("the end", reader.end()).await.unwrap();
+}
+
+/// A peek gives again what came and is not durable yet: of a PREPARE that could not be told from one
+/// that nobody has seen, and its rows would come twice.
+#[tokio::test]
+async fn a_pull_of_a_slot_that_tells_of_prepare_is_refused() {
+    let rig = Rig::new(&["max_prepared_transactions = 5"], "", &[]).await;
+    let mut sql = Session::connect(&rig.config, Purpose::Sql).await.unwrap();
+    let made = "select pg_create_logical_replication_slot('two', 'pgoutput', false, true)";
+    sql.query(made).await.unwrap();
+    let made = slot::status(&mut sql, "two").await.unwrap().unwrap();
+    let options = StreamOptions { slot: "two".to_string(), ..rig.options() };
+    let start_lsn = made.confirmed_flush_lsn.unwrap();
+    let options = StreamOptions { start_lsn, confirmed_lsn: start_lsn, ..options };
+    let refused = source::Reader::open(&rig.config, Transport::Pull, options.clone()).await;
+    let told = refused.unwrap_err().to_string();
+    assert!(told.contains("slot two ") && told.contains("--transport stream"), "{told}");
+    source::Reader::open(&rig.config, Transport::Stream, options).await.unwrap();
+}
