@@ -29,57 +29,60 @@ const FUNCTION: &str = "
 create or replace function {function}() returns event_trigger
 language plpgsql security definer as $capture$
 declare
+    -- No operator may be looked up before the caller's own search_path is out of the way.
+    before text;
     counted text[];
-    place int := 0;
-    rewrite text := coalesce(nullif(pg_catalog.current_setting('walferry.rewrite', true), ''), '0');
+    place int;
+    rewrite text;
     made record;
 begin
-    if pg_catalog.current_setting('application_name') like 'walferry%' then return; end if;
-    if tg_event = 'table_rewrite' then
-        perform pg_catalog.set_config('walferry.rewrite',
-            pg_catalog.pg_event_trigger_table_rewrite_reason()::text, true);
-        return;
-    end if;
-    if tg_event = 'sql_drop' then
-        perform pg_catalog.set_config('walferry.only_temporary', (select
-            pg_catalog.bool_and(d.is_temporary)::text
-            from pg_catalog.pg_event_trigger_dropped_objects() d), true);
-        return;
-    end if;
-    counted := pg_catalog.string_to_array(
-        pg_catalog.current_setting('walferry.counted', true), '@');
-    if counted[1] = pg_catalog.statement_timestamp()::text then
-        place := counted[2]::int + 1;
-    end if;
-    perform pg_catalog.set_config('walferry.rewrite', '0', true);
-    perform pg_catalog.set_config('walferry.counted',
-        pg_catalog.concat(pg_catalog.statement_timestamp(), '@', place), false);
-    if tg_tag like '%PUBLICATION' or tg_tag like '%SUBSCRIPTION'
-        or tg_tag = 'REFRESH MATERIALIZED VIEW'
-        or (select pg_catalog.bool_and(c.schema_name in ('pg_temp', 'walferry'))
-            from pg_catalog.pg_event_trigger_ddl_commands() c) then
-        return;
-    end if;
-    if tg_tag like 'DROP%'
-        and pg_catalog.current_setting('walferry.only_temporary', true) = 'true' then
-        return;
-    end if;
-    insert into {table} (tag, place, text, search_path, role, rewrite)
-    values (tg_tag, place, pg_catalog.current_query(),
-        pg_catalog.current_setting('search_path'),
-        case pg_catalog.current_setting('role') when 'none' then session_user::text
-            else pg_catalog.current_setting('role') end, rewrite::int);
-    if {publication} is null then return; end if;
-    for made in select c.objid from pg_catalog.pg_event_trigger_ddl_commands() c
-        join pg_catalog.pg_class r on r.oid = c.objid
-        where c.command_tag = 'CREATE TABLE' and c.object_type = 'table'
-            and r.relpersistence = 'p' and not r.relispartition
-    loop
-        execute pg_catalog.format('alter publication %I add table only %s', {publication},
-            made.objid::pg_catalog.regclass);
-    end loop;
-exception when others then
-    raise warning 'walferry: % was not captured: %', tg_tag, sqlerrm;
+    before := pg_catalog.current_setting('search_path');
+    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    <<looking>> begin
+        exit looking when current_setting('application_name') like 'walferry%'
+            or current_setting('walferry.ours', true) = 'on';
+        if tg_event = 'table_rewrite' then
+            perform set_config('walferry.rewrite',
+                pg_event_trigger_table_rewrite_reason()::text, true);
+            exit looking;
+        end if;
+        if tg_event = 'sql_drop' then
+            perform set_config('walferry.only_temporary', (select bool_and(d.is_temporary)::text
+                from pg_event_trigger_dropped_objects() d), true);
+            exit looking;
+        end if;
+        rewrite := coalesce(nullif(current_setting('walferry.rewrite', true), ''), '0');
+        perform set_config('walferry.rewrite', '0', true);
+        counted := string_to_array(current_setting('walferry.counted', true), '@');
+        place := case when counted[1] = statement_timestamp()::text
+            then counted[2]::int + 1 else 0 end;
+        perform set_config('walferry.counted', concat(statement_timestamp(), '@', place), false);
+        exit looking when tg_tag like '%PUBLICATION' or tg_tag like '%SUBSCRIPTION'
+            or tg_tag = 'REFRESH MATERIALIZED VIEW'
+            or (select bool_and(c.schema_name in ('pg_temp', 'walferry'))
+                from pg_event_trigger_ddl_commands() c)
+            or (tg_tag like 'DROP%'
+                and current_setting('walferry.only_temporary', true) = 'true');
+        insert into {table} (tag, place, text, search_path, role, rewrite)
+        values (tg_tag, place, current_query(), before,
+            case current_setting('role') when 'none' then session_user::text
+                else current_setting('role') end, rewrite::int);
+        exit looking when {publication} is null;
+        -- What is run here is no statement of the client's text.
+        perform set_config('walferry.ours', 'on', true);
+        for made in select c.objid from pg_event_trigger_ddl_commands() c
+            join pg_class r on r.oid = c.objid
+            where c.command_tag = 'CREATE TABLE' and c.object_type = 'table'
+                and r.relpersistence = 'p' and not r.relispartition
+        loop
+            execute format('alter publication %I add table only %s', {publication},
+                made.objid::regclass);
+        end loop;
+        perform set_config('walferry.ours', 'off', true);
+    exception when others then
+        raise warning 'walferry: % was not captured: %', tg_tag, sqlerrm;
+    end looking;
+    perform pg_catalog.set_config('search_path', before, true);
 end $capture$;
 ";
 
