@@ -259,7 +259,10 @@ fn dumped(server: &Server) -> String {
     assert!(dump.status.success(), "{dump:?}");
     let text = String::from_utf8(dump.stdout).unwrap();
     let ours = |line: &&str| {
-        !line.starts_with('\\') && !line.contains("walferry_") && !line.contains("capture_main")
+        !line.starts_with('\\')
+            && !line.starts_with("--")
+            && !line.contains("walferry_")
+            && !line.contains("capture_main")
     };
     text.lines().filter(ours).filter(|l| !l.trim().is_empty()).collect::<Vec<_>>().join("\n")
 }
