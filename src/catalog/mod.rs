@@ -5,12 +5,14 @@
 //! to 18 and name every schema, as sessions have an empty search_path. Nothing here writes.
 
 pub mod describe;
+pub mod mark;
 pub mod publication;
 pub mod select;
 pub mod sequence;
 pub mod table;
 
 pub use describe::describe;
+pub use mark::mark;
 pub use publication::{Publication, Published};
 pub use select::{PatternError, Selection};
 pub use sequence::{Sequence, sequences};

@@ -186,6 +186,7 @@ fn request(
         unlogged,
         leave_quarantined: args.leave_quarantined,
         dry_run: args.dry_run,
+        mark: None,
     })
 }
 

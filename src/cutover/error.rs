@@ -89,6 +89,12 @@ pub enum Error {
         /// How far the stream is.
         applied_lsn: Lsn,
     },
+    /// DDL between a look at the tables and the fence.
+    #[error(
+        "a table was altered while the cutover began; nothing was switched and writers go on. Look \
+         at what was altered, and try again"
+    )]
+    Altered,
     /// Rows would be missing on the other side.
     #[error(
         "changes are kept aside and would not be on the other side: {}; see walferry quarantine \

@@ -2,6 +2,7 @@
 //! touch anything, and how servers are told apart.
 
 use super::ability::{Abilities, Ability};
+use super::lease;
 use super::run::{JobConfig, Report};
 use super::state::{Event, step};
 use super::store::{DDL_BOTH, JobRow, Store, ensure};
@@ -12,6 +13,16 @@ use crate::id::quote_ident;
 use crate::pg::{self, Config, Session};
 use crate::source::Recorded;
 use crate::{apply, copy, schema};
+
+impl JobConfig {
+    /// As the runner's sessions are told from all others.
+    pub(super) fn with_runner_name(mut self) -> JobConfig {
+        let name = lease::application_name(&self.job);
+        self.source = self.source.labelled("source").with_application_name(&name);
+        self.target = self.target.labelled("target").with_application_name(&name);
+        self
+    }
+}
 
 /// A job that exists must be the one asked for, on the same servers; for a new one nothing may
 /// stand in the way. Nothing is written, so that a mistake leaves no trace. True if check has
@@ -44,18 +55,24 @@ pub(super) async fn make_tables(
     store: &mut Store,
     source: &mut Session,
 ) -> Result<()> {
-    store.ensure(&[apply::DDL, copy::DDL, schema::DDL, schema::ASIDE_DDL]).await?;
-    // Following needs none of them; the way back does, and asks again.
-    if may_have_tables(source).await? {
-        make_source_tables(config, source).await?;
-    }
-    let systems = (system_of(source).await?, system_of(&mut store.session).await?);
-    let places = (place(&config.source), place(&config.target));
-    let abilities = Abilities {
-        source: Ability::probe(source).await?,
-        target: Ability::probe(&mut store.session).await?,
+    let on_target = async {
+        store.ensure(&[apply::DDL, copy::DDL, schema::DDL, schema::ASIDE_DDL]).await?;
+        let system = system_of(&mut store.session).await?;
+        Ok::<_, super::Error>((system, Ability::probe(&mut store.session).await?))
     };
-    let systems = (systems.0.as_str(), systems.1.as_str());
+    let on_source = async {
+        // Following needs none of them; the way back does, and asks again.
+        if may_have_tables(source).await? {
+            make_source_tables(config, source).await?;
+        }
+        let system = system_of(source).await?;
+        Ok((system, Ability::probe(source).await?))
+    };
+    let ((target_system, target), (source_system, source)) =
+        tokio::try_join!(on_target, on_source)?;
+    let abilities = Abilities { source, target };
+    let places = (place(&config.source), place(&config.target));
+    let systems = (source_system.as_str(), target_system.as_str());
     store.create((&places.0, &places.1), systems, &config.options, abilities).await
 }
 

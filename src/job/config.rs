@@ -25,6 +25,9 @@ pub struct JobConfig {
     pub target: Config,
     /// Table patterns.
     pub options: JobOptions,
+    /// The recycle bin that the old side's tables go to, where only tables move: the number of a
+    /// cluster's job. None: the job's own name.
+    pub bin: Option<String>,
     /// Tables read at the same time, and indexes built at the same time.
     pub jobs: usize,
     /// Copy owners and grants too.
@@ -51,8 +54,8 @@ pub struct JobConfig {
     pub secrets: RouteSecrets,
     /// Whether the forward stream is read by this process, or by another into a topic.
     pub half: Half,
-    /// See [`crate::source::StreamOptions::gather`].
-    pub gather: bool,
+    /// See [`crate::source::StreamOptions::bulk_bytes`].
+    pub bulk_bytes: Option<u64>,
     /// How rows and indexes are made.
     pub bulk: Bulk,
 }

@@ -82,7 +82,8 @@ impl Runner {
     /// that it makes on the target acts on rows.
     async fn may_capture(&mut self, source: &mut Session) -> Result<bool> {
         let options = &self.config.options;
-        let chosen = !options.include.is_empty()
+        let chosen = self.selection.tables_only
+            || !options.include.is_empty()
             || !options.exclude.is_empty()
             || !options.schema_only.is_empty();
         let wanted = self.config.ddl.is_some_and(|policy| policy.captures());

@@ -14,7 +14,7 @@ use super::error::Error;
 use super::place::Place;
 pub use super::positions::StreamRow;
 use super::state::Phase;
-use crate::catalog::Selection;
+use crate::catalog::{PatternError, Selection};
 use crate::id::JobName;
 use crate::lsn::Lsn;
 use crate::pg::{Row, Session};
@@ -63,6 +63,9 @@ pub struct JobOptions {
     /// `--publication`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub publication: Option<String>,
+    /// `--tables-only`.
+    #[serde(default)]
+    pub tables_only: bool,
 }
 
 impl JobOptions {
@@ -71,10 +74,16 @@ impl JobOptions {
         self.include.is_empty() && !self.leave_large_objects
     }
 
+    /// The tables meant, as far as their names tell.
+    pub fn patterns(&self) -> std::result::Result<Selection, PatternError> {
+        let mut selection = Selection::parse(&self.include, &self.exclude, &self.schema_only)?;
+        selection.tables_only = self.tables_only;
+        Ok(selection)
+    }
+
     /// The tables meant, knowing the partitions on this session's server.
     pub async fn selection(&self, session: &mut Session) -> Result<Selection> {
-        let selection = Selection::parse(&self.include, &self.exclude, &self.schema_only)?;
-        Ok(selection.with_partitions(session).await?)
+        Ok(self.patterns()?.with_partitions(session).await?)
     }
 }
 
@@ -90,6 +99,9 @@ impl std::fmt::Display for JobOptions {
         let mut given: Vec<String> = given.map(|(option, p)| format!("{option} '{p}'")).collect();
         if self.leave_large_objects {
             given.push("--large-objects leave".to_string());
+        }
+        if self.tables_only {
+            given.push("--tables-only".to_string());
         }
         given.extend(self.publication.iter().map(|name| format!("--publication '{name}'")));
         f.write_str(if given.is_empty() { "none" } else { "" })?;
@@ -183,18 +195,14 @@ impl Store {
 
     /// The job's row, `None` where there is no such job or no tables.
     pub async fn load(&mut self) -> Result<Option<JobRow>> {
-        if !self.exists().await? {
-            return Ok(None);
+        let sql = "select phase, error, source_system, target_system, source, target, options, \
+             slot_lsn, armed, flip, abilities, spool from walferry.job where name = $1";
+        match self.session.query_opt(sql, &[Some(self.job.as_str())]).await {
+            Ok(row) => row.as_ref().map(read_job).transpose(),
+            // No such table, or no such schema.
+            Err(error) if matches!(error.code(), Some("42P01" | "3F000")) => Ok(None),
+            Err(error) => Err(error.into()),
         }
-        let row = self
-            .session
-            .query_opt(
-                "select phase, error, source_system, target_system, source, target, options, \
-                 slot_lsn, armed, flip, abilities, spool from walferry.job where name = $1",
-                &[Some(self.job.as_str())],
-            )
-            .await?;
-        row.as_ref().map(read_job).transpose()
     }
 
     /// The job's row; an error that names job and server where there is none.

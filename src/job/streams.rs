@@ -181,7 +181,7 @@ pub(super) async fn pipe_options(
             Stream::Reverse => OnRowError::Stop,
         },
         alter: alter(config, stream).await?,
-        gather: config.gather,
+        bulk_bytes: config.bulk_bytes,
     })
 }
 

@@ -6,6 +6,8 @@ mod jobs;
 mod load;
 
 use serde_json::Value;
+use walferry::cluster::read::siblings;
+use walferry::cluster::{Address, Errand};
 use walferry::demo::server::{Server, StopMode};
 
 use crate::support::citus::Citus;
@@ -216,6 +218,14 @@ async fn what_stands_in_the_way_of_a_plan_is_found_on_every_node() {
     let part = plan["findings"].as_array().unwrap().iter().find(|f| f["object"] == "public.part");
     let said = part.unwrap()["message"].as_str().unwrap().to_string();
     assert!(said.contains("co-located with public.swift, which cannot be moved"), "{said}");
+    // A table that is distributed beside a group that moves already.
+    let group = Errand { shards: vec![102_008, 102_016], ..Errand::default() };
+    let place = Address::parse(&address).unwrap();
+    assert_eq!(siblings(&place, &group).await.unwrap(), Vec::<String>::new());
+    citus.distribute("tb3", "c1 int primary key", 1, 8, &[0, 1]);
+    let new = siblings(&place, &group).await.unwrap();
+    assert_eq!(new.len(), 1, "{new:?}");
+    assert!(new[0].contains("tb3 is co-located with it since (shard "), "{new:?}");
     citus.workers[0].configure(&["wal_level = replica"]).unwrap();
     citus.workers[0].restart(StopMode::Fast).unwrap();
     let plan = asked(&address, &move_all).await;

@@ -73,6 +73,11 @@ pub struct TaskRow {
 }
 
 impl TaskRow {
+    /// The number of its cluster's job: its own job's name begins with `cJOBtTASK`.
+    pub fn cluster_job(&self) -> Option<&str> {
+        Some(self.name.strip_prefix('c')?.split_once('t')?.0)
+    }
+
     /// The name of its ordinary job.
     pub fn job_name(&self) -> Result<JobName> {
         self.name.parse().map_err(|e| Error::State(format!("walferry.cluster_task.name: {e}")))
@@ -287,6 +292,25 @@ impl ClusterStore {
             Some(if fresh { "true" } else { "false" }),
         ];
         Ok(!self.session.query_params(sql, &params).await?.is_empty())
+    }
+
+    /// Tasks that move the same as this one, between nodes that it takes part in, and are not over:
+    /// in sentences. A way back that is kept counts: it writes to where the group was.
+    pub async fn rivals(&mut self, job: i64, task: u32) -> Result<Vec<String>> {
+        let sql = "select 'task ' || o.task || ' of job ' || o.job || case when o.way_back \
+             then ' (completed, and not finished)' else ' (running)' end \
+             from walferry.cluster_task o, walferry.cluster_task t \
+             where t.job = $1 and t.task = $2 and (o.job, o.task) <> (t.job, t.task) \
+             and (o.state = 'running' or o.way_back) \
+             and array[o.errand ->> 'source', o.errand ->> 'target'] \
+               && array[t.errand ->> 'source', t.errand ->> 'target'] \
+             and (o.errand -> 'dbname' = t.errand -> 'dbname' or exists (select \
+               from pg_catalog.jsonb_array_elements(o.errand -> 'relations') a \
+               join pg_catalog.jsonb_array_elements(t.errand -> 'relations') b on a = b)) \
+             order by o.job, o.task";
+        let (job, task) = (job.to_string(), task.to_string());
+        let rows = self.session.query_params(sql, &[Some(&job), Some(&task)]).await?;
+        Ok(rows.iter().map(|row| row.string(0)).collect::<crate::pg::Result<_>>()?)
     }
 
     /// Sets one column of a task.

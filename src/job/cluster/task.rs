@@ -15,6 +15,7 @@ use super::setup::{Ready, Setup};
 use super::store::{ClusterStore, TaskRow};
 use super::watch::View;
 use super::{database, shape};
+use crate::catalog;
 use crate::clock::Deadline;
 use crate::cluster::guard;
 use crate::cluster::read::siblings;
@@ -26,7 +27,7 @@ use crate::job::client::Client;
 use crate::job::run::Report;
 use crate::job::state::Event;
 use crate::job::store::Store;
-use crate::job::{Error, Notice, Phase, Result, Runner, Until, comparing, ending};
+use crate::job::{Error, FlipRequest, Notice, Phase, Result, Runner, Until, comparing, ending};
 use crate::pg::Session;
 
 /// How often it is looked how far the task's own job is.
@@ -112,6 +113,7 @@ impl Task {
     /// before anything else is made, and repeated by a run that comes later.
     async fn prepare(&self) -> Result<()> {
         if self.row.phase.is_none() {
+            self.refuse_rivals().await?;
             self.guard().await?;
         }
         let moved = &self.ready.moved;
@@ -128,6 +130,16 @@ impl Task {
             self.store().await?.set(self.job, self.row.task, "shape", Some(&shape)).await?;
         }
         Ok(())
+    }
+
+    /// Two moves of one group would both switch it, each to another node. This task says that it is
+    /// running before it looks, so of two that begin at once at least one sees the other.
+    async fn refuse_rivals(&self) -> Result<()> {
+        let rivals = self.store().await?.rivals(self.job, self.row.task).await?;
+        match rivals.is_empty() {
+            true => Ok(()),
+            false => Err(Error::TaskRivals { rivals }),
+        }
     }
 
     async fn store(&self) -> Result<ClusterStore> {
@@ -328,9 +340,11 @@ impl Task {
             self.line(format!("{rows} rows compared, equal"));
         }
         for left in (0..self.setup.flip.tries.max(1)).rev() {
+            // Marked before they are looked at: what is altered after the look has another mark.
+            let mark = self.mark().await?;
             self.refuse_changes().await?;
             self.view.note("cutting over");
-            match self.cut_over(&mut client).await {
+            match self.cut_over(&mut client, mark).await {
                 Ok(held_ms) => return Ok(held_ms),
                 Err(Error::Remote(said)) if left > 0 => {
                     self.view.note(&said);
@@ -347,9 +361,18 @@ impl Task {
         Ok(None)
     }
 
-    async fn cut_over(&self, client: &mut Client) -> Result<Option<f64>> {
+    async fn mark(&self) -> Result<String> {
+        let mut session = Session::control(&self.ready.config.source).await?;
+        let selection = self.ready.config.options.selection(&mut session).await?;
+        let tables = catalog::tables(&mut session, &selection).await?;
+        let names: Vec<QualifiedName> = tables.into_iter().map(|table| table.name).collect();
+        Ok(catalog::mark(&mut session, &names).await?)
+    }
+
+    async fn cut_over(&self, client: &mut Client, mark: String) -> Result<Option<f64>> {
         let flip = &self.setup.flip;
         let request = flip.request(Stream::Forward, self.ready.routes.clone());
+        let request = FlipRequest { mark: Some(mark), ..request };
         let request = serde_json::to_value(&request).map_err(|e| Error::State(e.to_string()))?;
         let wait = flip.timeout + flip.max_hold + PREPARATION;
         let outcome = client.ask("flip", &request, wait).await?;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 use walferry::demo::server::Server;
 
-use super::load::Load;
+use super::load::{Load, kills};
 use super::{asked, cluster};
 use crate::support::{self, Walferry, until_within};
 
@@ -117,6 +117,9 @@ async fn a_plproxy_cluster_is_doubled_in_one_job_and_any_database_led_back() {
     first.says("task 1: copying").await;
     first.says("task 2: copying").await;
     first.kill9().await;
+    for wait in kills(3) {
+        run(&[]).kill9_after(wait).await;
+    }
     run(&[]).ended().await.expect_success();
     load.more().await;
     let job = asked(&address, &["job", "1"]).await;

@@ -6,8 +6,13 @@ use std::time::Duration;
 use serde_json::Value;
 use walferry::demo::compare::compare;
 use walferry::demo::server::Server;
+use walferry::id::Stream;
+use walferry::job::FlipRequest;
+use walferry::job::client::Client;
+use walferry::job::cluster::Flip;
+use walferry::pg::Config;
 
-use super::load::Load;
+use super::load::{Load, kills};
 use super::{asked, cluster, refused};
 use crate::support::{self, Inventory, Walferry, session, until_within};
 
@@ -103,6 +108,10 @@ async fn a_job_is_killed_resumed_by_the_same_command_completed_and_led_back() {
     let said = refused(&stage.address, &["run", "1"]).await;
     assert!(said.contains("is being run by another process (backend"), "{said}");
     run.kill9().await;
+    // And at random moments.
+    for wait in kills(3) {
+        stage.run(&["1"]).kill9_after(wait).await;
+    }
     let ended = stage.run(&["1"]).ended().await.expect_success();
     assert!(ended.out.contains("2 of 2 tasks are completed"), "{ended:?}");
     assert!(ended.err.contains("the group of public.t_1 is on node b now"), "{ended:?}");
@@ -239,8 +248,34 @@ async fn ddl_in_the_middle_and_a_long_transaction_put_a_task_into_error_and_rese
         let after = Inventory::take(&server.uri("app")).await;
         assert_eq!(before.diff(&after), Vec::<String>::new());
     }
-    // Another node's trouble stops nothing: the second job runs to its end.
-    stage.run(&["2", "--finish"]).ended().await.expect_success();
+    // The second job. The home is lost when it is switched; its way back goes on all the same.
+    let mut run = stage.run(&["2", "--stay"]);
+    run.says("task 1: completed").await;
+    asked(&stage.address, &["move", "--shard", "3"]).await;
+    let ended = stage.run(&["3"]).ended().await;
+    let said = "the same is moved by task 1 of job 2 (completed, and not finished)";
+    assert!(ended.code == Some(1) && ended.err.contains(said), "{ended:?}");
+    stage.a.kill9().unwrap();
+    stage.a.resume().unwrap();
+    run.says("trying again").await;
+    stage.b.psql("app", "insert into t_1 values (-1, 'late')").unwrap();
+    until_within(Duration::from_secs(60), "the way back does not flow", || {
+        let sql = "select count(*) from t_1 where v = 'late'";
+        std::future::ready(stage.a.psql("app", sql).is_ok_and(|count| count == "1"))
+    })
+    .await;
+    // A table that is altered between the look at it and the fence keeps its flip from being made.
+    let name = stage.job("2").await["tasks"][0]["name"].as_str().unwrap().parse().unwrap();
+    let home = Config::parse_with(&stage.b.uri("app"), &|_| None).unwrap();
+    let mut client = Client::connect(&home, &name).await.unwrap();
+    let request = Flip::default().request(Stream::Reverse, Vec::new());
+    let request = FlipRequest { mark: Some("of other days".to_string()), ..request };
+    let request = serde_json::to_value(&request).unwrap();
+    let refused = client.ask("flip", &request, Duration::from_secs(60)).await.unwrap_err();
+    assert!(refused.to_string().contains("a table was altered while"), "{refused}");
+    run.signal("INT");
+    run.ended().await.expect_success();
+    cluster(&stage.address, &["finish", "2"]).await.expect_success();
     let job = stage.job("2").await;
     let states: Vec<&str> = job["history"]
         .as_array()

@@ -9,6 +9,16 @@ use walferry::pg::{Config, Purpose, Session};
 
 use crate::support;
 
+/// When to kill a run: as often as `WALFERRY_KILLS` says, or so often, at random moments.
+pub fn kills(default: usize) -> Vec<Duration> {
+    let count = std::env::var("WALFERRY_KILLS").ok().and_then(|text| text.parse().ok());
+    let waits: Vec<Duration> = (0..count.unwrap_or(default))
+        .map(|_| Duration::from_millis(fastrand::u64(50..2_000)))
+        .collect();
+    println!("killed after {waits:?}");
+    waits
+}
+
 /// Clients at work, each with its own range of numbers.
 pub struct Load {
     stop: Arc<AtomicBool>,
