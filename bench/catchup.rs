@@ -314,7 +314,7 @@ impl Bench {
             (tuning.limits.transactions, tuning.limits_max.transactions) = (count, count);
         }
         tuning.copy_inserts = number("COPY_INSERTS") != Some(0);
-        tuning.binary_integers = number("BINARY_INTEGERS") != Some(0);
+        tuning.binary_values = number("BINARY_VALUES") != Some(0);
         if let Some(count) = number("IN_FLIGHT") {
             options.tuning.in_flight_max = count;
         }
@@ -354,7 +354,9 @@ impl Bench {
     ) -> (memory::Receiver, tokio::task::JoinHandle<()>) {
         let from = Config::parse(&self.source.uri("postgres")).unwrap();
         let mut options = StreamOptions::new(slot, "bench", self.start_lsn, self.recorded.clone());
-        options.gather = std::env::var("GATHER").map_or(true, |v| v != "0");
+        if std::env::var("BULK").is_ok_and(|v| v == "0") {
+            options.bulk_bytes = None;
+        }
         let stream = Stream::open(&from, options).await.unwrap();
         let (mut queue, feed) = memory::queue(limit::BUFFER_BYTES);
         let start_lsn = self.start_lsn;

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 /// Decoded changes waiting for the target, in bytes. When full, reading from the source pauses
-/// (feedback goes on) and WAL stays on the source. 64 MiB is some 300k small rows, far more than
-/// one batch, and small beside any server's memory.
-pub const BUFFER_BYTES: usize = 64 << 20;
+/// (feedback goes on) and WAL stays on the source. 32 MiB is some 200k small rows, as much as the
+/// largest batch, and small beside any server's memory.
+pub const BUFFER_BYTES: usize = 32 << 20;
 
 /// A transaction is handed on in chunks of at most about this many bytes, so that one of any size
 /// passes through fixed memory. 1 MiB keeps per-chunk costs under a percent.
@@ -21,13 +21,16 @@ pub const BATCH_BYTES: usize = 4 << 20;
 /// A batch closes at this many source transactions, so that one failure repeats little work.
 pub const BATCH_TRANSACTIONS: usize = 1000;
 
-/// Bounds of a batch once it has grown under a backlog. Three copies of a batch may be in memory
-/// (changes, parameters, what is being sent), of two batches: more than this would be felt, and
-/// saves little.
-pub const BATCH_BYTES_MAX: usize = 8 << 20;
+/// Bounds of a batch once it has grown under a backlog. A target's page that is written in several
+/// batches is cleaned up in between, which costs a third of all its work where batches are small.
+pub const BATCH_BYTES_MAX: usize = 32 << 20;
 
 /// The same in source transactions.
-pub const BATCH_TRANSACTIONS_MAX: usize = 16_000;
+pub const BATCH_TRANSACTIONS_MAX: usize = 64_000;
+
+/// A transaction larger than a batch is written in parts of this many bytes: nothing is gained by
+/// larger ones, and memory stays small.
+pub const PART_BYTES: usize = 4 << 20;
 
 /// Batches on their way to the target at once: one that the server works on, and one behind it, so
 /// that neither side waits for the other. More would only be memory.
@@ -36,6 +39,10 @@ pub const BATCHES_IN_FLIGHT: usize = 2;
 /// The largest protocol message taken from a server: PostgreSQL's own limit of 1 GiB a field, and
 /// some room for the frame.
 pub const MESSAGE_BYTES: usize = (1 << 30) + (1 << 20);
+
+/// A backlog of so many bytes of log is worth a slot of its own, by which it is read in bulk;
+/// below, a stream is through before that is made.
+pub const BULK_BYTES: u64 = 16 << 20;
 
 /// How often the slot is told how far we are, at least. A third of the smallest sensible
 /// wal_sender_timeout (the default is 60 s), and often enough that retained WAL stays small.

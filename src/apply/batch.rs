@@ -138,7 +138,12 @@ impl Batcher {
 
     /// Chunks are counted too, as empty transactions have no bytes.
     fn is_full(&self) -> bool {
-        self.bytes >= self.limits.bytes || self.queue.len() >= self.limits.transactions.max(1)
+        let bytes = match self.complete {
+            // A part of one transaction.
+            0 => self.limits.bytes.min(limit::PART_BYTES),
+            _ => self.limits.bytes,
+        };
+        self.bytes >= bytes || self.queue.len() >= self.limits.transactions.max(1)
     }
 
     /// True if what is at the front may not be applied yet.

@@ -5,10 +5,10 @@
 //! function, as for a single parameter, unless somebody made a cast from text that is another
 //! function. Such columns travel as array literals of their own type instead.
 //!
-//! Integers travel in binary arrays of their own type, parsed here: what is no plain decimal number
-//! is refused, and left to the server's input function by row order. Keys are integers more often
-//! than not, and a target spends a third less on a key that needs no cast.
+//! Numbers, times and the like travel in binary arrays of their own type (`native`): a target
+//! spends a third less on a key that needs no cast.
 
+use super::native::{Native, put};
 use super::statement::Mapping;
 use crate::change::{Row, Value};
 use crate::pg::Param;
@@ -20,58 +20,26 @@ pub(super) enum Carrier {
     Text,
     /// In an array literal of its base type.
     Literal,
-    /// In a binary array of an integer type: int2, int4, int8.
-    Integer(Integer),
+    /// In a binary array of its own type.
+    Native(Native),
     /// Not in an array: its type has none.
     None,
 }
 
-/// An integer type of the server's own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Integer {
-    /// smallint.
-    Int2,
-    /// integer.
-    Int4,
-    /// bigint.
-    Int8,
-}
-
-impl Integer {
-    /// The type's name in pg_type.
-    pub fn named(name: &str) -> Option<Integer> {
-        match name {
-            "int2" => Some(Integer::Int2),
-            "int4" => Some(Integer::Int4),
-            "int8" => Some(Integer::Int8),
-            _ => None,
+impl Mapping {
+    /// The same with every value as text, for rows that hold one without a binary form.
+    pub(super) fn plain(&self) -> Mapping {
+        let mut plain = self.clone();
+        for column in &mut plain.table.columns {
+            (column.carrier, column.native) = (column.plain_carrier, None);
         }
+        plain
     }
 
-    /// `pg_type.oid`.
-    fn oid(self) -> u32 {
-        match self {
-            Integer::Int2 => 21,
-            Integer::Int4 => 23,
-            Integer::Int8 => 20,
-        }
+    /// The types of the columns that may be written, in order, if all of them travel in binary.
+    pub(super) fn natives(&self) -> Option<Vec<Native>> {
+        self.written().map(|c| self.target(c).and_then(|column| column.native)).collect()
     }
-
-    /// Appends length and value; `None` if the text is no decimal number of this type.
-    fn encode(self, text: &[u8], out: &mut Vec<u8>) -> Option<()> {
-        let text = std::str::from_utf8(text).ok()?;
-        match self {
-            Integer::Int2 => put(out, &text.parse::<i16>().ok()?.to_be_bytes()),
-            Integer::Int4 => put(out, &text.parse::<i32>().ok()?.to_be_bytes()),
-            Integer::Int8 => put(out, &text.parse::<i64>().ok()?.to_be_bytes()),
-        }
-        Some(())
-    }
-}
-
-fn put(out: &mut Vec<u8>, bytes: &[u8]) {
-    out.extend_from_slice(&(bytes.len() as u32).to_be_bytes());
-    out.extend_from_slice(bytes);
 }
 
 /// `pg_type.oid` of text.
@@ -153,7 +121,7 @@ impl Array {
             }
             (_, None) => self.out.extend_from_slice(&(-1i32).to_be_bytes()),
             (Carrier::Text, Some(text)) => put(&mut self.out, text),
-            (Carrier::Integer(integer), Some(text)) => integer.encode(text, &mut self.out)?,
+            (Carrier::Native(native), Some(text)) => native.encode(text, &mut self.out)?,
         }
         Some(())
     }
@@ -173,7 +141,7 @@ impl Array {
     fn param(&mut self, rows: u32) -> Param<'_> {
         let element_oid = match self.carrier {
             Carrier::Text => TEXT_OID,
-            Carrier::Integer(integer) => integer.oid(),
+            Carrier::Native(native) => native.element_oid().unwrap_or(TEXT_OID),
             Carrier::Literal | Carrier::None => {
                 self.out.push(b'}');
                 return Param::Text(Some(&self.out));

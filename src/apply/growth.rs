@@ -9,11 +9,14 @@ use std::time::Duration;
 
 use super::batch::Limits;
 
-/// A full batch that took less may be followed by one twice as large.
-const QUICK: Duration = Duration::from_millis(60);
+/// A full batch that took less may be followed by one several times as large.
+const QUICK: Duration = Duration::from_millis(150);
+
+/// So many times.
+const STEP: usize = 4;
 
 /// After a full batch that took longer, the next is half as large.
-const SLOW: Duration = Duration::from_millis(500);
+const SLOW: Duration = Duration::from_millis(1000);
 
 /// The bounds in force, between the smallest and the largest.
 #[derive(Clone, Copy, Debug)]
@@ -34,8 +37,8 @@ impl Growth {
         let Limits { bytes, transactions } = self.now;
         if full && took < QUICK {
             self.now = Limits {
-                bytes: (bytes * 2).min(self.most.bytes).max(bytes),
-                transactions: (transactions * 2).min(self.most.transactions).max(transactions),
+                bytes: (bytes * STEP).min(self.most.bytes).max(bytes),
+                transactions: (transactions * STEP).min(self.most.transactions).max(transactions),
             };
         } else if full && took > SLOW {
             self.now = Limits {
@@ -64,13 +67,12 @@ mod tests {
     fn batches_grow_while_full_ones_are_quick_and_shrink_when_they_are_not() {
         let mut growth = Growth::new(limits(100, 10), limits(350, 80));
         assert_eq!(learned(&mut growth, false, 1), (100, 10));
-        assert_eq!(learned(&mut growth, true, 1), (200, 20));
         assert_eq!(learned(&mut growth, true, 1), (350, 40));
         assert_eq!(learned(&mut growth, true, 1), (350, 80));
         assert_eq!(learned(&mut growth, true, 200), (350, 80));
-        assert_eq!(learned(&mut growth, true, 900), (175, 40));
-        assert_eq!(learned(&mut growth, true, 900), (100, 20));
-        assert_eq!(learned(&mut growth, true, 900), (100, 10));
+        assert_eq!(learned(&mut growth, true, 1100), (175, 40));
+        assert_eq!(learned(&mut growth, true, 1100), (100, 20));
+        assert_eq!(learned(&mut growth, true, 1100), (100, 10));
     }
 
     #[test]

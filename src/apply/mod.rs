@@ -67,6 +67,7 @@ mod encode;
 mod error;
 mod growth;
 mod lines;
+mod native;
 pub mod parked;
 mod parking;
 mod plan;
@@ -210,8 +211,8 @@ pub struct Tuning {
     pub in_flight_max: usize,
     /// Sets of new rows go in by COPY, where the target's table takes one.
     pub copy_inserts: bool,
-    /// Integers of sets travel in their binary form.
-    pub binary_integers: bool,
+    /// Values of sets travel in their binary form, where they have one.
+    pub binary_values: bool,
 }
 
 impl Default for Tuning {
@@ -225,7 +226,7 @@ impl Default for Tuning {
             },
             in_flight_max: limit::BATCHES_IN_FLIGHT,
             copy_inserts: true,
-            binary_integers: true,
+            binary_values: true,
         }
     }
 }
@@ -384,31 +385,30 @@ impl Applier {
     }
 }
 
+/// One round trip: a target may be far away.
 async fn set_up(session: &mut Session, replica_role: bool) -> Result<()> {
-    if replica_role {
-        let set = session.execute("set session_replication_role = replica").await;
-        if let Err(error) = set {
-            let grant = if session.major_version() >= 15 {
-                |role: &str| format!("grant set on parameter session_replication_role to {role}")
-            } else {
-                |role: &str| format!("alter role {role} superuser")
-            };
-            return Err(refused(session, error, "set session_replication_role", grant).await);
-        }
-    } else {
-        // The seal of a fence lets this session through by it, as it does the replica role.
-        session.execute("set walferry.applying = 'on'").await?;
-    }
+    // The seal of a fence lets this session through by the one or the other.
+    let role = match replica_role {
+        true => "set session_replication_role = replica",
+        false => "set walferry.applying = 'on'",
+    };
     // An index is used wherever there is one, even if the planner saw the table when it was small;
     // the cost that this adds to scans must not start the JIT compiler. Sets are joined to a table
     // by its index, row by row, for the same reason.
-    let mut settings = "set synchronous_commit = off; set enable_seqscan = off; \
-         set enable_hashjoin = off; set enable_mergejoin = off"
-        .to_string();
-    if session.major_version() >= 11 {
-        settings.push_str("; set jit = off");
+    let jit = if session.major_version() >= 11 { "; set jit = off" } else { "" };
+    let settings = format!(
+        "{role}; set synchronous_commit = off; set enable_seqscan = off; \
+         set enable_hashjoin = off; set enable_mergejoin = off{jit}"
+    );
+    if let Err(error) = session.execute(&settings).await {
+        // The others are everybody's to set.
+        let grant = if session.major_version() >= 15 {
+            |role: &str| format!("grant set on parameter session_replication_role to {role}")
+        } else {
+            |role: &str| format!("alter role {role} superuser")
+        };
+        return Err(refused(session, error, "set session_replication_role", grant).await);
     }
-    session.execute(&settings).await?;
     session.pass_unknown_bytes().await?;
     Ok(())
 }

@@ -59,12 +59,14 @@ impl Prepared {
     /// Asks the target. The stream's progress must be claimed already.
     pub async fn read(session: &mut Session, stream: &str) -> Result<Prepared> {
         let mut prepared = Prepared { stream: stream.to_string(), ..Prepared::default() };
-        let there = "select pg_catalog.to_regclass('walferry.prepared') is not null";
-        if session.query_one(there, &[]).await?.bool(0)? {
-            let sql = "select xid from walferry.prepared where stream = $1";
-            for row in session.query_params(sql, &[Some(stream)]).await? {
-                prepared.states.insert(row.parse(0)?, State::Committed);
-            }
+        let sql = "select xid from walferry.prepared where stream = $1";
+        let committed = match session.query_params(sql, &[Some(stream)]).await {
+            // A job of an earlier version has no such table.
+            Err(error) if error.code() == Some("42P01") => Vec::new(),
+            rows => rows?,
+        };
+        for row in committed {
+            prepared.states.insert(row.parse(0)?, State::Committed);
         }
         for gid in names(session, stream).await? {
             let rest = gid.strip_prefix(stream).and_then(|rest| rest.strip_prefix(':'));

@@ -69,7 +69,6 @@ impl Progress {
         if kind == ProgressKind::Origin {
             progress.claim_origin(session, busy_wait).await?;
         }
-        progress.make_row(session).await?;
         progress.prepare(session).await?;
         let lsn = progress.flush(session).await?;
         Ok((progress, lsn))
@@ -109,15 +108,14 @@ impl Progress {
         }
     }
 
-    async fn make_row(&self, session: &mut Session) -> Result<()> {
-        let sql = "insert into walferry.progress (stream, end_lsn) values ($1, '0/0') \
-             on conflict (stream) do nothing";
-        session.query_params(sql, &[Some(&self.stream)]).await.map_err(no_state)?;
-        Ok(())
-    }
-
+    /// Makes the row, if there is none, and the statements that write it.
     async fn prepare(&self, session: &mut Session) -> Result<()> {
         let mut pipeline = Pipeline::new();
+        pipeline.once(&format!(
+            "insert into walferry.progress (stream, end_lsn) values ({}, '0/0') \
+             on conflict (stream) do nothing",
+            quote_literal(&self.stream)
+        ));
         let sql = format!(
             "with u as (update walferry.progress set end_lsn = $2::pg_lsn \
              where stream = $1::text and end_lsn = $3::pg_lsn returning 1) \

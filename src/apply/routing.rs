@@ -218,8 +218,7 @@ impl Routes {
         if self.tables.as_ref().is_some_and(|contains| !contains(name)) {
             return Ok(None);
         }
-        let integers = self.tuning.binary_integers;
-        let Some(mut table) = Table::load(session, name, integers).await? else {
+        let Some(mut table) = Table::load(session, name, self.tuning.binary_values).await? else {
             return Err(Error::NoTable { table: name.clone() });
         };
         table.takes_copy &= self.tuning.copy_inserts;

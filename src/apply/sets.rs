@@ -50,6 +50,15 @@ impl Tables {
 enum Sets {
     Keyed { keys: Vec<usize>, deletes: Arrays, updates: Vec<Updates>, inserts: Inserts },
     Whole { deletes: Arrays, inserts: Inserts },
+    Inserts(Inserts),
+}
+
+/// What a table's changes come to, before any of it is encoded.
+enum Folded<'a> {
+    Keyed(Vec<usize>, Vec<Entry<'a>>),
+    Whole(Vec<Copies<'a>>),
+    /// Nothing but new rows.
+    Inserts(Vec<&'a Row>),
 }
 
 /// Rows that come: by INSERT, or by COPY where there are many, and the target takes one.
@@ -120,12 +129,19 @@ impl Writer {
             if let Some(route) = route
                 && let Some(mapping) = &route.mapping
                 && !(few && mapping.locator != Locator::Whole)
-                && let Some(sets) = fold(route, mapping, copied_min, || {
-                    chosen().filter_map(|step| Some(step.of(batch)?.1))
-                })
+                && let Some(folded) =
+                    fold(route, mapping, || chosen().filter_map(|step| Some(step.of(batch)?.1)))
             {
-                write(request, &mut self.names, route, sets);
-                continue;
+                if let Ok(sets) = folded.encode(mapping, copied_min) {
+                    write(request, &mut self.names, route, sets, None);
+                    continue;
+                }
+                // Some value has no binary form.
+                let plain = mapping.plain();
+                if let Ok(sets) = folded.encode(&plain, copied_min) {
+                    write(request, &mut self.names, route, sets, Some(&plain));
+                    continue;
+                }
             }
             for at in places {
                 if let Some(step) = steps.get(at) {
@@ -137,20 +153,25 @@ impl Writer {
     }
 }
 
-/// The table's net change, encoded, so many new rows at least going by COPY; `None` if its changes
-/// are to be written one by one.
-fn fold<'a, I: Iterator<Item = &'a Change>>(
+/// The table's net change; `None` if its changes are to be written one by one.
+fn fold<'a, I: Iterator<Item = &'a Change> + Clone>(
     route: &Route,
     mapping: &Mapping,
-    copied_min: usize,
     changes: impl Fn() -> I,
-) -> Option<Sets> {
+) -> Option<Folded<'a>> {
     let mut written = mapping.written().peekable();
     written.peek()?;
     if written.any(|c| mapping.carrier(c) == Carrier::None) {
         return None;
     }
     let width = mapping.places.len();
+    let new_row = |change: &'a Change| match change {
+        Change::Insert { new, .. } if new.len() == width => Some(new),
+        _ => None,
+    };
+    if let Some(rows) = changes().map(new_row).collect() {
+        return Some(Folded::Inserts(rows));
+    }
     let mut rules = Rules {
         width,
         keys: &[],
@@ -167,20 +188,24 @@ fn fold<'a, I: Iterator<Item = &'a Change>>(
             rules.settable = mapping.identity_always().is_none_or(|c| keys.contains(&c));
             let mut entries = plan::keyed(&rules, changes())?;
             plan::sort(&keys, &mut entries);
-            encode_keyed(mapping, copied_min, keys, &entries).ok()
+            Some(Folded::Keyed(keys, entries))
         }
-        Locator::Whole if rules.complete => {
-            encode_whole(mapping, copied_min, &plan::whole(width, changes())?).ok()
-        }
-        Locator::Whole => None,
-        Locator::None => {
-            let mut inserts = Inserts::new(mapping, copied_min, changes().count());
-            for change in changes() {
-                let Change::Insert { new, .. } = change else { return None };
-                (new.len() == width).then_some(())?;
-                inserts.push(new).ok()?;
+        Locator::Whole if rules.complete => Some(Folded::Whole(plan::whole(width, changes())?)),
+        Locator::Whole | Locator::None => None,
+    }
+}
+
+impl Folded<'_> {
+    /// Encoded, so many new rows at least going by COPY.
+    fn encode(&self, mapping: &Mapping, copied_min: usize) -> std::result::Result<Sets, NoValue> {
+        match self {
+            Folded::Keyed(keys, entries) => encode_keyed(mapping, copied_min, keys, entries),
+            Folded::Whole(entries) => encode_whole(mapping, copied_min, entries),
+            Folded::Inserts(rows) => {
+                let mut inserts = Inserts::new(mapping, copied_min, rows.len());
+                rows.iter().try_for_each(|row| inserts.push(row))?;
+                Ok(Sets::Inserts(inserts))
             }
-            Some(Sets::Whole { deletes: Arrays::new(mapping, &[]), inserts })
         }
     }
 }
@@ -188,11 +213,11 @@ fn fold<'a, I: Iterator<Item = &'a Change>>(
 fn encode_keyed(
     mapping: &Mapping,
     copied_min: usize,
-    keys: Vec<usize>,
+    keys: &[usize],
     entries: &[Entry<'_>],
 ) -> std::result::Result<Sets, NoValue> {
     let columns: Vec<usize> = mapping.written().collect();
-    let mut deletes = Arrays::new(mapping, &keys);
+    let mut deletes = Arrays::new(mapping, keys);
     let comes = |e: &&Entry<'_>| matches!(e.net, Net::Insert(_) | Net::Replace(_));
     let mut inserts = Inserts::new(mapping, copied_min, entries.iter().filter(comes).count());
     let mut updates: Vec<Updates> = Vec::new();
@@ -206,12 +231,12 @@ fn encode_keyed(
                 inserts.push(image)?;
             }
             Net::Update(image) => {
-                let sets = |u: &Updates| is_set(&columns, &keys, image).eq(u.set.iter().copied());
+                let sets = |u: &Updates| is_set(&columns, keys, image).eq(u.set.iter().copied());
                 let place = match updates.iter().position(sets) {
                     Some(place) => place,
                     None => {
-                        let set: Vec<usize> = is_set(&columns, &keys, image).collect();
-                        let arrays = Arrays::new(mapping, &[keys.as_slice(), &set].concat());
+                        let set: Vec<usize> = is_set(&columns, keys, image).collect();
+                        let arrays = Arrays::new(mapping, &[keys, &set].concat());
                         updates.push(Updates { set, arrays });
                         updates.len() - 1
                     }
@@ -222,7 +247,7 @@ fn encode_keyed(
             }
         }
     }
-    Ok(Sets::Keyed { keys, deletes, updates, inserts })
+    Ok(Sets::Keyed { keys: keys.to_vec(), deletes, updates, inserts })
 }
 
 /// Which columns an update sets: what may be written, is no key, and is known.
@@ -256,73 +281,100 @@ fn encode_whole(
 }
 
 /// Adds the statements: what goes before what changes before what comes, as a row may take a unique
-/// value that another gives up.
-fn write(request: &mut Request, names: &mut Names, route: &mut Route, sets: Sets) {
+/// value that another gives up. `plain` is the mapping they were encoded by, if not the route's.
+fn write(
+    request: &mut Request,
+    names: &mut Names,
+    route: &mut Route,
+    sets: Sets,
+    plain: Option<&Mapping>,
+) {
+    let Route { mapping: Some(mapping), statements, .. } = route else { return };
+    let mut at = Desk { request, names, statements, mapping: plain.unwrap_or(mapping), plain };
     let inserts = match sets {
         Sets::Keyed { keys, mut deletes, updates, inserts } => {
-            let sql = |mapping: &Mapping| setwise::delete(mapping, &keys);
-            run(request, names, route, b"sd".to_vec(), &mut deletes, true, sql);
+            at.run(b"sd".to_vec(), &mut deletes, true, |mapping| setwise::delete(mapping, &keys));
             for Updates { set, mut arrays } in updates {
                 let mut key = b"su".to_vec();
                 set.iter().for_each(|c| key.extend_from_slice(&(*c as u16).to_be_bytes()));
                 let sql = |mapping: &Mapping| setwise::update(mapping, &keys, &set);
-                run(request, names, route, key, &mut arrays, true, sql);
+                at.run(key, &mut arrays, true, sql);
             }
             inserts
         }
         Sets::Whole { mut deletes, inserts } => {
-            search(request, route, &mut deletes);
+            at.search(&mut deletes);
             inserts
         }
+        Sets::Inserts(inserts) => inserts,
     };
     match inserts {
         Inserts::Arrays(mut arrays) => {
-            let guarded = route.mapping.as_ref().is_some_and(|m| m.table.counts_inserts);
-            run(request, names, route, b"si".to_vec(), &mut arrays, guarded, setwise::insert);
+            let guarded = at.mapping.table.counts_inserts;
+            at.run(b"si".to_vec(), &mut arrays, guarded, setwise::insert);
         }
-        Inserts::Lines(lines) => copy(request, names, route, &lines),
+        Inserts::Lines(lines) => at.copy(lines),
     }
 }
 
-/// Adds one COPY, prepared at its first use. Its tag tells how many rows went in.
-fn copy(request: &mut Request, names: &mut Names, route: &mut Route, lines: &Lines) {
-    let Some(mapping) = &route.mapping else { return };
-    let prepared = route.statements.entry(b"sc".to_vec()).or_insert_with(|| {
-        let name = names.next();
-        request.pipeline.parse(&name, &setwise::copy(mapping), &[]);
-        Prepared { name, binds: Vec::new() }
-    });
-    request.pipeline.copy(&prepared.name, lines.text());
-    request.roles.push(Role::Set { bare: Some(lines.rows()) });
+/// Where the statements of one table are put together.
+struct Desk<'a> {
+    request: &'a mut Request,
+    names: &'a mut Names,
+    statements: &'a mut HashMap<Vec<u8>, Prepared>,
+    mapping: &'a Mapping,
+    plain: Option<&'a Mapping>,
 }
 
-/// Adds one statement over arrays, prepared at its first use; none for no rows.
-fn run(
-    request: &mut Request,
-    names: &mut Names,
-    route: &mut Route,
-    key: Vec<u8>,
-    arrays: &mut Arrays,
-    guarded: bool,
-    sql: impl FnOnce(&Mapping) -> String,
-) {
-    let Some(mapping) = route.mapping.as_ref().filter(|_| arrays.rows() > 0) else { return };
-    let prepared = route.statements.entry(key).or_insert_with(|| {
-        let name = names.next();
-        request.pipeline.parse(&name, &sql(mapping), &[]);
-        Prepared { name, binds: Vec::new() }
-    });
-    bind(request, &prepared.name, arrays, guarded);
-}
+impl Desk<'_> {
+    /// The name of a statement, prepared at its first use.
+    fn name(&mut self, mut key: Vec<u8>, sql: impl FnOnce(&Mapping) -> String) -> String {
+        if self.plain.is_some() {
+            key.push(b'p');
+        }
+        let prepared = self.statements.entry(key).or_insert_with(|| {
+            let name = self.names.next();
+            self.request.pipeline.parse(&name, &sql(self.mapping), &[]);
+            Prepared { name, binds: Vec::new() }
+        });
+        prepared.name.clone()
+    }
 
-/// Adds the DELETE by whole rows. It is planned anew each time, as the best way depends on how
-/// many rows there are, and by what the session forbids otherwise.
-fn search(request: &mut Request, route: &Route, deletes: &mut Arrays) {
-    let Some(mapping) = route.mapping.as_ref().filter(|_| deletes.rows() > 0) else { return };
-    request.aside(&search_plans(true));
-    request.pipeline.parse("", &setwise::delete_whole(mapping), &[]);
-    bind(request, "", deletes, true);
-    request.aside(&search_plans(false));
+    /// Adds one COPY. Its tag tells how many rows went in.
+    fn copy(&mut self, mut lines: Lines) {
+        let rows = lines.rows();
+        if rows > 0 {
+            let name = self.name(b"sc".to_vec(), setwise::copy);
+            self.request.pipeline.copy(&name, lines.data());
+            self.request.roles.push(Role::Set { bare: Some(rows) });
+        }
+    }
+
+    /// Adds one statement over arrays; none for no rows.
+    fn run(
+        &mut self,
+        key: Vec<u8>,
+        arrays: &mut Arrays,
+        guarded: bool,
+        sql: impl FnOnce(&Mapping) -> String,
+    ) {
+        if arrays.rows() > 0 {
+            let name = self.name(key, sql);
+            bind(self.request, &name, arrays, guarded);
+        }
+    }
+
+    /// Adds the DELETE by whole rows. It is planned anew each time, as the best way depends on how
+    /// many rows there are, and by what the session forbids otherwise.
+    fn search(&mut self, deletes: &mut Arrays) {
+        if deletes.rows() == 0 {
+            return;
+        }
+        self.request.aside(&search_plans(true));
+        self.request.pipeline.parse("", &setwise::delete_whole(self.mapping), &[]);
+        bind(self.request, "", deletes, true);
+        self.request.aside(&search_plans(false));
+    }
 }
 
 /// Scans and hash joins, and nothing else, or what the session has otherwise. All three: the cost

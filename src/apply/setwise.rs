@@ -23,11 +23,13 @@ pub(super) fn insert(mapping: &Mapping) -> String {
     }
 }
 
-/// COPY of rows with every column that may be written. Their number is the command tag's.
+/// COPY of rows with every column that may be written, in binary if all of them can. Their number
+/// is the command tag's.
 pub(super) fn copy(mapping: &Mapping) -> String {
     let columns: Vec<usize> = mapping.written().collect();
     let names = list(&columns, |c| name(mapping, c));
-    format!("copy {} ({names}) from stdin", mapping.table.name.quoted())
+    let form = if mapping.natives().is_some() { " (format binary)" } else { "" };
+    format!("copy {} ({names}) from stdin{form}", mapping.table.name.quoted())
 }
 
 /// DELETE of the rows with these keys, each of one row.
@@ -116,7 +118,7 @@ fn rows(mapping: &Mapping, columns: &[usize]) -> String {
             let base = mapping.target(*column).map_or("text", |c| &c.base_type_name);
             match mapping.carrier(*column) {
                 Carrier::Text => format!("${}::text[]", place + 1),
-                Carrier::Literal | Carrier::Integer(_) | Carrier::None => {
+                Carrier::Literal | Carrier::Native(_) | Carrier::None => {
                     format!("${}::{base}[]", place + 1)
                 }
             }

@@ -1,6 +1,7 @@
 //! What the target says of a table that is written: columns, key, and how to compare them.
 
-use super::encode::{Carrier, Integer};
+use super::encode::Carrier;
+use super::native::Native;
 use crate::id::QualifiedName;
 use crate::pg::{self, Session};
 
@@ -40,6 +41,10 @@ pub(super) struct Column {
     pub equality: Option<String>,
     /// How its values travel in sets.
     pub carrier: Carrier,
+    /// How they do where a value has no binary form.
+    pub plain_carrier: Carrier,
+    /// The type, if it is one whose values may travel in binary.
+    pub native: Option<Native>,
     /// GENERATED ALWAYS AS (...): never written.
     pub generated: bool,
     /// GENERATED ALWAYS AS IDENTITY: INSERT must override it, UPDATE cannot set it.
@@ -64,11 +69,12 @@ impl Table {
     }
 
     /// Asks the target about a table; `None` if nothing of that name is there. Two round trips.
-    /// Integers, where no domain is over them, have a carrier of their own if that is wanted.
+    /// Values of the server's own types, where no domain is over them, travel in binary if that is
+    /// wanted.
     pub async fn load(
         session: &mut Session,
         name: &QualifiedName,
-        binary_integers: bool,
+        binary_values: bool,
     ) -> pg::Result<Option<Table>> {
         let Some(row) = session.query_opt(TABLE, &[Some(&name.schema), Some(&name.name)]).await?
         else {
@@ -81,6 +87,9 @@ impl Table {
         };
         let mut columns = Vec::new();
         for row in session.query_params(COLUMNS, &[Some(row.str(0)?)]).await? {
+            let native = row.opt(7)?.and_then(Native::named).filter(|_| binary_values);
+            let plain_carrier = carrier(row.str(6)?);
+            let own = native.filter(|native| native.element_oid().is_some());
             columns.push(Column {
                 name: row.string(0)?,
                 type_name: row.string(1)?,
@@ -88,10 +97,9 @@ impl Table {
                 equality: row.opt(3)?.map(str::to_string),
                 generated: row.bool(4)?,
                 identity_always: row.bool(5)?,
-                carrier: match row.opt(7)?.and_then(Integer::named).filter(|_| binary_integers) {
-                    Some(integer) => Carrier::Integer(integer),
-                    None => carrier(row.str(6)?),
-                },
+                carrier: own.map_or(plain_carrier, Carrier::Native),
+                plain_carrier,
+                native,
             });
         }
         Ok(Some(Table {
@@ -196,7 +204,8 @@ const COLUMNS: &str = "with recursive base(attnum, oid, typbasetype) as ( \
              and x.castsource = 'pg_catalog.text'::pg_catalog.regtype \
              and (x.castmethod = 'f' or (x.castmethod = 'b' and x.oid >= 16384))) then 'text' \
          when t.typarray <> 0 then 'literal' else 'none' end, \
-       case when a.atttypid in (20, 21, 23) then t.typname end \
+       case when a.atttypid in (16, 17, 20, 21, 23, 25, 114, 700, 701, 1042, 1043, 1082, 1114, \
+         1184, 1700, 2950, 3802) then t.typname end \
      from pg_catalog.pg_attribute a \
      join base b on b.attnum = a.attnum and b.typbasetype = 0 \
      join pg_catalog.pg_type t on t.oid = b.oid \

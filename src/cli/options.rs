@@ -21,6 +21,7 @@ use crate::job::rest::{Refresh, Unlogged};
 use crate::job::routes::RouteSecrets;
 use crate::job::store::JobOptions;
 use crate::job::{self, Bulk, JobConfig};
+use crate::limit::BULK_BYTES;
 use crate::pg::Config;
 use crate::schema::altered::Policy;
 use crate::secret::SecretString;
@@ -218,7 +219,10 @@ impl JobArgs {
             heartbeat: self.heartbeat(file.heartbeat, file.heartbeat_sql)?,
             half: Half::Both,
             secrets: secrets(&file.cutover.route)?,
-            gather: file.tuning.gather_messages.unwrap_or(true),
+            bulk_bytes: match file.tuning.bulk_bytes {
+                None => Some(BULK_BYTES),
+                some => some.filter(|bytes| *bytes > 0),
+            },
             bulk,
         })
     }
@@ -362,7 +366,7 @@ fn tuning(apply: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
         (limits.transactions, most.transactions) = (transactions.max(1), transactions.max(1));
     }
     tuning.copy_inserts = sizes.copy_inserts.unwrap_or(tuning.copy_inserts);
-    tuning.binary_integers = sizes.binary_integers.unwrap_or(tuning.binary_integers);
+    tuning.binary_values = sizes.binary_values.unwrap_or(tuning.binary_values);
     tuning.in_flight_max = sizes.batches_in_flight.unwrap_or(tuning.in_flight_max).max(1);
     Ok(tuning)
 }

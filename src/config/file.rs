@@ -127,10 +127,10 @@ pub struct Tuning {
     pub batches_in_flight: Option<usize>,
     /// Sets of new rows go into the target by COPY.
     pub copy_inserts: Option<bool>,
-    /// Integers of sets travel in their binary form.
-    pub binary_integers: Option<bool>,
-    /// A streaming reader lets messages gather under a backlog.
-    pub gather_messages: Option<bool>,
+    /// Values of sets travel in their binary form, where they have one.
+    pub binary_values: Option<bool>,
+    /// A backlog of so many bytes of log is read in bulk before it is streamed; 0 for never.
+    pub bulk_bytes: Option<u64>,
     /// Small tables that are copied, given indexes and analyzed together; 1 is each by itself.
     pub bundle_tables: Option<usize>,
     /// Whether tables copied whole are written frozen.

@@ -44,18 +44,24 @@ pub(super) async fn make_tables(
     store: &mut Store,
     source: &mut Session,
 ) -> Result<()> {
-    store.ensure(&[apply::DDL, copy::DDL, schema::DDL, schema::ASIDE_DDL]).await?;
-    // Following needs none of them; the way back does, and asks again.
-    if may_have_tables(source).await? {
-        make_source_tables(config, source).await?;
-    }
-    let systems = (system_of(source).await?, system_of(&mut store.session).await?);
-    let places = (place(&config.source), place(&config.target));
-    let abilities = Abilities {
-        source: Ability::probe(source).await?,
-        target: Ability::probe(&mut store.session).await?,
+    let on_target = async {
+        store.ensure(&[apply::DDL, copy::DDL, schema::DDL, schema::ASIDE_DDL]).await?;
+        let system = system_of(&mut store.session).await?;
+        Ok::<_, super::Error>((system, Ability::probe(&mut store.session).await?))
     };
-    let systems = (systems.0.as_str(), systems.1.as_str());
+    let on_source = async {
+        // Following needs none of them; the way back does, and asks again.
+        if may_have_tables(source).await? {
+            make_source_tables(config, source).await?;
+        }
+        let system = system_of(source).await?;
+        Ok((system, Ability::probe(source).await?))
+    };
+    let ((target_system, target), (source_system, source)) =
+        tokio::try_join!(on_target, on_source)?;
+    let abilities = Abilities { source, target };
+    let places = (place(&config.source), place(&config.target));
+    let systems = (source_system.as_str(), target_system.as_str());
     store.create((&places.0, &places.1), systems, &config.options, abilities).await
 }
 

@@ -51,8 +51,8 @@ pub struct JobConfig {
     pub secrets: RouteSecrets,
     /// Whether the forward stream is read by this process, or by another into a topic.
     pub half: Half,
-    /// See [`crate::source::StreamOptions::gather`].
-    pub gather: bool,
+    /// See [`crate::source::StreamOptions::bulk_bytes`].
+    pub bulk_bytes: Option<u64>,
     /// How rows and indexes are made.
     pub bulk: Bulk,
 }

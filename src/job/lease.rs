@@ -8,6 +8,7 @@
 use std::time::Duration;
 
 use super::error::Error;
+use super::run::JobConfig;
 use super::{Result, client};
 use crate::clock::Deadline;
 use crate::id::JobName;
@@ -113,6 +114,30 @@ pub async fn take(home: &Config, job: &JobName, last: Option<&Holder>) -> Result
     let mut session = Session::control(home).await?;
     let pid = holder(&mut session, job).await?;
     Err(Error::Busy { job: job.to_string(), pid: pid.unwrap_or_default() })
+}
+
+/// The lease, and a runner's sessions: with the home database, with it for notifications, and with
+/// the source. All at once, as each takes several round trips; none does anything before the lease
+/// is there and predecessors are gone.
+pub(super) async fn take_with_sessions(
+    config: &JobConfig,
+    last: Option<&Holder>,
+) -> Result<(Lease, Result<[Session; 3]>)> {
+    let (lease, home, listener, source) = tokio::join!(
+        take(&config.target, &config.job, last),
+        Session::control(&config.target),
+        Session::control(&config.target),
+        Session::control(&config.source),
+    );
+    let lease = lease?;
+    let keep = |listener: &Session| [lease.process_id(), listener.process_id()];
+    let sessions = async {
+        let (mut home, listener, source) = (home?, listener?, source?);
+        end_predecessors(&mut home, &config.job, &keep(&listener)).await?;
+        Ok([home, listener, source])
+    };
+    let sessions = sessions.await;
+    Ok((lease, sessions))
 }
 
 /// What a runner's sessions are called in pg_stat_activity.

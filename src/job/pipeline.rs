@@ -93,8 +93,8 @@ pub struct PipeOptions {
     pub on_row_error: OnRowError,
     /// Who says what becomes of tables that are altered.
     pub alter: Option<Arc<dyn Alter>>,
-    /// See [`StreamOptions::gather`].
-    pub gather: bool,
+    /// See [`StreamOptions::bulk_bytes`].
+    pub bulk_bytes: Option<u64>,
 }
 
 /// Both ways of keeping a stream going, through memory and through a spool, open their ends by
@@ -149,7 +149,7 @@ impl PipeOptions {
             publications: self.publications.clone(),
             plain_numbers: self.plain_numbers,
             confirmed_lsn,
-            gather: self.gather,
+            bulk_bytes: self.bulk_bytes,
             spill: self.spill(),
             two_phase: self.two_phase && self.transport == Transport::Stream,
             ..StreamOptions::new(&name, &name, start_lsn, self.recorded.clone())

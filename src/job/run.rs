@@ -226,7 +226,9 @@ impl Runner {
         runner.stop_streams().await;
         if matches!(outcome, Err(Error::Ended)) {
             report(Notice::Ended);
-            return Ok(runner.row().await?.phase);
+            // Not on the runner's own session, on which a request may have been dropped half way.
+            let home = Session::control(&config.target).await?;
+            return Ok(Store::new(home, config.job.clone()).load_existing().await?.phase);
         }
         outcome
     }
@@ -242,13 +244,9 @@ impl Runner {
         let name = lease::application_name(&config.job);
         config.source = config.source.labelled("source").with_application_name(&name);
         config.target = config.target.labelled("target").with_application_name(&name);
-        let lease = lease::take(&config.target, &config.job, left.holder.as_ref()).await?;
+        let (lease, sessions) = lease::take_with_sessions(&config, left.holder.as_ref()).await?;
         left.holder = Some(lease.holder().clone());
-        let mut home = Session::control(&config.target).await?;
-        let mut listener = Session::control(&config.target).await?;
-        let keep = [lease.process_id(), listener.process_id()];
-        lease::end_predecessors(&mut home, &config.job, &keep).await?;
-        let mut source = Session::control(&config.source).await?;
+        let [home, mut listener, mut source] = sessions?;
         let mut store = Store::new(home, config.job.clone());
         if left.opened && store.load().await?.is_none() {
             // It was finished or canceled while we were away: nothing is to be made anew.

@@ -183,18 +183,14 @@ impl Store {
 
     /// The job's row, `None` where there is no such job or no tables.
     pub async fn load(&mut self) -> Result<Option<JobRow>> {
-        if !self.exists().await? {
-            return Ok(None);
+        let sql = "select phase, error, source_system, target_system, source, target, options, \
+             slot_lsn, armed, flip, abilities, spool from walferry.job where name = $1";
+        match self.session.query_opt(sql, &[Some(self.job.as_str())]).await {
+            Ok(row) => row.as_ref().map(read_job).transpose(),
+            // No such table, or no such schema.
+            Err(error) if matches!(error.code(), Some("42P01" | "3F000")) => Ok(None),
+            Err(error) => Err(error.into()),
         }
-        let row = self
-            .session
-            .query_opt(
-                "select phase, error, source_system, target_system, source, target, options, \
-                 slot_lsn, armed, flip, abilities, spool from walferry.job where name = $1",
-                &[Some(self.job.as_str())],
-            )
-            .await?;
-        row.as_ref().map(read_job).transpose()
     }
 
     /// The job's row; an error that names job and server where there is none.

@@ -183,7 +183,7 @@ pub(super) async fn pipe_options(
         alter: Altering::new(config)
             .filter(|_| stream == Stream::Forward)
             .map(|altering| Arc::new(altering) as Arc<dyn Alter>),
-        gather: config.gather,
+        bulk_bytes: config.bulk_bytes,
     })
 }
 

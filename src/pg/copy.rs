@@ -160,6 +160,17 @@ impl CopyOut<'_> {
         }
     }
 
+    /// Like [`CopyOut::next`], but gives the pieces that have arrived as one, of about `limit`
+    /// bytes at most: cheaper where pieces are small and many.
+    pub async fn gathered(&mut self, limit: usize) -> Result<Option<Bytes>> {
+        let reader = &mut self.session.reader;
+        let mut pieces = BytesMut::with_capacity(reader.arrived().min(limit));
+        match reader.gather(&mut pieces, limit) {
+            0 => self.next().await,
+            _ => Ok(Some(pieces.freeze())),
+        }
+    }
+
     /// Adds rows to `chunk` until it holds `limit` bytes or more, or a COPY ends. Gives the number
     /// of messages added (text and CSV: rows), and why it came back. After [`Filled::Copied`] it is
     /// called again, up to [`Filled::Ready`].

@@ -12,6 +12,10 @@ use crate::limit::MESSAGE_BYTES;
 /// Bytes asked of the kernel at a time. Big enough that a busy stream needs few system calls.
 const READ_BYTES: usize = 128 << 10;
 
+/// A block of memory with less room than this is left to the messages in it. Reads that find little
+/// share a block: it is kept for as long as any message in it is.
+const ROOM_BYTES: usize = 16 << 10;
+
 /// A message from a server: the two that postgres-protocol lacks or that must cost nothing, and
 /// the rest.
 pub enum Frame {
@@ -47,7 +51,10 @@ impl FrameReader {
             if let Some(frame) = self.buffered()? {
                 return Ok(frame);
             }
-            self.buffer.reserve(READ_BYTES);
+            let room = self.buffer.capacity() - self.buffer.len();
+            if !self.buffer.try_reclaim(READ_BYTES) && room < ROOM_BYTES {
+                self.buffer.reserve(READ_BYTES);
+            }
             if self.half.read_buf(&mut self.buffer).await? == 0 {
                 return Err(io::Error::new(
                     io::ErrorKind::UnexpectedEof,
@@ -55,6 +62,11 @@ impl FrameReader {
                 ));
             }
         }
+    }
+
+    /// Bytes that have arrived and were not taken.
+    pub fn arrived(&self) -> usize {
+        self.buffer.len()
     }
 
     /// Moves the payloads of CopyData messages that have arrived whole to the end of `into`, until

@@ -42,6 +42,16 @@ pub enum Error {
         /// The slot.
         slot: String,
     },
+    /// A pull would take a PREPARE that comes again for a transaction of its own.
+    #[error(
+        "slot {slot} gives prepared transactions at their PREPARE, as it was read so once \
+         (--two-phase on), and only a stream can follow that: run with --transport stream, or end \
+         this job with walferry cancel and start it anew without --two-phase"
+    )]
+    TwoPhasePull {
+        /// The slot.
+        slot: String,
+    },
     /// A decoder by names met one that is no table's any more.
     #[error(
         "table {table} has changes in the stream and is not there under that name any more; the \

@@ -30,8 +30,8 @@
 //! applier                 apply, flush 0/100 ───────────┘  pass Idle 0/180 ───────┘
 //! ```
 //!
-//! While messages come densely the reader lets them gather for a moment, which saves the walsender
-//! most of its system calls: see `lull`.
+//! A long backlog is read by SQL before the stream begins, which costs the source a sixth: see
+//! `bulk`.
 //!
 //! Feedback goes out on time whatever the buffer does (law 11): while a push waits for room, the
 //! reader does not read, but goes on telling the server where it is, so a slow target costs no
@@ -46,15 +46,16 @@
 //! end (`streamed`). Prepared ones come at their PREPARE where that is asked for, and at their
 //! commit otherwise.
 
+mod bulk;
 pub mod choice;
 pub mod continuity;
 mod count;
 mod describe;
 mod error;
+mod fetch;
 mod followed;
 mod intake;
 mod link;
-mod lull;
 mod marker;
 mod options;
 mod order;

@@ -9,7 +9,7 @@ use crate::clock::PgTimestamp;
 use crate::decode::wal2json::{self, Numbers};
 use crate::decode::{Plugin, test_decoding};
 use crate::id::quote_ident;
-use crate::limit::SILENCE;
+use crate::limit::{BULK_BYTES, SILENCE};
 use crate::lsn::Lsn;
 use crate::pg;
 
@@ -49,12 +49,13 @@ pub struct StreamOptions {
     /// Have a server that can (pgoutput, 15 and on) give prepared transactions at their PREPARE. A
     /// slot that was read so once is read so for ever.
     pub two_phase: bool,
-    /// Let messages that come densely gather for a millisecond before they are read, in a stream.
-    pub gather: bool,
+    /// A backlog of so many bytes of log or more is read in bulk before it is streamed; `None`
+    /// for never.
+    pub bulk_bytes: Option<u64>,
     /// Where transactions in progress wait for their end: with it, a server that can is asked to
     /// send them (pgoutput, 14 and on, by the replication protocol).
     pub spill: Option<Arc<dyn Spill>>,
-    /// Messages asked for at a time by a pull; chosen by what chunks cost where `None`.
+    /// Messages asked for at a time, in bulk or by a pull; chosen by what chunks cost where `None`.
     pub pull_messages: Option<u32>,
     /// Where decoded and filtered changes are counted.
     pub counters: Counters,
@@ -77,7 +78,7 @@ impl StreamOptions {
             followed: Arc::default(),
             plain_numbers: false,
             two_phase: false,
-            gather: true,
+            bulk_bytes: Some(BULK_BYTES),
             spill: None,
             pull_messages: None,
             counters: Counters::new(),

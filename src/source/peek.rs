@@ -40,6 +40,11 @@ impl Peeks {
         )
     }
 
+    /// The same, and makes what was read the slot's confirmed position.
+    pub fn taking(&self, upto_lsn: Lsn, limit: u32) -> String {
+        self.sql(upto_lsn, limit).replace("pg_logical_slot_peek_", "pg_logical_slot_get_")
+    }
+
     /// Reads one record, so that the plugin has looked at its options.
     pub fn first(&self) -> String {
         let Peeks { slot, binary, options, .. } = self;
@@ -207,9 +212,9 @@ pub(super) struct Chunks {
     fixed: bool,
 }
 
-/// Fewest and most messages of a chunk. 20,000 are read in a tenth of a second; a million small
-/// ones are 100 MB on the source, and more would save nothing.
-const MESSAGES: (u32, u32) = (20_000, 1_000_000);
+/// Fewest and most messages of a chunk. 20,000 are read in a tenth of a second; half a million
+/// small ones are 50 MB on the source, and take it half a second, for which the target may be idle.
+const MESSAGES: (u32, u32) = (20_000, 500_000);
 
 /// Bytes that a chunk may take in the source's memory and temporary files, unless a single
 /// transaction is larger.
@@ -237,7 +242,8 @@ impl Chunks {
         if took > CHUNK_TIME * 2 || bytes > CHUNK_BYTES * 2 {
             self.messages = (self.messages / 2).max(MESSAGES.0);
         } else if full && took < CHUNK_TIME / 2 && bytes < CHUNK_BYTES / 2 {
-            self.messages = (self.messages * 2).min(MESSAGES.1);
+            let times = if bytes < CHUNK_BYTES / 4 { 4 } else { 2 };
+            self.messages = (self.messages * times).min(MESSAGES.1);
         }
     }
 }
@@ -327,9 +333,11 @@ mod tests {
         let mut chunks = Chunks::of(None);
         let first = chunks.messages();
         chunks.learn(true, Duration::from_secs(1), 1 << 20);
-        assert_eq!(chunks.messages(), first * 2);
+        assert_eq!(chunks.messages(), first * 4);
         chunks.learn(false, Duration::from_secs(1), 1 << 20);
-        assert_eq!(chunks.messages(), first * 2);
+        assert_eq!(chunks.messages(), first * 4);
+        chunks.learn(true, Duration::from_secs(1), CHUNK_BYTES / 3);
+        assert_eq!(chunks.messages(), MESSAGES.1);
         for _ in 0..20 {
             chunks.learn(true, Duration::from_secs(1), CHUNK_BYTES * 3);
         }

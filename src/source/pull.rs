@@ -22,25 +22,23 @@
 //!
 //! <https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION>
 
-use std::future::Future;
-use std::task::Poll;
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::continuity::check_continuity_by_sql;
+use super::fetch::{Ends, Watch, fetch, push};
 use super::intake::Intake;
 use super::link::Link;
 use super::options::{Spoken, plugin_options};
 use super::peek::{Canceled, Chunks, LogEnd, Peeks, Starts};
-use super::rows::Rows;
 use super::slot::SlotStatus;
-use super::{End, Positions, Result, StreamOptions, slot};
+use super::{End, Error, Positions, Result, StreamOptions, slot};
 use crate::change::{Item, Sink};
 use crate::decode::Plugin;
 use crate::lsn::Lsn;
-use crate::pg::{self, Config, Purpose, Session};
+use crate::pg::{Config, Purpose, Session};
 
 /// How long a slot that a backend of ours still holds is waited for when opening.
 const FREE_WAIT: Duration = Duration::from_secs(10);
@@ -92,12 +90,16 @@ impl Pull {
     /// test_decoding must not be behind it once [`Pull::run`] has told it what is durable: its
     /// transactions are not known again.
     ///
-    /// Errors of law 4 are `Stop`; a slot in use and a lost connection are `Retry`.
+    /// Errors of law 4 are `Stop`, and a slot that gives prepared transactions at their PREPARE; a
+    /// slot in use and a lost connection are `Retry`.
     pub async fn open(config: &Config, options: StreamOptions) -> Result<Pull> {
         let (name, start_lsn) = (options.slot.as_str(), options.start_lsn);
         let (mut session, status) = connect(config, &options, start_lsn).await?;
         if status.active_pid.is_some() {
             slot::free(&mut session, name, FREE_WAIT).await?;
+        }
+        if slot::is_two_phase(&mut session, name).await? {
+            return Err(Error::TwoPhasePull { slot: name.to_string() });
         }
         let mut spoken = options.spoken()?;
         let peeks = loop {
@@ -134,8 +136,11 @@ impl Pull {
         let mut puller = Puller {
             intake: Intake::new(&self.config, self.spoken, &self.options, repeats, sink, positions),
             repeats,
-            canceled: Canceled::of(&self.session),
-            link: Link::of(self.config, &self.options),
+            ends: Ends {
+                canceled: Canceled::of(&self.session),
+                link: Link::of(self.config, &self.options),
+                watch: Watch { durable, stop },
+            },
             session: self.session,
             plugin: self.spoken.plugin,
             peeks: self.peeks,
@@ -145,7 +150,6 @@ impl Pull {
             confirmed_lsn: self.confirmed_lsn,
             chunks: Chunks::of(self.options.pull_messages),
             options: self.options,
-            watch: Watch { durable, stop },
             advance_at: Instant::now(),
         };
         let end = puller.read().await?;
@@ -160,7 +164,7 @@ struct Puller<'a, S> {
     options: StreamOptions,
     plugin: Plugin,
     intake: Intake<'a, S>,
-    link: Link,
+    ends: Ends,
     peeks: Peeks,
     starts: Starts,
     log_end: LogEnd,
@@ -169,11 +173,9 @@ struct Puller<'a, S> {
     /// What the slot was last advanced to.
     confirmed_lsn: Lsn,
     chunks: Chunks,
-    watch: Watch,
     advance_at: Instant,
     /// What was received before is known when it comes again.
     repeats: bool,
-    canceled: Canceled,
 }
 
 /// How a chunk ended.
@@ -201,7 +203,7 @@ impl<S: Sink> Puller<'_, S> {
                 Turn::Drained(some) => {
                     pause = if some { PAUSES.0 } else { (pause * 2).min(PAUSES.1) };
                     // At most half of the source's time is ours.
-                    let end = self.watch.rest(pause.max(begun.elapsed())).await;
+                    let end = self.ends.watch.rest(pause.max(begun.elapsed())).await;
                     if end.is_none() && !self.repeats {
                         self.settle().await?
                     } else {
@@ -223,7 +225,7 @@ impl<S: Sink> Puller<'_, S> {
     /// next peek begins behind it.
     async fn settle(&mut self) -> Result<Option<End>> {
         loop {
-            let settling = self.watch.until_durable(self.intake.buffered_lsn());
+            let settling = self.ends.watch.until_durable(self.intake.buffered_lsn());
             let settled = tokio::time::timeout(ADVANCE_GAP, settling).await;
             if settled.is_ok() || Instant::now() >= self.advance_at {
                 self.advance().await?;
@@ -237,7 +239,7 @@ impl<S: Sink> Puller<'_, S> {
     /// Peeks once, and pushes what comes.
     async fn chunk(&mut self) -> Result<Turn> {
         let asking = self.log_end.ask(&mut self.session);
-        let Some(upto_lsn) = self.link.bounded(asking).await? else {
+        let Some(upto_lsn) = self.ends.link.bounded(asking).await? else {
             return Ok(Turn::Drained(false));
         };
         if upto_lsn <= self.drained_lsn {
@@ -246,7 +248,9 @@ impl<S: Sink> Puller<'_, S> {
         self.renew().await?;
         let (begun, limit) = (Instant::now(), self.chunks.messages());
         let before_lsn = self.intake.decoded_lsn();
-        let (count, bytes) = match self.peek(upto_lsn, limit).await? {
+        let sql = self.peeks.sql(upto_lsn, limit);
+        let Puller { session, intake, ends, confirmed_lsn, .. } = self;
+        let (count, bytes) = match fetch(session, &sql, intake, ends, *confirmed_lsn).await? {
             Ok(received) => received,
             Err(end) => return Ok(Turn::End(end)),
         };
@@ -265,72 +269,13 @@ impl<S: Sink> Puller<'_, S> {
         Ok(Turn::Drained(some))
     }
 
-    /// The messages of one peek, their number and bytes; or why the reader is to end.
-    async fn peek(
-        &mut self,
-        upto_lsn: Lsn,
-        limit: u32,
-    ) -> Result<std::result::Result<(u32, u64), End>> {
-        let sql = self.peeks.sql(upto_lsn, limit);
-        let mut rows = Rows::default();
-        let (mut count, mut bytes) = (0_u32, 0_u64);
-        let pid = self.session.process_id();
-        // A backend that decodes does not notice that we are gone.
-        self.canceled.arm();
-        // Not even that a COPY has begun is heard of before the whole chunk is decoded.
-        let mut copy = tokio::select! {
-            biased;
-            end = self.watch.end() => return Ok(Err(end)),
-            silent = self.link.until_dead(pid) => return Err(silent),
-            copy = self.session.copy_out(&sql) => copy?,
-        };
-        loop {
-            let piece = match now(copy.next()).await {
-                Some(piece) => piece?,
-                None => {
-                    self.intake.publish(self.intake.decoded_lsn(), self.confirmed_lsn);
-                    tokio::select! {
-                        biased;
-                        end = self.watch.end() => return Ok(Err(end)),
-                        silent = self.link.until_dead(pid) => return Err(silent),
-                        piece = copy.next() => piece?,
-                    }
-                }
-            };
-            // The server has decoded the whole chunk before it sends the first row of it.
-            self.intake.warned(copy.take_warnings()).await?;
-            let Some(piece) = piece else { break };
-            bytes += piece.len() as u64;
-            rows.feed(piece);
-            while let Some(message) = rows.next()? {
-                count = count.saturating_add(1);
-                let mut item = Some(self.intake.message(message.data, message.lsn).await?);
-                while let Some(said) = item {
-                    if let Some(said) = said
-                        && let Some(end) =
-                            push(&mut self.intake, &mut self.watch, said, self.confirmed_lsn).await
-                    {
-                        return Ok(Err(end));
-                    }
-                    item = self.intake.more().await?;
-                }
-            }
-        }
-        self.canceled.disarm();
-        if !rows.is_complete() || self.intake.in_transaction() {
-            let message = "the answer to a peek at the slot ended too early".to_string();
-            return Err(pg::Error::Result(message).into());
-        }
-        Ok(Ok((count, bytes)))
-    }
-
     async fn push(&mut self, item: Item) -> Option<End> {
-        push(&mut self.intake, &mut self.watch, item, self.confirmed_lsn).await
+        push(&mut self.intake, &mut self.ends.watch, item, self.confirmed_lsn).await
     }
 
     /// Tells the slot what is durable, if it does not know.
     async fn advance(&mut self) -> Result<()> {
-        let durable_lsn = self.watch.durable_lsn();
+        let durable_lsn = self.ends.watch.durable_lsn();
         if durable_lsn <= self.confirmed_lsn {
             return Ok(());
         }
@@ -344,7 +289,7 @@ impl<S: Sink> Puller<'_, S> {
         tokio::select! {
             biased;
             advanced = advancing => advanced?,
-            silent = self.link.until_dead(pid) => return Err(silent),
+            silent = self.ends.link.until_dead(pid) => return Err(silent),
         };
         self.confirmed_lsn = durable_lsn;
         // The server should have better things to do than to decode for this.
@@ -358,10 +303,10 @@ impl<S: Sink> Puller<'_, S> {
             return Ok(());
         }
         // Whatever answers now has to be the same server with the same slot (law 4).
-        let progress_lsn = self.watch.durable_lsn().max(self.confirmed_lsn);
-        let connecting = connect(self.link.config(), &self.options, progress_lsn);
-        let (session, _) = self.link.bounded(connecting).await?;
-        self.canceled = Canceled::of(&session);
+        let progress_lsn = self.ends.watch.durable_lsn().max(self.confirmed_lsn);
+        let connecting = connect(self.ends.link.config(), &self.options, progress_lsn);
+        let (session, _) = self.ends.link.bounded(connecting).await?;
+        self.ends.canceled = Canceled::of(&session);
         self.starts = Starts::of(&session, self.plugin);
         self.starts.take();
         self.session = session;
@@ -370,7 +315,7 @@ impl<S: Sink> Puller<'_, S> {
 
     /// So that the slot holds on to no more than it must while nobody reads it.
     async fn leave(&mut self) {
-        if !self.canceled.is_armed() {
+        if !self.ends.canceled.is_armed() {
             match tokio::time::timeout(LAST_ADVANCE, self.advance()).await {
                 Ok(Ok(())) => {}
                 // Whoever stops us has what it wants; the slot learns it from the next reader.
@@ -383,84 +328,5 @@ impl<S: Sink> Puller<'_, S> {
 
     fn publish(&self) {
         self.intake.publish(self.intake.decoded_lsn(), self.confirmed_lsn);
-    }
-}
-
-/// Hands the item to the sink; meanwhile nothing is read, and the server waits.
-async fn push<S: Sink>(
-    intake: &mut Intake<'_, S>,
-    watch: &mut Watch,
-    item: Item,
-    confirmed_lsn: Lsn,
-) -> Option<End> {
-    let end_lsn = item.end_lsn();
-    let (publisher, received_lsn) = (intake.publisher(), intake.decoded_lsn());
-    let pushed = {
-        let pushing = intake.sink.push(item);
-        tokio::pin!(pushing);
-        match now(pushing.as_mut()).await {
-            Some(pushed) => pushed,
-            None => {
-                publisher.publish(received_lsn, confirmed_lsn);
-                tokio::select! {
-                    biased;
-                    pushed = pushing => pushed,
-                    end = watch.end() => return Some(end),
-                }
-            }
-        }
-    };
-    if pushed.is_err() {
-        return Some(End::Closed);
-    }
-    intake.buffered(end_lsn);
-    None
-}
-
-/// What the future gives without waiting, if it does.
-async fn now<F: Future>(future: F) -> Option<F::Output> {
-    tokio::pin!(future);
-    std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
-        Poll::Ready(output) => Poll::Ready(Some(output)),
-        Poll::Pending => Poll::Ready(None),
-    })
-    .await
-}
-
-/// Those who may end the reader, and whom it waits for.
-struct Watch {
-    durable: watch::Receiver<Lsn>,
-    stop: watch::Receiver<bool>,
-}
-
-impl Watch {
-    fn durable_lsn(&self) -> Lsn {
-        *self.durable.borrow()
-    }
-
-    /// Waits until the reader is to end. Cancel-safe.
-    async fn end(&mut self) -> End {
-        let gone = async { while self.durable.changed().await.is_ok() {} };
-        tokio::select! {
-            biased;
-            // An error means that whoever could stop us is gone: stop as well.
-            _ = self.stop.wait_for(|stop| *stop) => End::Stopped,
-            () = gone => End::Closed,
-        }
-    }
-
-    async fn rest(&mut self, pause: Duration) -> Option<End> {
-        tokio::time::timeout(pause, self.end()).await.ok()
-    }
-
-    /// Waits until the target durably has everything before `lsn`.
-    async fn until_durable(&mut self, lsn: Lsn) -> Option<End> {
-        tokio::select! {
-            biased;
-            _ = self.stop.wait_for(|stop| *stop) => Some(End::Stopped),
-            reached = self.durable.wait_for(|durable| *durable >= lsn) => {
-                reached.is_err().then_some(End::Closed)
-            }
-        }
     }
 }

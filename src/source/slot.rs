@@ -339,6 +339,19 @@ pub struct SlotStatus {
     pub retained_bytes: u64,
 }
 
+/// True if the slot gives prepared transactions at their PREPARE: once read so, it does for ever.
+///
+/// <https://www.postgresql.org/docs/current/view-pg-replication-slots.html>
+pub(super) async fn is_two_phase(session: &mut Session, slot: &str) -> Result<bool> {
+    let sql = format!(
+        "select coalesce((pg_catalog.to_jsonb(s) ->> 'two_phase')::bool, false) \
+         from pg_catalog.pg_replication_slots s where s.slot_name = {}",
+        quote_literal(slot)
+    );
+    let rows = session.query(&sql).await?;
+    Ok(rows.first().map(|row| row.bool(0)).transpose()?.unwrap_or(false))
+}
+
 impl SlotStatus {
     /// Why the server will not send from it any more, if so.
     pub fn lost_reason(&self) -> Option<&str> {

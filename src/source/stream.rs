@@ -8,11 +8,15 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use super::bulk::Bulk;
+use super::continuity::{check_slot, check_system};
+use super::fetch::{Ends, Watch};
 use super::intake::{Intake, Publisher};
-use super::lull::Lull;
+use super::link::Link;
 use super::options::{Spoken, plugin_options};
 use super::pace::Pace;
-use super::{End, Error, Positions, Result, StreamOptions, check_continuity, slot};
+use super::peek::Canceled;
+use super::{End, Error, Positions, Result, StreamOptions, slot};
 use crate::change::{Item, Sink, SinkClosed};
 use crate::limit::FEEDBACK_INTERVAL;
 use crate::lsn::Lsn;
@@ -33,42 +37,35 @@ pub struct Stream {
     options: StreamOptions,
     spoken: Spoken,
     interval: Duration,
+    /// What is read before replication is started.
+    bulk: Option<Bulk>,
 }
 
 impl Stream {
     /// Connects, checks that server and slot are the recorded ones and not beyond `start_lsn`,
-    /// takes the slot from a walsender that an earlier runner of ours left, and starts the stream.
+    /// takes the slot from a walsender that an earlier runner of ours left, and starts the stream,
+    /// or the reading of what comes before it (`bulk`).
     ///
     /// Errors of law 4 are `Stop`; a slot in use and a lost connection are `Retry`.
     pub async fn open(config: &Config, options: StreamOptions) -> Result<Stream> {
         let mut session = Session::connect(config, Purpose::Replication).await?;
         let (name, start_lsn) = (options.slot.as_str(), options.start_lsn);
-        let status = check_continuity(&mut session, name, &options.recorded, start_lsn).await?;
-        if status.active_pid.is_some() {
+        let system = check_system(&mut session, &options.recorded, start_lsn).await?;
+        let status = slot::status(&mut session, name).await?;
+        let confirmed_lsn = check_slot(name, status.as_ref(), &options.recorded, start_lsn)?;
+        if status.is_some_and(|status| status.active_pid.is_some()) {
             slot::free(&mut session, name, FREE_WAIT).await?;
         }
         let interval = feedback_interval(&mut session).await?;
         session.pass_unknown_bytes().await?;
         session.keep_warnings();
         let mut spoken = options.spoken()?;
-        let started = loop {
-            let wanted = plugin_options(spoken, session.major_version(), &options);
-            tracing::debug!(slot = name, %start_lsn, ?wanted, "starting replication");
-            let wanted: Vec<(&str, &str)> = wanted.iter().map(|(n, v)| (*n, v.as_str())).collect();
-            match session.start_replication(name, start_lsn, &wanted).await {
-                Err(error) if spoken.older(&error) => spoken.admit(name)?,
-                started => break started,
-            }
-        };
-        match started {
-            Ok(()) => Ok(Stream { config: config.clone(), session, options, spoken, interval }),
-            Err(error) if error.code() == Some("55006") => Err(Error::SlotInUse {
-                slot: name.to_string(),
-                pid: status.active_pid.unwrap_or(0),
-                user: error.to_string(),
-            }),
-            Err(error) => Err(error.into()),
+        let bulk =
+            Bulk::begin(&mut session, &options, spoken, confirmed_lsn, system.flush_lsn).await?;
+        if bulk.is_none() {
+            start(&mut session, &options, &mut spoken, start_lsn).await?;
         }
+        Ok(Stream { config: config.clone(), session, options, spoken, interval, bulk })
     }
 
     /// Reads until told to stop, pushing items in log order.
@@ -79,22 +76,34 @@ impl Stream {
     /// connection (`Retry`), bytes that cannot be decoded (`Stop`). After either, what was pushed
     /// and is not durable comes again from a new stream; a transaction may be cut in the middle.
     pub async fn run<S: Sink>(
-        self,
+        mut self,
         sink: &mut S,
         durable: watch::Receiver<Lsn>,
         positions: &watch::Sender<Positions>,
         stop: watch::Receiver<bool>,
     ) -> Result<End> {
-        let start_lsn = self.options.start_lsn;
-        let confirmed_lsn = self.options.confirmed_lsn;
+        let mut confirmed_lsn = self.options.confirmed_lsn;
+        let mut intake =
+            Intake::new(&self.config, self.spoken, &self.options, false, sink, positions);
+        if let Some(mut bulk) = self.bulk.take() {
+            let mut ends = Ends {
+                watch: Watch { durable: durable.clone(), stop: stop.clone() },
+                link: Link::of(self.config.clone(), &bulk.options(&self.options)),
+                canceled: Canceled::of(&self.session),
+            };
+            if let Some(end) = bulk.run(&mut self.session, &mut intake, &mut ends).await? {
+                return Ok(end);
+            }
+            confirmed_lsn = confirmed_lsn.max(bulk.confirmed_lsn());
+            let durable_lsn = *durable.borrow();
+            self.hand_over(intake.decoded_lsn(), durable_lsn).await?;
+        }
+        let start_lsn = intake.decoded_lsn();
         let mut pace = Pace::new(durable, stop, start_lsn, self.interval, self.options.silence);
         pace.confirmed_lsn = confirmed_lsn;
-        let intake = Intake::new(&self.config, self.spoken, &self.options, false, sink, positions);
-        let gathers = self.options.gather && !self.session.is_local();
         let mut reader = Reader {
             pace,
             intake,
-            lull: Lull::new(gathers, Instant::now()),
             session: self.session,
             options: self.options,
             config: self.config,
@@ -115,13 +124,49 @@ impl Stream {
         reader.publish();
         Ok(end)
     }
+
+    /// True if there is a backlog that is read in bulk before the stream begins.
+    pub fn is_behind(&self) -> bool {
+        self.bulk.is_some()
+    }
+
+    /// Begins to stream at `read_lsn`. Meanwhile the slot was nobody's: another program may have
+    /// moved it.
+    async fn hand_over(&mut self, read_lsn: Lsn, durable_lsn: Lsn) -> Result<()> {
+        let (name, recorded) = (&self.options.slot, &self.options.recorded);
+        let status = slot::status(&mut self.session, name).await?;
+        let durable_lsn = durable_lsn.max(self.options.start_lsn);
+        check_slot(name, status.as_ref(), recorded, durable_lsn)?;
+        tracing::debug!(slot = name, %read_lsn, "streaming what is left");
+        start(&mut self.session, &self.options, &mut self.spoken, read_lsn).await
+    }
 }
 
-/// Bytes of what the plugin said.
-fn size(message: &ReplicationMessage) -> usize {
-    match message {
-        ReplicationMessage::Data { data, .. } => data.len(),
-        ReplicationMessage::Keepalive { .. } => 0,
+/// START_REPLICATION, by what the plugin turns out to know.
+async fn start(
+    session: &mut Session,
+    options: &StreamOptions,
+    spoken: &mut Spoken,
+    start_lsn: Lsn,
+) -> Result<()> {
+    let name = options.slot.as_str();
+    let started = loop {
+        let wanted = plugin_options(*spoken, session.major_version(), options);
+        tracing::debug!(slot = name, %start_lsn, ?wanted, "starting replication");
+        let wanted: Vec<(&str, &str)> = wanted.iter().map(|(n, v)| (*n, v.as_str())).collect();
+        match session.start_replication(name, start_lsn, &wanted).await {
+            Err(error) if spoken.older(&error) => spoken.admit(name)?,
+            started => break started,
+        }
+    };
+    match started {
+        Ok(()) => Ok(()),
+        Err(error) if error.code() == Some("55006") => {
+            let status = slot::status(session, name).await?;
+            let pid = status.and_then(|status| status.active_pid).unwrap_or(0);
+            Err(Error::SlotInUse { slot: name.to_string(), pid, user: error.to_string() })
+        }
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -142,7 +187,6 @@ struct Reader<'a, S> {
     options: StreamOptions,
     pace: Pace,
     intake: Intake<'a, S>,
-    lull: Lull,
     config: Config,
     silent_since: Option<Instant>,
 }
@@ -150,9 +194,6 @@ struct Reader<'a, S> {
 impl<S: Sink> Reader<'_, S> {
     /// One wait and what follows from it: a turn of the clock, or all messages that have arrived.
     async fn step(&mut self) -> Result<Option<End>> {
-        if let Some(rest) = self.lull.rest() {
-            tokio::time::sleep(rest).await;
-        }
         let message = tokio::select! {
             biased;
             wake = self.pace.wake() => {
@@ -166,9 +207,7 @@ impl<S: Sink> Reader<'_, S> {
             message = self.session.replication_message() => message?,
         };
         let Some(mut message) = message else { return Ok(Some(End::Source)) };
-        let (mut messages, mut bytes) = (0, 0);
         loop {
-            (messages, bytes) = (messages + 1, bytes + size(&message));
             if let Some(end) = self.take(message).await? {
                 return Ok(Some(end));
             }
@@ -177,7 +216,6 @@ impl<S: Sink> Reader<'_, S> {
                 None => break,
             }
         }
-        self.lull.read(messages, bytes, Instant::now());
         self.publish();
         Ok(None)
     }

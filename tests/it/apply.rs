@@ -21,6 +21,7 @@ use walferry::pg::{Config, Session};
 
 use crate::support;
 
+mod binary;
 mod random;
 mod sets;
 

@@ -142,7 +142,8 @@ impl Decoder {
     }
 
     /// The name of a replication origin of the source (`pg_replication_origin`): wal2json gives its
-    /// number only. A transaction of an origin not named here has the name "".
+    /// number only. A transaction of an origin not named here has the name "", and after an empty
+    /// transaction none is.
     pub fn name_origin(&mut self, id: u32, name: impl Into<String>) {
         self.origins.insert(id, name.into());
     }
@@ -193,9 +194,11 @@ impl Decoder {
                 fields.begin(origin).map(|begin| Step::Event(Event::Begin(begin)))
             }
             Action::Commit => {
-                // DDL leaves an empty transaction.
+                // DDL leaves an empty transaction, and so does whoever makes or drops an origin:
+                // its number may be another's now.
                 if !self.wrote {
                     self.tables.outdate();
+                    self.origins.clear();
                 }
                 fields.commit(lsn).map(|commit| Step::Event(Event::Commit(commit)))
             }

@@ -151,6 +151,24 @@ fn wal2json_46_format_1_is_not_read() {
 }
 
 #[test]
+fn the_number_of_an_origin_is_another_s_once_origins_were_made_or_dropped() {
+    let mut decoder = knowing(Numbers::Text);
+    let begin = BEGIN.replace("\"origin\":0", "\"origin\":3");
+    let origin = |decoder: &mut Decoder| match step(decoder, &begin) {
+        Step::Event(Event::Begin(begin)) => begin.origin,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(origin(&mut decoder).as_deref(), Some(""));
+    decoder.name_origin(3, "elsewhere");
+    assert_eq!(origin(&mut decoder).as_deref(), Some("elsewhere"));
+    step(&mut decoder, INSERT);
+    step(&mut decoder, COMMIT);
+    assert_eq!(origin(&mut decoder).as_deref(), Some("elsewhere"));
+    step(&mut decoder, COMMIT);
+    assert_eq!(origin(&mut decoder).as_deref(), Some(""), "to be asked for again");
+}
+
+#[test]
 fn tables_of_one_truncate_are_emptied_together() {
     let mut decoder = knowing(Numbers::Text);
     let mut second = table();

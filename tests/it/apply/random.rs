@@ -234,7 +234,7 @@ async fn both_orders_leave_what_the_source_has() {
             (Mode::Auto, true, true, true),
             (Mode::Auto, false, false, false),
         ];
-        for (mode, copy_inserts, binary_integers, grows) in ways {
+        for (mode, copy_inserts, binary_values, grows) in ways {
             session
                 .execute(
                     "truncate public.k, public.c, public.i, public.u, public.f, public.g, \
@@ -247,7 +247,7 @@ async fn both_orders_leave_what_the_source_has() {
             let limits = Limits { bytes: rng.usize(200..40_000), transactions: rng.usize(1..100) };
             let mut wish = tuned(mode, Some(limits));
             wish.tuning.copy_inserts = copy_inserts;
-            wish.tuning.binary_integers = binary_integers;
+            wish.tuning.binary_values = binary_values;
             if grows {
                 wish.tuning.limits_max = Limits::default();
             }

@@ -400,7 +400,7 @@ async fn a_reader_of_the_target_sees_only_states_that_the_source_had() {
         })
         .collect();
     let mut wanted = tuned(Mode::Auto, Some(Limits { bytes: 1 << 20, transactions: 60 }));
-    wanted.tuning.limits_max.transactions = 500;
+    wanted.tuning.limits_max.transactions = 200;
     let mut running = Running::start(Applier::connect(&config(&server), wanted).await.unwrap());
     let sums = "select (select sum(balance) from public.branch), \
         (select sum(balance) from public.teller), \

@@ -155,3 +155,60 @@ async fn several_databases_of_one_server_move_beside_each_other() {
     second.signal("INT");
     second.ended().await.expect_success();
 }
+
+/// What textual decoders print of tables of every make, they are asked for by name only.
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_of_every_make_are_followed_by_textual_decoders() {
+    let columns: Vec<String> = (2..=1600).map(|i| format!("c{i} int")).collect();
+    let schema = format!(
+        "{PARTED}; \
+         create table person (id int primary key, name text); \
+         create table worker (wage numeric, primary key (id)) inherits (person); \
+         insert into person values (1, 'p'); insert into worker values (1, 'w', 10); \
+         create table nothing (); alter table nothing replica identity full; \
+         insert into nothing select from generate_series(1, 5); \
+         create table wide (c1 int primary key, {0}); \
+         insert into wide (c1, c2, c1600) select i, i, i from generate_series(1, 10) i; \
+         create table made (gone text, id int generated always as identity primary key, \
+             twice int generated always as (n * 2) stored, n int, big text); \
+         alter table made drop gone, alter big set storage external; \
+         insert into made (n, big) select i, repeat('x', 9000) from generate_series(1, 9) i",
+        columns.join(", ")
+    );
+    let at_once = format!(
+        "{WRITES}; update person set name = name || '!'; delete from only person where id = 1; \
+         insert into nothing default values; update wide set c800 = -c1, c1599 = 5 where c1 < 6; \
+         update wide set c1 = -c1 where c1 > 8; update made set n = -n where id < 4; \
+         update made set id = default where id = 5; delete from made where id = 6"
+    );
+    let live = "truncate p_2; insert into p values (200, 12, 'live'); \
+         alter table p attach partition later for values from (300) to (310); \
+         insert into p values (301, 305, 'later'); update p set at = 1 where id = 301; \
+         delete from nothing where ctid = (select min(ctid) from nothing); truncate only person; \
+         insert into worker values (7, 'seven', 'NaN'); delete from wide where c1 = 7; \
+         update made set big = big || 'y' where id = 1; update made set n = 0";
+    let servers = alone((15, 15));
+    for (decoder, transport) in [("test_decoding", "stream"), ("wal2json", "pull")] {
+        let live = match decoder {
+            // 2.5 has no NaN.
+            "wal2json" => live.replace("'NaN'", "1.50"),
+            _ => live.to_string(),
+        };
+        let name = format!("every_make_{decoder}");
+        let schema = format!("{schema}; create table later (like p including all)");
+        let story = Story::between(servers, &name, "", &schema);
+        let how = ["--decoder", decoder, "--transport", transport, "--no-nan"];
+        story.done(&[&["run", "--until", "following"], &how[..]].concat()).await;
+        story.target("alter table p attach partition later for values from (300) to (310)");
+        story.source(&at_once);
+        let mut run = story.spawn(&["run", "--no-nan"]);
+        story.arrived(&mut run).await;
+        for sql in live.split("; ") {
+            story.source(sql);
+        }
+        story.arrived(&mut run).await;
+        story.same().await;
+        run.signal("INT");
+        run.ended().await.expect_success();
+    }
+}

@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use walferry::change::Item;
+use walferry::change::{Chunk, Item};
 use walferry::fault::{Fault, Faulty};
 use walferry::limit::{CHUNK_BYTES, CHUNK_CHANGES};
 use walferry::pg::{Config, Purpose, Session};
-use walferry::source::{End, Error, StreamOptions};
+use walferry::source::{End, Error, Stream, StreamOptions};
 
 use super::rig::{Proxy, Reader, Rig, SLOT, is_mark, shown, soon};
 
@@ -351,29 +351,81 @@ async fn a_slot_read_by_another_program_is_left_alone() {
     assert_eq!(error.fault(), Fault::Retry);
 }
 
-/// A backlog is dense enough for messages to gather; what comes is the same.
+/// A backlog that is read in bulk, in chunks of any size, is the one that is streamed.
 #[tokio::test]
-async fn messages_that_gather_are_those_that_are_read_at_once() {
+async fn what_is_read_in_bulk_is_what_is_streamed() {
     let ddl = "create table public.a (id int primary key, v text);";
     let mut rig = Rig::new(&[], ddl, &["a"]).await;
-    rig.sql
-        .execute(
-            "do $$ begin for i in 1..4000 loop insert into public.a \
-             select i * 10 + k, 'row ' || k from generate_series(1, i % 7) k; \
-             delete from public.a where id % 9 = i % 9; commit; end loop; end $$",
-        )
-        .await
-        .unwrap();
+    if rig.sql.major_version() < 12 {
+        return; // No copies of slots.
+    }
+    let write = "do $$ begin for i in 1..4000 loop insert into public.a \
+         select i * 10 + k, 'row ' || k from generate_series(1, i % 7) k; \
+         delete from public.a where id % 9 = i % 9; commit; end loop; end $$";
+    rig.sql.execute(write).await.unwrap();
     rig.mark().await;
-    let mut seen = Vec::new();
-    for gather in [true, false] {
-        let options = StreamOptions { gather, ..rig.options() };
+    let confirmed_lsn = rig.confirmed().await;
+    let mut seen: Vec<Vec<Chunk>> = Vec::new();
+    for (bulk_bytes, pull_messages) in
+        [(None, None), (Some(1), None), (Some(1), Some(100)), (Some(1 << 20), Some(3000))]
+    {
+        let options = StreamOptions { bulk_bytes, pull_messages, ..rig.options() };
+        let opened = Stream::open(&rig.config, options.clone()).await.unwrap();
+        assert_eq!(opened.is_behind(), bulk_bytes.is_some());
+        drop(opened);
         let mut reader = Reader::start(&rig.config, options, BUFFER).await;
         let begun = Instant::now();
-        seen.push(shown(&reader.until_mark().await));
-        println!("gather {gather}: {:?}", begun.elapsed());
+        seen.push(reader.until_mark().await);
+        println!("bulk {bulk_bytes:?}: {:?}", begun.elapsed());
         reader.end().await.unwrap();
     }
     assert!(seen[0].len() > 3000, "{}", seen[0].len());
-    assert_eq!(seen[0], seen[1]);
+    assert!(seen.iter().all(|chunks| *chunks == seen[0]), "they differ");
+    assert_eq!(rig.confirmed().await, confirmed_lsn, "nothing was durable");
+    // What the target has already is passed over, though the slot has it.
+    let end_lsn = |at: usize| seen[0][at].commit.unwrap().end_lsn;
+    let start_lsn = end_lsn(1500);
+    let bulk = StreamOptions { bulk_bytes: Some(1), pull_messages: Some(500), ..rig.options() };
+    let mut reader = Reader::start(&rig.config, StreamOptions { start_lsn, ..bulk }, BUFFER).await;
+    assert_eq!(reader.until_mark().await, seen[0][1501..]);
+    reader.end().await.unwrap();
+    let left = "select count(*) from pg_replication_slots where temporary";
+    rig.wait_for(left, "0").await;
+}
+
+/// The mark is dropped and the slot streamed while writers go on, and one of them is in the middle
+/// of a transaction all the time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn between_bulk_and_stream_nothing_is_lost_and_nothing_comes_twice() {
+    let ddl = "create table public.t (id serial, v text); create table public.slow (id int)";
+    let mut rig = Rig::new(&[], ddl, &["t", "slow"]).await;
+    if rig.sql.major_version() < 12 {
+        return; // No copies of slots.
+    }
+    let mut slow = Session::connect(&rig.config, Purpose::Sql).await.unwrap();
+    slow.execute("begin; insert into public.slow select generate_series(1, 50)").await.unwrap();
+    let insert = "insert into public.t (v) values ('x')";
+    let many = format!("do $$ begin for i in 1..3000 loop {insert}; commit; end loop; end $$");
+    rig.sql.execute(&many).await.unwrap();
+    let options =
+        StreamOptions { bulk_bytes: Some(1000), pull_messages: Some(300), ..rig.options() };
+    let mut reader = Reader::start(&rig.config, options, BUFFER).await;
+    let mut writer = Session::connect(&rig.config, Purpose::Sql).await.unwrap();
+    let writing = tokio::spawn(async move {
+        for _ in 0..1500 {
+            writer.execute(insert).await.unwrap();
+        }
+    });
+    let streaming = "select count(*) > 0 from pg_stat_replication where state = 'streaming'";
+    writing.await.unwrap();
+    slow.execute("commit").await.unwrap();
+    rig.wait_for(streaming, "t").await;
+    rig.mark().await;
+    let chunks = reader.until_mark().await;
+    let lines: Vec<String> = shown(&chunks).concat();
+    let (slow, fast): (Vec<_>, Vec<_>) = lines.iter().partition(|l| l.starts_with("I slow"));
+    assert_eq!(slow.len(), 50);
+    let ids: Vec<String> = (1..=4500).map(|id| format!("I t ({id},x)")).collect();
+    assert_eq!(fast, ids.iter().collect::<Vec<_>>());
+    reader.end().await.unwrap();
 }

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use walferry::change::Item;
 use walferry::demo::server::Server;
-use walferry::source::{StreamOptions, Transport};
+use walferry::pg::{Purpose, Session};
+use walferry::source::{self, StreamOptions, Transport, slot};
 
 use super::rig::{Reader, Rig, is_mark, soon};
 
@@ -69,4 +70,22 @@ async fn a_pull_waits_for_a_source_that_decodes_for_longer_than_the_silence_it_b
     assert_eq!(until_mark(&mut reader).await, 1);
     assert!(begun.elapsed() > silence * 2, "{:?}: decode more", begun.elapsed());
     soon("the end", reader.end()).await.unwrap();
+}
+
+/// A peek gives again what came and is not durable yet: of a PREPARE that could not be told from one
+/// that nobody has seen, and its rows would come twice.
+#[tokio::test]
+async fn a_pull_of_a_slot_that_tells_of_prepare_is_refused() {
+    let rig = Rig::new(&["max_prepared_transactions = 5"], "", &[]).await;
+    let mut sql = Session::connect(&rig.config, Purpose::Sql).await.unwrap();
+    let made = "select pg_create_logical_replication_slot('two', 'pgoutput', false, true)";
+    sql.query(made).await.unwrap();
+    let made = slot::status(&mut sql, "two").await.unwrap().unwrap();
+    let options = StreamOptions { slot: "two".to_string(), ..rig.options() };
+    let start_lsn = made.confirmed_flush_lsn.unwrap();
+    let options = StreamOptions { start_lsn, confirmed_lsn: start_lsn, ..options };
+    let refused = source::Reader::open(&rig.config, Transport::Pull, options.clone()).await;
+    let told = refused.unwrap_err().to_string();
+    assert!(told.contains("slot two ") && told.contains("--transport stream"), "{told}");
+    source::Reader::open(&rig.config, Transport::Stream, options).await.unwrap();
 }
