@@ -86,9 +86,10 @@ kill: setup
 kill-spool: setup
 	WALFERRY_SPOOL_KILLS=$(or $(KILLS),200) cargo test --locked --test it -- --nocapture spool::a_move_through
 
-# The target away for ten minutes of writes: the source's WAL stays under the budget.
+# The target away for ten minutes of writes, once with a spool and once with Kafka: the source's WAL
+# stays under the budget.
 outage: setup
-	WALFERRY_OUTAGE=$(or $(SECONDS),600) cargo test --locked --test it -- --nocapture spool::a_target_outage
+	WALFERRY_OUTAGE=$(or $(SECONDS),600) cargo test --locked --test it -- --nocapture a_target_outage_goes_into
 
 # How long a change takes through memory and through a spool, and a large transaction by streaming
 # and without; release binary. The first fails beyond its bar.

@@ -5,6 +5,7 @@
 //! home; with --dry-run not even that.
 
 mod jobs;
+mod recycle;
 mod run;
 
 use std::process::ExitCode;
@@ -110,6 +111,9 @@ enum Command {
     Rollback(run::TaskArgs),
     /// End the way back of completed tasks, and drop all that walferry made for them
     Finish(run::TaskArgs),
+    /// Old shards that are kept on their nodes
+    #[command(subcommand)]
+    Recycle(recycle::Command),
 }
 
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -171,6 +175,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Reset(args) => run::reset(address, args, json).await,
         Command::Rollback(args) => run::rollback(address, args, json).await,
         Command::Finish(args) => run::finish(address, args, json).await,
+        Command::Recycle(command) => recycle::run(address, command, json).await,
         _ => {
             let found = cluster::read(&address).await?;
             match wish {

@@ -52,7 +52,7 @@ pub mod refresh;
 pub mod script;
 pub mod sequence;
 
-pub use aside::{ASIDE_DDL, build_acting, restore, set_aside, validate};
+pub use aside::{ASIDE_DDL, Acting, build_acting, restore, set_aside, validate};
 pub use dump::{Dump, Options, dump, pg_dump_versions};
 pub use error::Error;
 pub use older::{Fitted, TooNew, fit};

@@ -4,10 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use walferry::demo::compare::compare;
-use walferry::demo::ledger;
 use walferry::demo::server::{Server, StopMode};
-use walferry::demo::writer::{Options, Report, Writer, broken_invariants, create_schema};
+use walferry::demo::writer::Writer;
 use walferry::lsn::Lsn;
 
 use crate::support::job::{Ends, conserved};
@@ -15,21 +13,8 @@ use crate::support::{Walferry, until_within};
 
 async fn moving(rate: f64) -> (Ends, Writer) {
     let ends = Ends::start(15, 15).with_spool();
-    create_schema(&ends.source_uri(), 1).await.unwrap();
-    let options = Options { tx_per_second: Some(rate), ..Options::new(&ends.source_uri()) };
-    let writer = Writer::start(options).await.unwrap();
+    let writer = ends.writer(rate).await;
     (ends, writer)
-}
-
-async fn assert_exact(ends: &Ends, report: &Report) {
-    let comparison = compare(&ends.source_uri(), &ends.target_uri()).await.unwrap();
-    let rows = comparison.differences.iter().filter(|line| !line.starts_with("sequence "));
-    assert_eq!(rows.collect::<Vec<_>>(), Vec::<&String>::new());
-    for uri in [ends.source_uri(), ends.target_uri()] {
-        assert_eq!(broken_invariants(&uri).await.unwrap(), Vec::<String>::new());
-        let check = ledger::check(&uri, &report.ledger).await.unwrap();
-        assert!(check.is_exact(), "{check:?}");
-    }
 }
 
 fn variable(name: &str) -> Option<u64> {
@@ -42,7 +27,7 @@ fn segments(dir: &Path) -> Vec<PathBuf> {
     paths.filter(|path| path.extension().is_some_and(|e| e == "seg")).collect()
 }
 
-fn number(server: &Server, sql: &str) -> i64 {
+pub fn number(server: &Server, sql: &str) -> i64 {
     server.psql("app", sql).unwrap().parse().unwrap()
 }
 
@@ -80,7 +65,7 @@ async fn a_move_through_a_spool_with_kills_and_restarts_ends_exact() {
     ends.done(&["cutover"]).await;
     let report = writer.stop().await;
     ends.done(&["verify"]).await;
-    assert_exact(&ends, &report).await;
+    ends.assert_exact(&report).await;
     conserved(&ends.status().await["tables"]);
     assert!(ends.spool_dir.join("walferry_main_forward").exists());
     let finished = ends.done(&["finish"]).await;
@@ -100,7 +85,7 @@ fn load(ends: &Ends) {
 
 /// Stops the target and writes until the slot was told what only the spool has. Gives the most that
 /// the source had to keep.
-async fn outage(ends: &Ends, run: &mut Walferry, rounds: usize) -> i64 {
+pub async fn outage(ends: &Ends, run: &mut Walferry, rounds: usize) -> i64 {
     ends.target.stop(StopMode::Fast).unwrap();
     let mut most = 0;
     for _ in 0..rounds {
@@ -110,6 +95,16 @@ async fn outage(ends: &Ends, run: &mut Walferry, rounds: usize) -> i64 {
         most = most.max(number(&ends.source, RETAINED));
     }
     most
+}
+
+/// Waits until the target has what so many rounds of an outage brought.
+pub async fn caught_up(ends: &Ends, rounds: usize) {
+    let since = Instant::now();
+    until_within(Duration::from_secs(60 + 3 * rounds as u64), "the target", async || {
+        ends.status().await["lag_bytes"].as_u64().is_some_and(|lag| lag < 1 << 20)
+    })
+    .await;
+    println!("caught up in {:.1} s", since.elapsed().as_secs_f64());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -167,11 +162,10 @@ async fn a_target_outage_goes_into_the_spool_and_its_loss_is_refused() {
     // The job knows where its spool is, so that the option need not be repeated.
     let spool = ends.buffer.take();
     let run = ends.spawn(&arguments);
-    let since = Instant::now();
     let report = writer.stop().await;
+    caught_up(&ends, rounds).await;
     ends.done(&["verify"]).await;
-    println!("caught up in {:.1} s", since.elapsed().as_secs_f64());
-    assert_exact(&ends, &report).await;
+    ends.assert_exact(&report).await;
     ends.buffer = spool;
     // What the spool held is on the target, and the spool is not needed any more.
     until_within(Duration::from_secs(20), "the slot to be told", async || {
@@ -204,7 +198,7 @@ async fn a_full_spool_leaves_wal_on_the_source_and_goes_on() {
     ends.target.resume().unwrap();
     let report = writer.stop().await;
     ends.done(&["verify"]).await;
-    assert_exact(&ends, &report).await;
+    ends.assert_exact(&report).await;
     run.signal("INT");
     run.ended().await.expect_success();
 }
@@ -238,7 +232,7 @@ async fn changes_are_spooled_while_rows_are_still_copied() {
     ends.until_phase(&mut run, "following").await;
     let report = writer.stop().await;
     ends.done(&["verify"]).await;
-    assert_exact(&ends, &report).await;
+    ends.assert_exact(&report).await;
     run.signal("INT");
     run.ended().await.expect_success();
 }
@@ -276,7 +270,7 @@ async fn a_pull_begins_anew(decoder: &str) {
     assert!(writer.committed_more(50).await, "the writer is stuck");
     let report = writer.stop().await;
     ends.done(&["verify"]).await;
-    assert_exact(&ends, &report).await;
+    ends.assert_exact(&report).await;
     conserved(&ends.status().await["tables"]);
     run.signal("INT");
     run.ended().await.expect_success();
@@ -324,7 +318,7 @@ async fn one_transaction_of_many_rows_passes_in_fixed_memory_and_shows_its_progr
     assert!(seen.len() > 2, "no progress was shown: {seen:?}");
     let report = writer.stop().await;
     ends.done(&["verify"]).await;
-    assert_exact(&ends, &report).await;
+    ends.assert_exact(&report).await;
     run.signal("INT");
     run.ended().await.expect_success();
 }

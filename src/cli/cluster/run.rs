@@ -130,6 +130,13 @@ impl GoneArgs {
     }
 }
 
+impl TaskArgs {
+    /// One task of a job.
+    pub fn one(job: i64, task: u32) -> TaskArgs {
+        TaskArgs { job, tasks: Some(vec![task]) }
+    }
+}
+
 impl FlipArgs {
     fn flip(&self) -> anyhow::Result<Flip> {
         let default = Flip::default();
@@ -327,11 +334,11 @@ pub async fn finish(address: Address, args: TaskArgs, as_json: bool) -> anyhow::
     for row in job.tasks.iter().filter(|row| tasks.contains(&row.task)) {
         let old =
             if row.state == TaskState::Completed { &row.errand.source } else { &row.errand.target };
-        eprintln!(
-            "task {}: {} stays on {old}; drop it there",
-            row.task,
-            row.errand.tables.join(", ")
-        );
+        let what = match setup.address {
+            Address::Citus { .. } => "is in the recycle bin of",
+            _ => "is no longer used, drop it on",
+        };
+        eprintln!("task {}: {} {what} {old}", row.task, row.errand.tables.join(", "));
     }
     done("finished", &tasks, as_json)
 }

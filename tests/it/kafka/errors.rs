@@ -11,7 +11,7 @@ use walferry::demo::kafka::Broker;
 use walferry::demo::server::StopMode;
 use walferry::lsn::Lsn;
 
-use super::moving::{assert_exact, moving};
+use super::moving::moving;
 use super::{broker, topic};
 use crate::support::job::{Ends, conserved};
 use crate::support::{Walferry, until_within};
@@ -118,7 +118,7 @@ async fn an_unknown_envelope_version_stops_the_stream_and_loses_nothing() {
     let run = ends.spawn(&["run"]);
     let report = writer.stop().await;
     ends.done(&["verify"]).await;
-    assert_exact(&ends, &report).await;
+    ends.assert_exact(&report).await;
     run.signal("INT");
     run.ended().await.expect_success();
 }

@@ -6,7 +6,7 @@ use walferry::demo::kafka::Broker;
 use walferry::demo::server::StopMode;
 
 use super::broker;
-use super::moving::{assert_exact, moving};
+use super::moving::moving;
 use crate::support::job::{Ends, conserved};
 use crate::support::{Walferry, until_within};
 
@@ -54,7 +54,7 @@ async fn kill_9_of_capture_apply_broker_and_servers_ends_exact() {
     ends.done(&["cutover"]).await;
     let report = writer.stop().await;
     ends.done(&["verify"]).await;
-    assert_exact(&ends, &report).await;
+    ends.assert_exact(&report).await;
     conserved(&ends.status().await["tables"]);
     ends.done(&["finish"]).await;
     apply.ended().await.expect_success();
@@ -99,7 +99,7 @@ async fn a_lost_capture_is_taken_over_and_a_second_one_is_refused() {
     let run = ends.spawn(&["run"]);
     let report = writer.stop().await;
     ends.done(&["verify"]).await;
-    assert_exact(&ends, &report).await;
+    ends.assert_exact(&report).await;
     assert_eq!(reader(&ends), read_by);
     run.signal("INT");
     run.ended().await.expect_success();

@@ -2,33 +2,20 @@
 
 use std::time::Duration;
 
-use walferry::demo::compare::compare;
 use walferry::demo::kafka::Broker;
 use walferry::demo::ledger;
 use walferry::demo::server::StopMode;
-use walferry::demo::writer::{Options, Report, Writer, broken_invariants, create_schema};
+use walferry::demo::writer::{Options, Writer};
 
 use super::broker;
+use crate::spool::{caught_up, number, outage};
 use crate::support::job::{Ends, conserved};
 use crate::support::until_within;
 
 pub async fn moving(brokers: &str, rate: f64) -> (Ends, Writer) {
     let ends = Ends::start(15, 15).with_kafka(brokers);
-    create_schema(&ends.source_uri(), 1).await.unwrap();
-    let options = Options { tx_per_second: Some(rate), ..Options::new(&ends.source_uri()) };
-    let writer = Writer::start(options).await.unwrap();
+    let writer = ends.writer(rate).await;
     (ends, writer)
-}
-
-pub async fn assert_exact(ends: &Ends, report: &Report) {
-    let comparison = compare(&ends.source_uri(), &ends.target_uri()).await.unwrap();
-    let rows = comparison.differences.iter().filter(|line| !line.starts_with("sequence "));
-    assert_eq!(rows.collect::<Vec<_>>(), Vec::<&String>::new());
-    for uri in [ends.source_uri(), ends.target_uri()] {
-        assert_eq!(broken_invariants(&uri).await.unwrap(), Vec::<String>::new());
-        let check = ledger::check(&uri, &report.ledger).await.unwrap();
-        assert!(check.is_exact(), "{check:?}");
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -43,7 +30,7 @@ async fn a_move_through_a_topic_there_and_back_ends_exact() {
     ends.done(&["cutover"]).await;
     let report = writer.stop().await;
     ends.done(&["verify"]).await;
-    assert_exact(&ends, &report).await;
+    ends.assert_exact(&report).await;
     // What is written there goes back by the other topic.
     let more = Writer::start(Options::new(&ends.target_uri())).await.unwrap();
     assert!(more.committed_more(200).await, "the writer is stuck");
@@ -100,8 +87,39 @@ async fn kill_9_of_walferry_broker_and_servers_at_random_moments_ends_exact() {
     ends.done(&["cutover"]).await;
     let report = writer.stop().await;
     ends.done(&["verify"]).await;
-    assert_exact(&ends, &report).await;
+    ends.assert_exact(&report).await;
     conserved(&ends.status().await["tables"]);
     ends.done(&["finish"]).await;
+    run.ended().await.expect_success();
+}
+
+/// `WALFERRY_OUTAGE` says for how many seconds the target is away.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_outage_goes_into_the_topic() {
+    let (ends, writer) = moving(&broker().address(), 50.0).await;
+    ends.source.psql("app", "create table spool_load (i int, t text)").unwrap();
+    ends.source.psql("app", "alter table spool_load replica identity full").unwrap();
+    let mut run = ends.spawn(&["run", "--wal-budget", "48MB"]);
+    ends.until_phase(&mut run, "following").await;
+    let position = "select pg_current_wal_insert_lsn() - '0/0'";
+    let begun = number(&ends.source, position);
+    let seconds: Option<usize> =
+        std::env::var("WALFERRY_OUTAGE").ok().map(|seconds| seconds.parse().unwrap());
+    let rounds = seconds.map_or(12, |seconds| seconds * 4 / 5);
+    let most = outage(&ends, &mut run, rounds).await;
+    let written = number(&ends.source, position) - begun;
+    println!("{} MB written, at most {} MB kept", written >> 20, most >> 20);
+    assert!(written > 48 << 20, "too little was written: {written}");
+    assert!(most < 48 << 20, "{most} bytes of WAL were kept");
+    // The runner dies as well; another goes on from the topic.
+    run.kill9().await;
+    ends.target.resume().unwrap();
+    let run = ends.spawn(&["run"]);
+    let report = writer.stop().await;
+    caught_up(&ends, rounds).await;
+    ends.done(&["verify"]).await;
+    ends.assert_exact(&report).await;
+    conserved(&ends.status().await["tables"]);
+    run.signal("INT");
     run.ended().await.expect_success();
 }

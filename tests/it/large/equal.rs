@@ -8,7 +8,7 @@ use walferry::demo::server::Server;
 use walferry::pg::Config;
 
 use super::work::{self, Work};
-use crate::support::job::{Ends, conserved};
+use crate::support::job::{Ends, broker, conserved};
 use crate::support::until_within;
 
 /// Where changes wait.
@@ -16,6 +16,7 @@ use crate::support::until_within;
 enum Wait {
     Memory,
     Spool,
+    Kafka,
 }
 
 async fn a_job(arguments: &[&str], wait: Wait, seed: u64) {
@@ -23,8 +24,10 @@ async fn a_job(arguments: &[&str], wait: Wait, seed: u64) {
     let settings = ["logical_decoding_work_mem = '64kB'", "max_prepared_transactions = 20"];
     let start = || Server::start(&Server::bin_of(15).unwrap(), &settings).unwrap();
     let mut ends = Ends::of(start(), start());
-    if wait == Wait::Spool {
-        ends = ends.with_spool();
+    match wait {
+        Wait::Memory => {}
+        Wait::Spool => ends = ends.with_spool(),
+        Wait::Kafka => ends = ends.with_kafka(&broker().address()),
     }
     ends.source.psql("app", &work::ddl()).unwrap();
     let mut all = vec!["run"];
@@ -108,6 +111,9 @@ async fn killed_jobs_end_the_same_with_two_phases_and_without() {
     let seed = seed();
     a_job(&["--two-phase", "on", "--streaming", "on"], Wait::Spool, seed).await;
     a_job(&["--two-phase", "on"], Wait::Memory, seed).await;
+    if cfg!(feature = "kafka") {
+        a_job(&["--two-phase", "on", "--streaming", "on"], Wait::Kafka, seed).await;
+    }
 }
 
 /// Not at PREPARE, and by name.

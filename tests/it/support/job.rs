@@ -5,9 +5,12 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use serde_json::Value;
+use walferry::demo::compare::compare;
 use walferry::demo::kafka::Broker;
+use walferry::demo::ledger;
 use walferry::demo::pgbouncer::PgBouncer;
 use walferry::demo::server::Server;
+use walferry::demo::writer::{Options, Report, Writer, broken_invariants, create_schema};
 
 use super::binary::{Ended, Walferry};
 use super::inventory::Inventory;
@@ -117,6 +120,26 @@ impl Ends {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
         panic!("not {phase} after two minutes: {last}\n{}", run.so_far());
+    }
+
+    /// A writer of so many transactions a second on the source.
+    pub async fn writer(&self, tx_per_second: f64) -> Writer {
+        create_schema(&self.source_uri(), 1).await.unwrap();
+        let options = Options::new(&self.source_uri());
+        let options = Options { tx_per_second: Some(tx_per_second), ..options };
+        Writer::start(options).await.unwrap()
+    }
+
+    /// Both sides hold the same rows, and each transaction that the writer saw committed, once.
+    pub async fn assert_exact(&self, report: &Report) {
+        let comparison = compare(&self.source_uri(), &self.target_uri()).await.unwrap();
+        let rows = comparison.differences.iter().filter(|line| !line.starts_with("sequence "));
+        assert_eq!(rows.collect::<Vec<_>>(), Vec::<&String>::new());
+        for uri in [self.source_uri(), self.target_uri()] {
+            assert_eq!(broken_invariants(&uri).await.unwrap(), Vec::<String>::new());
+            let check = ledger::check(&uri, &report.ledger).await.unwrap();
+            assert!(check.is_exact(), "{check:?}");
+        }
     }
 
     /// What is on both sides.
