@@ -100,6 +100,9 @@ pub struct Selection {
     pub exclude: Vec<Pattern>,
     /// Created on the target, rows left behind.
     pub schema_only: Vec<Pattern>,
+    /// The tables and what belongs to them, beside whatever else the target has: no schemas, types,
+    /// functions, views, and no sequences but those that the tables own.
+    pub tables_only: bool,
     /// Partition to partitioned parent.
     parents: HashMap<QualifiedName, QualifiedName>,
 }
@@ -118,6 +121,7 @@ impl Selection {
             include: read(include)?,
             exclude: read(exclude)?,
             schema_only: read(schema_only)?,
+            tables_only: false,
             parents: HashMap::new(),
         })
     }
@@ -155,6 +159,11 @@ impl Selection {
     /// True if the table's rows are copied, followed and verified.
     pub fn has_rows(&self, table: &QualifiedName) -> bool {
         self.has_schema(table) && !self.covers(&self.schema_only, table)
+    }
+
+    /// True if a sequence goes where its owner goes, and one without where the database goes.
+    pub fn has_sequence(&self, owner: Option<&QualifiedName>) -> bool {
+        owner.map_or(!self.tables_only, |table| self.has_schema(table))
     }
 
     /// True if no table is left out.

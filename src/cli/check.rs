@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use super::options::JobArgs;
 use super::print;
-use crate::catalog::Selection;
+use crate::job;
 use crate::job::check::{self, CheckOptions, Level};
 use crate::pg::{Purpose, Session};
 
@@ -20,9 +20,15 @@ pub struct Args {
 
 /// Says what stands in the way. 0 ready, 1 not.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let config = args.job.job()?;
+    let mut config = args.job.job()?;
+    match config.clone().reaching_shards().await {
+        Ok(reaching) => config = reaching,
+        Err(error @ job::Error::ShardsCaptured { .. }) => return Err(error.into()),
+        // A side that cannot be reached is a finding, as below.
+        Err(_) => {}
+    }
     let options = &config.options;
-    let mut selection = Selection::parse(&options.include, &options.exclude, &options.schema_only)?;
+    let mut selection = options.patterns()?;
     // A source that cannot be reached is a finding; see there.
     if let Ok(mut source) = Session::connect(&config.source, Purpose::Sql).await {
         selection = selection.with_partitions(&mut source).await?;

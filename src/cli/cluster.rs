@@ -5,6 +5,7 @@
 //! home; with --dry-run not even that.
 
 mod jobs;
+mod recycle;
 mod run;
 
 use std::process::ExitCode;
@@ -101,15 +102,18 @@ enum Command {
     /// Run a job, or go on with one whose runner is gone
     Run(Box<run::Args>),
     /// Stop a job and take back what its tasks began; completed ones stay
-    Cancel(jobs::JobArgs),
+    Cancel(run::CancelArgs),
     /// Take back what tasks in error began, and have them run again
-    Reset(run::TaskArgs),
+    Reset(run::ResetArgs),
     /// Every statement sent to every node, with time and outcome
     Log(jobs::LogArgs),
     /// Lead clients of completed tasks back to the old nodes
     Rollback(run::TaskArgs),
     /// End the way back of completed tasks, and drop all that walferry made for them
     Finish(run::TaskArgs),
+    /// Old shards that are kept on their nodes
+    #[command(subcommand)]
+    Recycle(recycle::Command),
 }
 
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -167,10 +171,11 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Job(job) => jobs::show(&address, job.job, json).await,
         Command::Log(args) => jobs::log(&address, args, json).await,
         Command::Run(args) => run::run(address, *args, age, json).await,
-        Command::Cancel(job) => run::cancel(address, job.job, json).await,
+        Command::Cancel(args) => run::cancel(address, args, json).await,
         Command::Reset(args) => run::reset(address, args, json).await,
         Command::Rollback(args) => run::rollback(address, args, json).await,
         Command::Finish(args) => run::finish(address, args, json).await,
+        Command::Recycle(command) => recycle::run(address, command, json).await,
         _ => {
             let found = cluster::read(&address).await?;
             match wish {

@@ -38,6 +38,9 @@ pub fn show(done: &CleanedUp) {
     for line in &done.dropped {
         println!("dropped {line}");
     }
+    if let Some(line) = &done.recycled {
+        println!("moved {line}");
+    }
     for line in &done.left {
         eprintln!("clients may still be held by {line}");
     }

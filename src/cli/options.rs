@@ -7,7 +7,6 @@ use clap::Args;
 
 use crate::apply::{Mode, OnRowError, Tuning};
 use crate::buffer::durable::KafkaProperties;
-use crate::catalog::Selection;
 use crate::config::{self, File, parse_duration, parse_size};
 use crate::copy::Freeze;
 use crate::decode::Plugin;
@@ -23,7 +22,7 @@ use crate::job::store::JobOptions;
 use crate::job::{self, Bulk, JobConfig};
 use crate::limit::BULK_BYTES;
 use crate::pg::Config;
-use crate::schema::altered::Policy;
+use crate::schema::policy::Policy;
 use crate::secret::SecretString;
 
 /// Name of a job that was not given one.
@@ -53,6 +52,10 @@ pub struct JobArgs {
     /// Create these tables and leave their rows behind; may be given again
     #[arg(long, value_name = "TABLE")]
     pub schema_only: Vec<String>,
+    /// Only the tables of --include and what belongs to them (indexes, keys, triggers, grants, the
+    /// sequences they own), into a database that has all else: shards of a cluster, for one
+    #[arg(long)]
+    pub tables_only: bool,
     /// Whether large objects move: copy or leave [default: copy, but leave with --include]
     #[arg(long, value_name = "WHAT")]
     pub large_objects: Option<String>,
@@ -173,13 +176,12 @@ impl JobArgs {
             include: given(&self.include, file.include),
             exclude: given(&self.exclude, file.exclude),
             schema_only: given(&self.schema_only, file.schema_only),
+            tables_only: self.tables_only || file.tables_only,
             leave_large_objects: leaves_large_objects(
                 self.large_objects.clone().or(file.large_objects),
             )?,
         };
-        // A typo is told before any server is asked.
-        Selection::parse(&options.include, &options.exclude, &options.schema_only)
-            .map_err(job::Error::from)?;
+        refuse_typos(&options)?;
         let wanted = Wanted {
             decoder: choice("--decoder", self.decoder.clone().or(file.decoder))?,
             plain_numbers: self.no_nan || file.no_nan,
@@ -198,6 +200,7 @@ impl JobArgs {
             source: source.labelled("source"),
             target: target.labelled("target"),
             options,
+            bin: None,
             jobs: self.jobs.or(file.jobs).unwrap_or(4).max(1),
             owners: !(self.no_owner || file.no_owner),
             slot_timeout: Duration::from_secs(3600),
@@ -237,6 +240,16 @@ impl JobArgs {
         let limit_bytes = limit.unwrap_or(STREAMING_BYTES);
         Ok(wanted.then_some(StreamingOptions { limit_bytes }))
     }
+}
+
+/// A typo is told before any server is asked.
+fn refuse_typos(options: &JobOptions) -> anyhow::Result<()> {
+    options.patterns().map_err(job::Error::from)?;
+    if options.tables_only && options.include.is_empty() {
+        let message = "needs --include: the tables that it is about".to_string();
+        return Err(config::Error::Value { option: "--tables-only", message }.into());
+    }
+    Ok(())
 }
 
 fn on_off(
@@ -425,8 +438,8 @@ pub struct FlipArgs {
     #[arg(long, value_name = "KIND")]
     pub fence: Option<String>,
     /// Where clients find the data: hook:COMMAND, pgbouncer:ADMIN_URI,INI_PATH,DBNAME,
-    /// fdw:URI,SERVER or plproxy:URI,CLUSTER,PARTITION (URI of the router's database); may be given
-    /// again [default: those of the last switch]
+    /// fdw:URI,SERVER, plproxy:URI,CLUSTER,PARTITION (URI of the router's database) or
+    /// citus:COORDINATOR_URI; may be given again [default: those of the last switch]
     #[arg(long, value_name = "KIND:...")]
     pub route: Vec<String>,
     /// Lead no clients: neither by the routes of the last switch nor by those of walferry.toml

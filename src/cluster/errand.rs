@@ -97,6 +97,8 @@ pub struct Move {
     /// The target's database is the task's alone: made where it is missing, and dropped when what
     /// was begun is taken back, if it was made here.
     pub own_database: bool,
+    /// `--tables-only`.
+    pub tables_only: bool,
 }
 
 impl Move {
@@ -116,9 +118,13 @@ impl Move {
         let source = layout.node(&errand.source)?.labelled(&errand.source);
         let target = layout.node(&errand.target)?.labelled(&errand.target);
         match address {
-            Address::Citus { .. } => Err(Error::Unmovable {
-                what: errand.tables.join(", "),
-                detail: "shards of a Citus cluster are planned and not moved yet".to_string(),
+            Address::Citus { uri, .. } => Ok(Move {
+                source,
+                target,
+                include: errand.include()?,
+                routes: vec![SecretString::from(format!("citus:{}", uri.expose_secret()))],
+                own_database: false,
+                tables_only: true,
             }),
             Address::Plproxy { uri, cluster, .. } => {
                 let missing = || Error::Unmovable {
@@ -139,6 +145,7 @@ impl Move {
                     include: Vec::new(),
                     routes: std::iter::once(uri).chain(routers).map(route).collect(),
                     own_database: true,
+                    tables_only: false,
                 })
             }
             Address::File(_) => {
@@ -150,6 +157,7 @@ impl Move {
                     include: errand.include()?,
                     routes: routes.cloned().unwrap_or_default(),
                     own_database: false,
+                    tables_only: false,
                 })
             }
         }

@@ -8,7 +8,7 @@
 //! - `plan`: pure; from a cluster and a wish to a list of tasks, each one whole group, with the
 //!   balance before and after.
 //!
-//! - `guard`: what stands in the way of a plan.
+//! - `guard`: what stands in the way of a plan. - `shard`: how shards are reached on their node.
 //! - `errand`: what a planned task is as an ordinary job. `state`: where a task may stand, and
 //!   `schedule`: which of them may start; both pure.
 //!
@@ -23,6 +23,7 @@ pub mod model;
 pub mod plan;
 pub mod read;
 pub mod schedule;
+pub mod shard;
 pub mod state;
 
 pub use errand::{Errand, Move};

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// Reads `200ms`, `1s`, `1.5s`, `2m`, `1h`; a bare number is seconds.
+/// Reads `200ms`, `1s`, `1.5s`, `2m`, `1h`, `7d`; a bare number is seconds.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let text = text.trim();
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
@@ -13,7 +13,8 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         "" | "s" => number,
         "m" | "min" => number * 60.0,
         "h" => number * 3600.0,
-        other => return Err(format!("\"{other}\" is not a unit of time: use ms, s, m or h")),
+        "d" => number * 24.0 * 3600.0,
+        other => return Err(format!("\"{other}\" is not a unit of time: use ms, s, m, h or d")),
     };
     Duration::try_from_secs_f64(seconds).map_err(|e| format!("\"{text}\": {e}"))
 }
@@ -28,6 +29,7 @@ mod tests {
         assert_eq!(parse_duration("1.5s"), Ok(Duration::from_millis(1500)));
         assert_eq!(parse_duration("30"), Ok(Duration::from_secs(30)));
         assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
+        assert_eq!(parse_duration("7d"), Ok(Duration::from_secs(604_800)));
         for bad in ["", "s", "1x", "-1s", "1e99h"] {
             assert!(parse_duration(bad).is_err(), "{bad}");
         }

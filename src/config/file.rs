@@ -23,6 +23,8 @@ pub struct File {
     pub exclude: Vec<String>,
     /// `--schema-only`.
     pub schema_only: Vec<String>,
+    /// `--tables-only`.
+    pub tables_only: bool,
     /// `--large-objects`.
     pub large_objects: Option<String>,
     /// `--jobs`.

@@ -6,8 +6,14 @@ use tokio::sync::watch;
 
 use super::{Error, Result};
 use crate::apply::{Applied, parked};
+use crate::clock::Deadline;
+use crate::id::{QualifiedName, quote_literal};
 use crate::lsn::Lsn;
 use crate::pg::Session;
+
+/// How long a transaction may stay prepared before it counts as left behind, and between looks.
+const PREPARED_WAIT: Duration = Duration::from_secs(2);
+const PREPARED_LOOK: Duration = Duration::from_millis(20);
 
 /// A position that covers every transaction that has committed so far, made durable.
 ///
@@ -40,18 +46,73 @@ pub async fn reached(
     }
 }
 
+/// Transactions that are prepared here, as errors would name them: all of the database, or those
+/// that hold a lock on one of `tables`.
+async fn prepared(
+    session: &mut Session,
+    tables: Option<&[QualifiedName]>,
+) -> Result<Vec<(String, String, String)>> {
+    let theirs = match tables {
+        None => String::new(),
+        Some(tables) => {
+            let names: Vec<String> =
+                tables.iter().map(|table| quote_literal(&table.quoted())).collect();
+            format!(
+                " and exists (select from pg_catalog.pg_locks x join pg_catalog.pg_locks r \
+                 on r.virtualtransaction = x.virtualtransaction and r.pid is null \
+                 where x.pid is null and x.transactionid = p.transaction \
+                 and r.locktype = 'relation' and r.relation = any (array(select \
+                 pg_catalog.to_regclass(t)::pg_catalog.oid \
+                 from pg_catalog.unnest(array[{}]::text[]) t)))",
+                names.join(", ")
+            )
+        }
+    };
+    let sql = format!(
+        "select pg_catalog.quote_literal(gid), owner::text, transaction::text \
+         from pg_catalog.pg_prepared_xacts p where database = pg_catalog.current_database() \
+         {theirs} order by prepared"
+    );
+    let rows = session.query(&sql).await?;
+    let read = rows.iter().map(|row| Ok((row.string(0)?, row.string(1)?, row.string(2)?)));
+    read.collect()
+}
+
 /// Refuses to leave a side on which transactions are prepared: no fence stops their COMMIT
-/// PREPARED, and after the switch it would write to the side that is left.
-///
-/// Asked as a gate, and once more when the fence holds.
-pub async fn refuse_prepared(session: &mut Session) -> Result<()> {
-    let sql = "select pg_catalog.quote_literal(gid), owner::text, transaction::text \
-         from pg_catalog.pg_prepared_xacts where database = pg_catalog.current_database() \
-         order by prepared";
-    let rows = session.query(sql).await?;
-    let Some(first) = rows.first() else { return Ok(()) };
-    let (gid, owner, xid) = (first.string(0)?, first.string(1)?, first.string(2)?);
-    Err(Error::Prepared { gid, owner, xid, others: rows.len() - 1 })
+/// PREPARED, and after the switch it would write to the side that is left. Of a job of tables alone
+/// only those count that have locked one of `tables`.
+pub async fn refuse_prepared(
+    session: &mut Session,
+    tables: Option<&[QualifiedName]>,
+) -> Result<()> {
+    refuse(prepared(session, tables).await?)
+}
+
+/// The same as a gate, before anybody is held. In the middle of a cluster's traffic some are always
+/// prepared, each for a moment: those count that are still there after a while.
+pub async fn refuse_left_prepared(
+    session: &mut Session,
+    tables: Option<&[QualifiedName]>,
+) -> Result<()> {
+    if tables.is_none() {
+        return refuse_prepared(session, tables).await;
+    }
+    let deadline = Deadline::after(PREPARED_WAIT);
+    let mut left = prepared(session, tables).await?;
+    while !left.is_empty() && !deadline.passed() {
+        tokio::time::sleep(PREPARED_LOOK).await;
+        let now = prepared(session, tables).await?;
+        left.retain(|one| now.contains(one));
+    }
+    refuse(left)
+}
+
+fn refuse(prepared: Vec<(String, String, String)>) -> Result<()> {
+    let others = prepared.len().saturating_sub(1);
+    match prepared.into_iter().next() {
+        Some((gid, owner, xid)) => Err(Error::Prepared { gid, owner, xid, others }),
+        None => Ok(()),
+    }
 }
 
 /// Refuses to switch to a side on which changes of the stream are kept aside.
@@ -67,8 +128,8 @@ pub async fn refuse_parked(dest: &mut Session, stream: &str) -> Result<()> {
 }
 
 /// The barrier, on a side whose writers are stopped.
-pub async fn mark_held(live: &mut Session) -> Result<Lsn> {
-    refuse_prepared(live).await?;
+pub async fn mark_held(live: &mut Session, tables: Option<&[QualifiedName]>) -> Result<Lsn> {
+    refuse_prepared(live, tables).await?;
     mark(live, "barrier").await
 }
 

@@ -16,6 +16,7 @@ use crate::id::{JobName, QualifiedName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Config, Session};
 use crate::route::{self, Route};
+use crate::schema::Acting;
 
 /// How long the home database may take to commit the point of no return. Until it has answered,
 /// nobody knows on which side applications belong, and clients are let go on neither.
@@ -71,6 +72,13 @@ pub struct Plan {
     pub mark: Option<String>,
     /// True: give up at the next place where that can be undone.
     pub stop: watch::Receiver<bool>,
+}
+
+impl Plan {
+    /// The tables of a job that is about tables alone, not about all that is in its database.
+    fn own_tables(&self) -> Option<&[QualifiedName]> {
+        self.selection.tables_only.then_some(&*self.tables)
+    }
 }
 
 /// Where the choreography writes what it does, and commits the point of no return.
@@ -199,7 +207,7 @@ impl<J: Journal> Flight<'_, J> {
 
     async fn check_routes(&self) -> Result<()> {
         let mut live = Session::control(&self.plan.live).await?;
-        barrier::refuse_prepared(&mut live).await?;
+        barrier::refuse_left_prepared(&mut live, self.plan.own_tables()).await?;
         for route in &self.plan.routes {
             route.check(&self.plan.context).await?;
         }
@@ -265,7 +273,8 @@ impl<J: Journal> Flight<'_, J> {
         dest: &mut Session,
         held: Instant,
     ) -> Result<Lsn> {
-        let barrier_lsn = step!(self, "barrier", barrier::mark_held(live).await);
+        let barrier_lsn =
+            step!(self, "barrier", barrier::mark_held(live, self.plan.own_tables()).await);
         if self.plan.mark.is_some() {
             step!(self, "unaltered", self.refuse_altered(live).await);
         }
@@ -284,7 +293,7 @@ impl<J: Journal> Flight<'_, J> {
         if rest {
             step!(self, "rest", self.plan.rest.carry(live, dest).await);
         }
-        if self.plan.rules.dest {
+        if self.plan.rules.dest != Acting::Nothing {
             step!(self, "rules", self.plan.rules.wake_dest(dest).await);
         }
         step!(self, "sequences", {
@@ -361,13 +370,18 @@ impl<J: Journal> Flight<'_, J> {
         let mut retries = 0;
         loop {
             let held = Instant::now();
-            if self.hold_routes(held).await? && fence.raise(plan.lock_timeout).await? {
+            let mut busy = self.hold_routes(held).await?;
+            if busy.is_none() && fence.raise(plan.lock_timeout).await? {
                 return Ok((held, retries));
             }
             undo::release(&plan.routes, &plan.context).await?;
             retries += 1;
             if deadline.passed() {
-                let blockers = fence.blockers().await?;
+                // A pooler does not say whom it waits for; the server knows.
+                let blockers = match busy.take() {
+                    Some(route::Error::Held { blockers, .. }) => blockers,
+                    _ => fence.blockers().await?,
+                };
                 return Err(Error::Fence { waited: plan.timeout, blockers });
             }
             self.pause(backoff.step().min(deadline.left())).await?;
@@ -395,15 +409,18 @@ impl<J: Journal> Flight<'_, J> {
         }
     }
 
-    async fn hold_routes(&self, held: Instant) -> Result<bool> {
+    /// Gives why one of them could not hold its clients in time.
+    async fn hold_routes(&self, held: Instant) -> Result<Option<route::Error>> {
         for route in &self.plan.routes {
             match route.hold(&self.plan.context, self.left(held)).await {
                 Ok(()) => {}
-                Err(route::Error::Busy { .. }) => return Ok(false),
+                Err(busy @ (route::Error::Busy { .. } | route::Error::Held { .. })) => {
+                    return Ok(Some(busy));
+                }
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(true)
+        Ok(None)
     }
 
     async fn drain(&mut self, barrier_lsn: Lsn, held: Instant) -> Result<()> {

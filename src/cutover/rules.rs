@@ -13,18 +13,19 @@ use crate::id::{QualifiedName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Config, Session};
 use crate::route::Context;
-use crate::schema::{self, Dump};
+use crate::schema::{self, Acting, Dump};
 
 /// A reader that keeps a foreign key from being dropped is waited for so long.
 const READER_WAIT: Duration = Duration::from_secs(3);
 
-/// What a flip has to do about them. Nothing, where both roles may set the replica role.
+/// What a flip has to do about them. Nothing, where whole databases move and both roles may set the
+/// replica role.
 #[derive(Clone, Debug, Default)]
 pub struct Rules {
-    /// The live side's have to be set aside before the stream writes there.
-    pub live: bool,
-    /// The other side's are set aside, or not built yet.
-    pub dest: bool,
+    /// Those of the live side that have to be set aside before the stream writes there.
+    pub live: Acting,
+    /// Those of the other side that are set aside, or not built yet.
+    pub dest: Acting,
     /// The job they are noted under.
     pub job: String,
     /// Its tables.
@@ -38,7 +39,7 @@ pub struct Rules {
 impl Rules {
     /// Everything acts on `dest` as its owner wants it. Foreign keys are validated later.
     pub(super) async fn wake_dest(&self, dest: &mut Session) -> Result<()> {
-        if self.dest {
+        if self.dest != Acting::Nothing {
             schema::restore(dest, &self.job).await?;
             if let Some(dump) = &self.dump {
                 schema::build_acting(dest, dump, &self.job).await?;
@@ -53,9 +54,7 @@ impl Rules {
         live: &mut Session,
         tables: &[QualifiedName],
     ) -> Result<()> {
-        if self.live {
-            schema::set_aside(live, &self.job, tables).await?;
-        }
+        schema::set_aside(live, &self.job, tables, self.live).await?;
         Ok(())
     }
 
@@ -66,19 +65,19 @@ impl Rules {
             Stream::Forward => &context.target,
             Stream::Reverse => &context.source,
         };
-        if !self.dest {
+        if self.dest == Acting::Nothing {
             return Ok(());
         }
         let hold = |lsn| self.brake.as_ref().map(|brake| brake.send_replace(lsn));
         hold(Some(Lsn::ZERO));
-        silence(dest, &self.job, &self.selection).await?;
+        silence(dest, self).await?;
         hold(None);
         Ok(())
     }
 
     /// Applications go on writing to the live side.
     pub(super) async fn wake_live(&self, live: &Config) -> Result<()> {
-        if self.live {
+        if self.live != Acting::Nothing {
             let mut session = Session::control(live).await?;
             schema::restore(&mut session, &self.job).await?;
         }
@@ -87,11 +86,11 @@ impl Rules {
 }
 
 /// Sets aside what would act on rows that a stream writes to this side.
-async fn silence(side: &Config, job: &str, selection: &Selection) -> Result<()> {
+async fn silence(side: &Config, rules: &Rules) -> Result<()> {
     let mut session = Session::control(side).await?;
     session.execute(&format!("set lock_timeout = {}", READER_WAIT.as_millis())).await?;
-    let tables = catalog::tables(&mut session, selection).await?;
+    let tables = catalog::tables(&mut session, &rules.selection).await?;
     let tables: Vec<QualifiedName> = tables.into_iter().map(|table| table.name).collect();
-    schema::set_aside(&mut session, job, &tables).await?;
+    schema::set_aside(&mut session, &rules.job, &tables, rules.dest).await?;
     Ok(())
 }

@@ -63,7 +63,8 @@ fn margin(sequence: &Sequence, rate: f64, hold: Duration) -> u64 {
 /// synchronous and so makes everything that was applied before it durable too.
 ///
 /// One that should be there and is not is an error; that of a table left out need not be there, but
-/// may, as another table may use it.
+/// may, as another table may use it. Of tables alone only what they own is set: other sequences of
+/// the target are others' to count with.
 pub async fn carry(
     live: &mut Session,
     dest: &mut Session,
@@ -73,8 +74,8 @@ pub async fn carry(
 ) -> Result<()> {
     let mut sequences = catalog::sequences(live).await?;
     sequences.retain(|sequence| {
-        sequence.owner.as_ref().is_none_or(|table| selection.has_schema(table))
-            || stood.dest.contains(&sequence.name)
+        selection.has_sequence(sequence.owner.as_ref())
+            || (!selection.tables_only && stood.dest.contains(&sequence.name))
     });
     let margin = |sequence: &Sequence| margin(sequence, stood.rate(sequence), hold);
     schema::set_sequences(dest, &sequences, margin).await?;
@@ -93,7 +94,7 @@ pub async fn come_home(
     let here: HashMap<QualifiedName, i64> =
         catalog::sequences(home).await?.into_iter().map(|s| (s.name, s.last_value)).collect();
     sequences.retain(|sequence| {
-        let ours = sequence.owner.as_ref().is_none_or(|table| selection.has_schema(table));
+        let ours = selection.has_sequence(sequence.owner.as_ref());
         let ahead = here.get(&sequence.name).is_some_and(|value| match sequence.increment {
             1.. => sequence.last_value > *value,
             _ => sequence.last_value < *value,

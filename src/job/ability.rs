@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::apply::ProgressKind;
 use crate::id::QualifiedName;
 use crate::pg::{self, Session};
+use crate::schema::Acting;
 
 /// Functions that applying calls. Before 14 only superusers may, whatever is granted.
 const ORIGIN_FUNCTIONS: &str = "array['pg_replication_origin_create(text)', \
@@ -53,6 +54,15 @@ impl Ability {
         );
         let origin = session.query_one(&sql, &[]).await?.bool(0)?;
         Ok(Ability { origin, replica_role })
+    }
+
+    /// What must not act there while a stream writes; `tables_only` is the job's.
+    pub fn acting(self, tables_only: bool) -> Acting {
+        match (self.replica_role, tables_only) {
+            (false, _) => Acting::Everything,
+            (true, true) => Acting::Borders,
+            (true, false) => Acting::Nothing,
+        }
     }
 
     /// How progress is kept there, and what is written told apart.

@@ -2,6 +2,7 @@
 //! touch anything, and how servers are told apart.
 
 use super::ability::{Abilities, Ability};
+use super::lease;
 use super::run::{JobConfig, Report};
 use super::state::{Event, step};
 use super::store::{DDL_BOTH, JobRow, Store, ensure};
@@ -12,6 +13,16 @@ use crate::id::quote_ident;
 use crate::pg::{self, Config, Session};
 use crate::source::Recorded;
 use crate::{apply, copy, schema};
+
+impl JobConfig {
+    /// As the runner's sessions are told from all others.
+    pub(super) fn with_runner_name(mut self) -> JobConfig {
+        let name = lease::application_name(&self.job);
+        self.source = self.source.labelled("source").with_application_name(&name);
+        self.target = self.target.labelled("target").with_application_name(&name);
+        self
+    }
+}
 
 /// A job that exists must be the one asked for, on the same servers; for a new one nothing may
 /// stand in the way. Nothing is written, so that a mistake leaves no trace. True if check has

@@ -14,6 +14,7 @@ use super::run::JobConfig;
 use super::state::{Event, Phase, step};
 use super::store::{JobRow, Store};
 use super::{Result, lease};
+use crate::cluster::shard;
 use crate::cutover::{self, fence};
 use crate::id::Stream;
 use crate::pg::{Config, Purpose, Session};
@@ -42,6 +43,8 @@ pub struct CleanedUp {
     pub phase: Phase,
     /// What was dropped, one line each.
     pub dropped: Vec<String>,
+    /// What was put into the recycle bin.
+    pub recycled: Option<String>,
     /// What a person has to do.
     pub left: Vec<String>,
 }
@@ -60,6 +63,14 @@ pub struct Ending {
 /// Ends a job. `lease` must be held by the caller.
 pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Result<CleanedUp> {
     let Ending { event, keep_history, source_is_gone } = ending;
+    let mut config = config.clone();
+    if config.options.tables_only {
+        config.target = shard::reach(&config.target).await?;
+        if !source_is_gone {
+            config.source = shard::reach(&config.source).await?;
+        }
+    }
+    let config = &config;
     let home = Session::control(&config.target).await?;
     let mut store = Store::new(home, config.job.clone());
     let row = store.load_existing().await?;
@@ -86,10 +97,18 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
         lease::end_sessions(session, &name, &[]).await?;
     }
     let mut dropped = Vec::new();
+    let mut recycled = None;
+    let left_side = config.left_side(&row, event);
     if let Some(session) = &mut source {
+        if left_side == Some(Stream::Forward) {
+            recycled = config.recycle(session).await?;
+        }
         drop_objects(session, &config.source, config, Stream::Forward, &mut dropped).await?;
     }
     let home = &mut store.session;
+    if left_side == Some(Stream::Reverse) {
+        recycled = config.recycle(home).await?;
+    }
     drop_objects(home, &config.target, config, Stream::Reverse, &mut dropped).await?;
     forget_routes(config, &row).await?;
     remove_spool(config, &row, &mut dropped).await?;
@@ -98,7 +117,7 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
     }
     let keep = keep_history || forget_job(&mut store, config, keep_history).await? > 0;
     drop_schema(&mut store.session, config, &mut dropped, keep).await?;
-    Ok(CleanedUp { phase, dropped, left })
+    Ok(CleanedUp { phase, dropped, recycled, left })
 }
 
 /// Clients that a route still holds, as it could not be reached after the switch, are not waited
@@ -132,6 +151,7 @@ async fn drop_objects(
         dropped.push(format!("replication slot {name}"));
     }
     slot::drop(session, &name).await?;
+    schema::captured::remove(session, &config.job).await?;
     schema::restore(session, config.job.as_str()).await?;
     // Takes as long as reading the tables.
     let mut validating = Session::connect(side, Purpose::Sql).await?;
@@ -218,8 +238,9 @@ async fn drop_schema(
         .await?;
     if keep_history || others.parse::<i64>(0)? > 0 {
         let canary = config.job.canary().quoted();
+        let captured = config.job.captured().quoted();
         let sql = format!(
-            "set client_min_messages = error; drop table if exists {canary}; \
+            "set client_min_messages = error; drop table if exists {canary}, {captured}; \
              reset client_min_messages"
         );
         session.execute(&sql).await?;

@@ -21,6 +21,7 @@ const ROUNDS: usize = 10;
 /// # Errors
 /// In a phase without a stream that keeps the sides level. A difference is none: see the report.
 pub async fn compare(client: &mut Client, config: &JobConfig, timeout: Duration) -> Result<Report> {
+    let config = &config.clone().reaching_shards().await?;
     let stream = flowing(config).await?;
     // A runner that has just begun may still be connecting its streams.
     client.ask("ping", &Value::Null, Duration::from_secs(60)).await?;

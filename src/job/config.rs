@@ -12,7 +12,7 @@ use super::store::JobOptions;
 use crate::apply::{OnRowError, Tuning};
 use crate::id::JobName;
 use crate::pg::Config;
-use crate::schema::altered::Policy;
+use crate::schema::policy::Policy;
 
 /// What a job is, apart from its state.
 #[derive(Clone, Debug)]
@@ -25,6 +25,9 @@ pub struct JobConfig {
     pub target: Config,
     /// Table patterns.
     pub options: JobOptions,
+    /// The recycle bin that the old side's tables go to, where only tables move: the number of a
+    /// cluster's job. None: the job's own name.
+    pub bin: Option<String>,
     /// Tables read at the same time, and indexes built at the same time.
     pub jobs: usize,
     /// Copy owners and grants too.

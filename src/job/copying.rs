@@ -136,13 +136,14 @@ impl Runner {
 
     async fn build(&mut self, phase: PostPhase) -> Result<()> {
         let dump = self.dump().await?;
-        let postpone_acting = !self.row().await?.abilities.target.replica_role;
+        let target = self.row().await?.abilities.target;
         let report = self.report.clone();
         let mut progress = move |at: PostProgress<'_>| {
             report(Notice::Building(at.done, at.total, at.statement.to_string()));
         };
         let mut options = PostOptions::new(self.config.job.as_str(), phase);
-        options.postpone_acting = postpone_acting;
+        options.postponed = target.acting(self.selection.tables_only);
+        options.selection = self.selection.clone();
         options.parallel = self.config.jobs;
         options.bundle = self.config.bulk.bundle_tables;
         options.keys_beside = self.config.bulk.keys_beside;

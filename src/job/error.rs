@@ -60,6 +60,16 @@ pub enum Error {
         /// What mends it.
         grants: Vec<String>,
     },
+    /// Citus gives changes of shards another name.
+    #[error(
+        "on the {side}, citus.enable_change_data_capture is on: changes of shards come under the \
+         name of their table, and would be left out without a word. For as long as shards move: \
+         alter system set citus.enable_change_data_capture = off; select pg_reload_conf()"
+    )]
+    ShardsCaptured {
+        /// Which.
+        side: String,
+    },
     /// Another runner has the job.
     #[error(
         "job {job} is being run by another process (backend {pid} on the target); one runner at a \

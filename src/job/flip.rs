@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::ability::Ability;
 use super::check::Finding;
 use super::left::outcome_value;
 use super::prepare::publish;
@@ -20,6 +21,7 @@ use crate::id::{QualifiedName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
 use crate::route;
+use crate::schema::Acting;
 use crate::source::slot;
 use crate::{apply, catalog, large};
 
@@ -119,6 +121,8 @@ impl Runner {
         super::state::step(row.phase, event)?;
         self.config.secrets.routes(&request.routes)?;
         request.fence.parse::<FenceKind>()?;
+        // Somebody may have turned on since what garbles the names of shards.
+        self.config.clone().reaching_shards().await?;
         // A rollback rests on the reverse stream's own publication.
         if request.stream() == Stream::Forward {
             self.refuse_partial().await?;
@@ -141,7 +145,8 @@ impl Runner {
         let mut carry = carry.ok_or(cutover::Error::StreamStopped)?;
         let mut source = Session::control(&self.config.source).await?;
         // Nor could the slot be made before they end, where they are carried as prepared.
-        barrier::refuse_prepared(&mut source).await?;
+        let tables = self.fenced_tables(&self.config.source).await?;
+        barrier::refuse_left_prepared(&mut source, self.own(&tables)).await?;
         // Streams of a runner that has just begun are still connecting.
         let max_lag = Duration::from_millis(request.max_lag_ms).max(HOME_WAIT);
         Ok(barrier::gate(&mut source, &mut carry, max_lag).await?)
@@ -300,11 +305,11 @@ impl Runner {
             job: self.config.job.clone(),
             live: live.clone(),
             dest: dest.clone(),
-            tables,
+            tables: tables.clone(),
             selection: self.selection.clone(),
             fence: request.fence.parse()?,
             routes: self.config.secrets.routes(&request.routes)?,
-            context: context(&self.config, flip),
+            context: route::Context { tables, ..context(&self.config, flip) },
             max_lag: millis(request.max_lag_ms),
             lock_timeout: millis(request.lock_timeout_ms),
             timeout: millis(request.timeout_ms),
@@ -326,17 +331,24 @@ impl Runner {
             Stream::Forward => (abilities.source, abilities.target),
             Stream::Reverse => (abilities.target, abilities.source),
         };
-        let unbuilt = flip == Stream::Forward && !dest.replica_role;
+        let acting = |ability: Ability| ability.acting(self.selection.tables_only);
+        let (live, dest) = (acting(live), acting(dest));
+        let unbuilt = flip == Stream::Forward && dest != Acting::Nothing;
         let dump = if unbuilt { Some(self.dump().await?) } else { None };
         let writing = if flip == Stream::Forward { &self.forward } else { &self.reverse };
         Ok(Rules {
-            live: !live.replica_role,
-            dest: !dest.replica_role,
+            live,
+            dest,
             job: self.config.job.to_string(),
             selection: self.selection.clone(),
             dump,
             brake: writing.as_ref().map(|pipe| pipe.hold.clone()),
         })
+    }
+
+    /// The tables of a job that is about tables alone.
+    fn own<'a>(&self, tables: &'a [QualifiedName]) -> Option<&'a [QualifiedName]> {
+        self.selection.tables_only.then_some(tables)
     }
 
     /// Every table that moves, those too whose rows stay behind: whoever writes to one on the old
@@ -418,6 +430,8 @@ pub(super) fn context(config: &JobConfig, flip: Stream) -> route::Context {
         flip,
         source: config.source.clone(),
         target: config.target.clone(),
+        scope: config.options.to_string(),
+        tables: Vec::new(),
     }
 }
 

@@ -11,11 +11,11 @@
 //!   `spooling`: one through a spool. `attend`: what a runner does while it follows: commands,
 //!   `positions`. `vigil`: the lease, and servers that fall silent. `flip`: arming the way back,
 //!   and the choreography with its journal; `routes`: its routes, and those that are gone.
-//!   `cleanup`: finish and cancel.
-//! - `ability`: what the roles may do, and so how each side is written. `reading`: how each side is
-//!   read; `published`: by which publication of others. `heartbeat`: lag while nobody writes.
-//!   `validating`: foreign keys that came back at a switch. `rest`: what no stream carries. `left`:
-//!   what is left behind at a flip.
+//!   `cleanup`: finish and cancel; `recycle`: where the old side's tables go.
+//! - `ability`: what the roles may do, and so how each side is written. `alone`: tables without the
+//!   rest of their database. `reading`: how each side is read; `published`: by which publication of
+//!   others. `heartbeat`: lag while nobody writes. `validating`: foreign keys that came back at a
+//!   switch. `rest`: what no stream carries. `left`: what is left behind at a flip.
 //! - `altering`: tables that are altered meanwhile. `quarantine`: what is kept aside, and what
 //!   becomes of it.
 //! - `client`: commands from other processes; `ask`: the same, with a runner of one's own where
@@ -30,6 +30,7 @@
 pub mod ability;
 mod admit;
 pub mod align;
+mod alone;
 mod altering;
 pub mod ask;
 mod attend;
@@ -57,6 +58,7 @@ mod prepare;
 mod published;
 pub mod quarantine;
 pub mod reading;
+pub mod recycle;
 pub mod rest;
 pub mod routes;
 pub mod run;

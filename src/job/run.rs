@@ -240,10 +240,7 @@ impl Runner {
         stop: &watch::Receiver<bool>,
         left: &mut Left,
     ) -> Result<(Runner, Vigil)> {
-        let mut config = config.clone();
-        let name = lease::application_name(&config.job);
-        config.source = config.source.labelled("source").with_application_name(&name);
-        config.target = config.target.labelled("target").with_application_name(&name);
+        let mut config = config.clone().with_runner_name().reaching_shards().await?;
         let (lease, sessions) = lease::take_with_sessions(&config, left.holder.as_ref()).await?;
         left.holder = Some(lease.holder().clone());
         let [home, mut listener, mut source] = sessions?;

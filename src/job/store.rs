@@ -14,7 +14,7 @@ use super::error::Error;
 use super::place::Place;
 pub use super::positions::StreamRow;
 use super::state::Phase;
-use crate::catalog::Selection;
+use crate::catalog::{PatternError, Selection};
 use crate::id::JobName;
 use crate::lsn::Lsn;
 use crate::pg::{Row, Session};
@@ -63,6 +63,9 @@ pub struct JobOptions {
     /// `--publication`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub publication: Option<String>,
+    /// `--tables-only`.
+    #[serde(default)]
+    pub tables_only: bool,
 }
 
 impl JobOptions {
@@ -71,10 +74,16 @@ impl JobOptions {
         self.include.is_empty() && !self.leave_large_objects
     }
 
+    /// The tables meant, as far as their names tell.
+    pub fn patterns(&self) -> std::result::Result<Selection, PatternError> {
+        let mut selection = Selection::parse(&self.include, &self.exclude, &self.schema_only)?;
+        selection.tables_only = self.tables_only;
+        Ok(selection)
+    }
+
     /// The tables meant, knowing the partitions on this session's server.
     pub async fn selection(&self, session: &mut Session) -> Result<Selection> {
-        let selection = Selection::parse(&self.include, &self.exclude, &self.schema_only)?;
-        Ok(selection.with_partitions(session).await?)
+        Ok(self.patterns()?.with_partitions(session).await?)
     }
 }
 
@@ -90,6 +99,9 @@ impl std::fmt::Display for JobOptions {
         let mut given: Vec<String> = given.map(|(option, p)| format!("{option} '{p}'")).collect();
         if self.leave_large_objects {
             given.push("--large-objects leave".to_string());
+        }
+        if self.tables_only {
+            given.push("--tables-only".to_string());
         }
         given.extend(self.publication.iter().map(|name| format!("--publication '{name}'")));
         f.write_str(if given.is_empty() { "none" } else { "" })?;

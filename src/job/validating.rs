@@ -6,11 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::task::JoinHandle;
 
+use super::ability::Ability;
 use super::run::{Notice, Report, Runner};
 use super::state::Phase;
 use super::{Error, Result};
 use crate::pg::{CancelHandle, Config, Purpose, Session};
-use crate::schema;
+use crate::schema::{self, Acting};
 
 /// Validation under way.
 #[derive(Debug)]
@@ -70,7 +71,8 @@ impl Runner {
             (&self.config.source, row.abilities.source),
             (&self.config.target, row.abilities.target),
         ];
-        let sides = sides.into_iter().filter(|(_, ability)| !ability.replica_role);
+        let acting = |ability: Ability| ability.acting(self.selection.tables_only);
+        let sides = sides.into_iter().filter(|(_, side)| acting(*side) != Acting::Nothing);
         let sides: Vec<Config> = sides.map(|(side, _)| side.clone()).collect();
         if back && !sides.is_empty() {
             let job = self.config.job.to_string();

@@ -157,6 +157,16 @@ impl Config {
         self
     }
 
+    /// The same with a run-time setting in the start-up packet, unless one of this name is there.
+    /// The value has no spaces or backslashes.
+    pub fn with_setting(mut self, name: &str, value: &str) -> Config {
+        let options = self.options.unwrap_or_default();
+        let is_there = options.contains(&format!("{name}="));
+        let more = if is_there { String::new() } else { format!(" -c {name}={value}") };
+        self.options = Some(format!("{options}{more}").trim().to_string());
+        self
+    }
+
     /// The same server, with somebody who is told of every statement.
     pub fn with_witness(mut self, witness: Witness) -> Config {
         self.witness = Some(witness);

@@ -1,8 +1,9 @@
 //! TLS as libpq means it: what each sslmode looks at, and the channel binding data.
 //!
-//! `require` looks at nothing unless a file of authorities exists, then it is `verify-ca`;
-//! `verify-ca` follows the certificate's chain and ignores its names; `verify-full` compares the
-//! host name too, with the certificate's common name where it has no subjectAltName.
+//! `require` looks at nothing, not even the certificate's form, unless a file of authorities
+//! exists, then it is `verify-ca`; `verify-ca` follows the certificate's chain and ignores its
+//! names; `verify-full` compares the host name too, with the certificate's common name where it has
+//! no subjectAltName.
 //!
 //! <https://www.postgresql.org/docs/current/libpq-ssl.html>
 
@@ -17,7 +18,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, PeerMisbehaved, RootCertStore,
+    SignatureScheme,
 };
 use sha2::{Digest, Sha256, Sha384, Sha512};
 use tokio::net::TcpStream;
@@ -268,6 +270,40 @@ impl Verifier {
             _ => Err(refused),
         }
     }
+
+    /// rustls reads certificates of X.509 version 3 only, and what a server makes for itself (Citus
+    /// does) is of version 1. Where nothing of it is looked at, its form is of no matter either.
+    fn takes_any_form(&self, certificate: &CertificateDer<'_>) -> bool {
+        self.look == Look::Nothing && ParsedCertificate::try_from(certificate).is_err()
+    }
+
+    /// The handshake's signature by the key in a certificate that rustls does not read. Without it
+    /// channel binding would mean nothing: anyone can show somebody else's certificate.
+    fn by_its_key(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
+        let unread = |_| rustls::Error::InvalidCertificate(CertificateError::BadEncoding);
+        let certificate = Certificate::from_der(certificate).map_err(unread)?;
+        let key = certificate.tbs_certificate().subject_public_key_info();
+        let algorithm = key.algorithm.to_der().map_err(unread)?;
+        let schemes = self.provider.signature_verification_algorithms.mapping.iter();
+        let mut known =
+            schemes.filter(|(scheme, _)| *scheme == dss.scheme).flat_map(|(_, known)| *known);
+        let is_valid = known.any(|known| {
+            // What webpki names it by goes without the outer SEQUENCE's two bytes.
+            algorithm.get(2..) == Some(known.public_key_alg_id().as_ref())
+                && known
+                    .verify_signature(key.subject_public_key.raw_bytes(), message, dss.signature())
+                    .is_ok()
+        });
+        match is_valid {
+            true => Ok(HandshakeSignatureValid::assertion()),
+            false => Err(CertificateError::BadSignature.into()),
+        }
+    }
 }
 
 impl ServerCertVerifier for Verifier {
@@ -294,6 +330,9 @@ impl ServerCertVerifier for Verifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
+        if self.takes_any_form(cert) {
+            return self.by_its_key(message, cert, dss);
+        }
         let algorithms = &self.provider.signature_verification_algorithms;
         verify_tls12_signature(message, cert, dss, algorithms)
     }
@@ -304,6 +343,19 @@ impl ServerCertVerifier for Verifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
+        if self.takes_any_form(cert) {
+            // https://www.rfc-editor.org/rfc/rfc8446#section-4.2.3
+            let pkcs1 = [
+                SignatureScheme::RSA_PKCS1_SHA256,
+                SignatureScheme::RSA_PKCS1_SHA384,
+                SignatureScheme::RSA_PKCS1_SHA512,
+            ];
+            if pkcs1.contains(&dss.scheme) {
+                let how = PeerMisbehaved::SignedHandshakeWithUnadvertisedSigScheme;
+                return Err(rustls::Error::PeerMisbehaved(how));
+            }
+            return self.by_its_key(message, cert, dss);
+        }
         let algorithms = &self.provider.signature_verification_algorithms;
         verify_tls13_signature(message, cert, dss, algorithms)
     }

@@ -17,6 +17,9 @@
 //!   no error. PAUSE waits for every open transaction while all other clients queue behind it, so
 //!   one forgotten transaction would stop the application: [`Route::hold`] gives up after its wait
 //!   and resumes.
+//! - **citus** swaps placements in the metadata of a Citus cluster. It holds writers of the moving
+//!   shards and no others (`citus` says how), and has the swap prepared in `switch`, committed in
+//!   `release`.
 //! - **fdw** and **plproxy** change a foreign server in a router's database by ALTER SERVER. They
 //!   cannot hold clients, and let them through in `release`, not in `switch` (`sqlmed` says why).
 //!
@@ -32,6 +35,7 @@
 //! Left out: several pgbouncers behind one address (give one route each), and rewriting what a
 //! `%include` brings in (give the included file's path).
 
+mod citus;
 mod connstr;
 mod file;
 mod hook;
@@ -44,12 +48,13 @@ mod sqlmed;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use citus::Citus;
 pub use hook::Hook;
 pub use pgbouncer::Pgbouncer;
 pub use sqlmed::SqlMed;
 
 use crate::fault::{Fault, Faulty};
-use crate::id::Stream;
+use crate::id::{QualifiedName, Stream};
 use crate::pg::{self, Config, Witness};
 use crate::secret::{SecretString, holds_secret};
 
@@ -67,6 +72,10 @@ pub struct Context {
     pub source: Config,
     /// Where they go.
     pub target: Config,
+    /// What of the source moves, as the job was asked for: the same text as long as the job lives.
+    pub scope: String,
+    /// The tables that move, partitioned ones included; known for check and hold only.
+    pub tables: Vec<QualifiedName>,
 }
 
 /// One way by which clients find the data.
@@ -78,6 +87,8 @@ pub enum Route {
     Pgbouncer(Box<Pgbouncer>),
     /// A foreign server in a router's database.
     SqlMed(Box<SqlMed>),
+    /// The metadata of a Citus cluster.
+    Citus(Box<Citus>),
 }
 
 /// Why a step was not done.
@@ -85,8 +96,8 @@ pub enum Route {
 pub enum Error {
     /// The text is not a route.
     #[error(
-        "{0}; a route is hook:COMMAND, pgbouncer:ADMIN_URI,INI_PATH,DBNAME, fdw:URI,SERVER \
-         or plproxy:URI,CLUSTER,PARTITION"
+        "{0}; a route is hook:COMMAND, pgbouncer:ADMIN_URI,INI_PATH,DBNAME, fdw:URI,SERVER, \
+         plproxy:URI,CLUSTER,PARTITION or citus:COORDINATOR_URI"
     )]
     Usage(String),
     /// Clients could not be held in time. They have been let go again.
@@ -103,6 +114,14 @@ pub enum Error {
         wait_ms: u128,
         /// What PAUSE waits for in this pool mode.
         reason: &'static str,
+    },
+    /// Writers could not be held in time. They have been let go again.
+    #[error("{peer}: writers to the moving shards are not held: {blockers}")]
+    Held {
+        /// Where.
+        peer: String,
+        /// Who is in the way.
+        blockers: String,
     },
     /// The command failed, or took too long and was killed with all its children.
     #[error("hook \"{command}\" in phase {phase}: {outcome}{said}")]
@@ -156,7 +175,7 @@ pub enum Error {
 impl Faulty for Error {
     fn fault(&self) -> Fault {
         match self {
-            Error::Busy { .. } => Fault::Retry,
+            Error::Busy { .. } | Error::Held { .. } => Fault::Retry,
             Error::Console { source, .. }
             | Error::Router { source, .. }
             | Error::Destination(source) => source.fault(),
@@ -166,8 +185,8 @@ impl Faulty for Error {
 }
 
 impl Route {
-    /// Reads `hook:COMMAND`, `pgbouncer:ADMIN_URI,INI_PATH,DBNAME`, `fdw:URI,SERVER` or
-    /// `plproxy:URI,CLUSTER,PARTITION`.
+    /// Reads `hook:COMMAND`, `pgbouncer:ADMIN_URI,INI_PATH,DBNAME`, `fdw:URI,SERVER`,
+    /// `plproxy:URI,CLUSTER,PARTITION` or `citus:COORDINATOR_URI`.
     pub fn parse(text: &str) -> Result<Route> {
         match text.split_once(':') {
             Some(("hook", command)) => Hook::parse(command).map(Route::Hook),
@@ -178,6 +197,7 @@ impl Route {
             Some(("plproxy", rest)) => {
                 SqlMed::parse_plproxy(rest).map(|s| Route::SqlMed(Box::new(s)))
             }
+            Some(("citus", uri)) => Citus::parse(uri).map(|c| Route::Citus(Box::new(c))),
             _ => Err(Error::Usage("there is no such kind of route".to_string())),
         }
     }
@@ -190,6 +210,7 @@ impl Route {
         match text.split_once(':') {
             Some(("pgbouncer", rest)) => Pgbouncer::stored(rest),
             Some((kind @ ("fdw" | "plproxy"), rest)) => SqlMed::stored(kind, rest),
+            Some(("citus", uri)) => Citus::stored(uri),
             _ if holds_secret(text) => Err(Error::Usage(
                 "the hook's command holds a password, and would be stored in the job's tables: \
                  have the command read it from a file or a variable"
@@ -205,14 +226,17 @@ impl Route {
             Route::Hook(_) => {}
             Route::Pgbouncer(pooler) => pooler.set_password(password),
             Route::SqlMed(server) => server.set_password(password),
+            Route::Citus(cluster) => cluster.set_password(password),
         }
         self
     }
 
     /// The same with somebody who is told of every statement it sends to a router's database.
     pub fn with_witness(mut self, witness: Witness) -> Route {
-        if let Route::SqlMed(server) = &mut self {
-            server.set_witness(witness);
+        match &mut self {
+            Route::SqlMed(server) => server.set_witness(witness),
+            Route::Citus(cluster) => cluster.set_witness(witness),
+            Route::Hook(_) | Route::Pgbouncer(_) => {}
         }
         self
     }
@@ -223,15 +247,17 @@ impl Route {
             Route::Hook(_) => None,
             Route::Pgbouncer(pooler) => pooler.password(),
             Route::SqlMed(server) => server.password(),
+            Route::Citus(cluster) => cluster.password(),
         }
     }
 
-    /// `hook`, `pgbouncer`, `fdw` or `plproxy`.
+    /// `hook`, `pgbouncer`, `fdw`, `plproxy` or `citus`.
     pub fn kind(&self) -> &'static str {
         match self {
             Route::Hook(_) => "hook",
             Route::Pgbouncer(_) => "pgbouncer",
             Route::SqlMed(server) => server.kind(),
+            Route::Citus(_) => "citus",
         }
     }
 
@@ -242,13 +268,14 @@ impl Route {
             Route::Hook(hook) => hook.by_hand(context, switched),
             Route::Pgbouncer(pooler) => pooler.by_hand(context, switched),
             Route::SqlMed(server) => server.by_hand(context, switched),
+            Route::Citus(cluster) => cluster.by_hand(context, switched),
         }
     }
 
     /// True if clients can be held here. Such routes switch before others: whoever asks them
     /// waits, and finds everything else switched when let go.
     pub fn holds(&self) -> bool {
-        matches!(self, Route::Pgbouncer(_))
+        matches!(self, Route::Pgbouncer(_) | Route::Citus(_))
     }
 
     /// Reachable, allowed, and what is to be changed found. Changes nothing.
@@ -257,28 +284,31 @@ impl Route {
             Route::Hook(hook) => hook.run("check", context, None).await,
             Route::Pgbouncer(pooler) => pooler.check(context).await,
             Route::SqlMed(server) => server.check(context).await,
+            Route::Citus(cluster) => cluster.check(context).await,
         }
     }
 
     /// Makes clients wait before their next transaction. Where that is not complete within
-    /// `wait` they are let go, and the error is [`Error::Busy`]: nobody waits longer than about
-    /// `wait`. Not cancel-safe: after dropping the future, and after any other error, call
-    /// [`Route::undo`].
+    /// `wait` they are let go, and the error is [`Error::Busy`] or [`Error::Held`]: nobody waits
+    /// longer than about `wait`. Not cancel-safe: after dropping the future, and after any other
+    /// error, call [`Route::undo`].
     pub async fn hold(&self, context: &Context, wait: Duration) -> Result<()> {
         match self {
             Route::Hook(hook) => hook.run("hold", context, Some(wait)).await,
             Route::Pgbouncer(pooler) => pooler.hold(wait).await,
             Route::SqlMed(_) => Ok(()),
+            Route::Citus(cluster) => cluster.hold(context, wait).await,
         }
     }
 
-    /// Leads clients to where the flip goes; a foreign server is only made ready for it. Repeating
-    /// it does no harm.
+    /// Leads clients to where the flip goes; foreign servers and placements are only made ready for
+    /// it. Repeating it does no harm.
     pub async fn switch(&self, context: &Context) -> Result<()> {
         match self {
             Route::Hook(hook) => hook.run("switch", context, None).await,
             Route::Pgbouncer(pooler) => pooler.switch(context).await,
             Route::SqlMed(server) => server.switch(context).await,
+            Route::Citus(cluster) => cluster.switch().await,
         }
     }
 
@@ -288,6 +318,7 @@ impl Route {
             Route::Hook(hook) => hook.run("release", context, None).await,
             Route::Pgbouncer(pooler) => pooler.release().await,
             Route::SqlMed(server) => server.release(context).await,
+            Route::Citus(cluster) => cluster.release(context).await,
         }
     }
 
@@ -298,6 +329,7 @@ impl Route {
             Route::Hook(hook) => hook.run("undo", context, None).await,
             Route::Pgbouncer(pooler) => pooler.undo(context).await,
             Route::SqlMed(server) => server.undo(context).await,
+            Route::Citus(cluster) => cluster.undo(context).await,
         }
     }
 
@@ -305,7 +337,7 @@ impl Route {
     /// back for good.
     pub async fn forget(&self, context: &Context) -> Result<()> {
         match self {
-            Route::Hook(_) => Ok(()),
+            Route::Hook(_) | Route::Citus(_) => Ok(()),
             Route::Pgbouncer(pooler) => pooler.forget(context),
             Route::SqlMed(server) => server.forget(context).await,
         }
@@ -319,6 +351,7 @@ impl std::fmt::Display for Route {
             Route::Hook(hook) => write!(f, "{hook}"),
             Route::Pgbouncer(pooler) => write!(f, "{pooler}"),
             Route::SqlMed(server) => write!(f, "{server}"),
+            Route::Citus(cluster) => write!(f, "{cluster}"),
         }
     }
 }
@@ -343,6 +376,8 @@ mod tests {
             "fdw:postgres://u:hush@h:x/d,s",
             "plproxy:postgres://u:hush@h/d,c",
             "plproxy:postgres://u:hush@h/d,c,16",
+            "citus:",
+            "citus:postgres://u:hush@h:x/d",
         ] {
             let said = Route::parse(text).map(|_| ()).unwrap_err().to_string();
             assert!(said.contains("pgbouncer:ADMIN_URI,INI_PATH,DBNAME"), "{text}: {said}");
@@ -365,6 +400,7 @@ mod tests {
         for (given, tail) in [
             ("fdw:postgres://u:hush@h/d,srv", ",srv"),
             ("plproxy:postgres://u:hush@h/d,cluster,p16", ",cluster,p16"),
+            ("citus:postgres://u:hush@h:1,g:2/d", " user='u'"),
         ] {
             let (stored, password) = Route::stored(given).unwrap();
             assert!(password.is_some() && !stored.contains("hush"), "{stored}");
@@ -379,5 +415,8 @@ mod tests {
         assert_eq!(route.to_string(), "fdw router h:1/d, shard_7");
         let route = Route::parse("plproxy:postgres://u:hush@h:1,g:2/d,shop,p16").unwrap();
         assert_eq!(route.to_string(), "plproxy router h:1/d, shop, p16");
+        let route = Route::parse("citus:postgres://u:hush@h:1/d").unwrap();
+        assert!(route.holds());
+        assert_eq!(route.to_string(), "citus coordinator h:1/d");
     }
 }

@@ -60,6 +60,15 @@ impl std::fmt::Display for Place {
     }
 }
 
+/// What tells a database from any other.
+pub(super) async fn identity(config: &Config) -> crate::pg::Result<(String, String)> {
+    let mut session = Session::control(config).await?;
+    let sql = "select system_identifier, pg_catalog.current_database() \
+         from pg_catalog.pg_control_system()";
+    let row = session.query_one(sql, &[]).await?;
+    Ok((row.string(0)?, row.string(1)?))
+}
+
 /// The host of a side; of several, the one that takes our connection now, as those who are led
 /// there may know no target_session_attrs.
 pub(super) async fn host_of(config: &Config) -> Result<Host> {

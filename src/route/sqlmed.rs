@@ -20,7 +20,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::note::{Note, Notes, Options};
-use super::place::{Place, Side};
+use super::place::{Place, Side, identity};
 use super::{Context, Error, Result, connstr};
 use crate::id::{Stream, quote_ident, quote_literal};
 use crate::pg::{Config, Host, Session, Witness};
@@ -451,15 +451,6 @@ impl SqlMed {
             false => self.execute(&mut session, "rollback").await,
         }
     }
-}
-
-/// What tells a database from any other.
-async fn identity(config: &Config) -> crate::pg::Result<(String, String)> {
-    let mut session = Session::control(config).await?;
-    let sql = "select system_identifier, pg_catalog.current_database() \
-         from pg_catalog.pg_control_system()";
-    let row = session.query_one(sql, &[]).await?;
-    Ok((row.string(0)?, row.string(1)?))
 }
 
 impl fmt::Display for SqlMed {

@@ -14,14 +14,44 @@
 //! looks at them afterwards, with writers at work. The name, the definition, the comment and the
 //! mark of validity are as they were; the oid is not.
 //!
+//! Of tables that move alone, the foreign keys to tables that stay (a shard's to a reference table,
+//! which its cluster writes on every node at once) must not act on the side that is written either,
+//! whatever the role: a row that is deleted there may still have referrers here that the stream is
+//! about to delete, and the application would get the error. They are made in the fence like the
+//! others, and then what they do at the other table is disabled by its superuser.
+//!
 //! Left alone: triggers that are disabled, or enabled ALWAYS or REPLICA (their owner has said what
 //! he wants of applied rows), foreign keys whose triggers a superuser has disabled.
 
 use super::plan::{self, PostPhase};
 use super::pre::{known_settings, record, set_local, texts};
 use super::{Dump, Error, Result};
+use crate::catalog::Selection;
 use crate::id::{QualifiedName, quote_ident, quote_literal};
 use crate::pg::Session;
+
+/// What must not act on a side while a stream writes to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Acting {
+    /// Nothing is in the way: the role can keep it from acting.
+    #[default]
+    Nothing,
+    /// Foreign keys to tables that stay.
+    Borders,
+    /// All foreign keys, triggers, and rules: the role cannot.
+    Everything,
+}
+
+impl Acting {
+    /// True if this statement of post-data makes some of it.
+    pub(super) fn covers(self, sql: &str, selection: &Selection) -> bool {
+        match self {
+            Acting::Nothing => false,
+            Acting::Borders => plan::crosses(sql, |table| selection.has_schema(table)),
+            Acting::Everything => plan::acts(sql),
+        }
+    }
+}
 
 /// The table of what is set aside; schema `walferry` has to exist. May be run again.
 pub const ASIDE_DDL: &str = "create table if not exists walferry.set_aside (\
@@ -55,8 +85,30 @@ const FOUND: &str = "with t as (select c.oid, c.relkind from pg_catalog.pg_class
      where w.ev_enabled = 'O' and w.rulename <> '_RETURN' \
      order by 1, 2, 3";
 
-/// Sets aside whatever would act on rows written to `tables`, inside the session's transaction if
-/// one is open, else in one of its own. Idempotent. Gives how many things that were.
+/// What foreign keys of the tables do at tables that stay.
+const BORDERS: &str = "with t as (select c.oid from pg_catalog.pg_class c \
+         join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+         where (n.nspname, c.relname) in (values {tables})) \
+     select 'key trigger', g.tgrelid::regclass::text, g.tgname, '', null, false \
+     from pg_catalog.pg_trigger g join pg_catalog.pg_constraint k on k.oid = g.tgconstraint \
+     where k.contype = 'f' and g.tgenabled = 'O' and k.conrelid in (select oid from t) \
+       and g.tgrelid not in (select oid from t) order by 2, 3";
+
+/// The keys themselves, for roles that may not disable that.
+const BORDER_KEYS: &str = "with t as (select c.oid from pg_catalog.pg_class c \
+         join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+         where (n.nspname, c.relname) in (values {tables})) \
+     select 'foreign key', k.conrelid::regclass::text, k.conname, \
+         pg_catalog.pg_get_constraintdef(k.oid), \
+         pg_catalog.obj_description(k.oid, 'pg_constraint'), \
+         k.convalidated and r.relkind <> 'p' \
+     from pg_catalog.pg_constraint k join pg_catalog.pg_class r on r.oid = k.conrelid \
+     where k.contype = 'f' and coalesce(pg_catalog.to_jsonb(k) ->> 'conparentid', '0') = '0' \
+       and k.conrelid in (select oid from t) and k.confrelid not in (select oid from t) \
+     order by 2, 3";
+
+/// Sets aside whatever of `acting` would act on rows written to `tables`, inside the session's
+/// transaction if one is open, else in one of its own. Idempotent. Gives how many things that were.
 ///
 /// Waits for readers of the tables, as dropping a foreign key does: set `lock_timeout` before.
 /// [`ASIDE_DDL`] must have been run.
@@ -64,7 +116,15 @@ pub async fn set_aside(
     session: &mut Session,
     job: &str,
     tables: &[QualifiedName],
+    acting: Acting,
 ) -> Result<usize> {
+    let is_superuser = session.parameter("is_superuser") == Some("on");
+    let found = match acting {
+        Acting::Everything => FOUND,
+        Acting::Borders if is_superuser => BORDERS,
+        Acting::Borders => BORDER_KEYS,
+        Acting::Nothing => return Ok(0),
+    };
     if tables.is_empty() {
         return Ok(0);
     }
@@ -73,7 +133,7 @@ pub async fn set_aside(
         .map(|t| format!("({}, {})", quote_literal(&t.schema), quote_literal(&t.name)))
         .collect();
     let major = session.major_version().to_string();
-    let sql = FOUND.replace("{tables}", &names.join(", ")).replace("{major}", &major);
+    let sql = found.replace("{tables}", &names.join(", ")).replace("{major}", &major);
     let mut sqls = Vec::new();
     let rows = session.query(&sql).await?;
     for row in &rows {
@@ -108,8 +168,11 @@ pub async fn restore(session: &mut Session, job: &str) -> Result<()> {
     if !is_known(session).await? {
         return Ok(());
     }
+    // The other table of a key may have been made anew, and its triggers with it.
     let sql = "select kind, relation, name, definition, note, later from walferry.set_aside \
-         where job = $1 and aside order by kind, relation, name";
+         where job = $1 and aside and (kind <> 'key trigger' or exists (select \
+             from pg_catalog.pg_trigger g where g.tgname = name \
+             and g.tgrelid = pg_catalog.to_regclass(relation))) order by kind, relation, name";
     let mut sqls = Vec::new();
     for row in session.query_params(sql, &[Some(job)]).await? {
         let (kind, relation, plain) = (row.str(0)?, row.str(1)?, row.str(2)?);
@@ -164,6 +227,10 @@ pub async fn validate(session: &mut Session, job: &str) -> Result<()> {
     Ok(())
 }
 
+/// Citus's way for its nodes not to look at rows that it knows to be right, as those of a shard are
+/// that only moves.
+const SKIP: &str = "citus.skip_constraint_validation";
+
 /// What [`super::apply_post`] postponed, in one transaction: foreign keys not valid before
 /// [`validate`], triggers, rules. Steps that are done are left out.
 pub async fn build_acting(session: &mut Session, dump: &Dump, job: &str) -> Result<()> {
@@ -179,6 +246,8 @@ pub async fn build_acting(session: &mut Session, dump: &Dump, job: &str) -> Resu
         return Ok(());
     }
     let known = known_settings(session).await?;
+    let skip = "select pg_catalog.current_setting($1, true) is not null";
+    let may_skip = session.query_one(skip, &[Some(SKIP)]).await?.bool(0)?;
     let mut sqls = Vec::new();
     for step in steps {
         let settings = &step.statement.settings;
@@ -195,6 +264,12 @@ pub async fn build_acting(session: &mut Session, dump: &Dump, job: &str) -> Resu
                     quote_literal(&name),
                     quote_literal(definition)
                 ));
+            }
+            // Of a partitioned table.
+            None if may_skip => {
+                sqls.push(format!("set local {SKIP} = on"));
+                sqls.push(step.statement.sql);
+                sqls.push(format!("set local {SKIP} = off"));
             }
             None => sqls.push(step.statement.sql),
         }

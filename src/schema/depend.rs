@@ -95,6 +95,15 @@ impl Views {
         names
     }
 
+    /// Tables (foreign ones included) that `keep` wants. Ordered by name.
+    pub fn kept(&self, keep: impl Fn(&QualifiedName) -> bool) -> Vec<QualifiedName> {
+        let tables = self.relations.values().filter(|relation| relation.table);
+        let mut names: Vec<QualifiedName> =
+            tables.map(|relation| relation.name.clone()).filter(|name| keep(name)).collect();
+        names.sort();
+        names
+    }
+
     /// Materialized views that are filled, each after those it reads from.
     pub fn populated(&self) -> Vec<QualifiedName> {
         let filled = self.materialized().into_iter().filter(|(_, populated)| *populated);

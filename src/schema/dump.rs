@@ -41,7 +41,8 @@ struct PgDump {
     major: u32,
 }
 
-/// Reads the schema of the tables in `selection`, and everything that is not a table.
+/// Reads the schema of the tables in `selection`, and everything that is not a table unless it is
+/// of tables alone: then foreign keys to tables that stay are kept, as those are on the target too.
 ///
 /// Views that read from a table left out are left out too, and so are foreign keys and partition
 /// links to one. Both halves come from one snapshot. Waits up to 30 s for each table lock that
@@ -56,7 +57,11 @@ pub async fn dump(config: &Config, selection: &Selection, options: &Options) -> 
     let views = Views::read(&mut session).await?;
     let left_out = views.left_out(|name| selection.has_schema(name));
     let indexes = indexes(&mut session, &left_out).await?;
-    let arguments = arguments(program.major, options, &snapshot, &left_out);
+    let named = match selection.tables_only {
+        true => Named::Only(views.kept(|name| selection.has_schema(name))),
+        false => Named::AllBut(left_out.clone()),
+    };
+    let arguments = arguments(program.major, options, &snapshot, &named);
     let peer = session.peer().to_string();
     let (pre, post) = tokio::try_join!(
         run(&program.path, config, &peer, &arguments, "pre-data"),
@@ -64,11 +69,19 @@ pub async fn dump(config: &Config, selection: &Selection, options: &Options) -> 
     )?;
     session.execute("rollback").await?;
     let gone = [left_out.clone(), indexes].concat();
-    let mut post = without(&post, &gone)?;
-    for view in views.populated().iter().filter(|view| !left_out.contains(view)) {
+    let mut post = without_ours(without(&post, &gone, selection.tables_only)?)?;
+    let is_read = |view: &&QualifiedName| !selection.tables_only && !left_out.contains(view);
+    for view in views.populated().iter().filter(is_read) {
         post.push_str(&format!("\nREFRESH MATERIALIZED VIEW {};\n", view.quoted()));
     }
-    Ok(Dump { pre: without(&without_column_versions(pre)?, &left_out)?, post })
+    Ok(Dump { pre: without(&without_column_versions(pre)?, &left_out, false)?, post })
+}
+
+/// What pg_dump is told of tables.
+enum Named {
+    AllBut(Vec<QualifiedName>),
+    /// These and what belongs to them, and nothing that is not a table.
+    Only(Vec<QualifiedName>),
 }
 
 /// Indexes of these tables.
@@ -91,19 +104,34 @@ async fn indexes(session: &mut Session, tables: &[QualifiedName]) -> Result<Vec<
 }
 
 /// The script without foreign keys to, partitions of, tables and indexes left out: pg_dump does
-/// not look at the other end of those.
-fn without(script: &str, left_out: &[QualifiedName]) -> Result<String> {
+/// not look at the other end of those. Foreign keys stay where `keys` says so.
+fn without(script: &str, left_out: &[QualifiedName], keys: bool) -> Result<String> {
     if left_out.is_empty() {
         return Ok(script.to_string());
     }
     let mut out = String::with_capacity(script.len());
     for sql in script::split(script)? {
-        if !plan::other_tables(sql).iter().any(|table| left_out.contains(table)) {
+        let is_left_out = |table: &QualifiedName| left_out.contains(table);
+        if (keys && plan::acts(sql)) || !plan::other_tables(sql).iter().any(is_left_out) {
             out.push_str(sql);
             out.push_str(";\n");
         }
     }
     Ok(out)
+}
+
+/// The script without event triggers of ours: their function is in a schema that is not dumped.
+fn without_ours(text: String) -> Result<String> {
+    if !text.contains("EVENT TRIGGER walferry_") {
+        return Ok(text);
+    }
+    let ours = |sql: &&str| {
+        let mut cursor = Cursor::new(sql);
+        let event = cursor.find("event") && cursor.eat("trigger");
+        event && cursor.ident().is_some_and(|name| name.starts_with("walferry_"))
+    };
+    let kept = script::split(&text)?.into_iter().filter(|sql| !ours(sql));
+    Ok(kept.map(|sql| format!("{sql};\n")).collect())
 }
 
 /// The script without `pg_attver` of columns, see [`script::without_column_version`].
@@ -127,12 +155,7 @@ fn without_column_versions(text: String) -> Result<String> {
 }
 
 /// Arguments but for the section; nothing secret is among them.
-fn arguments(
-    dump_major: u32,
-    options: &Options,
-    snapshot: &str,
-    left_out: &[QualifiedName],
-) -> Vec<String> {
+fn arguments(dump_major: u32, options: &Options, snapshot: &str, named: &Named) -> Vec<String> {
     let mut arguments: Vec<String> =
         ["--schema-only", "--no-password", "--encoding=UTF8", "--exclude-schema=walferry"]
             .map(String::from)
@@ -151,9 +174,11 @@ fn arguments(
     flag(options.no_owner, "--no-owner");
     flag(options.no_privileges, "--no-privileges");
     flag(!options.tablespaces, "--no-tablespaces");
-    for name in left_out {
-        arguments.push(format!("--exclude-table={}", pattern(name)));
-    }
+    let (option, names) = match named {
+        Named::AllBut(names) => ("--exclude-table", names),
+        Named::Only(names) => ("--table", names),
+    };
+    arguments.extend(names.iter().map(|name| format!("{option}={}", pattern(name))));
     arguments
 }
 
@@ -321,7 +346,8 @@ mod tests {
 
     #[test]
     fn passwords_are_not_among_the_arguments() {
-        let arguments = arguments(15, &Options::default(), "0-1-1", &[]);
+        let named = Named::AllBut(Vec::new());
+        let arguments = arguments(15, &Options::default(), "0-1-1", &named);
         assert!(!arguments.iter().any(|a| a.contains("s3cret")));
     }
 

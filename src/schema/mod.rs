@@ -33,12 +33,13 @@
 //! works on the target yet).
 //!
 //! - `lex`, `script`, `plan`, `pack`: pure; tokens, statements, order, company. `altered`: what
-//!   became of a table that is followed, pure too.
+//!   became of a table that is followed, pure too. `captured`: DDL by an event trigger.
 //! - `depend`: views of the source.
 //! - `dump`, `pre`, `post`, `aside`, `sequence`: the steps above. - `error`: what can go wrong.
 
 pub mod altered;
 pub mod aside;
+pub mod captured;
 pub mod depend;
 pub mod dump;
 pub mod error;
@@ -46,13 +47,14 @@ pub mod lex;
 pub mod older;
 pub mod pack;
 pub mod plan;
+pub mod policy;
 pub mod post;
 pub mod pre;
 pub mod refresh;
 pub mod script;
 pub mod sequence;
 
-pub use aside::{ASIDE_DDL, build_acting, restore, set_aside, validate};
+pub use aside::{ASIDE_DDL, Acting, build_acting, restore, set_aside, validate};
 pub use dump::{Dump, Options, dump, pg_dump_versions};
 pub use error::Error;
 pub use older::{Fitted, TooNew, fit};

@@ -231,6 +231,12 @@ pub fn acts(sql: &str) -> bool {
     cursor.eat("add constraint") && cursor.ident().is_some() && cursor.eat("foreign key")
 }
 
+/// True for a foreign key one of whose tables is not kept, and for what may be said of one.
+pub fn crosses(sql: &str, keeps: impl Fn(&QualifiedName) -> bool) -> bool {
+    let is_key = acts(sql) && other_tables(sql).iter().any(|table| !keeps(table));
+    is_key || Cursor::new(sql).eat("comment on constraint")
+}
+
 /// Table, name and definition of a foreign key that can be made NOT VALID first: one that is not so
 /// anyway, and not of a partitioned table, which cannot have such before 18.
 pub fn foreign_key(sql: &str) -> Option<(QualifiedName, String, &str)> {
@@ -382,6 +388,10 @@ mod tests {
         ] {
             assert!(!acts(sql), "{sql}");
         }
+        let keeps = |kept: &'static str| move |table: &QualifiedName| table.schema == kept;
+        assert!(crosses(key, keeps("a")) && !crosses(key, |_| true));
+        assert!(!crosses("CREATE RULE r AS ON INSERT TO public.t DO INSTEAD NOTHING", |_| false));
+        assert!(!crosses("ALTER TABLE ONLY a.p ATTACH PARTITION b.c DEFAULT", keeps("a")));
         let (table, name, definition) = foreign_key(key).unwrap();
         assert_eq!((table.to_string(), &*name), ("a.t".to_string(), "f k"));
         assert_eq!(definition, "FOREIGN KEY (x) REFERENCES b.u(y)");

@@ -8,7 +8,8 @@ use tokio::task::JoinSet;
 use super::pack;
 use super::plan::{self, PostPhase, Step, Wave};
 use super::pre::{known_settings, record, texts, transaction, with_settings};
-use super::{Dump, Error, Result};
+use super::{Acting, Dump, Error, Result};
+use crate::catalog::Selection;
 use crate::id::{QualifiedName, quote_literal};
 use crate::pg::{CancelHandle, Config, Purpose, Session};
 
@@ -23,8 +24,10 @@ pub struct PostOptions {
     pub job: String,
     /// Which half.
     pub phase: PostPhase,
-    /// Leave out what acts on written rows; [`super::build_acting`] makes it later.
-    pub postpone_acting: bool,
+    /// Leave this out; [`super::build_acting`] makes it later.
+    pub postponed: Acting,
+    /// Tables that move: a foreign key between one of them and another crosses the border.
+    pub selection: Selection,
     /// Sessions at most; 0 counts as 1.
     pub parallel: usize,
     /// maintenance_work_mem of each, in bytes, where the server's own is less.
@@ -45,7 +48,8 @@ impl PostOptions {
         PostOptions {
             job: job.to_string(),
             phase,
-            postpone_acting: false,
+            postponed: Acting::Nothing,
+            selection: Selection::default(),
             parallel: 4,
             maintenance_work_mem: Self::MEMORY_BYTES,
             bundle: 64,
@@ -83,7 +87,7 @@ pub async fn apply_post(
     let known = known_settings(&mut session).await?;
     let mut steps = plan::steps(&dump.post, &bytes)?;
     steps.retain(|step| {
-        let postponed = options.postpone_acting && plan::acts(&step.statement.sql);
+        let postponed = options.postponed.covers(&step.statement.sql, &options.selection);
         step.wave.phase() == options.phase && !postponed
     });
     if options.keys_beside {

@@ -4,6 +4,7 @@
 mod apply;
 mod catalog;
 mod check;
+mod citus;
 mod cli;
 mod cluster;
 mod copy;

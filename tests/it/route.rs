@@ -12,5 +12,12 @@ use crate::support;
 
 fn context(flip: Stream, source: &str, target: &str) -> Context {
     let config = |text| Config::parse_with(text, &|_| None).unwrap();
-    Context { job: "shop".parse().unwrap(), flip, source: config(source), target: config(target) }
+    Context {
+        job: "shop".parse().unwrap(),
+        flip,
+        source: config(source),
+        target: config(target),
+        scope: "none".to_string(),
+        tables: Vec::new(),
+    }
 }

@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::sizes::{self, Sizes};
 use super::{Error, Fixed, Found, Layout, Result, elsewhere};
 use crate::cluster::model::{Cluster, Group, Node, Shard};
+use crate::cluster::shard;
 use crate::id::QualifiedName;
 use crate::pg::{Config, Purpose, Row, Session};
 
@@ -90,10 +91,12 @@ pub(super) async fn read(config: &Config) -> Result<Found> {
 pub(super) async fn layout(config: &Config) -> Result<Layout> {
     let mut session = Session::connect(config, Purpose::Sql).await?;
     understood(&mut session).await?;
-    let nodes = nodes(&mut session, config).await?;
+    // What is made on a node, the coordinator too, is not for Citus to make on all of them.
+    let config = shard::reach(config).await?;
+    let nodes = nodes(&mut session, &config).await?;
     Ok(Layout {
         nodes: nodes.into_values().map(|(node, config)| (node.name, config)).collect(),
-        home: Some(config.clone()),
+        home: Some(config),
         routes: BTreeMap::new(),
         template: None,
     })
@@ -123,7 +126,7 @@ pub(super) async fn siblings(config: &Config, shards: &[u64]) -> Result<Vec<Stri
 }
 
 /// The extension's version, if this is a coordinator whose catalogs are known.
-async fn understood(session: &mut Session) -> Result<String> {
+pub async fn understood(session: &mut Session) -> Result<String> {
     let peer = session.peer().to_string();
     let other = |detail: &str| Error::Other { peer: peer.clone(), detail: detail.to_string() };
     let sql = "select extversion from pg_catalog.pg_extension where extname = 'citus'";

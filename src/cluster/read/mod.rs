@@ -17,6 +17,8 @@ use serde::Serialize;
 use super::errand::Errand;
 use super::model::Cluster;
 use crate::id::QualifiedName;
+pub use citus::understood;
+
 use crate::pg::{self, Config, Host};
 use crate::secret::SecretString;
 
@@ -273,7 +275,7 @@ fn host_and_port(name: &str) -> Result<(&str, u16)> {
 }
 
 /// The same role, options and database on another server.
-fn elsewhere(config: &Config, host: &str, port: u16) -> Config {
+pub fn elsewhere(config: &Config, host: &str, port: u16) -> Config {
     let mut other = config.clone();
     other.hosts = vec![Host { host: host.to_string(), hostaddr: None, port }];
     other.labelled("node")

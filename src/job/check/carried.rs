@@ -49,6 +49,9 @@ pub async fn not_carried(
 ) -> pg::Result<Vec<Finding>> {
     let mut found = by_kind(session, side, selection).await?;
     found.extend(tables(session, side, selection).await?);
+    if selection.tables_only {
+        return Ok(found);
+    }
     let rows = of_extensions(session, side).await;
     found.extend(or_unreadable(side, "extensions' rows", rows)?);
     let settings = settings(session, side).await;

@@ -16,6 +16,7 @@
 //! are told instead); what a route needs, which the route asks itself; the rows (that is what
 //! verify is for).
 
+mod borders;
 mod carried;
 mod disk;
 mod end;

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use crate::catalog;
 use crate::id::{QualifiedName, Stream, quote_literal};
 use crate::pg::{self, Session};
 
@@ -55,6 +56,10 @@ impl Check<'_> {
         let same = self.findings.iter().any(|f| f.code == "same-database");
         if !same {
             self.relations().await?;
+        }
+        if self.options.selection.tables_only {
+            self.borders().await?;
+        } else if !same {
             let ours = others(&mut self.source.session).await?;
             let theirs = others(&mut self.target.session).await?;
             for (kind, name) in theirs.into_iter().filter(|other| ours.contains(other)) {
@@ -76,11 +81,20 @@ impl Check<'_> {
     async fn relations(&mut self) -> pg::Result<()> {
         let ours: HashMap<QualifiedName, String> =
             relations(&mut self.source.session).await?.into_iter().collect();
+        let owners: HashMap<QualifiedName, QualifiedName> = match self.options.selection.tables_only
+        {
+            true => owners(&mut self.source.session).await?,
+            false => HashMap::new(),
+        };
         for (name, kind) in relations(&mut self.target.session).await? {
             let is_table = matches!(kind.as_str(), "r" | "p");
-            let moved =
-                ours.contains_key(&name) && (!is_table || self.options.selection.has_schema(&name));
-            if !moved {
+            let selection = &self.options.selection;
+            let moves = match kind.as_str() {
+                "r" | "p" => selection.has_schema(&name),
+                "S" => selection.has_sequence(owners.get(&name)),
+                _ => !selection.tables_only,
+            };
+            if !moves || !ours.contains_key(&name) {
                 continue;
             }
             let (what, drop) = match kind.as_str() {
@@ -140,6 +154,12 @@ async fn relations(session: &mut Session) -> pg::Result<Vec<(QualifiedName, Stri
     rows.iter()
         .map(|row| Ok((QualifiedName::new(row.str(0)?, row.str(1)?), row.string(2)?)))
         .collect()
+}
+
+/// Who owns each sequence that has an owner.
+async fn owners(session: &mut Session) -> pg::Result<HashMap<QualifiedName, QualifiedName>> {
+    let sequences = catalog::sequences(session).await?;
+    Ok(sequences.into_iter().filter_map(|s| Some((s.name, s.owner?))).collect())
 }
 
 async fn others(session: &mut Session) -> pg::Result<HashSet<(String, String)>> {

@@ -134,7 +134,10 @@ impl Setup {
             place.topic = format!("{}.{}", place.topic, config.job);
         }
         config.wanted.publication = None;
-        config.options = JobOptions { include, leave_large_objects, ..JobOptions::default() };
+        let tables_only = moved.tables_only;
+        config.bin = row.cluster_job().map(str::to_string);
+        config.options =
+            JobOptions { include, leave_large_objects, tables_only, ..JobOptions::default() };
         Ok(Ready { config, routes, moved })
     }
 }

@@ -73,6 +73,11 @@ pub struct TaskRow {
 }
 
 impl TaskRow {
+    /// The number of its cluster's job: its own job's name begins with `cJOBtTASK`.
+    pub fn cluster_job(&self) -> Option<&str> {
+        Some(self.name.strip_prefix('c')?.split_once('t')?.0)
+    }
+
     /// The name of its ordinary job.
     pub fn job_name(&self) -> Result<JobName> {
         self.name.parse().map_err(|e| Error::State(format!("walferry.cluster_task.name: {e}")))

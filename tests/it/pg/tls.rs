@@ -60,6 +60,16 @@ impl Certificates {
         .unwrap();
     }
 
+    /// `name.crt` and `name.key`, signed by itself, of X.509 version 1, as Citus makes its own.
+    fn old(&self, name: &str, key: &str) {
+        self.openssl(&format!(
+            "req {key} -nodes -keyout {name}.key -out {name}.csr -subj /CN={name}"
+        ));
+        self.openssl(&format!(
+            "x509 -req -days 2 -in {name}.csr -signkey {name}.key -out {name}.crt"
+        ));
+    }
+
     fn install(&self, server: &Server, name: &str) {
         let data = server.data_dir();
         let owner = std::fs::metadata(&data).unwrap();
@@ -156,6 +166,38 @@ async fn a_self_signed_certificate_with_a_common_name_alone_can_be_trusted_by_it
     assert!(connect(&uri("localhost")).await.unwrap().is_encrypted());
     let said = refusal(&uri("127.0.0.1")).await.to_string();
     assert!(said.contains("not made out to"), "{said}");
+}
+
+#[tokio::test]
+async fn a_certificate_of_version_1_will_do_where_nothing_of_it_is_looked_at() {
+    let server = support::server();
+    server.psql("postgres", "create role s login password 'pw'").unwrap();
+    let certificates = Certificates::new();
+    certificates.authority("ca");
+    let at = format!("127.0.0.1:{}/postgres", server.port());
+    for (name, key) in
+        [("rsa", "-newkey rsa:2048"), ("ec", "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1")]
+    {
+        certificates.old(name, key);
+        certificates.install(&server, name);
+        let own = certificates.path(&format!("{name}.crt"));
+        let looked = format!("postgres://postgres@{at}?sslmode=verify-ca&sslrootcert={own}");
+        let deadline = Deadline::after(std::time::Duration::from_secs(20));
+        // A reload is not at once: until then another certificate is shown.
+        while !refusal(&looked).await.to_string().contains("must be X.509 version 3") {
+            assert!(!deadline.passed(), "{}", refusal(&looked).await);
+            tokio::task::yield_now().await;
+        }
+        set_hba(&server, "hostssl all s all scram-sha-256\nhostnossl all s all reject");
+        for rest in [
+            "sslmode=prefer",
+            "sslmode=require&channel_binding=require",
+            "sslmode=require&ssl_max_protocol_version=TLSv1.2",
+        ] {
+            let session = connect(&format!("postgres://s:pw@{at}?{rest}")).await.unwrap();
+            assert!(session.is_encrypted(), "{name} {rest}");
+        }
+    }
 }
 
 #[tokio::test]

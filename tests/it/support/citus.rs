@@ -1,6 +1,6 @@
 //! Plain PostgreSQL servers with catalogs of Citus's shape: the columns, names and placements that
-//! the extension's own tables have, filled as `create_distributed_table` would. What only the
-//! extension's code does (locks of its own, routing) is not here.
+//! the extension's own tables have, filled as `create_distributed_table` would. The function that
+//! locks shards' metadata is there and locks each by itself; routing is not.
 
 use std::fmt::Write;
 
@@ -25,6 +25,12 @@ create table pg_catalog.pg_dist_colocation (colocationid int primary key, shardc
   replicationfactor int not null, distributioncolumntype oid not null,
   distributioncolumncollation oid not null);
 create table pg_catalog.pg_dist_local_group (groupid int primary key);
+create function pg_catalog.lock_shard_metadata(mode int, shards bigint[]) returns void
+  language plpgsql as $$ declare shard bigint; begin
+    foreach shard in array shards loop
+      if mode = 7 then perform pg_advisory_xact_lock(shard);
+      else perform pg_advisory_xact_lock_shared(shard); end if;
+    end loop; end $$;
 insert into pg_catalog.pg_extension (oid, extname, extowner, extnamespace, extrelocatable, extversion)
   values (99990, 'citus', 10, 11, false, '13.2-1');";
 
