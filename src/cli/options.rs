@@ -22,7 +22,7 @@ use crate::job::store::JobOptions;
 use crate::job::{self, Bulk, JobConfig};
 use crate::limit::BULK_BYTES;
 use crate::pg::Config;
-use crate::schema::altered::Policy;
+use crate::schema::policy::Policy;
 use crate::secret::SecretString;
 
 /// Name of a job that was not given one.

@@ -278,14 +278,16 @@ impl Runner {
             if let Some(pipe) = pipe {
                 let beat = self.heartbeat.as_ref().filter(|_| stream == Stream::Forward);
                 let end_lsn = end_of_wal(config, probe).await;
-                rows.push((stream, positions(pipe, end_lsn, beat)));
+                rows.push((stream, end_lsn, positions(pipe, end_lsn, beat)));
             }
         }
-        for (stream, mut row) in rows {
+        for (stream, end_lsn, mut row) in rows {
             if row.applied_lsn.is_none() {
-                // Not connected yet: what is known of it is what was stored last.
+                // Not connected yet: what is known of it is what was stored last. The other side
+                // has gone on since.
                 let known = self.store.load_stream(stream).await?.unwrap_or_default();
-                row = StreamRow { error: row.error, ..known };
+                let lag_bytes = known.behind(end_lsn).or(known.lag_bytes);
+                row = StreamRow { error: row.error, lag_bytes, ..known };
             }
             if stream == Stream::Forward {
                 if let Some(bytes) = row.lag_bytes {

@@ -150,6 +150,7 @@ pub(super) async fn drop_objects(
         dropped.push(format!("replication slot {name}"));
     }
     slot::drop(session, &name).await?;
+    schema::captured::remove(session, job).await?;
     schema::restore(session, job.as_str()).await?;
     // Takes as long as reading the tables.
     let mut validating = Session::connect(side, Purpose::Sql).await?;
@@ -251,8 +252,9 @@ pub(super) async fn drop_schema(
         .await?;
     if keep_history || others.parse::<i64>(0)? > 0 {
         let canary = job.canary().quoted();
+        let captured = job.captured().quoted();
         let sql = format!(
-            "set client_min_messages = error; drop table if exists {canary}; \
+            "set client_min_messages = error; drop table if exists {canary}, {captured}; \
              reset client_min_messages"
         );
         session.execute(&sql).await?;

@@ -181,11 +181,18 @@ pub(super) async fn pipe_options(
             // What is kept would be on the side that is left, and out of sight.
             Stream::Reverse => OnRowError::Stop,
         },
-        alter: Altering::new(config)
-            .filter(|_| stream == Stream::Forward)
-            .map(|altering| Arc::new(altering) as Arc<dyn Alter>),
+        alter: alter(config, stream).await?,
         bulk_bytes: config.bulk_bytes,
     })
+}
+
+/// On the way back nobody is asked: what does not fit stops it.
+async fn alter(config: &JobConfig, stream: Stream) -> Result<Option<Arc<dyn Alter>>> {
+    let altering = match stream {
+        Stream::Forward => Altering::open(config).await?,
+        Stream::Reverse => None,
+    };
+    Ok(altering.map(|altering| Arc::new(altering) as Arc<dyn Alter>))
 }
 
 /// Tables of a side whose rows take no part.
