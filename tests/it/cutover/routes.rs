@@ -179,7 +179,9 @@ async fn a_router_that_is_gone_can_be_left_out_before_and_after_the_point_of_no_
     waits(&stage.ends, "cutting_over").await;
     let kinds = async || {
         let status = stage.ends.status().await;
-        status["error"].as_str().is_some_and(|said| said.contains("pgbouncer, fdw, plproxy or citus"))
+        status["error"]
+            .as_str()
+            .is_some_and(|said| said.contains("pgbouncer, fdw, plproxy or citus"))
     };
     support::until("status names what may be skipped", kinds).await;
     arrives(&stage.ends.source, &stage.ends.target_uri()).await;
