@@ -84,9 +84,14 @@ impl Bulk {
     ) -> Result<Option<Bulk>> {
         let Some(least_bytes) = options.bulk_bytes else { return Ok(None) };
         let backlog_bytes = flush_lsn.0.saturating_sub(options.start_lsn.0);
-        // A mark would not know of transactions that are prepared.
         let may = spoken.plugin == Plugin::Pgoutput && !options.two_phase;
         if !may || session.major_version() < 12 || backlog_bytes < least_bytes.max(1) {
+            return Ok(None);
+        }
+        // A mark is told of prepared transactions at their end only, and what was prepared in the
+        // bulk and ends behind it would have come from neither: not now, and not where the slot
+        // tells of PREPARE from an earlier run.
+        if slot::is_two_phase(session, &options.slot).await? {
             return Ok(None);
         }
         let mark = format!("walferry_bulk_{:08x}", fastrand::u32(..));
