@@ -1,9 +1,8 @@
 //! `--heartbeat`: something of ours in the source's log now and then, and how long it takes to the
 //! target.
 //!
-//! A slot of an idle database is told how far the log is without it: keepalives say so, and pass
-//! through the stream like changes do. (What the server keeps for it all the same goes with its
-//! records of running transactions, every 15 s, which no heartbeat makes it write.) What they cannot say is whether the way is open: while
+//! A slot of an idle database does not need it to move on: keepalives say how far the log is, and
+//! pass through the stream like changes do. What they cannot say is whether the way is open: while
 //! nothing comes, a source at rest and a network that swallows everything look alike. A heartbeat
 //! is missed when it does not arrive, and so is the measure of lag while nobody writes.
 //!
