@@ -62,6 +62,11 @@ impl JobName {
         QualifiedName::new("walferry", format!("canary_{}", self.0))
     }
 
+    /// Where an event trigger on the source writes DDL down.
+    pub fn captured(&self) -> QualifiedName {
+        QualifiedName::new("walferry", format!("ddl_{}", self.0))
+    }
+
     /// The channel on which commands are announced with NOTIFY.
     pub fn channel(&self) -> String {
         format!("walferry_{}", self.0)

@@ -27,7 +27,7 @@ use super::error::{Culprit, Error, Result};
 use super::parking::{self, Noted, Park, Reason};
 use super::release::Refusal;
 use super::{Applier, MESSAGE_PREFIX};
-use crate::change::{KnownColumn, Relation};
+use crate::change::{Captured, KnownColumn, Relation};
 use crate::fault::{Fault, Faulty};
 use crate::id::QualifiedName;
 use crate::pg::{self, Session};
@@ -60,6 +60,13 @@ pub type Answer<'a> =
 
 /// Knows the source's and the target's catalog, and what is wanted.
 pub trait Alter: Send + Sync {
+    /// The table whose rows are DDL that the source has captured, if there is one.
+    fn captures(&self) -> Option<&QualifiedName>;
+
+    /// The statement that is meant, to be run inside the transaction or, where the flag says so and
+    /// none is open, outside; `None` if there is nothing to do.
+    fn captured(&self, ddl: &Captured) -> std::result::Result<Option<(String, bool)>, Why>;
+
     /// What it takes to write rows of `relation`, and the columns to remember it by. `known` is
     /// what was remembered; `None` for a table that is new. `target` is the session that writes,
     /// so that it sees what was altered in the transaction that is open.
@@ -139,9 +146,9 @@ fn is_known(known: &[KnownColumn], relation: &Relation) -> bool {
 }
 
 /// The place of a relation's first change in a batch.
-struct Place {
-    chunk: usize,
-    change: usize,
+pub(super) struct Place {
+    pub chunk: usize,
+    pub change: usize,
     ordinal: u64,
     relation: Arc<Relation>,
 }
@@ -158,6 +165,10 @@ impl Applier {
         while let Some(place) = self.first_unknown(&batch) {
             let Place { relation, ordinal, .. } = &place;
             let Some(begin) = batch.chunks.get(place.chunk).map(|c| c.begin.clone()) else { break };
+            if self.is_captured(&relation.name) {
+                batch = self.carry(batch, &place).await?;
+                continue;
+            }
             if self.is_kept_at(&batch, &place) {
                 self.writer.routes.learn(relation, None);
                 continue;
@@ -300,7 +311,7 @@ impl Applier {
     }
 
     /// Writes what stands in the batch before the place; gives the rest.
-    async fn write_before(&mut self, batch: Batch, place: &Place) -> Result<Batch> {
+    pub(super) async fn write_before(&mut self, batch: Batch, place: &Place) -> Result<Batch> {
         let (head, tail) = batch.split(place.chunk, place.change);
         if let Some(head) = head {
             let progress_lsn = self.progress_lsn;
@@ -311,7 +322,7 @@ impl Applier {
     }
 
     /// Begins a target transaction, tagged.
-    async fn begin_marked(&mut self) -> Result<()> {
+    pub(super) async fn begin_marked(&mut self) -> Result<()> {
         let mut pipeline = pg::Pipeline::new();
         pipeline.once("begin");
         if self.progress.is_marker() {
@@ -367,16 +378,17 @@ impl Applier {
         store(&mut self.session, &self.writer.stream, table, columns).await
     }
 
-    /// A text that the target refused for a type of its own: labels that an enum lacks there may be
-    /// added at once, as they are in nobody's way; else the table waits for them. `None` if that
-    /// is not it.
+    /// A text that the target refused for a type of its own, as it lacks a label or has it from the
+    /// transaction under way: labels may be added at once, as they are in nobody's way; else the
+    /// table waits for them. `None` if that is not it.
     pub(super) async fn relabel(&mut self, error: &Error) -> Result<Option<Error>> {
         let (Some(alter), Error::Refused { culprit, source, .. }) = (self.alter.clone(), error)
         else {
             return Ok(None);
         };
         let relation = self.writer.routes.relation(&culprit.table);
-        let Some(relation) = relation.filter(|_| source.code() == Some("22P02")) else {
+        let Some(relation) = relation.filter(|_| matches!(source.code(), Some("22P02" | "55P04")))
+        else {
             return Ok(None);
         };
         let said = |why: Why| Error::Altered {

@@ -191,6 +191,22 @@ pub enum Error {
         /// The SQL.
         sql: String,
     },
+    /// A statement that the source captured was not run here.
+    #[error(
+        "{tag} of the source is not carried: {said}; do the same on the target by hand{}, and \
+         start again with --ddl apply,skip={id}",
+        if sql.is_empty() { String::new() } else { format!(" ({sql})") }
+    )]
+    Captured {
+        /// Its number.
+        id: i64,
+        /// Its command tag.
+        tag: String,
+        /// Why.
+        said: String,
+        /// The SQL.
+        sql: String,
+    },
     /// What stood in the way is dealt with, as these words say: the stream begins again.
     #[error("{0}")]
     Again(String),
@@ -251,8 +267,11 @@ impl Error {
             Error::RowMissing { culprit, .. } => Some(culprit),
             Error::Refused { culprit, source, .. } => {
                 let class = source.code().and_then(|code| code.get(..2));
-                // Data, integrity, WITH CHECK OPTION, what a trigger raises.
-                matches!(class, Some("22" | "23" | "44" | "P0")).then_some(culprit)
+                // Data, integrity, WITH CHECK OPTION, what a trigger raises; an enum's label that
+                // is too new.
+                let refused = matches!(class, Some("22" | "23" | "44" | "P0"))
+                    || source.code() == Some("55P04");
+                refused.then_some(culprit)
             }
             _ => None,
         }

@@ -52,7 +52,8 @@
 //! ```
 //!
 //! `parking` keeps the changes of tables that cannot be written for now, `release` writes them when
-//! they can. `altered` brings source tables that were altered and target tables together.
+//! they can. `altered` brings source tables that were altered and target tables together; `carried`
+//! runs DDL that the source has captured.
 //!
 //! Left out on purpose: several target sessions.
 //!
@@ -61,6 +62,7 @@
 mod admit;
 pub mod altered;
 mod batch;
+mod carried;
 mod count;
 mod durable;
 mod encode;

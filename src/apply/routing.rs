@@ -72,6 +72,8 @@ pub(super) struct Routes {
     pub discarded: Vec<String>,
     /// Tables whose changes are kept.
     pub parks: Parks,
+    /// Counted under routes that are forgotten.
+    left: BTreeMap<QualifiedName, Counts>,
 }
 
 impl Routes {
@@ -103,18 +105,21 @@ impl Routes {
         relation.name.schema != "walferry" && self.gate.as_ref().is_some_and(shut)
     }
 
-    /// All routes.
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Route> {
-        self.routes.values_mut()
-    }
-
     /// What is counted so far, by table. A table described anew has two routes for a while.
     pub fn counts(&self) -> BTreeMap<&QualifiedName, Counts> {
         let mut counts = BTreeMap::<_, Counts>::new();
-        for route in self.routes.values().filter(|r| r.counts != Counts::default()) {
-            counts.entry(&route.relation.name).or_default().add(route.counts);
+        let routes = self.routes.values().map(|route| (&route.relation.name, route.counts));
+        let left = self.left.iter().map(|(name, counts)| (name, *counts));
+        for (name, more) in routes.chain(left).filter(|(_, more)| *more != Counts::default()) {
+            counts.entry(name).or_default().add(more);
         }
         counts
+    }
+
+    /// They are in the books, or of a transaction that was given up.
+    pub fn reset_counts(&mut self) {
+        self.routes.values_mut().for_each(|route| route.counts = Counts::default());
+        self.left.clear();
     }
 
     /// All statements are to be prepared anew.
@@ -206,9 +211,10 @@ impl Routes {
         relations.find(|relation| relation.name == *table).cloned()
     }
 
-    /// Forgets all tables, so that the target is asked again.
+    /// Forgets all tables, so that the target is asked again; what is counted stays.
     pub fn forget_all(&mut self) {
         self.forget_statements();
+        self.left = self.counts().into_iter().map(|(name, n)| (name.clone(), n)).collect();
         self.routes.clear();
         self.superseded.clear();
     }

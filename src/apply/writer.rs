@@ -261,7 +261,7 @@ impl Writer {
     pub fn abandon(&mut self) {
         self.flights.clear();
         self.messages.clear();
-        self.routes.iter_mut().for_each(|r| r.counts = Counts::default());
+        self.routes.reset_counts();
     }
 
     fn draft(&mut self, previous_lsn: Lsn, batch: Batch) -> Result<Flight> {
@@ -300,7 +300,7 @@ impl Writer {
             counts.check(table)?;
         }
         let params = (!counts.is_empty()).then(|| count::upsert_params(&counts));
-        self.routes.iter_mut().for_each(|r| r.counts = Counts::default());
+        self.routes.reset_counts();
         Ok(params)
     }
 

@@ -4,6 +4,7 @@
 //! travels as one or more [`Chunk`]s, so that one of any size passes through fixed memory; a small
 //! one, the usual case, is a single chunk with `commit` set.
 
+pub mod captured;
 pub mod feed;
 pub mod relation;
 pub mod row;
@@ -12,6 +13,7 @@ pub mod spill;
 pub mod transaction;
 pub mod visibility;
 
+pub use captured::Captured;
 pub use feed::Feed;
 pub use relation::{Column, KnownColumn, Relation, ReplicaIdentity};
 pub use row::{Row, RowBuilder, RowError, Value};

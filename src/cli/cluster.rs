@@ -102,9 +102,9 @@ enum Command {
     /// Run a job, or go on with one whose runner is gone
     Run(Box<run::Args>),
     /// Stop a job and take back what its tasks began; completed ones stay
-    Cancel(jobs::JobArgs),
+    Cancel(run::CancelArgs),
     /// Take back what tasks in error began, and have them run again
-    Reset(run::TaskArgs),
+    Reset(run::ResetArgs),
     /// Every statement sent to every node, with time and outcome
     Log(jobs::LogArgs),
     /// Lead clients of completed tasks back to the old nodes
@@ -171,7 +171,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Job(job) => jobs::show(&address, job.job, json).await,
         Command::Log(args) => jobs::log(&address, args, json).await,
         Command::Run(args) => run::run(address, *args, age, json).await,
-        Command::Cancel(job) => run::cancel(address, job.job, json).await,
+        Command::Cancel(args) => run::cancel(address, args, json).await,
         Command::Reset(args) => run::reset(address, args, json).await,
         Command::Rollback(args) => run::rollback(address, args, json).await,
         Command::Finish(args) => run::finish(address, args, json).await,

@@ -7,7 +7,7 @@ use super::options::JobArgs;
 use crate::apply::OnRowError;
 use crate::config::{self, parse_duration};
 use crate::job::heartbeat::HeartbeatOptions;
-use crate::schema::altered::Policy;
+use crate::schema::policy::Policy;
 
 /// Between beats, where only their statement was given.
 const HEARTBEAT: Duration = Duration::from_secs(10);

@@ -9,17 +9,18 @@ use std::collections::HashMap;
 use super::Result;
 use super::run::JobConfig;
 use crate::apply::altered::{Alter, Answer, Verdict, Why};
-use crate::change::{KnownColumn, Relation};
+use crate::change::{Captured, KnownColumn, Relation};
 use crate::id::QualifiedName;
 use crate::pg::{self, Config, Session};
-use crate::schema::altered::{
-    self, Action, Alteration, CatalogColumn, Class, Policy, Target, Unclear,
-};
+use crate::schema::altered::{self, Alteration, CatalogColumn, Target, Unclear};
+use crate::schema::captured;
+use crate::schema::policy::{Action, Class, Policy};
 
 /// The source, and what is wanted. The target is asked by the session that writes.
 #[derive(Clone, Debug)]
 pub(super) struct Altering {
     source: Config,
+    captures: Option<QualifiedName>,
     policy: Policy,
 }
 
@@ -42,9 +43,15 @@ struct Done {
 
 impl Altering {
     /// For the forward stream of a job; `None` where nothing is wanted.
-    pub fn new(config: &JobConfig) -> Option<Altering> {
-        let source = config.source.clone();
-        config.ddl.map(|policy| Altering { source, policy })
+    pub async fn open(config: &JobConfig) -> Result<Option<Altering>> {
+        let Some(policy) = config.ddl else { return Ok(None) };
+        let mut captures = None;
+        if policy.captures() {
+            let mut source = Session::control(&config.source).await?;
+            let installed = captured::is_installed(&mut source, &config.job).await?;
+            captures = installed.then(|| config.job.captured());
+        }
+        Ok(Some(Altering { source: config.source.clone(), captures, policy }))
     }
 
     async fn judge(
@@ -69,6 +76,8 @@ impl Altering {
         });
         let (numbers, alterations) = match told {
             Ok(told) => told,
+            // What was captured was run here already; what is missing all the same is named.
+            Err(_) if self.captures.is_some() => return Ok((Verdict::Fits, columns)),
             Err(unclear) => return Ok((self.unclear(&unclear), columns)),
         };
         let mut done = Vec::new();
@@ -143,6 +152,24 @@ impl Altering {
 }
 
 impl Alter for Altering {
+    fn captures(&self) -> Option<&QualifiedName> {
+        self.captures.as_ref()
+    }
+
+    fn captured(&self, ddl: &Captured) -> std::result::Result<Option<(String, bool)>, Why> {
+        if self.policy.skips(ddl.id) {
+            return Ok(None);
+        }
+        if captured::fills(&ddl.tag) {
+            let altered = "rows that it made are not in the stream".to_string();
+            return Err(Why { altered, sql: String::new() });
+        }
+        let sql = captured::statement(ddl)
+            .map_err(|unclear| Why { altered: unclear.to_string(), sql: String::new() })?;
+        let before = captured::adds_label(&sql);
+        Ok(Some((sql, before)))
+    }
+
     fn altered<'a>(
         &'a self,
         target: &'a mut Session,

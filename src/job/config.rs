@@ -12,7 +12,7 @@ use super::store::JobOptions;
 use crate::apply::{OnRowError, Tuning};
 use crate::id::JobName;
 use crate::pg::Config;
-use crate::schema::altered::Policy;
+use crate::schema::policy::Policy;
 
 /// What a job is, apart from its state.
 #[derive(Clone, Debug)]

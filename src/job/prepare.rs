@@ -4,6 +4,7 @@
 //! after the dump is in the stream, where it is noticed. The slot's snapshot stays open for the
 //! copy; a run that comes later reads under a fresh one.
 
+use super::admit::may_have_tables;
 use super::reading::{Reading, Wanted, choose, refuse_blind, refuse_garbled};
 use super::run::{JobConfig, Notice, Report, Runner, published};
 use super::state::Event;
@@ -31,7 +32,12 @@ impl Runner {
         let tables = self.tables(&self.config.source).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
         let marked = !self.row().await?.abilities.source.origin;
-        let followed = published(&self.config.job, &tables, marked);
+        let mut followed = published(&self.config.job, &tables, marked);
+        let captures = self.may_capture(&mut source).await?;
+        if captures {
+            schema::captured::make_table(&mut source, &self.config.job).await?;
+            followed.push(self.config.job.captured());
+        }
         let reading = self.choose_reading(Stream::Forward, &followed).await?;
         match self.config.options.publication.is_some() {
             true => self.keep_publication(&mut source, &tables, marked).await?,
@@ -59,6 +65,9 @@ impl Runner {
                 dump
             }
         };
+        if captures {
+            self.capture_ddl(&mut source, &name, &reading).await?;
+        }
         self.say(Notice::Said("creating tables on the target".to_string()));
         let job = self.config.job.as_str().to_string();
         // Not the session for short statements: an extension may take its time.
@@ -67,6 +76,35 @@ impl Runner {
             self.say(Notice::Said(format!("warning: the role may not, and it is left out: {sql}")));
         }
         Ok(Event::SchemaMade)
+    }
+
+    /// DDL may be captured where all of it is wanted, in a job of all tables, and where nothing
+    /// that it makes on the target acts on rows.
+    async fn may_capture(&mut self, source: &mut Session) -> Result<bool> {
+        let options = &self.config.options;
+        let chosen = self.selection.tables_only
+            || !options.include.is_empty()
+            || !options.exclude.is_empty()
+            || !options.schema_only.is_empty();
+        let wanted = self.config.ddl.is_some_and(|policy| policy.captures());
+        let replica_role = self.row().await?.abilities.target.replica_role;
+        Ok(wanted && !chosen && replica_role && may_have_tables(source).await?)
+    }
+
+    /// After the dump, which has all that was there before.
+    async fn capture_ddl(
+        &mut self,
+        source: &mut Session,
+        name: &str,
+        reading: &Reading,
+    ) -> Result<()> {
+        let publication = (reading.plugin()? == Plugin::Pgoutput).then_some(name);
+        let said = match schema::captured::install(source, &self.config.job, publication).await? {
+            true => "DDL of the source is captured by an event trigger",
+            false => "the role may make no event trigger: DDL is told from the stream alone",
+        };
+        self.say(Notice::Said(said.to_string()));
+        Ok(())
     }
 
     /// What an administrator's publication gives, as it is before the slot is made.

@@ -22,8 +22,9 @@ use crate::buffer::spool::Spill;
 use crate::catalog::{Selection, tables};
 use crate::copy;
 use crate::id::{QualifiedName, Stream};
+use crate::limit::CATALOG_WAIT;
 use crate::lsn::Lsn;
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{Config, Session};
 
 /// A stream that has not reached a batch boundary by then is cut off, as a crash would.
 pub(super) const STREAM_PATIENCE: Duration = Duration::from_millis(1500);
@@ -180,16 +181,23 @@ pub(super) async fn pipe_options(
             // What is kept would be on the side that is left, and out of sight.
             Stream::Reverse => OnRowError::Stop,
         },
-        alter: Altering::new(config)
-            .filter(|_| stream == Stream::Forward)
-            .map(|altering| Arc::new(altering) as Arc<dyn Alter>),
+        alter: alter(config, stream).await?,
         bulk_bytes: config.bulk_bytes,
     })
 }
 
+/// On the way back nobody is asked: what does not fit stops it.
+async fn alter(config: &JobConfig, stream: Stream) -> Result<Option<Arc<dyn Alter>>> {
+    let altering = match stream {
+        Stream::Forward => Altering::open(config).await?,
+        Stream::Reverse => None,
+    };
+    Ok(altering.map(|altering| Arc::new(altering) as Arc<dyn Alter>))
+}
+
 /// Tables of a side whose rows take no part.
 async fn left_out(side: &Config, selection: &Selection) -> Result<HashSet<QualifiedName>> {
-    let mut session = Session::connect(side, Purpose::Sql).await?;
+    let mut session = Session::control(side).await?.with_patience(CATALOG_WAIT);
     let all = tables(&mut session, &Selection::default()).await?;
     let names = all.into_iter().map(|t| t.name);
     Ok(names.filter(|name| !selection.has_rows(name)).collect())

@@ -11,92 +11,10 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::str::FromStr;
 
+use super::policy::Class;
 use crate::change::{Column, KnownColumn, Relation};
 use crate::id::{QualifiedName, quote_ident, quote_literal};
-
-/// What is done about DDL of one class.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Action {
-    /// Run it on the target, at its place in the stream.
-    Apply,
-    /// Keep the table's changes until it was run there.
-    Hold,
-    /// Stop the stream.
-    Stop,
-}
-
-/// Kinds of DDL that the stream shows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Class {
-    /// ADD COLUMN.
-    AddColumn,
-    /// DROP COLUMN.
-    DropColumn,
-    /// RENAME COLUMN.
-    RenameColumn,
-    /// ALTER COLUMN ... TYPE.
-    ColumnType,
-    /// CREATE TABLE ... PARTITION OF.
-    NewPartition,
-    /// A table that the target does not have, or not under this name.
-    NewTable,
-    /// ALTER TYPE ... ADD VALUE.
-    EnumLabel,
-}
-
-/// As on the command line.
-const CLASSES: [(&str, Class); 7] = [
-    ("add-column", Class::AddColumn),
-    ("drop-column", Class::DropColumn),
-    ("rename-column", Class::RenameColumn),
-    ("column-type", Class::ColumnType),
-    ("new-partition", Class::NewPartition),
-    ("new-table", Class::NewTable),
-    ("enum-label", Class::EnumLabel),
-];
-
-/// `--ddl`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Policy([Action; CLASSES.len()]);
-
-impl Policy {
-    /// What is done about a class.
-    pub fn of(&self, class: Class) -> Action {
-        let mut actions = CLASSES.iter().zip(self.0);
-        actions.find(|((_, c), _)| *c == class).map_or(Action::Stop, |(_, action)| action)
-    }
-}
-
-/// `apply`, `hold`, `stop`, or a list such as `hold,add-column=apply`: later ones count.
-impl FromStr for Policy {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Policy, String> {
-        let mut policy = Policy([Action::Stop; CLASSES.len()]);
-        for part in text.split(',').map(str::trim) {
-            let (class, action) = part.split_once('=').map_or((None, part), |(c, a)| (Some(c), a));
-            let action = match action {
-                "apply" => Action::Apply,
-                "hold" => Action::Hold,
-                "stop" => Action::Stop,
-                other => return Err(format!("\"{other}\" is not one of apply, hold, stop")),
-            };
-            let Some(class) = class else {
-                policy.0 = [action; CLASSES.len()];
-                continue;
-            };
-            let mut slots = CLASSES.iter().zip(&mut policy.0);
-            let Some((_, slot)) = slots.find(|((name, _), _)| *name == class) else {
-                let names = CLASSES.map(|(name, _)| name).join(", ");
-                return Err(format!("\"{class}\" is not one of {names}"));
-            };
-            *slot = action;
-        }
-        Ok(policy)
-    }
-}
 
 /// A column of the source's table as the catalog has it now, dropped ones too.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -161,7 +79,7 @@ pub fn numbers(
     let mut numbers = Vec::with_capacity(relation.columns.len());
     let mut last = 0;
     for Column { name, .. } in &relation.columns {
-        let before = known.iter().find(|k| k.name == *name).map(|k| k.attnum);
+        let before = known.iter().find(|k| k.name == *name && k.attnum != 0).map(|k| k.attnum);
         let now = catalog.iter().find(|c| !c.dropped && c.name == *name).map(|c| c.attnum);
         let number = match (before, now) {
             (Some(before), Some(now)) if before != now => {
@@ -207,6 +125,9 @@ pub fn alterations(
         }
     }
     for before in known.iter().filter(|k| !numbers.contains(&k.attnum)) {
+        if before.attnum == 0 {
+            return Err(Unclear(format!("which column {} was is not known", before.name)));
+        }
         if catalog.iter().any(|c| c.attnum == before.attnum && !c.dropped) {
             return Err(Unclear(format!(
                 "column {} is not in the stream, and the source has it still",
@@ -431,6 +352,10 @@ mod tests {
         // Dropped and made again under its name.
         assert!(became(&[ID, A, ("b", 25, -1)], &["id", "a", "-", "b"]).is_err());
         assert!(became(&[ID, B, A], &["id", "-", "b", "a"]).is_err());
+        // Its number was never known.
+        let unnumbered = known(&[(0, "id", 23, -1)]);
+        let (now, gone) = (catalog(&["id"]), relation(&[ID]));
+        assert!(alterations(&unnumbered, &gone, &[1], &now).is_err());
         // The stream is of before, and what is remembered of after.
         assert!(became(&[ID, B], &["id", "a", "b"]).is_err());
         // Names swapped.
@@ -485,16 +410,5 @@ mod tests {
             ]
         );
         assert_eq!(labels(&name, &texts(&["b"]), &texts(&["b", "z"])), Vec::<String>::new());
-    }
-
-    #[test]
-    fn a_policy_is_for_all_classes_or_for_each() {
-        let policy: Policy = "hold,add-column=apply".parse().unwrap();
-        assert_eq!(policy.of(Class::AddColumn), Action::Apply);
-        assert_eq!(policy.of(Class::NewTable), Action::Hold);
-        assert_eq!("enum-label=apply".parse::<Policy>().unwrap().of(Class::NewTable), Action::Stop);
-        for bad in ["", "on", "column=apply", "add-column=maybe"] {
-            assert!(bad.parse::<Policy>().is_err(), "{bad}");
-        }
     }
 }

@@ -69,7 +69,7 @@ pub async fn dump(config: &Config, selection: &Selection, options: &Options) -> 
     )?;
     session.execute("rollback").await?;
     let gone = [left_out.clone(), indexes].concat();
-    let mut post = without(&post, &gone, selection.tables_only)?;
+    let mut post = without_ours(without(&post, &gone, selection.tables_only)?)?;
     let is_read = |view: &&QualifiedName| !selection.tables_only && !left_out.contains(view);
     for view in views.populated().iter().filter(is_read) {
         post.push_str(&format!("\nREFRESH MATERIALIZED VIEW {};\n", view.quoted()));
@@ -118,6 +118,20 @@ fn without(script: &str, left_out: &[QualifiedName], keys: bool) -> Result<Strin
         }
     }
     Ok(out)
+}
+
+/// The script without event triggers of ours: their function is in a schema that is not dumped.
+fn without_ours(text: String) -> Result<String> {
+    if !text.contains("EVENT TRIGGER walferry_") {
+        return Ok(text);
+    }
+    let ours = |sql: &&str| {
+        let mut cursor = Cursor::new(sql);
+        let event = cursor.find("event") && cursor.eat("trigger");
+        event && cursor.ident().is_some_and(|name| name.starts_with("walferry_"))
+    };
+    let kept = script::split(&text)?.into_iter().filter(|sql| !ours(sql));
+    Ok(kept.map(|sql| format!("{sql};\n")).collect())
 }
 
 /// The script without `pg_attver` of columns, see [`script::without_column_version`].

@@ -33,12 +33,13 @@
 //! works on the target yet).
 //!
 //! - `lex`, `script`, `plan`, `pack`: pure; tokens, statements, order, company. `altered`: what
-//!   became of a table that is followed, pure too.
+//!   became of a table that is followed, pure too. `captured`: DDL by an event trigger.
 //! - `depend`: views of the source.
 //! - `dump`, `pre`, `post`, `aside`, `sequence`: the steps above. - `error`: what can go wrong.
 
 pub mod altered;
 pub mod aside;
+pub mod captured;
 pub mod depend;
 pub mod dump;
 pub mod error;
@@ -46,6 +47,7 @@ pub mod lex;
 pub mod older;
 pub mod pack;
 pub mod plan;
+pub mod policy;
 pub mod post;
 pub mod pre;
 pub mod refresh;

@@ -84,9 +84,14 @@ impl Bulk {
     ) -> Result<Option<Bulk>> {
         let Some(least_bytes) = options.bulk_bytes else { return Ok(None) };
         let backlog_bytes = flush_lsn.0.saturating_sub(options.start_lsn.0);
-        // A mark would not know of transactions that are prepared.
         let may = spoken.plugin == Plugin::Pgoutput && !options.two_phase;
         if !may || session.major_version() < 12 || backlog_bytes < least_bytes.max(1) {
+            return Ok(None);
+        }
+        // A mark is told of prepared transactions at their end only, and what was prepared in the
+        // bulk and ends behind it would have come from neither: not now, and not where the slot
+        // tells of PREPARE from an earlier run.
+        if slot::is_two_phase(session, &options.slot).await? {
             return Ok(None);
         }
         let mark = format!("walferry_bulk_{:08x}", fastrand::u32(..));
@@ -142,8 +147,8 @@ impl Bulk {
         }
         let drop =
             format!("select pg_catalog.pg_drop_replication_slot({})", quote_literal(&self.mark));
-        session.query(&drop).await?;
-        session.execute("reset work_mem").await?;
+        ends.link.bounded(session.query(&drop)).await?;
+        ends.link.bounded(session.execute("reset work_mem")).await?;
         Ok(None)
     }
 
@@ -169,7 +174,7 @@ impl Bulk {
         };
         self.chunks.learn(count >= limit, begun.elapsed(), bytes);
         self.chunk_bytes = (self.chunk_bytes * 2).min(CHUNK_WAL.1);
-        let status = slot::status(session, &self.mark).await?;
+        let status = ends.link.bounded(slot::status(session, &self.mark)).await?;
         let Some(status) = status else { return Ok(Went::Over) };
         // The server stops at the end of a record: all that committed before has come.
         self.read_lsn = status.confirmed_flush_lsn.unwrap_or(self.read_lsn).max(self.read_lsn);
@@ -191,7 +196,12 @@ impl Bulk {
             return Ok(());
         }
         let begun = Instant::now();
-        session.query(&self.slot.advance(durable_lsn)).await?;
+        let (sql, pid) = (self.slot.advance(durable_lsn), session.process_id());
+        tokio::select! {
+            biased;
+            advanced = session.query(&sql) => advanced?,
+            silent = ends.link.until_dead(pid) => return Err(silent),
+        };
         self.confirmed_lsn = durable_lsn;
         self.advance_at = Instant::now() + ADVANCE_GAP.max(begun.elapsed() * 20);
         Ok(())

@@ -90,7 +90,7 @@ const ALTERED: &[&str] = &[
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_altered_is_applied_at_its_place_once_through_kills() {
     let ends = two_servers().await;
-    let arguments = ["run", "--ddl", "apply"];
+    let arguments = ["run", "--ddl", "apply,no-capture"];
     let mut run = following(&ends, &arguments).await;
     let options = Options { tx_per_second: Some(100.0), ..Options::new(&ends.source_uri()) };
     let writer = Writer::start(options).await.unwrap();
@@ -201,4 +201,130 @@ async fn a_table_waits_for_the_sql_that_is_named_and_all_others_go_on() {
         let refused = ends.walferry(&[&["run", "--ddl", "hold"][..], &bad].concat()).await;
         assert_eq!(refused.code, Some(2), "{refused:?}");
     }
+}
+
+/// Statements of every class, as clients send them: alone, several in a text, with rows between.
+const CAPTURED: &[&str] = &[
+    "alter table item add column c text; insert into item values (200, 'x', 1, 'c'); \
+     alter table item alter c set default 'd'; insert into item values (201, 'y', 1)",
+    "alter table item alter note set not null, alter note type varchar(99)",
+    "create index item_amount on item (amount)",
+    "create unique index concurrently item_note on item (note, id)",
+    "alter table item add constraint positive check (amount >= 0) not valid",
+    "begin; create table made (id int primary key, v text); insert into made values (1, 'a'); \
+     update made set v = 'b'; commit",
+    "insert into made values (2, 'c'); delete from made where id = 1",
+    "create schema extra; create table extra.t (id serial primary key, m mood); \
+     insert into extra.t (m) values ('sad')",
+    "create view item_view as select id, note from item",
+    "create function twice(n int) returns int language sql as $$ select 2 * n; $$",
+    "comment on table item is 'it''s; a thing'",
+    "create type pair as (a int, b text); alter table made add p pair; \
+     insert into made values (3, 'p', row(1, 'x'))",
+    "alter type mood add value 'odd' before 'glad'",
+    "insert into feel values (1, 'odd'), (2, 'glad')",
+    "alter table item alter amount type bigint using amount + 1",
+    "update item set amount = 1 where id = 1",
+    "alter table item rename to thing; insert into thing values (300, 'thing', 3)",
+    "alter table thing rename column note to remark; update thing set remark = 'r' where id = 2",
+    "create table log_3 partition of log for values from (20) to (30); insert into log values (3, 25)",
+    "alter table log add column note text default 'x'; insert into log values (4, 4), (5, 26)",
+    "create sequence counter; alter sequence counter increment by 5",
+    "create function stamp() returns trigger language plpgsql as \
+       $$ begin new.remark := 'stamped'; return new; end $$; \
+     create trigger stamp before insert on thing for each row execute function stamp()",
+    "insert into thing values (301, 'z', 3)",
+    "alter table feel add foreign key (id) references made (id) not valid",
+    "grant select on thing to public; revoke select on made from public",
+    "create materialized view counted as select count(*) from made",
+    "set search_path = extra; create table found (id int primary key); insert into found values (1); \
+     reset search_path",
+    "create temp table passing (a int); alter table made add column w int; drop table passing; \
+     insert into made values (4, 'w', null, 4)",
+    "alter table made drop column v; insert into made values (5, null, 5)",
+    "drop view item_view; drop function twice(int); drop index item_amount",
+    "alter table extra.found set schema public; insert into found values (2)",
+    "create table brief (id int primary key); insert into brief values (1); drop table brief",
+    "create domain small as int check (value < 100); create table sized (id int primary key, s small)",
+    "insert into sized values (1, 99); alter table thing disable trigger stamp",
+];
+
+/// pg_dump's word on a side, without what is ours and what it makes up each time.
+fn dumped(server: &Server) -> String {
+    let dump = std::process::Command::new(server.bin_dir().join("pg_dump"))
+        .args(["--schema-only", "--exclude-schema=walferry", "--no-publications"])
+        .arg(server.uri("app"))
+        .output()
+        .unwrap();
+    assert!(dump.status.success(), "{dump:?}");
+    let text = String::from_utf8(dump.stdout).unwrap();
+    let ours = |line: &&str| {
+        !line.starts_with('\\')
+            && !line.starts_with("--")
+            && !line.contains("walferry_")
+            && !line.contains("capture_main")
+    };
+    text.lines().filter(ours).filter(|l| !l.trim().is_empty()).collect::<Vec<_>>().join("\n")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_event_trigger_captures_is_run_at_its_place_once_through_kills() {
+    let ends = two_servers().await;
+    let before = ends.inventories().await;
+    let arguments = ["run", "--ddl", "apply"];
+    let mut run = following(&ends, &arguments).await;
+    assert!(run.so_far().contains("captured by an event trigger"), "{}", run.so_far());
+    let options = Options { tx_per_second: Some(100.0), ..Options::new(&ends.source_uri()) };
+    let writer = Writer::start(options).await.unwrap();
+    for (turn, sql) in CAPTURED.iter().enumerate() {
+        ends.source.psql("app", sql).unwrap_or_else(|e| panic!("{sql}: {e}"));
+        if turn % 6 == 0 {
+            tokio::time::sleep(Duration::from_millis(fastrand::u64(0..400))).await;
+            run.kill9().await;
+            run = ends.spawn(&arguments);
+        }
+    }
+    arrived(&ends, &mut run).await;
+    writer.stop().await;
+    arrived(&ends, &mut run).await;
+    let found = compare(&ends.source_uri(), &ends.target_uri()).await.unwrap();
+    let rows = found.differences.iter().filter(|line| !line.starts_with("sequence "));
+    assert_eq!(rows.collect::<Vec<_>>(), Vec::<&String>::new());
+    let (source, target) = (dumped(&ends.source), dumped(&ends.target));
+    let differing = source.lines().zip(target.lines()).find(|(a, b)| a != b);
+    assert_eq!(differing, None);
+    assert_eq!(source, target);
+    conserved(&ends.status().await["tables"]);
+
+    // What the source made up for each row, or ran out of sight, is named and stops.
+    for (sql, said) in [
+        ("create table filled as select 1 as id", "CREATE TABLE AS"),
+        ("do $$ begin create table hidden (id int); end $$", "DO block"),
+        ("alter table made add column u uuid default gen_random_uuid()", "the source made"),
+    ] {
+        run.signal("INT");
+        run.ended().await.expect_success();
+        ends.source.psql("app", sql).unwrap();
+        let stopped = ends.walferry(&arguments).await;
+        assert_eq!(stopped.code, Some(1), "{stopped:?}");
+        assert!(stopped.err.contains(said), "{}", stopped.err);
+        let by_hand =
+            sql.replace("create table filled as select 1 as id", "create table filled (id int)");
+        ends.target.psql("app", &by_hand).unwrap();
+        let id = stopped.err.split("skip=").nth(1).unwrap().split_whitespace().next().unwrap();
+        let skipping = format!("apply,skip={id}");
+        run = ends.spawn(&["run", "--ddl", &skipping]);
+        ends.until_phase(&mut run, "following").await;
+        arrived(&ends, &mut run).await;
+    }
+    ends.source.psql("app", "drop table filled, hidden; alter table made drop column u").unwrap();
+    arrived(&ends, &mut run).await;
+    ends.done(&["cancel"]).await;
+    let _ = run.ended().await;
+    let after = ends.inventories().await;
+    let ours = |line: &String| line.contains("walferry");
+    assert_eq!(
+        before.0.diff(&after.0).into_iter().filter(ours).collect::<Vec<_>>(),
+        Vec::<String>::new()
+    );
 }

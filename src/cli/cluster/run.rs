@@ -17,6 +17,7 @@ use crate::cluster::{self, Address, TaskState};
 use crate::config::{self, parse_duration};
 use crate::cutover::FenceKind;
 use crate::job::cluster::log::Log;
+use crate::job::cluster::undo::Gone;
 use crate::job::cluster::{
     self as jobs, ClusterJob, ClusterStore, Flip, Said, Setup, TaskRow, Tell, Wanted, undo,
 };
@@ -95,6 +96,38 @@ pub struct TaskArgs {
     /// Which tasks: of reset, all in error, and of finish, all completed ones, where none are named
     #[arg(long, value_name = "N,...", value_delimiter = ',')]
     tasks: Option<Vec<u32>>,
+}
+
+/// Options of `reset`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ResetArgs {
+    #[command(flatten)]
+    tasks: TaskArgs,
+    #[command(flatten)]
+    gone: GoneArgs,
+}
+
+/// Options of `cancel`.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct CancelArgs {
+    /// The job's number
+    #[arg(value_name = "JOB")]
+    job: i64,
+    #[command(flatten)]
+    gone: GoneArgs,
+}
+
+#[derive(Clone, Copy, Debug, clap::Args)]
+struct GoneArgs {
+    /// The nodes that tasks were leaving do not exist any more: clean up on the others only
+    #[arg(long)]
+    source_is_gone: bool,
+}
+
+impl GoneArgs {
+    fn gone(self) -> Gone {
+        if self.source_is_gone { Gone::Source } else { Gone::None }
+    }
 }
 
 impl TaskArgs {
@@ -254,17 +287,18 @@ fn screen() -> Tell {
 }
 
 /// Cancels a job. 0 done.
-pub async fn cancel(address: Address, job: i64, as_json: bool) -> anyhow::Result<ExitCode> {
-    let (setup, job) = loaded(address, job).await?;
-    let canceled = undo::cancel(&setup, &job, &screen()).await;
+pub async fn cancel(address: Address, args: CancelArgs, as_json: bool) -> anyhow::Result<ExitCode> {
+    let (setup, job) = loaded(address, args.job).await?;
+    let canceled = undo::cancel(&setup, &job, args.gone.gone(), &screen()).await;
     setup.write_log(job.job).await?;
     done("canceled", &canceled?, as_json)
 }
 
 /// Puts tasks back to init. 0 done.
-pub async fn reset(address: Address, args: TaskArgs, as_json: bool) -> anyhow::Result<ExitCode> {
-    let (setup, job) = loaded(address, args.job).await?;
-    let reset = undo::reset(&setup, &job, args.tasks.as_deref(), &screen()).await;
+pub async fn reset(address: Address, args: ResetArgs, as_json: bool) -> anyhow::Result<ExitCode> {
+    let TaskArgs { job, tasks } = args.tasks;
+    let (setup, job) = loaded(address, job).await?;
+    let reset = undo::reset(&setup, &job, tasks.as_deref(), args.gone.gone(), &screen()).await;
     setup.write_log(job.job).await?;
     done("reset", &reset?, as_json)
 }

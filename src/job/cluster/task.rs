@@ -40,6 +40,9 @@ const SHAPE_TURNS: u32 = 8;
 /// notice that the one before is cut off.
 const BUSY_WAIT: Duration = Duration::from_secs(60);
 
+/// How long nodes that were never reached are tried.
+const FIRST_TRY: Duration = Duration::from_secs(10);
+
 /// Between tries of a cutover, and of a task's own job that another process has.
 const AGAIN: Duration = Duration::from_secs(3);
 
@@ -78,12 +81,12 @@ pub(super) struct Task {
 
 impl Task {
     /// Runs it until it is stopped or fails. A task that was stopped is no failure.
-    pub(super) async fn run(self) -> Result<()> {
+    pub(super) async fn run(mut self) -> Result<()> {
         let switched = self.row.state == crate::cluster::TaskState::Completed;
         if !switched {
             let mut stop = self.stop.clone();
             tokio::select! {
-                prepared = self.prepare() => prepared?,
+                prepared = self.prepare_patiently() => prepared?,
                 _ = stop.wait_for(|stop| *stop) => return Ok(()),
             }
         }
@@ -109,9 +112,23 @@ impl Task {
         self.tell(Told::Line(text.into()));
     }
 
+    /// A node that is away for a moment is waited for; for longer, and its name may be wrong.
+    async fn prepare_patiently(&mut self) -> Result<()> {
+        let deadline = Deadline::after(FIRST_TRY);
+        loop {
+            match self.prepare().await {
+                Err(error) if error.fault() == Fault::Retry && !deadline.passed() => {
+                    self.view.note(&error.to_string());
+                    tokio::time::sleep(TURN).await;
+                }
+                prepared => return prepared,
+            }
+        }
+    }
+
     /// What stands in the way, the database on the target, and what the tables look like. Done
     /// before anything else is made, and repeated by a run that comes later.
-    async fn prepare(&self) -> Result<()> {
+    async fn prepare(&mut self) -> Result<()> {
         if self.row.phase.is_none() {
             self.refuse_rivals().await?;
             self.guard().await?;
@@ -126,8 +143,9 @@ impl Task {
         }
         if self.row.shape.is_none() {
             let shape = self.shape().await?;
-            let shape = shape.to_string();
-            self.store().await?.set(self.job, self.row.task, "shape", Some(&shape)).await?;
+            let text = shape.to_string();
+            self.store().await?.set(self.job, self.row.task, "shape", Some(&text)).await?;
+            self.row.shape = Some(shape);
         }
         Ok(())
     }
@@ -197,7 +215,7 @@ impl Task {
                 let phase = ended.map_err(|e| Error::State(format!("the runner: {e}")))??;
                 return self.ended_elsewhere(phase, switched);
             }
-            led = self.lead(switched) => led,
+            led = self.lead_patiently(switched) => led,
             _ = stopped.wait_for(|stop| *stop) => Err(Error::Interrupted),
         };
         if outcome.is_ok() && !self.finish {
@@ -234,7 +252,7 @@ impl Task {
             }
             _ if switched => Ok(()),
             _ => Err(Error::State(format!(
-                "its own job {} was led to phase {phase} by another command",
+                "its own job {} was ended or led back by another command (phase {phase})",
                 self.row.name
             ))),
         }
@@ -247,6 +265,20 @@ impl Task {
         ending::end(&self.ready.config, ending, &quiet).await?;
         self.tell(Told::Finished);
         Ok(())
+    }
+
+    /// A server that is away is waited for, as the task's own runner does, which ends if there is
+    /// nothing to wait for.
+    async fn lead_patiently(&self, switched: bool) -> Result<()> {
+        loop {
+            match self.lead(switched).await {
+                Err(error) if error.fault() == Fault::Retry => {
+                    self.view.note(&error.to_string());
+                    tokio::time::sleep(AGAIN).await;
+                }
+                led => return led,
+            }
+        }
     }
 
     /// Waits until the target is level, and has clients switched to it.
@@ -302,20 +334,8 @@ impl Task {
 
     /// DDL on the task's tables, and tables that came to it.
     async fn refuse_changes(&self) -> Result<()> {
-        let kept = match &self.row.shape {
-            Some(shape) => Some(shape.clone()),
-            None => {
-                let tasks = self.store().await?.tasks(self.job).await?;
-                tasks.into_iter().find(|row| row.task == self.row.task).and_then(|row| row.shape)
-            }
-        };
-        let Some(kept) = kept else { return Ok(()) };
-        let now = match self.shape().await {
-            Ok(now) => now,
-            Err(error) if error.fault() == Fault::Retry => return Ok(()),
-            Err(error) => return Err(error),
-        };
-        let mut changes = shape::changes(&kept, &now);
+        let Some(kept) = &self.row.shape else { return Ok(()) };
+        let mut changes = shape::changes(kept, &self.shape().await?);
         changes.extend(siblings(&self.setup.address, &self.row.errand).await?);
         match changes.is_empty() {
             true => Ok(()),

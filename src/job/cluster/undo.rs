@@ -31,6 +31,15 @@ const UNDO_WAIT: Duration = Duration::from_secs(120);
 /// How long a rollback may take beyond its own limits: arming, materialized views.
 const PREPARATION: Duration = Duration::from_secs(3600);
 
+/// Whether a task's source can still be cleaned up on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gone {
+    /// It can.
+    None,
+    /// It does not exist any more, and its slots with it.
+    Source,
+}
+
 /// Puts tasks back to init, everything that they made taken away: those named, or all in error.
 /// Gives the tasks. A runner that is alive goes on with them.
 ///
@@ -40,6 +49,7 @@ pub async fn reset(
     setup: &Setup,
     job: &ClusterJob,
     tasks: Option<&[u32]>,
+    gone: Gone,
     tell: &Tell,
 ) -> Result<Vec<u32>> {
     let mut store = ClusterStore::open(&setup.home).await?;
@@ -55,7 +65,7 @@ pub async fn reset(
                       it run",
             });
         }
-        take_back(setup, job, row, tell).await?;
+        take_back(setup, job, row, gone, tell).await?;
         let change = Change { to: TaskState::Init, detail: "reset" };
         store.change(job.job, row.task, change).await?;
         done.push(row.task);
@@ -69,7 +79,7 @@ pub async fn reset(
 ///
 /// # Errors
 /// As [`reset`]; the job stays marked, and no run begins.
-pub async fn cancel(setup: &Setup, job: &ClusterJob, tell: &Tell) -> Result<Vec<u32>> {
+pub async fn cancel(setup: &Setup, job: &ClusterJob, gone: Gone, tell: &Tell) -> Result<Vec<u32>> {
     let mut store = ClusterStore::open(&setup.home).await?;
     store.set_canceled(job.job, true).await?;
     let deadline = Deadline::after(STOP_WAIT);
@@ -84,7 +94,7 @@ pub async fn cancel(setup: &Setup, job: &ClusterJob, tell: &Tell) -> Result<Vec<
     let mut done = Vec::new();
     for row in tasks.iter().filter(|row| !matches!(row.state, TaskState::Completed)) {
         if row.state != TaskState::Canceled {
-            take_back(setup, job, row, tell).await?;
+            take_back(setup, job, row, gone, tell).await?;
             let change = Change { to: TaskState::Canceled, detail: "canceled" };
             store.change(job.job, row.task, change).await?;
             done.push(row.task);
@@ -200,7 +210,13 @@ fn report_of(task: u32, tell: &Tell) -> Report {
 }
 
 /// Takes away all that a task made, on both nodes. Harmless where nothing is left.
-async fn take_back(setup: &Setup, job: &ClusterJob, row: &TaskRow, tell: &Tell) -> Result<()> {
+async fn take_back(
+    setup: &Setup,
+    job: &ClusterJob,
+    row: &TaskRow,
+    gone: Gone,
+    tell: &Tell,
+) -> Result<()> {
     let ready = setup.ready(row, &job.routers)?;
     let own = ready.moved.own_database;
     if own && !database::exists(&ready.config.target).await? {
@@ -224,10 +240,10 @@ async fn take_back(setup: &Setup, job: &ClusterJob, row: &TaskRow, tell: &Tell) 
             });
         }
         if own_job.phase >= Phase::Schema && !own {
-            drop_relations(&ready, lease.process_id()).await?;
+            drop_relations(&ready, lease.process_id(), gone).await?;
         }
-        let ending =
-            Ending { event: Event::CancelAsked, keep_history: false, source_is_gone: false };
+        let source_is_gone = gone == Gone::Source;
+        let ending = Ending { event: Event::CancelAsked, keep_history: false, source_is_gone };
         clean_up(&ready.config, ending, &lease).await?;
     }
     drop(store);
@@ -255,21 +271,25 @@ async fn undo_flip(ready: &Ready, report: &Report) -> Result<()> {
         Ok(undone) => undone.map(|_| ()),
         Err(_) => {
             let _ = stop.send(true);
-            let wait = UNDO_WAIT;
-            Err(Error::NoAnswer { verb: "undo of a cutover that was cut short".to_string(), wait })
+            let verb = "undo of a cutover that was cut short".to_string();
+            Err(Error::NoAnswer { verb, wait: UNDO_WAIT, pid: String::new() })
         }
     }
 }
 
 /// Drops the task's relations on its target. Check saw that none of them was there before, so
 /// they were made by the task's own job.
-async fn drop_relations(ready: &Ready, keep: i32) -> Result<()> {
+async fn drop_relations(ready: &Ready, keep: i32, gone: Gone) -> Result<()> {
     // Whoever still builds an index on them.
     let mut home = Session::control(&ready.config.target).await?;
     lease::end_predecessors(&mut home, &ready.config.job, &[keep]).await?;
     let mut session = Session::connect(&ready.config.target, Purpose::Sql).await?;
-    let mut source = Session::control(&ready.config.source).await?;
-    let selection = ready.config.options.selection(&mut source).await?;
+    let options = &ready.config.options;
+    // Its partitions are known best by the side that they came from.
+    let selection = match gone {
+        Gone::Source => options.selection(&mut session).await?,
+        Gone::None => options.selection(&mut Session::control(&ready.config.source).await?).await?,
+    };
     let tables = crate::catalog::tables(&mut session, &selection).await?;
     let names: Vec<String> = tables.iter().map(|table| table.name.quoted()).collect();
     if names.is_empty() {

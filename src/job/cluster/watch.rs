@@ -124,3 +124,60 @@ impl Overview {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::Errand;
+
+    fn row(state: TaskState, bytes: u64, processed_bytes: u64) -> TaskRow {
+        TaskRow {
+            task: 1,
+            name: "c1t1_a".to_string(),
+            state,
+            errand: Errand { bytes, ..Errand::default() },
+            shape: None,
+            made_database: false,
+            way_back: false,
+            phase: None,
+            note: None,
+            error: None,
+            processed_bytes,
+            left_seconds: None,
+            held_ms: None,
+            started_at: None,
+            ended_at: None,
+        }
+    }
+
+    #[test]
+    fn what_is_left_is_told_by_the_speed_of_this_run_alone() {
+        use TaskState::{Canceled, Completed, Running};
+        let tasks = [row(Completed, 100, 0), row(Running, 300, 50), row(Canceled, 999, 999)];
+        let all = Overview::of(&tasks, None);
+        assert_eq!((all.total_bytes, all.processed_bytes, all.left), (400, 150, None));
+        assert_eq!((all.completed, all.tasks, all.percent()), (1, 2, 37.5));
+        let begun = Instant::now().checked_sub(Duration::from_secs(10)).unwrap();
+        let left = Overview::of(&tasks, Some((begun, 100))).left.unwrap();
+        assert!((45..60).contains(&left.as_secs()), "50 bytes in 10 s, 250 are left: {left:?}");
+        assert_eq!(Overview::of(&tasks, Some((begun, 150))).left, None, "nothing has moved yet");
+        assert_eq!(Overview::of(&[], None).percent(), 100.0);
+    }
+
+    #[test]
+    fn a_copy_that_is_over_is_whole_whatever_was_counted() {
+        let view = View::default();
+        assert_eq!(view.row(7, 100)["processed"], 0);
+        assert_eq!(view.notice(Notice::Phase(Phase::Copying)).as_deref(), Some("copying"));
+        let said = view.notice(Notice::Trouble("gone".to_string()));
+        assert_eq!(said.as_deref(), Some("trying again: gone"));
+        assert_eq!(view.notice(Notice::Trouble("gone".to_string())), None, "once is enough");
+        assert_eq!(view.row(7, 100)["note"], "gone");
+        view.notice(Notice::Phase(Phase::CatchingUp));
+        let row = view.row(7, 100);
+        assert_eq!(
+            (&row["task"], &row["processed"], &row["note"]),
+            (&7.into(), &100.into(), &Value::Null)
+        );
+    }
+}

@@ -4,13 +4,17 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use serde_json::Value;
-use walferry::demo::server::Server;
+use walferry::demo::server::{Server, StopMode};
 
 use super::load::{Load, kills};
-use super::{asked, cluster};
+use super::{asked, cluster, refused};
 use crate::support::{self, Walferry, until_within};
 
-const PARTITIONS: usize = 4;
+/// `WALFERRY_PARTITIONS`: 16 for the doubling that the design speaks of.
+fn partitions() -> usize {
+    let given = std::env::var("WALFERRY_PARTITIONS").ok();
+    given.and_then(|text| text.parse().ok()).unwrap_or(4)
+}
 
 /// Two servers with the partitions' databases, two more that are empty, and two proxy databases.
 struct Stage {
@@ -22,9 +26,16 @@ struct Stage {
 impl Stage {
     fn new() -> Stage {
         let old: [Server; 2] = std::array::from_fn(|_| support::server());
-        let (new, proxy) = (std::array::from_fn(|_| support::server()), support::server());
+        let (new, proxy): ([Server; 2], Server) =
+            (std::array::from_fn(|_| support::server()), support::server());
+        let settings =
+            ["max_replication_slots = 40", "max_wal_senders = 60", "max_connections = 400"];
+        for server in old.iter().chain(&new) {
+            server.configure(&settings).unwrap();
+            server.restart(StopMode::Fast).unwrap();
+        }
         let mut options = Vec::new();
-        for part in 0..PARTITIONS {
+        for part in 0..partitions() {
             let server = &old[part % 2];
             server.psql("postgres", &format!("create database part{part}")).unwrap();
             for sql in [
@@ -100,7 +111,8 @@ async fn a_plproxy_cluster_is_doubled_in_one_job_and_any_database_led_back() {
     let address = stage.address();
     let planned = asked(&address, &["rebalance", "--by", "count"]).await;
     let tasks = planned["tasks"].as_array().unwrap();
-    assert_eq!((tasks.len(), &planned["job"]), (2, &Value::from(1)), "{planned}");
+    let halves = partitions() / 2;
+    assert_eq!((tasks.len(), &planned["job"]), (halves, &Value::from(1)), "{planned}");
     let (proxy, second) = (stage.proxy.uri("proxy"), stage.proxy.uri("second"));
     let put = "select put($1)".to_string();
     let load = Load::start(vec![
@@ -114,8 +126,13 @@ async fn a_plproxy_cluster_is_doubled_in_one_job_and_any_database_led_back() {
     };
     // Killed once both are under way; the next run knows of the second proxy by itself.
     let mut first = run(&["--router", &second]);
+    // Tasks of other nodes do not wait for each other.
+    let beside = (2..).zip(&tasks[1..]).find(|(_, other)| {
+        other["source"] != tasks[0]["source"] && other["target"] != tasks[0]["target"]
+    });
+    let (number, _) = beside.unwrap();
     first.says("task 1: copying").await;
-    first.says("task 2: copying").await;
+    first.says(&format!("task {number}: copying")).await;
     first.kill9().await;
     for wait in kills(3) {
         run(&[]).kill9_after(wait).await;
@@ -123,20 +140,20 @@ async fn a_plproxy_cluster_is_doubled_in_one_job_and_any_database_led_back() {
     run(&[]).ended().await.expect_success();
     load.more().await;
     let job = asked(&address, &["job", "1"]).await;
-    println!("{}", serde_json::to_string_pretty(&job["history"]).unwrap());
     let tasks = job["tasks"].as_array().unwrap();
     let moved = |task: &Value| -> usize {
         task["partition"].as_str().unwrap().trim_start_matches('p').parse().unwrap()
     };
     for task in tasks {
         assert_eq!(task["state"], "completed", "{job}");
+        println!("task {}: writers held for {} ms", task["task"], task["held_ms"]);
         for dbname in ["proxy", "second"] {
             assert_eq!(name(stage.live(dbname, moved(task))), task["target"], "{dbname}");
         }
     }
     let shown = asked(&address, &["show"]).await;
     let groups = shown["balance"]["nodes"].as_array().unwrap();
-    assert!(groups.len() == 4 && groups.iter().all(|node| node["groups"] == 1), "{shown}");
+    assert!(groups.len() == 4 && groups.iter().all(|node| node["groups"] == halves / 2), "{shown}");
 
     // One of them is led back, and everything that was written there since comes along.
     let (back, stays) = (moved(&tasks[0]), moved(&tasks[1]));
@@ -155,19 +172,16 @@ async fn a_plproxy_cluster_is_doubled_in_one_job_and_any_database_led_back() {
         put.extend(client.answered.iter().copied());
     }
     let live = |part: usize| rows(stage.live("proxy", part), part);
-    let found: BTreeSet<u64> = (0..PARTITIONS).flat_map(live).collect();
+    let found: BTreeSet<u64> = (0..partitions()).flat_map(live).collect();
     assert_eq!(put.difference(&found).count(), 0, "of {}", put.len());
     assert_eq!(found.difference(&put).count(), 0, "of {}", found.len());
 
     // Both ways are current to the last row; then nothing is left of the job.
     let mut stay = run(&["--stay"]);
-    for (task, part) in tasks.iter().zip([back, stays]) {
-        let ends: Vec<&Server> = [&task["source"], &task["target"]]
-            .map(|node| stage.servers().find(|server| name(server) == *node).unwrap())
-            .into();
-        if part == back {
-            continue;
-        }
+    for task in &tasks[1..] {
+        let ends = [&task["source"], &task["target"]]
+            .map(|node| stage.servers().find(|server| name(server) == *node).unwrap());
+        let part = moved(task);
         until_within(Duration::from_secs(60), "the old side is not current", || {
             std::future::ready(rows(ends[0], part) == rows(ends[1], part))
         })
@@ -187,6 +201,23 @@ async fn a_plproxy_cluster_is_doubled_in_one_job_and_any_database_led_back() {
         assert_eq!(server.psql("postgres", sql).unwrap(), "0");
     }
     let target = stage.servers().find(|server| name(server) == tasks[0]["target"]).unwrap();
-    let sql = "select count(*) from pg_database where datname like 'part%'";
-    assert_eq!(target.psql("postgres", sql).unwrap(), "0", "the database made for it is dropped");
+    let made = || {
+        let sql = format!("select count(*) from pg_database where datname = 'part{back}'");
+        target.psql("postgres", &sql).unwrap()
+    };
+    assert_eq!(made(), "0", "the database made for it is dropped");
+
+    // A node is lost in the middle of a task: what was begun is taken back on the other.
+    let (shard, node) = (back.to_string(), name(target));
+    asked(&address, &["move", "--shard", &shard, "--to", &node]).await;
+    let mut lost = Walferry::spawn(&["cluster", "--cluster", &address, "run", "2"]);
+    lost.says("task 1: copying").await;
+    lost.kill9().await;
+    assert_eq!(made(), "1");
+    stage.servers().find(|server| name(server) == tasks[0]["source"]).unwrap().kill9().unwrap();
+    let said = refused(&address, &["cancel", "2"]).await;
+    assert!(said.contains("is the server running"), "{said}");
+    cluster(&address, &["cancel", "2", "--source-is-gone"]).await.expect_success();
+    assert_eq!(made(), "0");
+    assert_eq!(asked(&address, &["job", "2"]).await["state"], "canceled");
 }

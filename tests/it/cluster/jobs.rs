@@ -24,12 +24,15 @@ struct Stage {
 }
 
 impl Stage {
-    fn new(rows: u32) -> Stage {
+    /// Jobs are kept in this database of `a`.
+    fn new(rows: u32, home: &str) -> Stage {
         let [a, b] = std::array::from_fn(|_| support::server());
         for server in [&a, &b] {
             server.psql("postgres", "create database app").unwrap();
         }
-        a.psql("postgres", "create database home").unwrap();
+        if home != "app" {
+            a.psql("postgres", &format!("create database {home}")).unwrap();
+        }
         for table in ["t_0", "u_0", "t_1"] {
             let sql = format!(
                 "create table {table} (id bigint primary key, v text, at timestamptz default now()); \
@@ -41,7 +44,7 @@ impl Stage {
             }
         }
         let path = a.dir().join("nodes.toml");
-        let (home, uris) = (a.uri("home"), [a.uri("app"), b.uri("app")]);
+        let (home, uris) = (a.uri(home), [a.uri("app"), b.uri("app")]);
         let text = format!(
             "home = \"{home}\"\n[[node]]\nname = \"a\"\nuri = \"{}\"\n[[node]]\nname = \"b\"\n\
              uri = \"{}\"\n[[group]]\nnode = \"a\"\ntables = [\"public.t_0\", \"public.u_0\"]\n\
@@ -85,7 +88,7 @@ fn states(job: &Value) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_job_is_killed_resumed_by_the_same_command_completed_and_led_back() {
-    let stage = Stage::new(60_000);
+    let stage = Stage::new(60_000, "app");
     let planned = asked(&stage.address, &["replace", "a", "b", "--dry-run"]).await;
     assert_eq!((&planned["job"], planned["tasks"].as_array().unwrap().len()), (&Value::Null, 2));
     assert_eq!(asked(&stage.address, &["jobs"]).await, serde_json::json!([]));
@@ -197,7 +200,7 @@ async fn a_job_is_killed_resumed_by_the_same_command_completed_and_led_back() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ddl_in_the_middle_and_a_long_transaction_put_a_task_into_error_and_reset_cleans_up() {
-    let stage = Stage::new(2_000);
+    let stage = Stage::new(2_000, "home");
     let before =
         [Inventory::take(&stage.a.uri("app")).await, Inventory::take(&stage.b.uri("app")).await];
     asked(&stage.address, &["move", "--shard", "1"]).await;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use walferry::change::Item;
+use walferry::change::{Chunk, Ending, Item};
 use walferry::demo::server::Server;
 use walferry::pg::{Purpose, Session};
 use walferry::source::{self, StreamOptions, Transport, slot};
@@ -58,12 +58,13 @@ async fn a_pull_outlives_what_a_session_of_an_old_server_bears() {
 #[tokio::test]
 async fn a_pull_waits_for_a_source_that_decodes_for_longer_than_the_silence_it_bears() {
     let ddl = "create table public.t (id int primary key); create table public.unseen (id int)";
-    let mut rig = Rig::new(&[], ddl, &["t"]).await;
+    // Slow enough: the transaction goes to the source's disk and back.
+    let mut rig = Rig::new(&["logical_decoding_work_mem = '64kB'"], ddl, &["t"]).await;
     let sql = "insert into public.unseen select generate_series(1, 1500000)";
     rig.sql.execute(sql).await.unwrap();
     rig.sql.execute("insert into public.t values (1)").await.unwrap();
     rig.mark().await;
-    let silence = Duration::from_millis(150);
+    let silence = Duration::from_millis(500);
     let options = StreamOptions { silence, ..rig.options() };
     let begun = std::time::Instant::now();
     let mut reader = Reader::start_by(&rig.config, Transport::Pull, options, BUFFER).await;
@@ -73,19 +74,52 @@ async fn a_pull_waits_for_a_source_that_decodes_for_longer_than_the_silence_it_b
 }
 
 /// A peek gives again what came and is not durable yet: of a PREPARE that could not be told from one
-/// that nobody has seen, and its rows would come twice.
+/// that nobody has seen, and its rows would come twice. Nor is a backlog read in bulk: a copy of the
+/// slot knows nothing of PREPARE, and what was prepared in the bulk and ends behind it would be lost.
 #[tokio::test]
-async fn a_pull_of_a_slot_that_tells_of_prepare_is_refused() {
-    let rig = Rig::new(&["max_prepared_transactions = 5"], "", &[]).await;
+async fn a_slot_that_tells_of_prepare_is_streamed_and_nothing_else() {
+    let ddl = "create table public.t (id int primary key)";
+    let mut rig = Rig::new(&["max_prepared_transactions = 5"], ddl, &["t"]).await;
     let mut sql = Session::connect(&rig.config, Purpose::Sql).await.unwrap();
     let made = "select pg_create_logical_replication_slot('two', 'pgoutput', false, true)";
     sql.query(made).await.unwrap();
     let made = slot::status(&mut sql, "two").await.unwrap().unwrap();
-    let options = StreamOptions { slot: "two".to_string(), ..rig.options() };
     let start_lsn = made.confirmed_flush_lsn.unwrap();
-    let options = StreamOptions { start_lsn, confirmed_lsn: start_lsn, ..options };
+    let options = StreamOptions {
+        slot: "two".to_string(),
+        start_lsn,
+        confirmed_lsn: start_lsn,
+        bulk_bytes: Some(1),
+        ..rig.options()
+    };
     let refused = source::Reader::open(&rig.config, Transport::Pull, options.clone()).await;
     let told = refused.unwrap_err().to_string();
     assert!(told.contains("slot two ") && told.contains("--transport stream"), "{told}");
-    source::Reader::open(&rig.config, Transport::Stream, options).await.unwrap();
+    rig.sql
+        .execute("begin; insert into public.t values (1); prepare transaction 'x'")
+        .await
+        .unwrap();
+    rig.sql.execute("insert into public.t values (2)").await.unwrap();
+    rig.mark().await;
+    // From an earlier run: two phases are not asked for now.
+    let mut reader = Reader::start(&rig.config, options, BUFFER).await;
+    let before = endings(&reader.until_mark().await);
+    assert_eq!(before, [(Ending::Prepare("x".to_string()), 1), (Ending::Commit, 1)]);
+    rig.sql.execute("commit prepared 'x'").await.unwrap();
+    rig.mark().await;
+    let mut after = Vec::new();
+    loop {
+        let Item::Chunk(chunk) = reader.pop().await else { continue };
+        if chunk.changes.first().is_some_and(is_mark) {
+            break;
+        }
+        after.extend(endings(&[chunk]));
+    }
+    assert_eq!(after, [(Ending::CommitPrepared("x".to_string()), 0)]);
+    soon("the end", reader.end()).await.unwrap();
+}
+
+/// How transactions end, and how many changes they have.
+fn endings(chunks: &[Chunk]) -> Vec<(Ending, usize)> {
+    chunks.iter().map(|chunk| (chunk.begin.ending.clone(), chunk.changes.len())).collect()
 }
