@@ -27,14 +27,13 @@
 
 use std::collections::HashMap;
 
+use super::Applier;
 use super::batch::Batch;
 use super::error::{Error, Result};
 use super::request::{Request, Role};
-use super::{Applier, POSITION};
 use crate::change::{Begin, Ending};
 use crate::id::quote_literal;
-use crate::lsn::Lsn;
-use crate::pg::{self, Pipeline, Reply, Session};
+use crate::pg::{self, Pipeline, Session};
 
 /// A server's GIDSIZE without the NUL.
 const GID_BYTES: usize = 199;
@@ -175,25 +174,11 @@ impl Applier {
             quote_literal(&self.writer.prepared.stream),
             begin.xid
         ));
-        self.progress.record(&mut pipeline, self.progress_lsn, &commit);
-        pipeline.once("commit");
-        pipeline.once(POSITION);
-        let mut position = None;
-        self.session
-            .exchange(pipeline, |reply| {
-                if let Reply::Row(row) = reply {
-                    position = row.lsn(0).ok().zip(row.lsn(1).ok()).or(position);
-                }
-            })
-            .await?;
+        self.commit_progress(pipeline, &commit).await?;
         self.writer.prepared.states.remove(&begin.xid);
-        self.progress_lsn = commit.end_lsn;
         self.applied.applied_lsn = commit.end_lsn;
         self.applied.last_end_lsn = commit.end_lsn;
         self.applied.commit_time = Some(commit.commit_time);
-        let (insert_lsn, flush_lsn) = position.unwrap_or((Lsn(u64::MAX), Lsn::ZERO));
-        self.durable.committed(commit.end_lsn, insert_lsn);
-        self.durable.flushed(flush_lsn);
         Ok(())
     }
 }

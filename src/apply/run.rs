@@ -254,7 +254,17 @@ impl Applier {
         let commit = Commit { commit_lsn: end_lsn, end_lsn, commit_time };
         let mut pipeline = Pipeline::new();
         pipeline.once("begin");
-        self.progress.record(&mut pipeline, self.progress_lsn, &commit);
+        self.commit_progress(pipeline, &commit).await
+    }
+
+    /// Ends the transaction that `pipeline` begins with progress at `commit`, and notes how much of
+    /// the log has to be flushed for it. Nothing else may be under way.
+    pub(super) async fn commit_progress(
+        &mut self,
+        mut pipeline: Pipeline,
+        commit: &Commit,
+    ) -> Result<()> {
+        self.progress.record(&mut pipeline, self.progress_lsn, commit);
         pipeline.once("commit");
         pipeline.once(POSITION);
         let mut position = None;
@@ -265,9 +275,9 @@ impl Applier {
                 }
             })
             .await?;
-        self.progress_lsn = end_lsn;
+        self.progress_lsn = commit.end_lsn;
         let (insert_lsn, flush_lsn) = position.unwrap_or((Lsn(u64::MAX), Lsn::ZERO));
-        self.durable.committed(end_lsn, insert_lsn);
+        self.durable.committed(commit.end_lsn, insert_lsn);
         self.durable.flushed(flush_lsn);
         Ok(())
     }

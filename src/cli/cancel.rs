@@ -2,28 +2,48 @@
 
 use std::process::ExitCode;
 
-use super::finish::show;
+use super::finish::{hint, show};
 use super::options::JobArgs;
 use super::print;
 use crate::job::cleanup::Ending;
 use crate::job::ending::end;
 use crate::job::state::Event;
+use crate::job::store::Store;
+use crate::job::{self, JobConfig, remains};
+use crate::pg::Session;
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
     job: JobArgs,
-    /// The source does not exist any more: clean up the target only
+    /// The source does not exist any more: clean up the target only, by the job's name where
+    /// nothing else is known of it there
     #[arg(long)]
     source_is_gone: bool,
+    /// The target does not exist any more, and the job's state with it: clean up the source only,
+    /// by the job's name. After a cutover the source takes writes again, with what had come back:
+    /// only where nobody can write to the target
+    #[arg(long, conflicts_with = "source_is_gone")]
+    target_is_gone: bool,
 }
 
-/// Gives up before the switch. 0 done.
+/// Gives up before the switch, or where a server is lost. 0 done.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let source_is_gone = args.source_is_gone;
+    if args.target_is_gone {
+        let (job, source, target) = args.job.source_first()?;
+        show(&remains::clean_source(&job, &source, target.as_ref()).await?);
+        println!("canceled: nothing of walferry is left on the source; the target was left alone");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let (config, source_is_gone) = (args.job.job()?, args.source_is_gone);
+    if source_is_gone && is_unknown(&config).await? {
+        show(&remains::clean_target(&config.job, &config.target).await?);
+        println!("canceled: nothing of walferry is left on the target; the source was left alone");
+        return Ok(ExitCode::SUCCESS);
+    }
     let ending = Ending { event: Event::CancelAsked, keep_history: false, source_is_gone };
-    let done = end(&args.job.job()?, ending, &print::sayings()).await?;
+    let done = end(&config, ending, &print::sayings()).await.map_err(hint)?;
     show(&done);
     println!(
         "canceled: the source {}. Tables that were created on the target are still \
@@ -31,4 +51,9 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         if source_is_gone { "was left alone" } else { "is as it was found" }
     );
     Ok(ExitCode::SUCCESS)
+}
+
+async fn is_unknown(config: &JobConfig) -> job::Result<bool> {
+    let home = Session::control(&config.target).await?;
+    Ok(Store::new(home, config.job.clone()).load().await?.is_none())
 }

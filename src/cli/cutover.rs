@@ -13,7 +13,9 @@ use crate::config::{self, parse_duration};
 use crate::id::Stream;
 use crate::job::ask::Asker;
 use crate::job::rest::{Refresh, Unlogged};
-use crate::job::{FlipRequest, JobConfig, Phase};
+use crate::job::state::may_flip;
+use crate::job::store::JobRow;
+use crate::job::{self, FlipRequest, JobConfig, Phase};
 
 /// How long arming, refreshing materialized views and looking for changed large objects may take
 /// before writers are held. Whoever goes away meanwhile has asked for nothing.
@@ -37,7 +39,8 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<ExitCode> {
     let config = job.job()?;
     let mut request = request(stream, job, args, &config)?;
-    let mut asker = Asker::connect(&config, print::sayings()).await?;
+    let fits = |row: &JobRow| may_flip(row.phase, stream).map_err(job::Error::from);
+    let mut asker = Asker::connect_if(&config, print::sayings(), fits).await?;
     choose_routes(&mut request, args, &asker)?;
     tell_passwords(&mut request, args, &mut asker).await?;
     let wait = Duration::from_millis(request.timeout_ms + request.max_hold_ms) + PREPARATION;
@@ -47,10 +50,15 @@ pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Res
     let request = serde_json::to_value(&request)?;
     let answer = tokio::select! {
         answer = asker.ask("flip", &request, wait) => answer.map_err(anyhow::Error::from),
-        _ = stopping.wait_for(|stop| *stop) => Err(anyhow::anyhow!(match asker.is_own() {
-            true => "stopped; walferry status tells where the job stands",
-            false => "no longer waiting: the runner goes on with it; walferry status tells how far",
-        })),
+        _ = stopping.wait_for(|stop| *stop) => Err(anyhow::anyhow!(STOPPED)),
+    };
+    let answer = match answer {
+        Err(error) if *stopping.borrow() => Err(match (asker.is_own(), asker.withdraw().await) {
+            (true, _) => error,
+            (false, true) => anyhow::anyhow!("stopped; the runner had not begun it"),
+            (false, false) => anyhow::anyhow!(NOT_WAITING),
+        }),
+        answer => answer,
     };
     let own = asker.is_own();
     let closed = asker.close().await;
@@ -85,6 +93,11 @@ pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Res
     }
     Ok(ExitCode::SUCCESS)
 }
+
+/// What a person who gives up is told.
+const STOPPED: &str = "stopped; walferry status tells where the job stands";
+const NOT_WAITING: &str =
+    "no longer waiting: the runner goes on with it; walferry status tells how far";
 
 /// Gives the routes' passwords to a runner elsewhere, and says which of them nobody else will have.
 async fn tell_passwords(

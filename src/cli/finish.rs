@@ -7,6 +7,7 @@ use super::print;
 use crate::job::cleanup::{CleanedUp, Ending};
 use crate::job::ending::end;
 use crate::job::state::Event;
+use crate::{job, pg};
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]
@@ -25,7 +26,7 @@ pub struct Args {
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let (keep_history, source_is_gone) = (args.keep_history, args.source_is_gone);
     let ending = Ending { event: Event::FinishAsked, keep_history, source_is_gone };
-    let done = end(&args.job.job()?, ending, &print::sayings()).await?;
+    let done = end(&args.job.job()?, ending, &print::sayings()).await.map_err(hint)?;
     show(&done);
     let side = if source_is_gone { "on the target" } else { "on either side" };
     let but = if keep_history { " but the history in schema walferry on the target" } else { "" };
@@ -42,6 +43,21 @@ pub fn show(done: &CleanedUp) {
         println!("moved {line}");
     }
     for line in &done.left {
-        eprintln!("clients may still be held by {line}");
+        eprintln!("{line}");
     }
+}
+
+/// A server that cannot be reached may be gone for good.
+pub fn hint(error: job::Error) -> anyhow::Error {
+    let job::Error::Pg(pg::Error::Connect { peer, transient: true, .. }) = &error else {
+        return error.into();
+    };
+    let hint = match peer.split_whitespace().find(|word| matches!(*word, "source" | "target")) {
+        Some("source") => "where the source is gone for good, --source-is-gone cleans the target",
+        Some(_) => {
+            "where the target is gone for good, walferry cancel --target-is-gone cleans the source"
+        }
+        None => return error.into(),
+    };
+    anyhow::anyhow!("{error}; {hint}")
 }

@@ -134,17 +134,27 @@ impl JobArgs {
 
     /// The job, its home, and the source if it is given: what status needs.
     pub fn home(&self) -> anyhow::Result<(JobName, Config, Option<Config>)> {
+        let (job, source, target) = self.sides()?;
+        let missing = missing("the target", "target", "WALFERRY_TARGET");
+        Ok((job, target.ok_or(missing)?, source))
+    }
+
+    /// The job, its source, and the target if it is given: what is needed where that is gone.
+    pub fn source_first(&self) -> anyhow::Result<(JobName, Config, Option<Config>)> {
+        let (job, source, target) = self.sides()?;
+        let missing = missing("the source", "source", "WALFERRY_SOURCE");
+        Ok((job, source.ok_or(missing)?, target))
+    }
+
+    fn sides(&self) -> anyhow::Result<(JobName, Option<Config>, Option<Config>)> {
         let file = self.file()?;
-        let (option, variable) = ("target", "WALFERRY_TARGET");
-        let missing = config::Error::Missing { what: "the target", option, variable };
-        let target = self.target.clone().or(file.target).ok_or(missing)?;
-        let source = self.source.clone().or(file.source);
-        let source = source.map(|text| Config::parse(&text)).transpose()?;
-        Ok((
-            self.job_name(file.name)?,
-            Config::parse(&target)?.labelled("target"),
-            source.map(|source| source.labelled("source")),
-        ))
+        let side = |given: Option<String>, label| {
+            let config = given.map(|text| Config::parse(&text)).transpose();
+            config.map(|config| config.map(|config| config.labelled(label)))
+        };
+        let source = side(self.source.clone().or(file.source), "source")?;
+        let target = side(self.target.clone().or(file.target), "target")?;
+        Ok((self.job_name(file.name)?, source, target))
     }
 
     fn job_name(&self, in_file: Option<String>) -> Result<JobName, config::Error> {

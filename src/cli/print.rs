@@ -1,6 +1,6 @@
 //! Numbers and documents on standard output.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::Serialize;
 use serde_json::Value;
@@ -8,12 +8,20 @@ use serde_json::Value;
 use crate::job::Notice;
 use crate::job::run::Report;
 
-/// What a runner says goes to standard error; its progress does not.
+/// What a runner says goes to standard error, and what keeps it from its work, once; its progress
+/// does not.
 pub fn sayings() -> Report {
-    Arc::new(|notice| {
-        if let Notice::Said(text) = notice {
-            eprintln!("{text}");
+    let trouble = Mutex::new(String::new());
+    Arc::new(move |notice| match notice {
+        Notice::Said(text) => eprintln!("{text}"),
+        Notice::Trouble(text) => {
+            let mut last = trouble.lock().unwrap_or_else(PoisonError::into_inner);
+            if *last != text {
+                eprintln!("trying again: {text}");
+                *last = text;
+            }
         }
+        _ => {}
     })
 }
 

@@ -37,8 +37,8 @@ pub struct Args {
     /// A route of a switch that was cut short, with the password that is nowhere else
     #[arg(long, value_name = "KIND:...")]
     route: Vec<String>,
-    /// A route that is gone for good (hook, pgbouncer, or the whole of it): a switch that it keeps
-    /// from being undone or finished goes on without it
+    /// A route that is gone for good (hook, pgbouncer, fdw, plproxy, or the whole of it): a switch
+    /// that it keeps from being undone or finished goes on without it
     #[arg(long, value_name = "KIND")]
     skip_route: Vec<String>,
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::options::JobArgs;
 use super::print;
+use crate::fault::{Fault, Faulty};
 use crate::job::place::Place;
 use crate::job::status::{self, Status, TableStatus};
 use crate::job::store::StreamRow;
@@ -22,18 +23,27 @@ pub struct Args {
     watch: bool,
 }
 
-/// Shows where the job stands. 0, or 1 if there is no such job.
+/// A runner stores positions twice a second, but for what it does in one piece.
+const SILENT_SECONDS: f64 = 60.0;
+
+/// Shows where the job stands. 0, or 1 if there is no such job. With `--watch` it goes on until it
+/// is stopped or the job is gone, and through times in which the home database is away.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let (job, home, source) = args.job.home()?;
+    let mut seen = false;
     loop {
-        let status = status::read(&job, &home, source.as_ref()).await?;
-        if args.json {
-            print::json(&status)?;
-        } else {
-            if args.watch {
-                print!("\x1b[H\x1b[2J");
+        match status::read(&job, &home, source.as_ref()).await {
+            Ok(status) => {
+                seen = true;
+                if args.watch && !args.json {
+                    print!("\x1b[H\x1b[2J");
+                }
+                if args.json { print::json(&status)? } else { show(&status) }
             }
-            show(&status);
+            Err(error) if args.watch && seen && error.fault() == Fault::Retry => {
+                eprintln!("{error}; trying again");
+            }
+            Err(error) => return Err(error.into()),
         }
         if !args.watch {
             return Ok(ExitCode::SUCCESS);
@@ -49,11 +59,16 @@ fn show(status: &Status) {
         println!("reading  {} by {}", reading.decoder, reading.transport);
     }
     match &status.runner {
-        Some(pid) => println!("runner   alive (backend {pid} on the target)"),
+        Some(pid) => {
+            println!("runner   alive (backend {pid} on the target){}", silence(status, pid));
+        }
         None if status.held_clients => println!(
             "runner   none, in the middle of a flip: clients may be held until `walferry run`, \
              which undoes or finishes it at once"
         ),
+        None if matches!(&*status.phase, "finished" | "canceled") => {
+            println!("runner   none; the job has ended");
+        }
         None => println!("runner   none; `walferry run` goes on from here"),
     }
     if let Some(error) = &status.error {
@@ -79,6 +94,22 @@ fn show(status: &Status) {
         show_stream("reverse", &reverse.positions);
         show_fallbacks(reverse.fallbacks);
         show_tables(&reverse.tables);
+    }
+}
+
+/// A runner that hangs keeps its lease.
+fn silence(status: &Status, pid: &str) -> String {
+    let live = match status.phase.as_str() {
+        "switched" => status.reverse.as_ref().map(|reverse| &reverse.positions),
+        "catching_up" | "following" | "rolled_back" => Some(&status.positions),
+        _ => None,
+    };
+    match live.and_then(|positions| positions.age_seconds) {
+        Some(seconds) if seconds > SILENT_SECONDS => format!(
+            ", silent for {seconds:.0} s: if its process hangs or its host is gone, end it there \
+             (select pg_terminate_backend({pid});) and start `walferry run` again"
+        ),
+        _ => String::new(),
     }
 }
 

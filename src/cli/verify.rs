@@ -3,11 +3,16 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use serde_json::Value;
+
 use super::options::JobArgs;
 use super::print;
+use crate::clock::Deadline;
 use crate::config::parse_duration;
 use crate::job::ask::Asker;
-use crate::job::{comparing, quarantine};
+use crate::job::state::flowing;
+use crate::job::store::JobRow;
+use crate::job::{self, Gone, JobConfig, comparing, quarantine};
 use crate::large;
 use crate::verify::{DifferenceKind, Report};
 
@@ -27,13 +32,11 @@ pub struct Args {
 
 /// Compares both sides while they live. 0 equal, 1 different.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let mut asker = Asker::connect(&args.job.job()?, print::sayings()).await?;
+    let fits = |row: &JobRow| flowing(row.phase).map(|_| ()).map_err(job::Error::from);
+    let mut asker = Asker::connect_if(&args.job.job()?, print::sayings(), fits).await?;
     let outcome = async {
         let config = asker.config().clone();
-        comparing::flowing(&config).await?;
-        // Starts another runner where ours does not come up; comparing only asks the one alive.
-        asker.ask("ping", &serde_json::Value::Null, Duration::from_secs(60)).await?;
-        let report = comparing::compare(&mut asker.client, &config, args.timeout).await?;
+        let report = compare(&mut asker, &config, args.timeout).await?;
         let large = comparing::large_objects(&config).await?;
         Ok::<_, anyhow::Error>((report, large, quarantine::of(&config).await?))
     };
@@ -65,6 +68,25 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 /// Large objects named of each kind.
 const SHOWN: usize = 20;
 
+/// A runner answers this at its next turn.
+const PING_WAIT: Duration = Duration::from_secs(60);
+
+/// Compares through whatever runner is alive; where it dies meanwhile, through one of our own.
+async fn compare(
+    asker: &mut Asker,
+    config: &JobConfig,
+    timeout: Duration,
+) -> anyhow::Result<Report> {
+    let deadline = Deadline::after(timeout);
+    loop {
+        // Starts another runner where ours does not come up; comparing only asks the one alive.
+        asker.ask("ping", &Value::Null, PING_WAIT).await?;
+        match comparing::compare(&mut asker.client, config, deadline.left()).await {
+            Err(job::Error::Gone(Gone::Runner { .. })) if !deadline.passed() => {}
+            compared => return Ok(compared?),
+        }
+    }
+}
 fn show(report: &Report, large: Option<&large::Comparison>, same: bool) {
     for table in &report.tables {
         let verdict = match table.equal {

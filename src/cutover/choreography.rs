@@ -339,7 +339,7 @@ impl<J: Journal> Flight<'_, J> {
     /// to.
     async fn release(&mut self) -> Option<String> {
         let started = Instant::now();
-        match undo::release(&self.plan.routes, &self.plan.context).await {
+        match undo::release(&self.plan.routes, &self.plan.context, |_| {}).await {
             Ok(()) => {
                 let ms = started.elapsed().as_secs_f64() * 1e3;
                 let recorded = async {
@@ -354,7 +354,7 @@ impl<J: Journal> Flight<'_, J> {
                 None
             }
             Err(error) => {
-                tracing::error!(%error, "switched, but clients could not be released; retrying");
+                tracing::info!(%error, "switched, but clients could not be released; retrying");
                 Some(error.to_string())
             }
         }
@@ -374,7 +374,7 @@ impl<J: Journal> Flight<'_, J> {
             if busy.is_none() && fence.raise(plan.lock_timeout).await? {
                 return Ok((held, retries));
             }
-            undo::release(&plan.routes, &plan.context).await?;
+            undo::release(&plan.routes, &plan.context, |_| {}).await?;
             retries += 1;
             if deadline.passed() {
                 // A pooler does not say whom it waits for; the server knows.

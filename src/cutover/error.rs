@@ -135,10 +135,10 @@ pub enum Error {
         /// How long was waited.
         wait: Duration,
     },
-    /// The canary did not come through because a stream has stopped.
+    /// What was waited for did not come through because a stream has stopped.
     #[error("{cause}. The stream stopped: {message}")]
     Broken {
-        /// Which leg is not proven.
+        /// What is not so, or not proven.
         cause: String,
         /// What the stream said.
         message: String,

@@ -38,7 +38,7 @@ pub async fn withdraw(
         }
     };
     let lowered = tokio::time::timeout(OPEN_WAIT, lowered).await;
-    let undone = undo(live, kind, routes, context, rules).await;
+    let undone = undo(live, kind, routes, context, rules, |_| {}).await;
     silenced?;
     lowered.map_err(|_| Error::NoAnswer { waited: OPEN_WAIT })??;
     undone
@@ -49,12 +49,14 @@ pub async fn withdraw(
 ///
 /// The fence's locks need no undoing: they belonged to a session that is gone. Routes are undone in
 /// reverse order, and writers on the live side can write before clients are sent there again.
+/// `led` is told the place in `routes` of each that is.
 pub async fn undo(
     live: &Config,
     kind: FenceKind,
     routes: &[Route],
     context: &Context,
     rules: &Rules,
+    mut led: impl FnMut(usize),
 ) -> Result<()> {
     let silenced = silence_dest(context, rules).await;
     let opened = async {
@@ -73,8 +75,12 @@ pub async fn undo(
     };
     // One route that cannot be undone must not keep the clients of another held.
     let mut undone = Ok(());
-    for route in routes.iter().rev() {
-        undone = undone.and(route.undo(context).await);
+    for (place, route) in routes.iter().enumerate().rev() {
+        let outcome = route.undo(context).await;
+        if outcome.is_ok() {
+            led(place);
+        }
+        undone = undone.and(outcome);
     }
     // Nor must the other side take writes while a route is waited for.
     let shut = shut_other(context).await;
@@ -121,11 +127,20 @@ fn other_side(context: &Context) -> &Config {
     }
 }
 
-/// Lets clients through, on whichever side the routes now point to.
-pub async fn release(routes: &[Route], context: &Context) -> Result<()> {
+/// Lets clients through, on whichever side the routes now point to. `led` is told the place in
+/// `routes` of each that does.
+pub async fn release(
+    routes: &[Route],
+    context: &Context,
+    mut led: impl FnMut(usize),
+) -> Result<()> {
     let mut released = Ok(());
-    for route in routes {
-        released = released.and(route.release(context).await);
+    for (place, route) in routes.iter().enumerate() {
+        let outcome = route.release(context).await;
+        if outcome.is_ok() {
+            led(place);
+        }
+        released = released.and(outcome);
     }
     Ok(released?)
 }

@@ -18,9 +18,9 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::admit::recorded;
-use super::client::Client;
+use super::client::{ASK_AGAIN, Client};
 use super::reading::Reading;
-use super::{Error, Result};
+use super::{Error, Gone, Result};
 use crate::clock::Deadline;
 use crate::cutover::barrier;
 use crate::id::Stream;
@@ -71,25 +71,37 @@ enum Kept {
     Snapshot(#[expect(dead_code, reason = "dropped with its session")] ExportedSnapshot),
 }
 
-/// Lines both sides up through a runner that is alive.
+/// Lines both sides up through a runner that is alive, and through the next one where it dies and
+/// another takes over at once. Errors: [`Gone::Runner`] where none does;
+/// [`Gone::NotAligned`] after `wait`.
 pub async fn align(client: &mut Client, line: &Line, wait: Duration) -> Result<Aligned> {
     let deadline = Deadline::after(wait);
     loop {
         let outcome = match line.reading.transport()? {
             Transport::Stream => hold_and_export(client, line, deadline).await,
-            Transport::Pull => hold_and_place(client, line, deadline.left()).await,
+            Transport::Pull => hold_and_place(client, line, deadline).await,
         };
+        if let Err(error @ Error::Gone(Gone::Runner { .. })) = outcome {
+            return Err(error);
+        }
         let let_go = client.ask("let_go", &json!({}), Duration::from_secs(10)).await;
         match outcome {
-            // A restart of the stream lets a hold go, and where BEGIN does not tell where a
-            // transaction commits, one larger than a batch is written past it.
-            Err(Error::Remote(said)) if said.ends_with(PASSED) && !deadline.passed() => {
+            // A restart of the stream lets a hold go, where BEGIN does not tell where a transaction
+            // commits, one larger than a batch is written past it, and a runner that died has been
+            // replaced.
+            Err(Error::Remote(said)) if said.ends_with(ASK_AGAIN) && !deadline.passed() => {
                 tracing::debug!(said, "aligning again");
+            }
+            Err(Error::Gone(Gone::NotAligned { detail, .. })) => {
+                return Err(Gone::NotAligned { detail, wait }.into());
             }
             outcome => {
                 let aligned = outcome?;
-                let_go?;
-                return Ok(aligned);
+                match let_go {
+                    // A hold ends with the runner that had it.
+                    Ok(_) | Err(Error::Gone(Gone::Runner { .. })) => return Ok(aligned),
+                    Err(error) => return Err(error),
+                }
             }
         }
     }
@@ -99,8 +111,7 @@ async fn hold_and_export(client: &mut Client, line: &Line, deadline: Deadline) -
     let Line { stream, from, to, .. } = line;
     let mut live = Session::connect(from, Purpose::Sql).await?;
     let end_lsn = barrier::mark(&mut live, "align").await?;
-    let first = post_hold(client, *stream, end_lsn, false).await?;
-    wait_held(client, &first, deadline).await?;
+    let first = hold(client, *stream, end_lsn, false, deadline).await?;
     let name = format!("walferry_verify_{:08x}", fastrand::u32(..));
     let maker = Session::connect(from, Purpose::Replication).await?;
     let options = slot::CreateOptions {
@@ -120,8 +131,7 @@ async fn hold_and_export(client: &mut Client, line: &Line, deadline: Deadline) -
         }
     };
     barrier::mark(&mut live, "align").await?;
-    let second = post_hold(client, *stream, held.consistent_lsn, true).await?;
-    wait_held(client, &second, deadline).await?;
+    hold(client, *stream, held.consistent_lsn, true, deadline).await?;
     let session = Session::connect(to, Purpose::Sql).await?;
     let exported = snapshot::export(session).await?;
     Ok(Aligned {
@@ -134,8 +144,7 @@ async fn hold_and_export(client: &mut Client, line: &Line, deadline: Deadline) -
 }
 
 /// The same by SQL alone.
-async fn hold_and_place(client: &mut Client, line: &Line, wait: Duration) -> Result<Aligned> {
-    let deadline = Deadline::after(wait);
+async fn hold_and_place(client: &mut Client, line: &Line, deadline: Deadline) -> Result<Aligned> {
     loop {
         let name = format!("walferry_verify_{:08x}", fastrand::u32(..));
         let recorded = recorded(&line.from, None, &line.reading.decoder);
@@ -163,7 +172,10 @@ async fn hold_and_place(client: &mut Client, line: &Line, wait: Duration) -> Res
                 Err(error) => return Err(error),
             }
             if deadline.passed() {
-                return Err(Error::NoAnswer { verb: "hold".to_string(), wait });
+                return Err(not_aligned(format!(
+                    "no snapshot of the {} stream's source lay between two commits",
+                    line.stream
+                )));
             }
         }
     }
@@ -178,16 +190,14 @@ async fn place(
 ) -> Result<std::result::Result<Aligned, Place>> {
     let mut live = Session::connect(&line.from, Purpose::Sql).await?;
     let floor_lsn = barrier::mark(&mut live, "align").await?;
-    let first = post_hold(client, line.stream, floor_lsn, false).await?;
-    wait_held(client, &first, deadline).await?;
+    hold(client, line.stream, floor_lsn, false, deadline).await?;
     let seen = snapshot::export(Session::connect(&line.from, Purpose::Sql).await?).await?;
     let upto_lsn = barrier::mark(&mut live, "align").await?;
     let lsn = match order.place(&seen, floor_lsn, upto_lsn).await? {
         Place::At(lsn) => lsn,
         elsewhere => return Ok(Err(elsewhere)),
     };
-    let second = post_hold(client, line.stream, lsn, true).await?;
-    wait_held(client, &second, deadline).await?;
+    hold(client, line.stream, lsn, true, deadline).await?;
     let exported = snapshot::export(Session::connect(&line.to, Purpose::Sql).await?).await?;
     Ok(Ok(Aligned {
         from_snapshot: seen.name.clone(),
@@ -198,19 +208,24 @@ async fn place(
     }))
 }
 
-/// `exact`: an error if the stream has passed the position already.
-async fn post_hold(client: &mut Client, stream: Stream, lsn: Lsn, exact: bool) -> Result<String> {
+/// Has the stream held at `lsn`, and waits until it stands there; gives the command's id. `exact`:
+/// an error if the stream has passed the position already.
+async fn hold(
+    client: &mut Client,
+    stream: Stream,
+    lsn: Lsn,
+    exact: bool,
+    deadline: Deadline,
+) -> Result<String> {
     let args = json!({ "stream": stream.as_str(), "lsn": lsn.to_string(), "exact": exact });
-    client.post("hold", &args).await
+    let id = client.post("hold", &args).await?;
+    match client.wait(&id, "hold", deadline).await? {
+        Some(_) => Ok(id),
+        None => Err(not_aligned(format!("the {stream} stream did not come to {lsn}"))),
+    }
 }
 
-async fn wait_held(client: &mut Client, id: &str, deadline: Deadline) -> Result<()> {
-    while client.poll(id).await?.is_none() {
-        if deadline.passed() {
-            let verb = "hold".to_string();
-            return Err(Error::NoAnswer { verb, wait: Duration::ZERO });
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    Ok(())
+/// How long was waited is known by [`align`].
+fn not_aligned(detail: String) -> Error {
+    Gone::NotAligned { detail, wait: Duration::ZERO }.into()
 }

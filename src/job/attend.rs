@@ -14,9 +14,9 @@ use super::pipeline::Pipe;
 use super::run::{Notice, Runner, Until};
 use super::state::{Event, Phase};
 use super::store::StreamRow;
-use super::{Error, Result, client};
+use super::{Error, Gone, Result, client};
 use crate::clock::PgTimestamp;
-use crate::cutover::barrier;
+use crate::cutover::{self, barrier};
 use crate::id::Stream;
 use crate::lsn::Lsn;
 use crate::pg::{Config, Session};
@@ -24,6 +24,14 @@ use crate::pg::{Config, Session};
 /// Commands are announced by NOTIFY; this is how often the table is looked at all the same, and
 /// positions are stored.
 const TURN: Duration = Duration::from_millis(500);
+
+/// What became of a flip that was asked for.
+enum Flipping {
+    /// It begins.
+    Begin(Event),
+    /// It does not, or was a dry run.
+    Answer(std::result::Result<Value, String>),
+}
 
 /// Sessions that ask each side for its end of WAL, opened when needed and again after a loss.
 #[derive(Default)]
@@ -78,7 +86,11 @@ impl Runner {
             let mut stop = self.stop.clone();
             self.busy.store(false, Ordering::SeqCst);
             tokio::select! {
-                heard = self.listener.notification(self.turn(phase)) => { heard?; }
+                heard = self.listener.notification(self.turn(phase)) => {
+                    if let (Some(_), Some(late)) = (heard?, &mut self.late) {
+                        late.hurry();
+                    }
+                }
                 _ = stop.wait_for(|stop| *stop) => return Ok(None),
             }
             self.busy.store(true, Ordering::SeqCst);
@@ -120,37 +132,10 @@ impl Runner {
                 }
                 "ping" => Ok(Value::Null),
                 "letter_box" => self.letter_box(),
-                "flip" => {
-                    let request: FlipRequest = serde_json::from_value(asked.args)
-                        .map_err(|e| Error::State(e.to_string()))?;
-                    self.take_letter(request.letter.as_deref());
-                    match self.arm(&request).await {
-                        // Arming may have waited for long transactions. Nobody wants it any more.
-                        Ok(_) if client::asker_gone(&mut self.store.session, &asked.id).await? => {
-                            Err("whoever asked for it has gone".to_string())
-                        }
-                        // Proofs only: neither the phase nor the record of the last flip changes.
-                        Ok(_) if request.dry_run => {
-                            self.let_go();
-                            let proven = self.fly(request.stream(), &request).await;
-                            let proven =
-                                proven.map(|(outcome, left)| outcome_value(&outcome, &left));
-                            proven.map_err(|error| error.to_string())
-                        }
-                        Ok(event) => {
-                            // A verify that lines up would keep the canary from arriving.
-                            self.let_go();
-                            self.asked = Some((asked.id, request));
-                            return Ok(Some(Some(event)));
-                        }
-                        Err(error) if keeps_running(&error) => Err(error.to_string()),
-                        Err(error) => {
-                            let said = Err(error.to_string());
-                            client::answer(&mut self.store.session, &asked.id, said).await?;
-                            return Err(error);
-                        }
-                    }
-                }
+                "flip" => match self.hear_flip(&asked).await? {
+                    Flipping::Begin(event) => return Ok(Some(Some(event))),
+                    Flipping::Answer(outcome) => outcome,
+                },
                 "hold" => self.hold(&asked.id, &asked.args).await?,
                 "let_go" => {
                     self.let_go();
@@ -164,6 +149,55 @@ impl Runner {
         }
         self.answer_hold().await?;
         Ok(None)
+    }
+
+    /// A cutover or rollback is asked for: what has to be so before it begins.
+    async fn hear_flip(&mut self, asked: &client::Asked) -> Result<Flipping> {
+        let request: FlipRequest =
+            serde_json::from_value(asked.args.clone()).map_err(|e| Error::State(e.to_string()))?;
+        self.take_letter(request.letter.as_deref());
+        // Arming may wait for long transactions, and views take long to be refreshed.
+        let home = self.config.target.clone();
+        let armed = tokio::select! {
+            armed = self.arm(&request) => armed,
+            () = client::until_gone(&home, &asked.id) => Err(Gone::Asker.into()),
+        };
+        if matches!(armed, Err(Error::Gone(Gone::Asker))) {
+            self.renew_home().await?;
+        }
+        match armed {
+            Ok(_) if client::asker_gone(&mut self.store.session, &asked.id).await? => {
+                Ok(Flipping::Answer(Err(Gone::Asker.to_string())))
+            }
+            // Proofs only: neither the phase nor the record of the last flip changes.
+            Ok(_) if request.dry_run => {
+                self.let_go();
+                let proven = self.fly(request.stream(), &request).await;
+                let proven = proven.map(|(outcome, left)| outcome_value(&outcome, &left));
+                Ok(Flipping::Answer(proven.map_err(|error| error.to_string())))
+            }
+            Ok(event) => {
+                // A verify that lines up would keep the canary from arriving.
+                self.let_go();
+                self.asked = Some((asked.id.clone(), request));
+                Ok(Flipping::Begin(event))
+            }
+            Err(error) if keeps_running(&error) => {
+                let error = self.because_of_streams(error).await;
+                let said = Err(error.to_string());
+                if matches!(error, Error::Cutover(cutover::Error::Broken { .. })) {
+                    // A runner that ends with its command stores what stopped the stream first.
+                    client::answer(&mut self.store.session, &asked.id, said.clone()).await?;
+                    self.check_streams()?;
+                }
+                Ok(Flipping::Answer(said))
+            }
+            Err(error) => {
+                let said = Err(error.to_string());
+                client::answer(&mut self.store.session, &asked.id, said).await?;
+                Err(error)
+            }
+        }
     }
 
     /// `hold`: stop applying at a position, so that verify can line up snapshots. Answered once
@@ -244,14 +278,16 @@ impl Runner {
             if let Some(pipe) = pipe {
                 let beat = self.heartbeat.as_ref().filter(|_| stream == Stream::Forward);
                 let end_lsn = end_of_wal(config, probe).await;
-                rows.push((stream, positions(pipe, end_lsn, beat)));
+                rows.push((stream, end_lsn, positions(pipe, end_lsn, beat)));
             }
         }
-        for (stream, mut row) in rows {
+        for (stream, end_lsn, mut row) in rows {
             if row.applied_lsn.is_none() {
-                // Not connected yet: what is known of it is what was stored last.
+                // Not connected yet: what is known of it is what was stored last. The other side
+                // has gone on since.
                 let known = self.store.load_stream(stream).await?.unwrap_or_default();
-                row = StreamRow { error: row.error, ..known };
+                let lag_bytes = known.behind(end_lsn).or(known.lag_bytes);
+                row = StreamRow { error: row.error, lag_bytes, ..known };
             }
             if stream == Stream::Forward {
                 if let Some(bytes) = row.lag_bytes {

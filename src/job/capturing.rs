@@ -8,9 +8,8 @@
 //! holds both leases, or only applies where a capture is alive.
 //!
 //! What survives a crash is in the topic; where reading goes on is seen from its end. While the
-//! home
-//! database is away, which is on the target, reading goes on without the lease, until another has
-//! it.
+//! home database is away, which is on the target, reading goes on without the lease, until another
+//! has it. One that takes a question and falls silent is away, too: each has its limit.
 //!
 //! Left out: reading the reverse slot, which the runner does, being near the target.
 
@@ -32,7 +31,7 @@ use crate::clock::Backoff;
 use crate::fault::{Fault, Faulty};
 use crate::id::Stream;
 use crate::lsn::Lsn;
-use crate::pg::{Purpose, Session};
+use crate::pg::Session;
 
 /// Between two looks at the job.
 const TURN: Duration = Duration::from_millis(500);
@@ -150,7 +149,7 @@ async fn hold(
     let mut lease = take(config).await?;
     let mut store = store(config).await?;
     if running.is_none() {
-        let mut source = Session::connect(&config.source, Purpose::Sql).await?;
+        let mut source = Session::control(&config.source).await?;
         let name = lease::capture_application_name(&config.job);
         lease::end_sessions(&mut source, &name, &[]).await?;
     }
@@ -187,13 +186,13 @@ async fn take(config: &JobConfig) -> Result<Lease> {
     if let Some(lease) = Lease::try_take_named(&config.target, &name).await? {
         return Ok(lease);
     }
-    let mut session = Session::connect(&config.target, Purpose::Sql).await?;
+    let mut session = Session::control(&config.target).await?;
     let pid = lease::holder_of(&mut session, &name).await?.unwrap_or_default();
     Err(Error::Busy { job: name, pid })
 }
 
 async fn store(config: &JobConfig) -> Result<Store> {
-    Ok(Store::new(Session::connect(&config.target, Purpose::Sql).await?, config.job.clone()))
+    Ok(Store::new(Session::control(&config.target).await?, config.job.clone()))
 }
 
 /// Starts reading once there is a slot, and anew where that was made anew.
@@ -222,7 +221,7 @@ async fn keep_reading(
 
 /// By what the job was planned with, whatever this process was given.
 async fn options(config: &JobConfig, store: &mut Store, row: &JobRow) -> Result<PipeOptions> {
-    let mut source = Session::connect(&config.source, Purpose::Sql).await?;
+    let mut source = Session::control(&config.source).await?;
     let selection = row.options.selection(&mut source).await?;
     pipe_options(config, store, &selection, Stream::Forward).await
 }

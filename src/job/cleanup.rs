@@ -16,7 +16,7 @@ use super::store::{JobRow, Store};
 use super::{Result, lease};
 use crate::cluster::shard;
 use crate::cutover::{self, fence};
-use crate::id::Stream;
+use crate::id::{JobName, Stream};
 use crate::pg::{Config, Purpose, Session};
 use crate::source::{publication, slot};
 use crate::{apply, schema};
@@ -39,8 +39,6 @@ const RELEASE_WAIT: Duration = Duration::from_secs(5);
 /// What a clean-up did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CleanedUp {
-    /// The phase the job ended in.
-    pub phase: Phase,
     /// What was dropped, one line each.
     pub dropped: Vec<String>,
     /// What was put into the recycle bin.
@@ -89,7 +87,7 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
     }
     // A build or a copy that was abandoned goes on in its server for a while, and keeps its locks.
     lease::end_predecessors(&mut store.session, &config.job, &[lease.process_id()]).await?;
-    let left = let_clients_go(config, &row).await?;
+    let mut left = let_clients_go(config, &row).await?;
     store.set_phase(phase).await?;
     if let Some(session) = &mut source {
         // A process that reads into a topic sees the phase, and does not come back.
@@ -103,21 +101,21 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
         if left_side == Some(Stream::Forward) {
             recycled = config.recycle(session).await?;
         }
-        drop_objects(session, &config.source, config, Stream::Forward, &mut dropped).await?;
+        drop_objects(session, &config.source, &config.job, Stream::Forward, &mut dropped).await?;
     }
     let home = &mut store.session;
     if left_side == Some(Stream::Reverse) {
         recycled = config.recycle(home).await?;
     }
-    drop_objects(home, &config.target, config, Stream::Reverse, &mut dropped).await?;
-    forget_routes(config, &row).await?;
+    drop_objects(home, &config.target, &config.job, Stream::Reverse, &mut dropped).await?;
+    forget_routes(config, &row, &mut left).await?;
     remove_spool(config, &row, &mut dropped).await?;
     if let Some(source) = &mut source {
-        drop_schema(source, config, &mut dropped, false).await?;
+        drop_schema(source, &config.job, &mut dropped, false).await?;
     }
     let keep = keep_history || forget_job(&mut store, config, keep_history).await? > 0;
-    drop_schema(&mut store.session, config, &mut dropped, keep).await?;
-    Ok(CleanedUp { phase, dropped, recycled, left })
+    drop_schema(&mut store.session, &config.job, &mut dropped, keep).await?;
+    Ok(CleanedUp { dropped, recycled, left })
 }
 
 /// Clients that a route still holds, as it could not be reached after the switch, are not waited
@@ -132,33 +130,34 @@ async fn let_clients_go(config: &JobConfig, row: &JobRow) -> Result<Vec<String>>
     for route in config.secrets.routes(&record.waiting())? {
         let tried = tokio::time::timeout(RELEASE_WAIT, route.release(&context)).await;
         if !matches!(tried, Ok(Ok(()))) {
-            left.push(format!("{route}: {}", route.by_hand(&context, true)));
+            let by_hand = route.by_hand(&context, true);
+            left.push(format!("clients may still be held by {route}: {by_hand}"));
         }
     }
     Ok(left)
 }
 
 /// What the side has of the streams: `reads` is the one that is read there.
-async fn drop_objects(
+pub(super) async fn drop_objects(
     session: &mut Session,
     side: &Config,
-    config: &JobConfig,
+    job: &JobName,
     reads: Stream,
     dropped: &mut Vec<String>,
 ) -> Result<()> {
-    let name = config.job.object(reads);
+    let name = job.object(reads);
     if slot::status(session, &name).await?.is_some() {
         dropped.push(format!("replication slot {name}"));
     }
     slot::drop(session, &name).await?;
-    schema::captured::remove(session, &config.job).await?;
-    schema::restore(session, config.job.as_str()).await?;
+    schema::captured::remove(session, job).await?;
+    schema::restore(session, job.as_str()).await?;
     // Takes as long as reading the tables.
     let mut validating = Session::connect(side, Purpose::Sql).await?;
-    schema::validate(&mut validating, config.job.as_str()).await?;
+    schema::validate(&mut validating, job.as_str()).await?;
     publication::drop(session, &name).await?;
-    apply::forget(session, &config.job.object(reads.opposite())).await?;
-    fence::remove(session, &config.job).await?;
+    apply::forget(session, &job.object(reads.opposite())).await?;
+    fence::remove(session, job).await?;
     Ok(())
 }
 
@@ -207,21 +206,36 @@ async fn remove_spool(config: &JobConfig, row: &JobRow, dropped: &mut Vec<String
     Ok(())
 }
 
-/// What a route kept to find its way back (a copy of a pgbouncer line) is not needed any more.
-async fn forget_routes(config: &JobConfig, row: &JobRow) -> Result<()> {
+/// What a route kept to find its way back (a copy of a pgbouncer line, a comment) is not needed any
+/// more. One that is gone keeps no job from its end.
+async fn forget_routes(config: &JobConfig, row: &JobRow, left: &mut Vec<String>) -> Result<()> {
     let Some(record) = &row.flip else { return Ok(()) };
     let context = context(config, stream_of(&record.flip));
+    let switched = matches!(row.phase, Phase::Switched | Phase::RolledBack | Phase::Finished);
     let routes = [&*record.routes, &*record.earlier_routes].concat();
     for route in config.secrets.routes(&routes)? {
-        route.forget(&context).await.map_err(cutover::Error::from)?;
+        if route.kind() == "citus" {
+            // What it keeps there is more than a note.
+            route.forget(&context).await.map_err(cutover::Error::from)?;
+            continue;
+        }
+        let why = match tokio::time::timeout(RELEASE_WAIT, route.forget(&context)).await {
+            Ok(Ok(())) => continue,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {} s", RELEASE_WAIT.as_secs()),
+        };
+        let by_hand = route.by_hand(&context, switched);
+        left.push(format!(
+            "{route} keeps what was noted there for the way back ({why}): {by_hand}"
+        ));
     }
     Ok(())
 }
 
 /// Drops schema walferry, or only this job's rows where other jobs use it too.
-async fn drop_schema(
+pub(super) async fn drop_schema(
     session: &mut Session,
-    config: &JobConfig,
+    job: &JobName,
     dropped: &mut Vec<String>,
     keep_history: bool,
 ) -> Result<()> {
@@ -237,8 +251,8 @@ async fn drop_schema(
         )
         .await?;
     if keep_history || others.parse::<i64>(0)? > 0 {
-        let canary = config.job.canary().quoted();
-        let captured = config.job.captured().quoted();
+        let canary = job.canary().quoted();
+        let captured = job.captured().quoted();
         let sql = format!(
             "set client_min_messages = error; drop table if exists {canary}, {captured}; \
              reset client_min_messages"
@@ -246,23 +260,24 @@ async fn drop_schema(
         session.execute(&sql).await?;
         return Ok(());
     }
-    let said =
-        if empty_or_drop(session).await? { "schema walferry" } else { "all in schema walferry" };
-    dropped.push(format!("{said} on {}", session.peer()));
+    if let Some(said) = empty_or_drop(session).await? {
+        dropped.push(format!("{said} on {}", session.peer()));
+    }
     Ok(())
 }
 
 /// A schema that an administrator made for a role that may make none stays, empty; it could not be
-/// made again. Nor does a table go that his publication shows. False if the schema stays.
-async fn empty_or_drop(session: &mut Session) -> Result<bool> {
+/// made again. Nor does a table go that his publication shows. Gives what went; `None` where there
+/// is no such schema.
+async fn empty_or_drop(session: &mut Session) -> Result<Option<&'static str>> {
     session.execute("set client_min_messages = error").await?;
     let sql = "select pg_catalog.obj_description(oid, 'pg_namespace') \
          is not distinct from 'made by walferry' \
          from pg_catalog.pg_namespace where nspname = 'walferry'";
-    let Some(row) = session.query_opt(sql, &[]).await? else { return Ok(true) };
+    let Some(row) = session.query_opt(sql, &[]).await? else { return Ok(None) };
     if row.bool(0)? {
         session.execute("drop schema walferry cascade").await?;
-        return Ok(true);
+        return Ok(Some("schema walferry"));
     }
     let ours = session
         .query(
@@ -279,5 +294,5 @@ async fn empty_or_drop(session: &mut Session) -> Result<bool> {
     for row in &ours {
         session.execute(row.str(0)?).await?;
     }
-    Ok(false)
+    Ok(Some("all in schema walferry"))
 }

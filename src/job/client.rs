@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::Result;
 use super::error::Error;
 use super::state::Phase;
 use super::store::{JobRow, Store};
+use super::{Gone, Result, lease};
 use crate::clock::Deadline;
 use crate::fault::{Fault, Faulty};
 use crate::id::JobName;
@@ -21,6 +21,16 @@ pub const STALE_SECONDS: u32 = 5;
 
 /// A home database that does not answer so simple a question by then is asked on a new connection.
 const HOME_SILENCE: Duration = Duration::from_secs(5);
+
+/// Between two looks at a command, and between two at the lease.
+const POLL: Duration = Duration::from_millis(25);
+const LEASE_LOOK: Duration = Duration::from_secs(1);
+
+/// A runner that begins anew after a fault is without the lease for two seconds and a little.
+const GONE_LOOKS: u32 = 5;
+
+/// How the messages end by which a runner tells that the same may be asked again.
+pub(super) const ASK_AGAIN: &str = "ask again";
 
 /// A command taken from the table.
 #[derive(Clone, Debug)]
@@ -33,19 +43,46 @@ pub struct Asked {
     pub args: Value,
 }
 
+/// Where a command is.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Asking {
+    /// Nobody has taken it yet.
+    Queued,
+    /// A runner is at it.
+    Taken,
+    /// Its outcome.
+    Done(Value),
+}
+
 /// The asking side.
 #[derive(Debug)]
 pub struct Client {
     session: Session,
     home: Config,
     job: JobName,
+    /// The command posted last.
+    last: Option<String>,
+    /// Do not wait for a runner that is gone.
+    told_of_loss: bool,
 }
 
 impl Client {
     /// Connects to the home database.
     pub async fn connect(home: &Config, job: &JobName) -> Result<Client> {
         let session = Session::control(home).await?;
-        Ok(Client { session, home: home.clone(), job: job.clone() })
+        Ok(Client {
+            session,
+            home: home.clone(),
+            job: job.clone(),
+            last: None,
+            told_of_loss: false,
+        })
+    }
+
+    /// From now on [`Client::wait`] gives up once nobody has had the job's lease for some seconds:
+    /// for whoever can run the job himself.
+    pub fn tell_of_loss(&mut self) {
+        self.told_of_loss = true;
     }
 
     /// Writes the command down and wakes the runner. Gives its id.
@@ -61,12 +98,15 @@ impl Client {
         self.session
             .query_params("select pg_catalog.pg_notify($1, '')", &[Some(&self.job.channel())])
             .await?;
-        Ok(row.string(0)?)
+        let id = row.string(0)?;
+        self.last = Some(id.clone());
+        Ok(id)
     }
 
-    /// The command's outcome, if it has one; keeps the row fresh otherwise. A home database that
-    /// is away for a while only delays the answer: what was asked may be done meanwhile.
-    pub async fn poll(&mut self, id: &str) -> Result<Option<Value>> {
+    /// Where the command is; keeps its row fresh. A home database that is away for a while only
+    /// delays the answer: what was asked may be done meanwhile. Errors: the runner's refusal; what
+    /// a person must mend.
+    pub async fn poll(&mut self, id: &str) -> Result<Asking> {
         let polled = tokio::time::timeout(HOME_SILENCE, self.poll_once(id)).await;
         match polled {
             Ok(Err(error)) if error.fault() == Fault::Retry => {}
@@ -76,10 +116,10 @@ impl Client {
         if let Ok(session) = Session::control(&self.home).await {
             self.session = session;
         }
-        Ok(None)
+        Ok(Asking::Taken)
     }
 
-    async fn poll_once(&mut self, id: &str) -> Result<Option<Value>> {
+    async fn poll_once(&mut self, id: &str) -> Result<Asking> {
         let row = self
             .session
             .query_opt(
@@ -88,30 +128,82 @@ impl Client {
                 &[Some(id)],
             )
             .await?;
-        let Some(row) = row else { return Ok(Some(Value::Null)) };
+        let Some(row) = row else { return Ok(Asking::Done(Value::Null)) };
         match row.str(0)? {
             "done" => {
                 let text = row.opt(1)?.unwrap_or("null");
-                serde_json::from_str(text).map(Some).map_err(|e| Error::State(e.to_string()))
+                let value = serde_json::from_str(text).map_err(|e| Error::State(e.to_string()))?;
+                Ok(Asking::Done(value))
             }
             "failed" => Err(Error::Remote(row.opt(2)?.unwrap_or("failed").to_string())),
-            _ => Ok(None),
+            "queued" => Ok(Asking::Queued),
+            _ => Ok(Asking::Taken),
         }
     }
 
-    /// Asks and waits up to `wait`.
+    /// Takes a command back that no runner has taken; false if one has.
+    pub async fn withdraw(&mut self, id: &str) -> Result<bool> {
+        let sql = "delete from walferry.command where id = $1 and state = 'queued' returning id";
+        Ok(self.session.query_opt(sql, &[Some(id)]).await?.is_some())
+    }
+
+    /// The same of the last one, by a new session: for a caller that stopped waiting in the middle
+    /// of a question.
+    pub async fn withdraw_last(&mut self) -> Result<bool> {
+        let Some(id) = self.last.clone() else { return Ok(false) };
+        self.session = Session::control(&self.home).await?;
+        self.withdraw(&id).await
+    }
+
+    /// Asks and waits up to `wait`, as [`Client::wait`] does.
     pub async fn ask(&mut self, verb: &str, args: &Value, wait: Duration) -> Result<Value> {
         let id = self.post(verb, args).await?;
-        let deadline = Deadline::after(wait);
+        match self.wait(&id, verb, Deadline::after(wait)).await? {
+            Some(value) => Ok(value),
+            None => Err(self.no_answer(verb, wait).await),
+        }
+    }
+
+    /// Waits for a command's outcome, `None` if there is none by then. Errors:
+    /// [`Gone::Runner`], see [`Client::tell_of_loss`].
+    pub async fn wait(
+        &mut self,
+        id: &str,
+        verb: &str,
+        deadline: Deadline,
+    ) -> Result<Option<Value>> {
+        let (mut look, mut gone) = (Deadline::after(LEASE_LOOK), 0);
         loop {
-            if let Some(result) = self.poll(&id).await? {
-                return Ok(result);
+            if let Asking::Done(value) = self.poll(id).await? {
+                return Ok(Some(value));
             }
             if deadline.passed() {
-                return Err(Error::NoAnswer { verb: verb.to_string(), wait });
+                return Ok(None);
             }
-            tokio::time::sleep(Duration::from_millis(25)).await;
+            if self.told_of_loss && look.passed() {
+                look = Deadline::after(LEASE_LOOK);
+                // A home database that cannot say is away, and not the runner.
+                let held = !matches!(lease::holder(&mut self.session, &self.job).await, Ok(None));
+                gone = if held { 0 } else { gone + 1 };
+                if gone >= GONE_LOOKS {
+                    return Err(Gone::Runner { verb: verb.to_string() }.into());
+                }
+            }
+            tokio::time::sleep(POLL).await;
         }
+    }
+
+    /// The error for a command that had no answer in time.
+    pub async fn no_answer(&mut self, verb: &str, wait: Duration) -> Error {
+        let pid = lease::holder(&mut self.session, &self.job).await.ok().flatten();
+        Error::NoAnswer { verb: verb.to_string(), wait, pid: pid.unwrap_or_default() }
+    }
+
+    /// What keeps the runner from its work, if something does.
+    pub async fn trouble(&mut self) -> Option<String> {
+        let sql = "select error from walferry.job where name = $1";
+        let row = self.session.query_opt(sql, &[Some(self.job.as_str())]).await.ok()??;
+        row.opt(0).ok()?.map(str::to_string)
     }
 
     /// The session, for questions about the same home database.
@@ -206,7 +298,7 @@ pub(super) async fn settle(store: &mut Store, row: &JobRow, own: Option<&str>) -
             )),
             None => Err(format!(
                 "the runner ended while it was at `{}`, and what it had begun has been undone; the \
-                 job is in {}: ask again",
+                 job is in {}: {ASK_AGAIN}",
                 command.str(1)?,
                 row.phase
             )),
@@ -228,4 +320,28 @@ pub async fn asker_gone(session: &mut Session, id: &str) -> Result<bool> {
         )
         .await?;
     Ok(row.is_none())
+}
+
+/// Ready once the asker of a command is gone; asked over a session of its own. After a time in
+/// which the home database answered nobody, its asker gets the time to say that it is there.
+pub(super) async fn until_gone(home: &Config, id: &str) {
+    let (mut session, mut gone) = (None, 0);
+    while gone < 3 {
+        tokio::time::sleep(LEASE_LOOK).await;
+        let mut asking = match session.take() {
+            Some(session) => session,
+            None => match Session::control(home).await {
+                Ok(session) => session,
+                Err(_) => continue,
+            },
+        };
+        match asker_gone(&mut asking, id).await {
+            Ok(is_gone) => {
+                gone = if is_gone { gone + 1 } else { 0 };
+                session = Some(asking);
+            }
+            // A home database that cannot say is away; the runner notices that by itself.
+            Err(_) => gone = 0,
+        }
+    }
 }

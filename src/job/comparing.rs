@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::client::Client;
 use super::store::Store;
-use super::{Error, JobConfig, Phase, Result, align, rest, state};
+use super::{JobConfig, Result, align, rest, state};
 use crate::id::{QualifiedName, Stream};
 use crate::large;
 use crate::pg::{Config, Purpose, Session};
@@ -90,20 +90,11 @@ async fn line(
     })
 }
 
-/// The stream that keeps the other side current in this phase.
-pub async fn flowing(config: &JobConfig) -> Result<Stream> {
+/// The stream that keeps the other side current now.
+async fn flowing(config: &JobConfig) -> Result<Stream> {
     let home = Session::control(&config.target).await?;
-    let row = Store::new(home, config.job.clone()).load().await?;
-    let phase = row.map_or(Phase::Planned, |row| row.phase);
-    match phase {
-        Phase::CatchingUp | Phase::Following | Phase::RolledBack => Ok(Stream::Forward),
-        Phase::Switched => Ok(Stream::Reverse),
-        phase => Err(Error::Refused(state::Refused {
-            phase,
-            asked: "verify",
-            why: "it compares two sides that a stream keeps level; wait for following",
-        })),
-    }
+    let row = Store::new(home, config.job.clone()).load_existing().await?;
+    Ok(state::flowing(row.phase)?)
 }
 
 /// Large objects, if they move. They are carried at a switch and not while following, so what the

@@ -10,7 +10,7 @@ use super::lease::{self, Lease};
 use super::run::{JobConfig, Notice, Report};
 use super::state::{Phase, step};
 use super::store::Store;
-use super::{Error, Result};
+use super::{Gone, Result};
 use crate::clock::Deadline;
 use crate::pg::Session;
 
@@ -28,11 +28,15 @@ pub async fn end(config: &JobConfig, ending: Ending, report: &Report) -> Result<
     clean_up(config, ending, &lease).await
 }
 
+/// A runner hears of it within a second or two, and the lease of one whose host is gone ends after
+/// half a minute.
+const STOP_WAIT: Duration = Duration::from_secs(60);
+
 /// Takes the job's lease, from whoever runs it: that runner is asked to stop, a minute at most.
 pub async fn take_lease(config: &JobConfig, report: &Report) -> Result<Lease> {
     let mut named = config.clone();
     named.target = named.target.with_application_name(&lease::application_name(&config.job));
-    let deadline = Deadline::after(Duration::from_secs(60));
+    let deadline = Deadline::after(STOP_WAIT);
     let mut client = Client::connect(&config.target, &config.job).await?;
     let mut asked: Option<String> = None;
     loop {
@@ -49,7 +53,7 @@ pub async fn take_lease(config: &JobConfig, report: &Report) -> Result<Lease> {
         }
         if deadline.passed() {
             let pid = lease::holder(client.session(), &config.job).await?.unwrap_or_default();
-            return Err(Error::Busy { job: config.job.to_string(), pid });
+            return Err(Gone::Unstopped { wait: STOP_WAIT, pid }.into());
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }

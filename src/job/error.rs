@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
+use super::gone::{Gone, hung};
 use super::state::Refused;
 use crate::buffer::{durable, spool};
 use crate::fault::{Fault, Faulty};
 use crate::id::{QualifiedName, quote_ident};
 use crate::lsn::Lsn;
-use crate::{apply, catalog, cluster, copy, cutover, large, pg, schema, source, verify};
+use crate::{apply, catalog, cluster, copy, cutover, large, pg, route, schema, source, verify};
 
 /// Why a job, or a command to it, did not go on.
 #[derive(Debug, thiserror::Error)]
@@ -418,8 +419,9 @@ pub enum Error {
         "a switch that was begun cannot be {todo} yet: {cause}. It is tried again every few \
          seconds. A password is not stored: give WALFERRY_ROUTE_PASSWORD, a line in ~/.pgpass, or \
          --route to `walferry run`. If the route is gone for good, \
-         `walferry run --skip-route KIND` (hook or pgbouncer) goes on without it and says what to \
-         do by hand"
+         `walferry run --skip-route KIND` (KIND is {}) goes on without it and says what to do by \
+         hand",
+        route::KINDS
     )]
     RouteWaits {
         /// `undone`, or `finished` and what that means.
@@ -437,13 +439,21 @@ pub enum Error {
         detail: String,
     },
     /// A runner did not answer a command.
-    #[error("the runner did not answer `{verb}` within {wait:?}; walferry status shows its state")]
+    #[error(
+        "the runner did not answer `{verb}` within {wait:?}; walferry status shows its state.{}",
+        hung(pid)
+    )]
     NoAnswer {
         /// The command.
         verb: String,
         /// How long was waited.
         wait: Duration,
+        /// The backend that holds the lease; empty if none does.
+        pid: String,
     },
+    /// A runner, an asker or a server that is gone, or is said to be.
+    #[error(transparent)]
+    Gone(#[from] Gone),
     /// A command failed in the runner, which said why.
     #[error("{0}")]
     Remote(String),

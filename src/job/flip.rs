@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::ability::Ability;
 use super::check::Finding;
 use super::left::outcome_value;
+use super::pipeline::Pipe;
 use super::prepare::publish;
 use super::rest::{Refresh, Unlogged};
 use super::routes::Late;
@@ -222,7 +223,7 @@ impl Runner {
             }
             Err(error) => {
                 self.renew_home().await?;
-                let error = self.because_of_reverse(error);
+                let error = self.because_of_streams(error).await;
                 if let Some(record) = self.row().await?.flip
                     && self.switch_had_begun(&record).await?
                 {
@@ -237,7 +238,7 @@ impl Runner {
     }
 
     /// A step that was cut off leaves the home session in the middle of an answer.
-    async fn renew_home(&mut self) -> Result<()> {
+    pub(super) async fn renew_home(&mut self) -> Result<()> {
         let asked = tokio::time::timeout(HOME_WAIT, self.store.session.query("select 1"));
         if matches!(asked.await, Ok(Ok(_))) {
             return Ok(());
@@ -247,11 +248,21 @@ impl Runner {
         Ok(())
     }
 
-    /// A canary that does not come back says only that; the stream knows why.
-    fn because_of_reverse(&self, error: Error) -> Error {
-        let fatal = self.reverse.as_ref().and_then(super::pipeline::Pipe::fatal);
-        match (error, fatal) {
-            (Error::Cutover(cause @ cutover::Error::Canary { .. }), Some(message)) => {
+    /// A canary that does not come back, and a stream that gives no more positions, say only that;
+    /// the stream knows why.
+    pub(super) async fn because_of_streams(&self, error: Error) -> Error {
+        let fatal = |pipe: &Option<Pipe>| pipe.as_ref().and_then(Pipe::fatal);
+        let message = match &error {
+            Error::Cutover(cutover::Error::Canary { .. }) => fatal(&self.reverse),
+            Error::Cutover(cutover::Error::StreamStopped) => {
+                // It is said just after the last position.
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                fatal(&self.forward).or_else(|| fatal(&self.reverse))
+            }
+            _ => None,
+        };
+        match (error, message) {
+            (Error::Cutover(cause), Some(message)) => {
                 cutover::Error::Broken { cause: cause.to_string(), message }.into()
             }
             (error, _) => error,

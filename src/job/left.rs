@@ -9,7 +9,8 @@ use super::rest::{Refresh, Unlogged};
 use super::run::Runner;
 use crate::cutover::{self, Plan};
 use crate::id::Stream;
-use crate::pg::{Purpose, Session};
+use crate::limit::CATALOG_WAIT;
+use crate::pg::Session;
 
 impl Runner {
     /// What the flip does not carry: as check lists it, but for what is done about.
@@ -18,7 +19,7 @@ impl Runner {
         plan: &Plan,
         request: &FlipRequest,
     ) -> Result<Vec<Finding>> {
-        let mut live = Session::connect(&plan.live, Purpose::Sql).await?;
+        let mut live = Session::control(&plan.live).await?.with_patience(CATALOG_WAIT);
         let side = match plan.flip {
             Stream::Forward => check::Side::Source,
             Stream::Reverse => check::Side::Target,

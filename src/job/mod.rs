@@ -11,13 +11,15 @@
 //!   `spooling`: one through a spool. `attend`: what a runner does while it follows: commands,
 //!   `positions`. `vigil`: the lease, and servers that fall silent. `flip`: arming the way back,
 //!   and the choreography with its journal; `routes`: its routes, and those that are gone.
-//!   `cleanup`: finish and cancel; `recycle`: where the old side's tables go.
+//!   `cleanup`: finish and cancel; `recycle`: where the old side's tables go; `remains`: cleaning
+//!   one side where the other is gone.
 //! - `ability`: what the roles may do, and so how each side is written. `alone`: tables without the
 //!   rest of their database. `reading`: how each side is read; `published`: by which publication of
 //!   others. `heartbeat`: lag while nobody writes. `validating`: foreign keys that came back at a
 //!   switch. `rest`: what no stream carries. `left`: what is left behind at a flip.
 //! - `altering`: tables that are altered meanwhile. `quarantine`: what is kept aside, and what
 //!   becomes of it.
+//! - `gone`: what is said of runners and servers that are.
 //! - `client`: commands from other processes; `ask`: the same, with a runner of one's own where
 //!   none is alive; `ending`: finish and cancel, whoever runs the job. `align`: both sides held at
 //!   one point; `comparing`: and compared there. `status`: what people and scripts see.
@@ -46,6 +48,7 @@ mod ddl;
 pub mod ending;
 pub mod error;
 mod flip;
+mod gone;
 pub mod heartbeat;
 pub mod lease;
 mod left;
@@ -59,6 +62,7 @@ mod published;
 pub mod quarantine;
 pub mod reading;
 pub mod recycle;
+pub mod remains;
 pub mod rest;
 pub mod routes;
 pub mod run;
@@ -74,6 +78,7 @@ pub use config::JobConfig;
 pub use copying::Bulk;
 pub use error::Error;
 pub use flip::FlipRequest;
+pub use gone::Gone;
 pub use run::{Notice, Runner, Until};
 pub use state::Phase;
 

@@ -13,7 +13,7 @@ use crate::buffer::durable::Durable;
 use crate::buffer::kafka;
 use crate::buffer::spool::{self, Coverage, Identity, Spool};
 use crate::lsn::Lsn;
-use crate::pg::{Purpose, Session};
+use crate::pg::Session;
 use crate::source::slot;
 
 /// Which ends of a stream are in this process.
@@ -51,9 +51,9 @@ pub(super) async fn open_once(
     if wanted.half == Half::Apply {
         return Ok((wanted.open_to_read(options, identity)?, Lsn::ZERO));
     }
-    let mut to = Session::connect(&options.to, Purpose::Sql).await?;
+    let mut to = Session::control(&options.to).await?;
     let progress_lsn = apply::durable_progress(&mut to, &name).await?;
-    let mut from = Session::connect(&options.from, Purpose::Sql).await?;
+    let mut from = Session::control(&options.from).await?;
     let status = slot::status(&mut from, &name).await?;
     let confirmed_lsn = status.and_then(|s| s.confirmed_flush_lsn).unwrap_or(Lsn::ZERO);
     let (asked, options) = (wanted.clone(), options.clone());
@@ -197,9 +197,9 @@ fn no_kafka(stream: crate::id::Stream) -> Error {
 /// Nobody else looks whether what is missing from a topic is still with the source.
 pub(super) async fn not_lost(options: &PipeOptions, wanted: &SpoolOptions) -> Result<()> {
     let name = options.job.object(options.stream);
-    let mut to = Session::connect(&options.to, Purpose::Sql).await?;
+    let mut to = Session::control(&options.to).await?;
     let progress_lsn = apply::durable_progress(&mut to, &name).await?;
-    let mut from = Session::connect(&options.from, Purpose::Sql).await?;
+    let mut from = Session::control(&options.from).await?;
     let status = slot::status(&mut from, &name).await?;
     let confirmed_lsn = status.and_then(|s| s.confirmed_flush_lsn).unwrap_or(Lsn::ZERO);
     if confirmed_lsn <= progress_lsn {

@@ -228,7 +228,8 @@ impl Pipe {
                 None => supervise(&options, ends).await,
             };
             if let Err(error) = outcome {
-                tracing::error!(stream = %options.stream, %error, "stream stopped");
+                // Told by whoever looks after the stream.
+                tracing::info!(stream = %options.stream, %error, "stream stopped");
                 let _ = fatal_tx.send(Some(error.to_string()));
             }
         }));

@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::Result;
 use super::store::Store;
 use crate::id::Stream;
+use crate::lsn::Lsn;
 
 /// Positions of one stream, as stored for status.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -38,6 +39,14 @@ pub struct StreamRow {
     pub retained_bytes: Option<i64>,
     /// Row changes written since the stream was opened, those of an open transaction included.
     pub rows_written: Option<i64>,
+}
+
+impl StreamRow {
+    /// Bytes of WAL from `applied_lsn` to the writing side's end, if both are known.
+    pub(super) fn behind(&self, end_lsn: Option<Lsn>) -> Option<i64> {
+        let applied_lsn = self.applied_lsn.as_deref()?.parse::<Lsn>().ok()?;
+        Some(end_lsn?.bytes_since(applied_lsn) as i64)
+    }
 }
 
 impl Store {

@@ -15,7 +15,7 @@ use super::store::Store;
 use super::{Error, Result};
 use crate::catalog::{Publication, Table};
 use crate::id::{QualifiedName, Stream, quote_ident};
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{Config, Session};
 use crate::source::publication;
 
 /// As it is now. Error: `NoPublication`.
@@ -111,7 +111,7 @@ pub(super) async fn unpublished(
     name: &str,
     tables: &[Table],
 ) -> Result<Vec<QualifiedName>> {
-    let mut session = Session::connect(side, Purpose::Sql).await?;
+    let mut session = Session::control(side).await?;
     let publication = read(&mut session, name).await?;
     Ok(publication.missing(tables).into_iter().map(|table| table.name.clone()).collect())
 }
@@ -124,7 +124,7 @@ pub(super) async fn unchanged(
     report: &Report,
 ) -> Result<Option<Publication>> {
     let Some(kept) = store.load_readings().await?.publication else { return Ok(None) };
-    let mut source = Session::connect(&config.source, Purpose::Sql).await?;
+    let mut source = Session::control(&config.source).await?;
     let now = read(&mut source, &kept.name).await?;
     let changes = now.changes(&kept);
     if !changes.is_empty() {

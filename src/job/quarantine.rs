@@ -120,7 +120,11 @@ pub async fn retry(
         let of = |table: &Parked| now.iter().find(|parked| parked.name == table.name);
         let waiting = tried.iter().any(|(table, _)| of(table).is_some_and(|parked| parked.asked));
         if waiting && deadline.passed() {
-            return Err(Error::NoAnswer { verb: "quarantine".to_string(), wait });
+            return Err(Error::NoAnswer {
+                verb: "quarantine".to_string(),
+                wait,
+                pid: String::new(),
+            });
         }
         if waiting {
             tokio::time::sleep(POLL).await;

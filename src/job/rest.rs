@@ -229,11 +229,17 @@ impl Runner {
         if !self.begin_large_objects().await? {
             return Ok(Rest { large: None, unlogged });
         }
-        let took = match request.dry_run {
-            true => self.look_for_large_objects(flip).await?,
-            false => self.level_large_objects(flip).await?.0,
+        let looking = async {
+            match request.dry_run {
+                true => self.look_for_large_objects(flip).await,
+                false => Ok(self.level_large_objects(flip).await?.0),
+            }
         };
-        if took > max_hold / 2 {
+        // What is cut short here is gone on with by the next attempt.
+        let limit = max_hold / 2;
+        let took = tokio::time::timeout(limit, looking).await.unwrap_or(Ok(limit))?;
+        if took >= limit {
+            self.renew_home().await?;
             return Err(cutover::Error::LargeSlow { took, max_hold }.into());
         }
         let since = self.mark(side_of(flip)).await?;
@@ -278,7 +284,7 @@ impl Runner {
         }
         let names: Vec<String> = tables.iter().map(|table| table.name.to_string()).collect();
         if request.unlogged == Unlogged::Refuse {
-            let mut session = Session::connect(&live, Purpose::Sql).await?;
+            let mut session = Session::control(&live).await?;
             let mut filled = Vec::new();
             for table in &tables {
                 let sql = format!("select 1 from only {} limit 1", table.name.quoted());

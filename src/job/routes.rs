@@ -13,7 +13,7 @@
 //! not live is sealed against whoever it might lead there after all, and what is to be done by hand
 //! is said. After the point of no return only its release is waited for, in phase `switched`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -22,19 +22,26 @@ use super::run::{JobConfig, Notice, Runner};
 use super::state::{Command, Event, Phase};
 use super::store::{FlipRecord, Store};
 use super::{Error, Result};
-use crate::clock::Deadline;
-use crate::cutover;
+use crate::clock::{Backoff, Deadline};
+use crate::cutover::{self, FenceKind, Rules};
 use crate::fault::{Fault, Faulty};
 use crate::id::Stream;
-use crate::pg::Witness;
+use crate::pg::{Config, Witness};
 use crate::route::{self, Route};
 use crate::secret::{ExposeSecret, LetterBox, SecretString, seal};
 
-/// Between two tries of a route that could not be reached.
+/// Between two tries of a route that could not be reached. Clients of a pooler wait meanwhile.
 const AGAIN: Duration = Duration::from_secs(2);
+
+/// A hook is a program of somebody's, which may do more than look: one that fails is called again
+/// after [`AGAIN`], then after twice as long each time, up to this.
+const HOOK_AGAIN_MAX: Duration = Duration::from_secs(60);
 
 /// What a route that was given up may still take.
 const SKIPPED_WAIT: Duration = Duration::from_secs(3);
+
+/// [`Runner::lead`] is for [`Runner::lead_or_wait`] alone.
+const NOT_LED: &str = "routes are led outside of a flip";
 
 /// Passwords of routes, as far as this process knows them. Never stored; clones share them.
 #[derive(Clone, Debug, Default)]
@@ -146,21 +153,75 @@ pub(super) struct Late {
     command: Command,
     /// When it is tried again.
     again: Deadline,
-    /// Why it was not done.
+    /// When hooks are called again that failed, unless nothing else is waited for.
+    hooks: Deadline,
+    pace: Backoff,
+    /// Routes that have done their part; they are not asked again.
+    led: HashSet<String>,
+    /// Why it was not done; empty before the first try.
     pub said: String,
 }
 
+/// How the live side of a flip is opened again.
+struct Undoing {
+    live: Config,
+    fence: FenceKind,
+    rules: Rules,
+}
+
 impl Late {
+    fn new(command: Command) -> Late {
+        let now = Deadline::after(Duration::ZERO);
+        let (led, said) = (HashSet::new(), String::new());
+        Late {
+            command,
+            again: now,
+            hooks: now,
+            pace: Backoff::new(AGAIN, HOOK_AGAIN_MAX),
+            led,
+            said,
+        }
+    }
+
     /// To be tried at once.
     pub fn release() -> Late {
-        let again = Deadline::after(Duration::ZERO);
-        Late { command: Command::ReleaseClients, again, said: String::new() }
+        Late::new(Command::ReleaseClients)
     }
 
     /// The job cannot leave the phase before it is done.
     pub fn keeps_phase(&self) -> bool {
         self.command == Command::UndoFlip
     }
+
+    /// Something was said to the runner: it may be that a route was given up.
+    pub fn hurry(&mut self) {
+        self.again = Deadline::after(Duration::ZERO);
+    }
+
+    /// Those of the routes that have not done their part, and those of them to be asked now.
+    fn due(&self, waiting: &[String]) -> (Vec<String>, Vec<String>) {
+        let pending = waiting.iter().filter(|route| !self.led.contains(*route));
+        let pending: Vec<String> = pending.cloned().collect();
+        let others: Vec<String> = pending.iter().filter(|route| !is_hook(route)).cloned().collect();
+        let all = others.is_empty() || self.hooks.passed();
+        (pending.clone(), if all { pending } else { others })
+    }
+
+    /// A try failed for which `tried` were asked.
+    fn failed(&mut self, tried: &[String]) {
+        let failed = |route: &&String| !self.led.contains(*route);
+        let (hooks, others): (Vec<&String>, Vec<&String>) =
+            tried.iter().filter(failed).partition(|route| is_hook(route));
+        if !hooks.is_empty() {
+            self.hooks = Deadline::after(self.pace.step());
+        }
+        let alone = others.is_empty() && !hooks.is_empty();
+        self.again = if alone { self.hooks } else { Deadline::after(AGAIN) };
+    }
+}
+
+fn is_hook(route: &str) -> bool {
+    route.starts_with("hook:")
 }
 
 impl Runner {
@@ -181,12 +242,15 @@ impl Runner {
 
     /// Undoes a flip, or lets clients through, or remembers that it has still to be done.
     pub(super) async fn lead_or_wait(&mut self, command: Command) -> Result<Option<Event>> {
+        if self.late.as_ref().is_none_or(|late| late.command != command) {
+            self.late = Some(Late::new(command));
+        }
         let _ = self.flying.send_replace(true);
         let outcome = self.lead_clients(command).await;
         let _ = self.flying.send_replace(false);
         match outcome {
             Ok(event) => {
-                if self.late.take().is_some() {
+                if self.late.take().is_some_and(|late| !late.said.is_empty()) {
                     self.store.set_error(None).await?;
                 }
                 Ok(event)
@@ -197,10 +261,44 @@ impl Runner {
                 let said = Error::RouteWaits { todo, cause: error.to_string() }.to_string();
                 self.say(Notice::Trouble(said.clone()));
                 self.store.set_error(Some(&said)).await?;
-                self.late = Some(Late { command, again: Deadline::after(AGAIN), said });
+                if let Some(late) = &mut self.late {
+                    late.said = said;
+                    if late.again.passed() {
+                        late.again = Deadline::after(AGAIN);
+                    }
+                }
                 Ok(None)
             }
             Err(error) => Err(error),
+        }
+    }
+
+    /// Asks the routes of a flip until all have done their part, or one has not: to lead clients
+    /// back where `undoing` says how the live side is opened, to let them through otherwise. Those
+    /// that have are remembered.
+    async fn lead(&mut self, record: &FlipRecord, undoing: Option<&Undoing>) -> Result<()> {
+        let context = context(&self.config, stream_of(&record.flip));
+        let waiting = record.waiting();
+        loop {
+            let late = self.late.as_ref().ok_or_else(|| Error::State(NOT_LED.to_string()))?;
+            let (_, due) = late.due(&waiting);
+            let (routes, mut led) = (self.config.secrets.routes(&due)?, Vec::new());
+            let outcome = match undoing {
+                Some(Undoing { live, fence, rules }) => {
+                    let led = |place| led.push(place);
+                    cutover::undo(live, *fence, &routes, &context, rules, led).await
+                }
+                None => cutover::release(&routes, &context, |place| led.push(place)).await,
+            };
+            let Some(late) = &mut self.late else { return Ok(outcome?) };
+            late.led.extend(led.into_iter().filter_map(|place| due.get(place).cloned()));
+            if outcome.is_err() {
+                late.failed(&due);
+            }
+            outcome?;
+            if late.due(&waiting).0.is_empty() {
+                return Ok(());
+            }
         }
     }
 
@@ -221,18 +319,17 @@ impl Runner {
         let Some(record) = row.flip else {
             return Ok(Event::FlipUndone(Phase::Following));
         };
-        if self.late.is_none() {
+        if self.late.as_ref().is_none_or(|late| late.said.is_empty()) {
             self.say(Notice::Said(format!("undoing the {} flip that was cut short", record.flip)));
         }
         let flip = stream_of(&record.flip);
         let rules = self.rules(flip).await?;
         let live = match flip {
-            Stream::Forward => &self.config.source,
-            Stream::Reverse => &self.config.target,
+            Stream::Forward => self.config.source.clone(),
+            Stream::Reverse => self.config.target.clone(),
         };
-        let routes = self.config.secrets.routes(&record.waiting())?;
-        let fence = record.fence.parse()?;
-        cutover::undo(live, fence, &routes, &context(&self.config, flip), &rules).await?;
+        let undoing = Undoing { live, fence: record.fence.parse()?, rules };
+        self.lead(&record, Some(&undoing)).await?;
         self.leave_skipped(&record, flip).await?;
         if self.switch_had_begun(&record).await? {
             self.bring_home(flip).await?;
@@ -280,8 +377,7 @@ impl Runner {
             return Ok(None);
         };
         let context = context(&self.config, stream_of(&record.flip));
-        let routes = self.config.secrets.routes(&record.waiting())?;
-        cutover::release(&routes, &context).await?;
+        self.lead(&record, None).await?;
         for route in self.config.secrets.routes(&record.skipped)? {
             let tried = tokio::time::timeout(SKIPPED_WAIT, route.release(&context)).await;
             if !matches!(tried, Ok(Ok(()))) {
@@ -326,6 +422,9 @@ pub async fn skip(store: &mut Store, config: &JobConfig, wanted: &str) -> Result
         });
     }
     store.set_skipped(&record).await?;
+    // A runner that waits for them need not wait until it would ask them again.
+    let channel = config.job.channel();
+    store.session.query_params("select pg_catalog.pg_notify($1, '')", &[Some(&channel)]).await?;
     Ok(by_hand)
 }
 
@@ -337,6 +436,36 @@ fn kind_of(wanted: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_hook_that_fails_is_asked_ever_less_often_and_keeps_nobody_else_waiting() {
+        let [hook, pooler, router] =
+            ["hook:true", "pgbouncer:postgres://h:1/,/p.ini,a", "fdw:postgres://h/d,s"]
+                .map(String::from);
+        let waiting = [hook.clone(), pooler.clone(), router.clone()];
+        let mut late = Late::new(Command::UndoFlip);
+        assert_eq!(late.due(&waiting).1, waiting);
+        // One that has done its part is not asked again, and one that has not soon.
+        late.led.insert(router);
+        late.failed(&waiting);
+        assert!(late.again.left() <= AGAIN && !late.again.passed());
+        assert_eq!(late.due(&waiting), (vec![hook.clone(), pooler.clone()], vec![pooler.clone()]));
+        late.hurry();
+        assert!(late.again.passed());
+        // Alone it is asked when something is said, and by itself at its own pace.
+        late.led.insert(pooler);
+        let mut waits = Vec::new();
+        for _ in 0..8 {
+            let (pending, due) = late.due(&waiting);
+            assert_eq!((&pending, &due), (&vec![hook.clone()], &vec![hook.clone()]));
+            late.failed(&due);
+            waits.push(late.again.left());
+        }
+        assert!(waits[0] > AGAIN && waits[7] > HOOK_AGAIN_MAX.mul_f64(0.7), "{waits:?}");
+        assert!(waits[7] < HOOK_AGAIN_MAX.mul_f64(1.3), "{waits:?}");
+        late.led.insert(hook);
+        assert!(late.due(&waiting).0.is_empty());
+    }
 
     #[test]
     fn a_letter_carries_the_passwords_of_its_routes_and_nothing_else() {

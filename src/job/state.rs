@@ -212,6 +212,33 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
     })
 }
 
+/// Whether a flip may be asked of a job that is found in `phase`. Phases that a runner is about to
+/// leave are left to it.
+pub fn may_flip(phase: Phase, flip: Stream) -> Result<(), Refused> {
+    match phase {
+        Phase::CatchingUp | Phase::CuttingOver => Ok(()),
+        phase => step(phase, Event::FlipAsked(flip)).map(|_| ()),
+    }
+}
+
+/// The stream that keeps the other side current in `phase`, which is what a comparison needs.
+pub fn flowing(phase: Phase) -> Result<Stream, Refused> {
+    let why = match phase {
+        Phase::CatchingUp | Phase::Following | Phase::RolledBack => return Ok(Stream::Forward),
+        Phase::Switched => return Ok(Stream::Reverse),
+        Phase::CuttingOver => {
+            "a switch has been begun and has to be ended or undone first, which `walferry run` \
+             does; then ask again"
+        }
+        Phase::Finished | Phase::Canceled => "the job has ended, and no stream keeps both level",
+        _ => {
+            "it compares two sides that a stream keeps level; wait until `walferry run` is at \
+             following"
+        }
+    };
+    Err(Refused { phase, asked: "verify", why })
+}
+
 /// What leads out of the phase `cutting_over`.
 const NOT_UNDONE: &str = "a switch has been begun and has to be undone first: `walferry run` does \
     that, once both servers and every route of it can be reached (--skip-route leaves out one that \
@@ -356,6 +383,16 @@ mod tests {
                     prop_assert_eq!(phase, next);
                 }
                 phase = next;
+            }
+        }
+
+        /// What is refused before a runner is asked, a runner would refuse as well.
+        #[test]
+        fn what_is_refused_in_advance_would_be_refused(index in 0_usize..11) {
+            let phase = NAMES[index].0;
+            for flip in [Stream::Forward, Stream::Reverse] {
+                let (early, late) = (may_flip(phase, flip), step(phase, Event::FlipAsked(flip)));
+                prop_assert!(early.is_ok() || early.err() == late.err());
             }
         }
 

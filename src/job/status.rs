@@ -142,24 +142,24 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
     let flipped = matches!(row.phase, Phase::Switched | Phase::RolledBack);
     let held_clients = row.phase == Phase::CuttingOver || (flipped && unreleased);
     let open = !matches!(row.phase, Phase::Finished | Phase::Canceled);
+    let (name, spooled) = (job.object(Stream::Forward), row.spool.is_some());
     if runner.is_none() && open {
         let fresh = ask(&mut source, async |session: &mut Session| {
             let mut fresh = positions.clone();
-            refresh(job, Stream::Forward, session, &mut fresh).await?;
+            refresh(&name, spooled, session, &mut fresh).await?;
             Ok(fresh)
         });
         positions = fresh.await.unwrap_or(positions);
     }
-    let name = job.object(Stream::Forward);
     let tables = tables(&mut store.session, job.as_str(), &name).await?;
     let parked = parked::parked(&mut store.session, &name).await?;
     let forward_fallbacks = fallbacks(&mut store.session, &name).await?;
     let reverse = if row.armed {
         let mut positions = store.load_stream(Stream::Reverse).await?.unwrap_or_default();
-        if runner.is_none() && open {
-            refresh(job, Stream::Reverse, &mut store.session, &mut positions).await?;
-        }
         let name = job.object(Stream::Reverse);
+        if runner.is_none() && open {
+            refresh(&name, spooled, &mut store.session, &mut positions).await?;
+        }
         let counted = ask(&mut source, async |source: &mut Session| {
             Ok((counters(source, &name).await?, fallbacks(source, &name).await?))
         });
@@ -211,14 +211,16 @@ async fn ask<T>(
     }
 }
 
-/// Without a runner: what the slot was told, and how far the side's WAL has gone since.
+/// Without a runner: what the slot was told, and how far the side's WAL has gone since. A slot that
+/// is told what is applied knows more than what was stored last; one that is told what is spooled
+/// knows nothing of the other side.
 async fn refresh(
-    job: &JobName,
-    stream: Stream,
+    name: &str,
+    spooled: bool,
     session: &mut Session,
     positions: &mut StreamRow,
 ) -> Result<()> {
-    let Some(status) = slot::status(session, &job.object(stream)).await? else {
+    let Some(status) = slot::status(session, name).await? else {
         return Ok(());
     };
     let row = session.query_one("select pg_catalog.pg_current_wal_insert_lsn()", &[]).await?;
@@ -227,7 +229,8 @@ async fn refresh(
     positions.confirmed_lsn = Some(confirmed_lsn.to_string());
     positions.retained_bytes = Some(status.retained_bytes as i64);
     let applied = positions.applied_lsn.as_deref().and_then(|l| l.parse().ok());
-    let applied_lsn = applied.unwrap_or(confirmed_lsn).max(confirmed_lsn);
+    let told_lsn = if spooled { Lsn::ZERO } else { confirmed_lsn };
+    let applied_lsn = applied.unwrap_or(confirmed_lsn).max(told_lsn);
     positions.lag_bytes = Some(end_lsn.bytes_since(applied_lsn) as i64);
     Ok(())
 }

@@ -22,8 +22,9 @@ use crate::buffer::spool::Spill;
 use crate::catalog::{Selection, tables};
 use crate::copy;
 use crate::id::{QualifiedName, Stream};
+use crate::limit::CATALOG_WAIT;
 use crate::lsn::Lsn;
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{Config, Session};
 
 /// A stream that has not reached a batch boundary by then is cut off, as a crash would.
 pub(super) const STREAM_PATIENCE: Duration = Duration::from_millis(1500);
@@ -196,7 +197,7 @@ async fn alter(config: &JobConfig, stream: Stream) -> Result<Option<Arc<dyn Alte
 
 /// Tables of a side whose rows take no part.
 async fn left_out(side: &Config, selection: &Selection) -> Result<HashSet<QualifiedName>> {
-    let mut session = Session::connect(side, Purpose::Sql).await?;
+    let mut session = Session::control(side).await?.with_patience(CATALOG_WAIT);
     let all = tables(&mut session, &Selection::default()).await?;
     let names = all.into_iter().map(|t| t.name);
     Ok(names.filter(|name| !selection.has_rows(name)).collect())

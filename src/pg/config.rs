@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::choice::{CHANNEL_BINDINGS, SSL_MODES, TARGET_SESSION_ATTRS, word_of};
@@ -100,6 +100,13 @@ impl Config {
     /// [`Config::parse`] with an environment of the caller's.
     pub fn parse_with(text: &str, environment: &impl Fn(&str) -> Option<String>) -> Result<Config> {
         let given = Given { text: conninfo::read(text)?, environment };
+        if environment("PGSERVICE").is_some_and(|service| !service.is_empty())
+            && given.get("host").is_none()
+        {
+            let detail = "PGSERVICE is set, and service files are not read: unset it, and write \
+                          the service's parameters out";
+            return Err(Error::Config(detail.to_string()));
+        }
         let home = environment("HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
         let user = match given.get("user") {
             Some(user) => user,
@@ -327,7 +334,8 @@ impl<E: Fn(&str) -> Option<String>> Given<'_, E> {
             };
             let hostaddr = at(&addresses, index);
             let host = at(&names, index).or_else(|| hostaddr.clone());
-            hosts.push(Host { host: host.unwrap_or("localhost".to_string()), hostaddr, port });
+            let host = host.unwrap_or_else(|| default_host(port, &SOCKET_DIRS));
+            hosts.push(Host { host, hostaddr, port });
         }
         Ok(hosts)
     }
@@ -401,6 +409,16 @@ impl<E: Fn(&str) -> Option<String>> Given<'_, E> {
             }
         }
     }
+}
+
+/// Where a libpq of Debian looks for a server's socket, and one as PostgreSQL builds it.
+const SOCKET_DIRS: [&str; 2] = ["/var/run/postgresql", "/tmp"];
+
+/// A host that is not named is this one: by the server's socket if there is one, as peer
+/// authentication asks for.
+fn default_host(port: u16, dirs: &[&str]) -> String {
+    let is_there = |dir: &&&str| Path::new(dir).join(format!(".s.PGSQL.{port}")).exists();
+    dirs.iter().find(is_there).map_or("localhost", |dir| *dir).to_string()
 }
 
 /// Who runs this process: the name of its effective user.

@@ -16,12 +16,34 @@ fn hosts(config: &Config) -> Vec<(&str, u16)> {
 #[test]
 fn libpqs_defaults_fill_what_nobody_gave() {
     let config = with("postgres://", &[]).unwrap();
-    assert_eq!(hosts(&config), [("localhost", 5432)]);
+    // By its socket, where a server of this machine has one.
+    assert!(["localhost", "/var/run/postgresql", "/tmp"].contains(&hosts(&config)[0].0));
+    assert_eq!(hosts(&config)[0].1, 5432);
+    assert_eq!(hosts(&with("port=1", &[]).unwrap()), [("localhost", 1)]);
     assert_eq!(config.dbname, config.user);
     assert!(!config.user.is_empty());
     assert_eq!(config.ssl_mode, SslMode::Prefer);
     assert_eq!(config.connect_timeout, crate::limit::CONNECT_TIMEOUT);
     assert_eq!(with("user=ann", &[]).unwrap().dbname, "ann");
+}
+
+#[test]
+fn a_service_that_would_say_where_is_not_passed_over() {
+    let service = [("PGSERVICE", "shop")];
+    let said = with("dbname=a", &service).unwrap_err().to_string();
+    assert!(said.contains("PGSERVICE"), "{said}");
+    assert!(with("host=h dbname=a", &service).is_ok());
+}
+
+#[test]
+fn a_host_that_nobody_named_is_this_one_by_its_socket() {
+    let dir = std::env::temp_dir().join(format!("walferry-sockets-{}", std::process::id()));
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::write(dir.join(".s.PGSQL.7"), "").unwrap();
+    let name = dir.display().to_string();
+    assert_eq!(default_host(7, &["/nowhere", &name]), name);
+    assert_eq!(default_host(8, &["/nowhere", &name]), "localhost");
+    std::fs::remove_dir_all(&dir).unwrap();
 }
 
 #[test]

@@ -61,6 +61,9 @@ use crate::secret::{SecretString, holds_secret};
 /// Result with this room's error.
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// What [`Route::kind`] gives, for sentences.
+pub const KINDS: &str = "hook, pgbouncer, fdw, plproxy or citus";
+
 /// What a step of a route is about.
 #[derive(Clone, Debug)]
 pub struct Context {
@@ -382,6 +385,21 @@ mod tests {
             let said = Route::parse(text).map(|_| ()).unwrap_err().to_string();
             assert!(said.contains("pgbouncer:ADMIN_URI,INI_PATH,DBNAME"), "{text}: {said}");
             assert!(!said.contains("hush"), "{text}: {said}");
+        }
+    }
+
+    #[test]
+    fn every_kind_of_route_is_named_where_one_is_to_be_chosen() {
+        let uri = "postgres://u@h/d";
+        for text in [
+            "hook:true".to_string(),
+            format!("pgbouncer:{uri},/p.ini,shop"),
+            format!("fdw:{uri},srv"),
+            format!("plproxy:{uri},cluster,p16"),
+            format!("citus:{uri}"),
+        ] {
+            let kind = Route::parse(&text).unwrap().kind();
+            assert!(KINDS.split([',', ' ']).any(|word| word == kind), "{kind}");
         }
     }
 

@@ -30,8 +30,8 @@ pub async fn materialized(live: &mut Session) -> Result<Vec<(QualifiedName, bool
 /// them, so those that can be are refreshed CONCURRENTLY.
 ///
 /// Runs under the settings that a session of the role's own would have, as a query may depend on
-/// time zone or search_path; without a limit of time. One that fails does not keep the others from
-/// being refreshed; it is given back.
+/// time zone or search_path; without a limit of time but for locks, behind which readers would
+/// queue. One that fails does not keep the others from being refreshed; it is given back.
 pub async fn refresh(
     dest: &Config,
     wanted: &[(QualifiedName, bool)],
@@ -43,7 +43,7 @@ pub async fn refresh(
     }
     let mut session = Session::connect(dest, Purpose::PoolerAdmin).await?;
     let limits = "set statement_timeout = 0; set default_transaction_read_only = off; \
-         set idle_in_transaction_session_timeout = 0";
+         set idle_in_transaction_session_timeout = 0; set lock_timeout = '10s'";
     session.execute(limits).await?;
     let there = states(&mut session).await?;
     let mut failed = Vec::new();

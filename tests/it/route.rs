@@ -2,7 +2,7 @@
 
 mod hook;
 mod pgbouncer;
-mod sqlmed;
+pub mod sqlmed;
 
 use walferry::id::Stream;
 use walferry::pg::Config;

@@ -132,6 +132,8 @@ async fn a_target_outage_goes_into_the_spool_and_its_loss_is_refused() {
     ends.target.resume().unwrap();
     let status = ends.status().await;
     assert_eq!(status["spool"]["needed"], true, "{status}");
+    // What is spooled is not on the target.
+    assert!(status["lag_bytes"].as_u64().unwrap() > 64 << 20, "{status}");
     let text = ends.done(&["status"]).await.out;
     assert!(text.contains("a new copy of every table"), "{text}");
     // Elsewhere.

@@ -271,8 +271,8 @@ async fn undo_flip(ready: &Ready, report: &Report) -> Result<()> {
         Ok(undone) => undone.map(|_| ()),
         Err(_) => {
             let _ = stop.send(true);
-            let wait = UNDO_WAIT;
-            Err(Error::NoAnswer { verb: "undo of a cutover that was cut short".to_string(), wait })
+            let verb = "undo of a cutover that was cut short".to_string();
+            Err(Error::NoAnswer { verb, wait: UNDO_WAIT, pid: String::new() })
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod fence;
 mod gates;
+mod gone;
 mod kills;
 mod modes;
 mod neighbours;

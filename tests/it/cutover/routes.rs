@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use walferry::demo::pgbouncer::PgBouncer;
+use walferry::demo::server::Server;
 use walferry::pg::{Config, Purpose, Session};
 
 use super::{Hook, Stage};
+use crate::route::sqlmed::{lead_by_fdw, lead_by_plproxy};
 use crate::support::job::{Ends, route_of};
 use crate::support::{self, Walferry};
 
@@ -21,7 +23,7 @@ async fn waits(ends: &Ends, phase: &str) {
     support::until("status tells what is waited for", shown).await;
 }
 
-async fn arrives(from: &walferry::demo::server::Server, to: &str) {
+async fn arrives(from: &Server, to: &str) {
     from.psql("app", WRITE).unwrap();
     let count = from.psql("app", "select count(*) from public.side").unwrap();
     let mut there = super::session(to).await;
@@ -141,6 +143,89 @@ async fn a_pooler_that_is_gone_after_the_point_of_no_return_is_told_and_can_be_l
     assert_eq!(hook.log().last().unwrap(), "rollback release");
     stage.until_phase("switched").await;
     stage.ends.done(&["finish"]).await;
+    stage.run.ended().await.expect_success();
+}
+
+/// A router with foreign servers of postgres_fdw and plproxy goes in mid-switch, twice: before the
+/// point of no return, when its servers were only made ready, and after it. A hook that fails
+/// beside it is not called every two seconds for that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_router_that_is_gone_can_be_left_out_before_and_after_the_point_of_no_return() {
+    let mut stage = Stage::start().await;
+    let routers = [support::server(), support::server()];
+    for router in &routers {
+        lead_by_fdw(router, &stage.ends.source, "app", "side (id int, v text)");
+        lead_by_plproxy(router, &stage.ends.source, "app");
+    }
+    let [first, second] = routers;
+    let routes_of = |router: &Server| {
+        let uri = router.uri("postgres");
+        [format!("fdw:{uri},live"), format!("plproxy:{uri},shop,p0")]
+    };
+    let ([fdw, plproxy], later) = (routes_of(&first), routes_of(&second));
+    let hook = Hook::new(&stage, None);
+    hook.stop_at("switch");
+    hook.fail_after_stop("switch");
+    hook.on("undo", "exit 1\n");
+    let third = hook.route();
+    let words = ["cutover", "--route", &fdw, "--route", &plproxy, "--route", &third];
+    let cutover = stage.ends.spawn(&words);
+    hook.reached().await;
+    drop(first);
+    hook.go();
+    let ended = cutover.ended().await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(ended.err.contains("--skip-route"), "{}", ended.err);
+    waits(&stage.ends, "cutting_over").await;
+    let kinds = async || {
+        let status = stage.ends.status().await;
+        status["error"]
+            .as_str()
+            .is_some_and(|said| said.contains("pgbouncer, fdw, plproxy or citus"))
+    };
+    support::until("status names what may be skipped", kinds).await;
+    arrives(&stage.ends.source, &stage.ends.target_uri()).await;
+    let undone = || hook.log().iter().filter(|line| *line == "cutover undo").count();
+    let before = undone();
+    tokio::time::sleep(Duration::from_secs(7)).await;
+    println!("a failing hook was called {} times in 7 s", undone() - before);
+    assert!(undone() - before <= 2, "{:?}", hook.log());
+    hook.on("switch", "");
+    hook.on("undo", "");
+    let ended = stage.ends.done(&["run", "--skip-route", "fdw"]).await;
+    let port = stage.ends.source.port();
+    let by_hand = format!("have server \"live\" lead to host=127.0.0.1 port={port} dbname=app");
+    assert!(ended.out.contains(&by_hand), "{}", ended.out);
+    waits(&stage.ends, "cutting_over").await;
+    // The runner is told at once; nobody waits for the hook's next turn.
+    let ended = stage.ends.done(&["run", "--skip-route", "plproxy"]).await;
+    assert!(ended.out.contains("p0 of server \"shop\""), "{}", ended.out);
+    stage.until_phase("following").await;
+    let refused = stage.ends.target.psql("app", WRITE).unwrap_err().to_string();
+    assert!(refused.contains("this database has moved"), "{refused}");
+    arrives(&stage.ends.source, &stage.ends.target_uri()).await;
+
+    hook.stop_at("switch");
+    let words =
+        ["cutover", "--json", "--route", &later[0], "--route", &later[1], "--route", &third];
+    let cutover = stage.ends.spawn(&words);
+    hook.reached().await;
+    drop(second);
+    hook.go();
+    let ended = cutover.ended().await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert_eq!(ended.json()["released"], false, "{}", ended.out);
+    waits(&stage.ends, "switched").await;
+    arrives(&stage.ends.target, &stage.ends.source_uri()).await;
+    for kind in ["plproxy", "fdw"] {
+        stage.ends.done(&["run", "--skip-route", kind]).await;
+    }
+    let released = async || stage.ends.status().await["held_clients"] == false;
+    support::until("nobody is waited for", released).await;
+    // What a router that is gone keeps is told, and keeps no job from its end.
+    let ended = stage.ends.done(&["finish"]).await;
+    let told = |line: &&str| line.contains("keeps what was noted there for the way back");
+    assert_eq!(ended.err.lines().filter(told).count(), 4, "{}", ended.err);
     stage.run.ended().await.expect_success();
 }
 

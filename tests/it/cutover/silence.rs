@@ -68,7 +68,12 @@ async fn cancel_stops_a_runner_in_the_middle_of_the_copy() {
     let before = ends.inventories().await;
     let mut run = ends.spawn(&["run"]);
     ends.until_phase(&mut run, "copying").await;
+    // Nor does anybody wait for that who asks for what comes later.
     let begun = Instant::now();
+    for (command, said) in [("cutover", "starts from following"), ("verify", "keeps level")] {
+        let ended = ends.walferry(&[command]).await;
+        assert!(ended.code == Some(1) && ended.err.contains(said), "{command}: {ended:?}");
+    }
     let ended = ends.done(&["cancel"]).await;
     assert!(ended.out.contains("canceled"), "{ended:?}");
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
@@ -190,6 +195,8 @@ async fn commands_in_the_wrong_order_are_told_what_comes_first() {
         assert_eq!(ended.code, Some(1), "{command}: {ended:?}");
         assert!(ended.err.contains("finished"), "{command}: {}", ended.err);
     }
+    let ended = stage.ends.done(&["status"]).await;
+    assert!(ended.out.contains("the job has ended"), "{}", ended.out);
     // Named once, the job is known; typed without its servers, it is usage.
     let ended = Walferry::run(&["status"]).await;
     assert_eq!(ended.code, Some(2), "{ended:?}");

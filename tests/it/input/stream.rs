@@ -12,8 +12,12 @@ async fn etl_935_a_slot_dropped_while_stopped_stops_the_job() {
     source(&ends, "insert into item values (1000)");
     let texts = [SLOT, "does not exist", "walferry cancel"];
     fails(&ends, &["run"], &texts).await;
-    // Asked again it says the same, and has made no slot.
+    // Asked again it says the same, once and in plain text, and has made no slot; so does a cutover.
     fails(&ends, &["run"], &texts).await;
+    let ended = ends.walferry(&["run"]).await;
+    assert_eq!(ended.err.matches("does not exist").count(), 1, "{}", ended.err);
+    assert!(!ended.err.contains('\u{1b}'), "{}", ended.err);
+    fails(&ends, &["cutover"], &texts).await;
     let slots = ends.source.psql("app", "select count(*) from pg_replication_slots").unwrap();
     assert_eq!(slots.trim(), "0");
     let status = ends.status().await;

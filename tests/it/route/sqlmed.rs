@@ -62,7 +62,7 @@ impl Stage {
     }
 }
 
-fn lead_by_fdw(router: &Server, to: &Server, dbname: &str, table: &str) {
+pub fn lead_by_fdw(router: &Server, to: &Server, dbname: &str, table: &str) {
     for sql in [
         "create extension if not exists postgres_fdw".to_string(),
         format!(
@@ -78,7 +78,7 @@ fn lead_by_fdw(router: &Server, to: &Server, dbname: &str, table: &str) {
     }
 }
 
-fn lead_by_plproxy(router: &Server, to: &Server, dbname: &str) {
+pub fn lead_by_plproxy(router: &Server, to: &Server, dbname: &str) {
     let part = |n: u32, server: &Server| {
         format!(
             "p{n} 'host=127.0.0.1  dbname={dbname} port={} user=postgres application_name=''16 x'''",
