@@ -184,6 +184,18 @@ mod tests {
     }
 
     #[test]
+    fn a_group_of_shards_is_tables_alone_and_the_coordinators_route() {
+        let address = Address::parse("citus:postgres://u:pw@c/shop").unwrap();
+        let relations = vec![("public".to_string(), "t_102008".to_string())];
+        let errand = Errand { relations, ..errand() };
+        let moved = Move::of(&address, &layout(), &errand, &[]).unwrap();
+        assert!(moved.tables_only && !moved.own_database);
+        assert_eq!(moved.include.len(), 1);
+        assert_eq!(moved.routes[0].expose_secret(), "citus:postgres://u:pw@c/shop");
+        assert!(!format!("{moved:?}").contains("pw@"));
+    }
+
+    #[test]
     fn a_partition_is_a_whole_database_and_a_route_for_each_router() {
         let address = Address::parse("plproxy:postgres://u:pw@p/proxy,shop").unwrap();
         let routers = [SecretString::from("postgres://u@q/proxy".to_string())];

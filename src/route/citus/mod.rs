@@ -232,18 +232,15 @@ impl Citus {
 impl Flight {
     async fn lock(&mut self, wait: Duration) -> Result<()> {
         let deadline = Deadline::after(wait);
-        for node in &mut self.nodes {
-            node.look_out(&self.group, wait).await?;
-        }
+        let group = &self.group;
+        all(self.nodes.iter_mut().map(|node| node.look_out(group, wait))).await?;
         // The coordinator first, as Citus does it: two moves of one group then meet there.
-        for node in &mut self.nodes {
-            node.lock(&self.group, deadline.left()).await?;
-        }
+        let Some((coordinator, others)) = self.nodes.split_first_mut() else { return Ok(()) };
+        coordinator.lock(group, deadline.left()).await?;
+        let left = deadline.left();
+        all(others.iter_mut().map(|node| node.lock(group, left))).await?;
         // Whoever makes a co-located table or a partition takes these locks as well.
-        match self.nodes.first_mut() {
-            Some(coordinator) => self.group.is_whole(&mut coordinator.session).await,
-            None => Ok(()),
-        }
+        group.is_whole(&mut coordinator.session).await
     }
 
     async fn let_go(&mut self) -> Result<()> {

@@ -31,6 +31,7 @@ async fn writers_wait_for_milliseconds_while_groups_move() {
         let from = Instant::now();
         let outcome = job.done(&["cutover", "--json"]).await.json();
         windows.push((from, Instant::now(), outcome["fenced_ms"].as_f64().unwrap()));
+        println!("{name}: {}", outcome["steps"]);
         load.more(50).await;
         job.done(&["verify"]).await;
         job.done(&["finish"]).await;
