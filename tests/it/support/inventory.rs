@@ -56,13 +56,13 @@ const QUERIES: &[&str] = &[
 
 impl Inventory {
     /// Lists what is there, once sessions that were closed a moment ago have ended: a server takes
-    /// its time for that. What is still there after two seconds is listed. As superuser.
+    /// its time for that. What is still there after ten seconds is listed. As superuser.
     pub async fn take(uri: &str) -> Inventory {
         let config = Config::parse(uri).unwrap().with_application_name("inventory");
         let mut session = Session::connect(&config, Purpose::Sql).await.unwrap();
         let sql = "select 1 from pg_stat_activity where application_name like 'walferry%' \
             and application_name <> 'walferry writer'";
-        for _ in 0..40 {
+        for _ in 0..200 {
             if session.query(sql).await.unwrap().is_empty() {
                 break;
             }
