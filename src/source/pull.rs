@@ -147,6 +147,7 @@ impl Pull {
             starts: self.starts,
             log_end: LogEnd::default(),
             drained_lsn: Lsn::ZERO,
+            came_lsn: Lsn::ZERO,
             confirmed_lsn: self.confirmed_lsn,
             chunks: Chunks::of(self.options.pull_messages),
             options: self.options,
@@ -170,6 +171,9 @@ struct Puller<'a, S> {
     log_end: LogEnd,
     /// Everything below has been received, and the log ended here.
     drained_lsn: Lsn,
+    /// End of the last that came of the slot. Idle positions behind it say nothing that could come
+    /// again, and become durable a second later only.
+    came_lsn: Lsn,
     /// What the slot was last advanced to.
     confirmed_lsn: Lsn,
     chunks: Chunks,
@@ -221,11 +225,11 @@ impl<S: Sink> Puller<'_, S> {
         }
     }
 
-    /// Waits until the target durably has all that was received, and tells the slot, so that the
-    /// next peek begins behind it.
+    /// Waits until the target durably has all that came of the slot, and tells it, so that the next
+    /// peek begins behind it.
     async fn settle(&mut self) -> Result<Option<End>> {
         loop {
-            let settling = self.ends.watch.until_durable(self.intake.buffered_lsn());
+            let settling = self.ends.watch.until_durable(self.came_lsn);
             let settled = tokio::time::timeout(ADVANCE_GAP, settling).await;
             if settled.is_ok() || Instant::now() >= self.advance_at {
                 self.advance().await?;
@@ -248,12 +252,16 @@ impl<S: Sink> Puller<'_, S> {
         self.renew().await?;
         let (begun, limit) = (Instant::now(), self.chunks.messages());
         let before_lsn = self.intake.decoded_lsn();
+        let had_lsn = self.intake.buffered_lsn();
         let sql = self.peeks.sql(upto_lsn, limit);
         let Puller { session, intake, ends, confirmed_lsn, .. } = self;
         let (count, bytes) = match fetch(session, &sql, intake, ends, *confirmed_lsn).await? {
             Ok(received) => received,
             Err(end) => return Ok(Turn::End(end)),
         };
+        if self.intake.buffered_lsn() > had_lsn {
+            self.came_lsn = self.intake.buffered_lsn();
+        }
         let full = count >= limit;
         self.chunks.learn(full, begun.elapsed(), bytes);
         if full {

@@ -91,8 +91,17 @@ impl MakeDurable for Disk {
         Dir::new()
     }
 
+    /// The thread that read for the feed before, or a child that another test is just starting,
+    /// may hold the lock for a moment longer.
     fn open(&self, place: &Dir) -> Spool {
-        Spool::open(&place.options(1 << 30, 4096)).unwrap()
+        let options = place.options(1 << 30, 4096);
+        for _ in 0..200 {
+            match Spool::open(&options) {
+                Err(Error::InUse { .. }) => std::thread::sleep(Duration::from_millis(10)),
+                opened => return opened.unwrap(),
+            }
+        }
+        panic!("{} is in use for two seconds", place.0.display());
     }
 
     fn sink(&self, spool: &Spool) -> SpoolSink {
