@@ -10,7 +10,11 @@ use walferry::cli::{self, Cli};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// As after SIGPIPE.
+const PIPE_CLOSED: i32 = 141;
+
 fn main() -> ExitCode {
+    end_with_the_reader();
     let cli = Cli::parse_from(cli::command_first(std::env::args_os().collect()));
     let level = match cli.verbose {
         0 => "walferry=error",
@@ -35,4 +39,17 @@ fn main() -> ExitCode {
     // A blocking read of a child or a resolver must not hold the exit up.
     runtime.shutdown_background();
     code
+}
+
+/// `walferry status | head -1`: println panics once its reader has gone, which is nobody's fault.
+/// The signal that ends other programs then is turned off in Rust's.
+fn end_with_the_reader() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let said = panic.payload().downcast_ref::<String>();
+        if said.is_some_and(|said| said.starts_with("failed printing to stdout")) {
+            std::process::exit(PIPE_CLOSED);
+        }
+        tell(panic);
+    }));
 }

@@ -248,3 +248,18 @@ async fn where_nobody_watches_progress_is_lines_with_speed_and_time_left() {
     assert!(run.err.contains("copied 9,000 rows, "), "{}", run.err);
     assert!(!run.err.contains('\x1b') && !run.err.contains('\r'), "{:?}", run.err);
 }
+
+/// `walferry check | head -1`.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_goes_away_ends_a_command_in_silence() {
+    let ends = Ends::start(15, 15);
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_walferry"));
+    command.args(["check", "--json", "--source", &ends.source_uri()]);
+    command.args(["--target", &ends.target_uri()]);
+    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    drop(child.stdout.take());
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&ended.stderr), "");
+    assert_eq!(ended.status.code(), Some(141));
+}
