@@ -131,6 +131,8 @@ async fn struck_in_every_phase(strike: Strike) {
     let fencing = "select count(*) > 0 from walferry.journal where step = 'fence'";
     job.until_true(&job.ends.target, fencing).await;
     writer.execute("prepare transaction 'fence'").await.unwrap();
+    // It names itself as walferry's sessions do, and would be found at the end.
+    drop(writer);
     strike.on(&job).await;
     let since = Instant::now();
     let ended = cutover.ended().await;
@@ -173,6 +175,11 @@ async fn struck_in_every_phase(strike: Strike) {
     let swallowed = matches!(strike, Strike::CutSilently | Strike::Stall);
     let stays = |thing: &String| !(swallowed && thing == "+ session walferry");
     let left = [before.0.diff(&after.0), before.1.leftovers(&after.1)].concat();
+    let sessions = "select pid, backend_start, state, wait_event, query from pg_stat_activity \
+         where application_name like 'walferry%'";
+    for server in [&ends.source, &ends.target] {
+        println!("sessions: {}", server.psql("app", sessions).unwrap());
+    }
     assert_eq!(left.into_iter().filter(stays).collect::<Vec<_>>(), Vec::<String>::new());
     println!("{strike:?}: {:.1} s in all", begun.elapsed().as_secs_f64());
 }
