@@ -258,8 +258,9 @@ pub enum Error {
     UnknownFence(String),
     /// Tables that the stream does not carry, or that the other side lacks.
     #[error(
-        "{} not part of the move: {}. Each was made after the job began; cancel and start \
-         again, or drop them", if tables.len() == 1 { "a table is" } else { "tables are" },
+        "{} not part of the move: {}. Each was made here, or dropped there, after the job began; \
+         cancel and start again, or drop them",
+        if tables.len() == 1 { "a table is" } else { "tables are" },
         tables.join(", ")
     )]
     NotFollowed {
