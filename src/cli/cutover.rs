@@ -7,8 +7,8 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::options::{FlipArgs, JobArgs, learn};
-use super::print;
 use super::run::stop_on_signal;
+use super::{print, reads};
 use crate::config::{self, parse_duration};
 use crate::id::Stream;
 use crate::job::ask::Asker;
@@ -35,8 +35,26 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     flip(Stream::Forward, &args.job, &args.flip).await
 }
 
+/// A time as given, else as the file has it, else this, in milliseconds.
+pub fn milliseconds(
+    own: Option<Duration>,
+    file: Option<String>,
+    default: u64,
+) -> Result<u64, config::Error> {
+    let value = match (own, file) {
+        (Some(own), _) => Ok(own),
+        (None, Some(text)) => parse_duration(&text),
+        (None, None) => Ok(Duration::from_millis(default)),
+    };
+    let value = value.map_err(|message| config::Error::Value { option: "[cutover]", message });
+    Ok(value?.as_millis() as u64)
+}
+
 /// Cutover and rollback alike.
 pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<ExitCode> {
+    if args.reads {
+        return reads::lead(stream, job, args).await;
+    }
     let config = job.job()?;
     let mut request = request(stream, job, args, &config)?;
     let fits = |row: &JobRow| may_flip(row.phase, stream).map_err(job::Error::from);
@@ -122,7 +140,7 @@ async fn tell_passwords(
 }
 
 /// A runner that is alive answers at its next turn.
-const LETTER_WAIT: Duration = Duration::from_secs(60);
+pub const LETTER_WAIT: Duration = Duration::from_secs(60);
 
 /// Clients that were led over by a route are led back by it, unless others are given.
 fn choose_routes(
@@ -154,16 +172,6 @@ fn request(
     config: &JobConfig,
 ) -> anyhow::Result<FlipRequest> {
     let file = job.file()?.cutover;
-    let time = |own: Option<Duration>, file: Option<String>, default: u64| {
-        let value = match (own, file) {
-            (Some(own), _) => Ok(own),
-            (None, Some(text)) => parse_duration(&text),
-            (None, None) => Ok(Duration::from_millis(default)),
-        };
-        value
-            .map(|v| v.as_millis() as u64)
-            .map_err(|message| config::Error::Value { option: "[cutover]", message })
-    };
     let given = match (args.route.as_slice(), args.no_route) {
         ([], true) => Vec::new(),
         ([], false) => file.route,
@@ -191,10 +199,10 @@ fn request(
         fence,
         routes,
         letter: None,
-        max_lag_ms: time(args.max_lag, file.max_lag, 1_000)?,
-        timeout_ms: time(args.timeout, file.timeout, 30_000)?,
-        lock_timeout_ms: time(args.lock_timeout, file.lock_timeout, 200)?,
-        max_hold_ms: time(args.max_hold, file.max_hold, 5_000)?,
+        max_lag_ms: milliseconds(args.max_lag, file.max_lag, 1_000)?,
+        timeout_ms: milliseconds(args.timeout, file.timeout, 30_000)?,
+        lock_timeout_ms: milliseconds(args.lock_timeout, file.lock_timeout, 200)?,
+        max_hold_ms: milliseconds(args.max_hold, file.max_hold, 5_000)?,
         refresh,
         unlogged,
         leave_quarantined: args.leave_quarantined,
@@ -248,20 +256,7 @@ mod tests {
                     [cutover]\nmax-hold = \"7s\"\n";
         std::fs::write(&path, text).unwrap();
         let job = JobArgs { config: Some(path.clone()), ..JobArgs::default() };
-        let mut flip = FlipArgs {
-            fence: None,
-            route: Vec::new(),
-            no_route: false,
-            max_lag: None,
-            timeout: None,
-            lock_timeout: None,
-            max_hold: None,
-            refresh: None,
-            unlogged: None,
-            leave_quarantined: false,
-            dry_run: false,
-            json: false,
-        };
+        let mut flip = FlipArgs::default();
         let config = job.job().unwrap();
         let asked = request(Stream::Forward, &job, &flip, &config).unwrap();
         assert_eq!((asked.max_hold_ms, asked.lock_timeout_ms), (7_000, 200));

@@ -20,6 +20,7 @@ mod lasting;
 mod options;
 mod print;
 mod quarantine;
+mod reads;
 mod rollback;
 mod run;
 mod status;

@@ -442,8 +442,16 @@ pub fn learn(
 }
 
 /// Options of cutover and rollback.
-#[derive(Clone, Debug, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub struct FlipArgs {
+    /// Lead only those who read, by routes of their own, ahead of the writes: nobody is fenced, and
+    /// writes stay where they are. rollback --reads leads them back to the source
+    #[arg(long, conflicts_with_all =
+        ["fence", "route", "no_route", "max_hold", "refresh", "unlogged", "leave_quarantined"])]
+    pub reads: bool,
+    /// Where those who read find the data, as --route says it; may be given again
+    #[arg(long, value_name = "KIND:...", requires = "reads")]
+    pub read_route: Vec<String>,
     /// What stops writers: lock, read-only or none [default: lock]
     #[arg(long, value_name = "KIND")]
     pub fence: Option<String>,
