@@ -129,7 +129,7 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
     Ok(CleanedUp { dropped, recycled, left, tables_stay })
 }
 
-/// Takes away the tables that a job of tables alone has made on its target, and has not switched to:
+/// Takes away the tables that a job of tables alone has made on its target and not switched to:
 /// beside others of a database in use they would be in the way. True if tables that a job of a
 /// whole database has made are still there.
 async fn drop_made(
