@@ -105,13 +105,14 @@ impl<J: Journal> Flight<'_, J> {
         let noting = self.journal.begin(&names, &self.steps);
         let (plan, stood) = (&mut *self.plan, &mut self.stood);
         let (live, dest, max_hold) = (&mut ready.live, &mut ready.dest, plan.max_hold);
-        let (rest, selection, tables) = (&mut plan.rest, &plan.selection, &*plan.tables);
+        let (rest, mark) = (&mut plan.rest, plan.mark.as_deref());
+        let (selection, tables) = (&plan.selection, &*plan.tables);
         let draining = timed("drain", drain(&mut plan.carry, barrier_lsn, held, max_hold));
         let looking = async {
             let own = selection.tables_only.then_some(tables);
             barrier::refuse_prepared(live, own).await?;
             let mut done = Vec::new();
-            if let Some(mark) = &plan.mark {
+            if let Some(mark) = mark {
                 done.push(timed("unaltered", refuse_altered(live, tables, mark)).await?.1);
             }
             if !rest.is_there() {
@@ -138,26 +139,27 @@ impl<J: Journal> Flight<'_, J> {
     /// What the other side still needs now that it is level.
     async fn complete(&mut self, ready: &mut Ready) -> Result<()> {
         let plan = &mut *self.plan;
-        let (live, dest) = (&mut ready.live, &mut ready.dest);
+        let (flip, statements) = (plan.flip, &ready.waking);
+        let (live, dest, look) = (&mut ready.live, &mut ready.dest, &mut ready.look);
         let mut done = Vec::new();
         if plan.rest.is_there() {
             done.push(timed("rest", plan.rest.carry(live, dest)).await?.1);
         }
         let waking = async {
             let mut done = Vec::new();
-            if !ready.waking.is_empty() {
-                let waking = async { Ok(schema::together(dest, &ready.waking).await?) };
+            if !statements.is_empty() {
+                let waking = async { Ok(schema::together(dest, statements).await?) };
                 done.push(timed("rules", waking).await?.1);
             }
             // Forward, the point of no return is a commit there, which makes durable all that was
             // applied before it.
-            if plan.flip == Stream::Reverse {
+            if flip == Stream::Reverse {
                 barrier::flush(dest).await?;
             }
             Ok::<_, Error>(done)
         };
         // What was refused on the last stretch would be left behind as well.
-        let ((), woken) = tokio::try_join!(refuse_parked(plan, &mut ready.look), waking)?;
+        let ((), woken) = tokio::try_join!(refuse_parked(plan, look), waking)?;
         done.extend(woken);
         self.steps.extend(done);
         Ok(())
