@@ -9,7 +9,7 @@ use super::parking::described;
 use super::release::unhex;
 use crate::change::{Relation, Row, Value};
 use crate::id::QualifiedName;
-use crate::pg::{self, Session};
+use crate::pg::Session;
 
 /// A table whose changes are kept.
 #[derive(Clone, Debug, PartialEq, Serialize)]

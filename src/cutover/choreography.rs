@@ -11,13 +11,12 @@ use super::held::Ready;
 use super::sequences::Stood;
 use super::{Error, Rest, Result, Rules, barrier, canary, undo};
 use crate::apply::Applied;
-use crate::catalog::{self, Selection};
+use crate::catalog::Selection;
 use crate::clock::{Backoff, Deadline};
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Config, Session};
 use crate::route::{self, Route};
-use crate::schema::Acting;
 
 /// How long the home database may take to commit the point of no return. Until it has answered,
 /// nobody knows on which side applications belong, and clients are let go on neither.
