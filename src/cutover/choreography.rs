@@ -70,7 +70,7 @@ pub struct Plan {
     pub leave_parked: bool,
     /// Stop after the gates.
     pub dry_run: bool,
-    /// What [`catalog::mark`] gave of the live side's tables, where DDL since then refuses the
+    /// What [`crate::catalog::mark`] gave of the live side's tables, where DDL since then refuses the
     /// flip.
     pub mark: Option<String>,
     /// True: give up at the next place where that can be undone.
