@@ -17,6 +17,7 @@ mod cutover;
 mod demo;
 mod finish;
 mod lasting;
+mod mapping;
 mod options;
 mod print;
 mod quarantine;

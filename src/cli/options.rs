@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::mapping;
 use crate::apply::{Mode, OnRowError, Tuning};
 use crate::buffer::durable::KafkaProperties;
 use crate::config::{self, File, parse_duration, parse_size};
@@ -96,6 +97,10 @@ pub struct JobArgs {
     /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL
     #[arg(long)]
     pub no_nan: bool,
+    /// The target will differ from the source, and there will be no way back: what a job whose
+    /// walferry.toml has a [[map]] must be told
+    #[arg(long)]
+    pub one_way: bool,
     /// Leave owners and grants behind
     #[arg(long)]
     pub no_owner: bool,
@@ -175,6 +180,7 @@ impl JobArgs {
     /// The same between these ends.
     pub fn between(&self, file: File, source: Config, target: Config) -> anyhow::Result<JobConfig> {
         let (tuning, bulk) = (tuning(self.apply, &file)?, bulk(&file));
+        let map = mapping::read(&file)?;
         let kafka = kafka_properties(&file)?;
         let job = self.job_name(file.name)?;
         let given = |own: &[String], file: Vec<String>| {
@@ -183,6 +189,7 @@ impl JobArgs {
         let publication = self.publication.clone().or(file.publication);
         let options = JobOptions {
             publication: publication.clone(),
+            map: map.as_ref().map(|map| map.digest().to_string()),
             include: given(&self.include, file.include),
             exclude: given(&self.exclude, file.exclude),
             schema_only: given(&self.schema_only, file.schema_only),
@@ -207,7 +214,7 @@ impl JobArgs {
         Ok(JobConfig {
             job,
             wanted,
-            source: source.labelled("source"),
+            source: mapping::keyed(source.labelled("source"), map.as_deref()),
             target: target.labelled("target"),
             options,
             bin: None,
@@ -237,6 +244,8 @@ impl JobArgs {
                 some => some.filter(|bytes| *bytes > 0),
             },
             bulk,
+            map,
+            one_way: self.one_way || file.one_way,
         })
     }
 
@@ -259,6 +268,7 @@ fn refuse_typos(options: &JobOptions) -> anyhow::Result<()> {
         let message = "needs --include: the tables that it is about".to_string();
         return Err(config::Error::Value { option: "--tables-only", message }.into());
     }
+    mapping::refuse_others(options)?;
     Ok(())
 }
 

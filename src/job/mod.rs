@@ -54,6 +54,7 @@ pub mod heartbeat;
 mod journal;
 pub mod lease;
 mod left;
+mod mapped;
 mod newcomers;
 pub mod opening;
 pub mod pipeline;
