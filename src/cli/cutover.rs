@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::options::{FlipArgs, JobArgs, learn};
+use super::options::{JobArgs, learn};
 use super::run::stop_on_signal;
 use super::{print, reads};
 use crate::config::{self, parse_duration};
@@ -20,6 +20,59 @@ use crate::job::{self, FlipRequest, JobConfig, Phase};
 /// How long arming, refreshing materialized views and looking for changed large objects may take
 /// before writers are held. Whoever goes away meanwhile has asked for nothing.
 const PREPARATION: Duration = Duration::from_secs(3600);
+
+/// Options of cutover and rollback.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct FlipArgs {
+    /// Lead only those who read, by routes of their own, ahead of the writes: nobody is fenced, and
+    /// writes stay where they are. rollback --reads leads them back to the source
+    #[arg(long, conflicts_with_all =
+        ["fence", "route", "no_route", "max_hold", "refresh", "unlogged", "leave_quarantined"])]
+    pub reads: bool,
+    /// Where those who read find the data, as --route says it; may be given again
+    #[arg(long, value_name = "KIND:...", requires = "reads")]
+    pub read_route: Vec<String>,
+    /// What stops writers: lock, read-only or none [default: lock]
+    #[arg(long, value_name = "KIND")]
+    pub fence: Option<String>,
+    /// Where clients find the data: hook:COMMAND, pgbouncer:ADMIN_URI,INI_PATH,DBNAME,
+    /// fdw:URI,SERVER, plproxy:URI,CLUSTER,PARTITION (URI of the router's database) or
+    /// citus:COORDINATOR_URI; may be given again [default: those of the last switch]
+    #[arg(long, value_name = "KIND:...")]
+    pub route: Vec<String>,
+    /// Lead no clients: neither by the routes of the last switch nor by those of walferry.toml
+    #[arg(long, conflicts_with = "route")]
+    pub no_route: bool,
+    /// Do not begin while the stream is further behind [default: 1s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub max_lag: Option<Duration>,
+    /// Give up after trying for so long to stop writers [default: 30s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+    /// No statement waits longer for us in one try [default: 200ms]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub lock_timeout: Option<Duration>,
+    /// Once writers are stopped, let them go on if the target needs longer to drain [default: 5s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub max_hold: Option<Duration>,
+    /// When materialized views are refreshed on the side to come: before (writers are held), after
+    /// (once clients are there, beside their work) or never [default: before; of rollback: after]
+    #[arg(long, value_name = "WHEN", value_parser = str::parse::<Refresh>)]
+    pub refresh: Option<Refresh>,
+    /// Rows of unlogged tables: copy (again, while writers are held), leave (as they were copied
+    /// at first), or refuse to switch while there are any [default: copy]
+    #[arg(long, value_name = "WHAT", value_parser = str::parse::<Unlogged>)]
+    pub unlogged: Option<Unlogged>,
+    /// Switch though changes are kept aside: they stay behind, and are not on the other side
+    #[arg(long)]
+    pub leave_quarantined: bool,
+    /// Prove the way there and back, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+}
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]

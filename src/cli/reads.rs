@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::cutover::{LETTER_WAIT, milliseconds};
-use super::options::{FlipArgs, JobArgs, learn};
+use super::cutover::{FlipArgs, LETTER_WAIT, milliseconds};
+use super::options::{JobArgs, learn};
 use super::print;
 use crate::config;
 use crate::id::Stream;

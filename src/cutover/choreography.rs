@@ -70,8 +70,8 @@ pub struct Plan {
     pub leave_parked: bool,
     /// Stop after the gates.
     pub dry_run: bool,
-    /// What [`crate::catalog::mark`] gave of the live side's tables, where DDL since then refuses the
-    /// flip.
+    /// What [`crate::catalog::mark`] gave of the live side's tables, where DDL since then refuses
+    /// the flip.
     pub mark: Option<String>,
     /// True: give up at the next place where that can be undone.
     pub stop: watch::Receiver<bool>,
