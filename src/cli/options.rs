@@ -20,10 +20,10 @@ use crate::job::reading::Wanted;
 use crate::job::routes::RouteSecrets;
 use crate::job::store::JobOptions;
 use crate::job::{self, Bulk, JobConfig};
-use crate::limit::BULK_BYTES;
 use crate::pg::Config;
 use crate::schema::policy::Policy;
 use crate::secret::SecretString;
+use crate::source::BulkOptions;
 
 /// Name of a job that was not given one.
 const DEFAULT_NAME: &str = "main";
@@ -238,10 +238,7 @@ impl JobArgs {
             heartbeat: self.heartbeat(file.heartbeat, file.heartbeat_sql)?,
             half: Half::Both,
             secrets: secrets(&file.cutover.route)?,
-            bulk_bytes: match file.tuning.bulk_bytes {
-                None => Some(BULK_BYTES),
-                some => some.filter(|bytes| *bytes > 0),
-            },
+            backlog: backlog(&file.tuning),
             bulk,
             map,
             one_way: self.one_way || file.one_way,
@@ -257,6 +254,16 @@ impl JobArgs {
         let wanted = on_off("--streaming", self.streaming.clone().or(in_file), false)?;
         let limit_bytes = limit.unwrap_or(STREAMING_BYTES);
         Ok(wanted.then_some(StreamingOptions { limit_bytes }))
+    }
+}
+
+/// What `[tuning]` says of reading in bulk.
+fn backlog(tuning: &config::Tuning) -> BulkOptions {
+    let default = BulkOptions::default();
+    BulkOptions {
+        least_bytes: tuning.bulk_bytes.or(default.least_bytes).filter(|bytes| *bytes > 0),
+        ahead: tuning.bulk_ahead.unwrap_or(default.ahead),
+        transaction_bytes: tuning.bulk_transaction_bytes.unwrap_or(default.transaction_bytes),
     }
 }
 

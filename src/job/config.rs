@@ -15,6 +15,7 @@ use crate::id::JobName;
 use crate::map::Map;
 use crate::pg::Config;
 use crate::schema::policy::Policy;
+use crate::source::BulkOptions;
 
 /// What a job is, apart from its state.
 #[derive(Clone, Debug)]
@@ -56,8 +57,8 @@ pub struct JobConfig {
     pub secrets: RouteSecrets,
     /// Whether the forward stream is read by this process, or by another into a topic.
     pub half: Half,
-    /// See [`crate::source::StreamOptions::bulk_bytes`].
-    pub bulk_bytes: Option<u64>,
+    /// What of a backlog is read in bulk.
+    pub backlog: BulkOptions,
     /// What becomes of its tables on the way.
     pub map: Option<Arc<Map>>,
     /// There is to be no way back.

@@ -184,7 +184,7 @@ pub(super) async fn pipe_options(
         },
         alter: alter(config, stream).await?,
         map: config.map.clone().filter(|_| stream == Stream::Forward),
-        bulk_bytes: config.bulk_bytes,
+        backlog: config.backlog,
     })
 }
 
