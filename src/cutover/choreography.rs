@@ -1,5 +1,6 @@
 //! The steps in their order, timed and journalled.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::time::{Duration, Instant};
 
@@ -43,6 +44,10 @@ pub struct Plan {
     pub tables: Vec<QualifiedName>,
     /// Which tables take part; sequences owned by others do not.
     pub selection: Selection,
+    /// Sequences that have other names on the other side: by their names on the live one.
+    pub sequences: HashMap<QualifiedName, QualifiedName>,
+    /// There is no way back, and so none to be proven.
+    pub one_way: bool,
     /// What stops writers.
     pub fence: FenceKind,
     /// Where clients find the data.
@@ -190,10 +195,12 @@ macro_rules! step {
 impl<J: Journal> Flight<'_, J> {
     async fn gates(&mut self) -> Result<()> {
         step!(self, "check routes", self.check_routes().await);
-        step!(self, "canary", {
-            let plan = &*self.plan;
-            canary::prove(&plan.job, plan.flip, &plan.live, &plan.dest, CANARY_WAIT).await
-        });
+        if !self.plan.one_way {
+            step!(self, "canary", {
+                let plan = &*self.plan;
+                canary::prove(&plan.job, plan.flip, &plan.live, &plan.dest, CANARY_WAIT).await
+            });
+        }
         step!(self, "lag", {
             let plan = &mut *self.plan;
             let mut session = Session::control(&plan.live).await?;
@@ -302,7 +309,8 @@ impl<J: Journal> Flight<'_, J> {
                 Some(stood) => stood,
                 None => Stood::read(live, dest).await?,
             };
-            sequences::carry(live, dest, &plan.selection, &stood, plan.max_hold).await
+            let those = (&plan.selection, &plan.sequences);
+            sequences::carry(live, dest, those, &stood, plan.max_hold).await
         });
         step!(self, "seal", {
             match fence.seal(&self.plan.rules, &self.plan.tables).await {

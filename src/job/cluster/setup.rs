@@ -65,6 +65,7 @@ impl Flip {
             unlogged: Unlogged::default(),
             leave_quarantined: false,
             dry_run: false,
+            one_way: false,
             mark: None,
         }
     }
