@@ -21,6 +21,7 @@ mod mapping;
 mod options;
 mod print;
 mod quarantine;
+mod reads;
 mod rollback;
 mod run;
 mod status;

@@ -455,6 +455,9 @@ pub enum Error {
         /// The backend that holds the lease; empty if none does.
         pid: String,
     },
+    /// Readers stay where they are.
+    #[error(transparent)]
+    Reads(#[from] super::reads::Refused),
     /// A runner, an asker or a server that is gone, or is said to be.
     #[error(transparent)]
     Gone(#[from] Gone),
