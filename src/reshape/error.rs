@@ -12,16 +12,14 @@ pub enum Error {
     Pg(#[from] pg::Error),
     /// Two tables of the source are one on the target.
     #[error(
-        "tables {one} and {other} of the source would both be {target} on the target: begin a new \
+        "tables {sources} of the source would both be {target} on the target: begin a new \
          job whose map gives one of them another name, or leave one out with --exclude"
     )]
     Taken {
         /// The name on the target.
         target: QualifiedName,
-        /// The one whose change came now.
-        one: QualifiedName,
-        /// The one that was there before.
-        other: QualifiedName,
+        /// Both.
+        sources: String,
     },
     /// The table was altered, and the map with it makes no sense any more.
     #[error(

@@ -205,8 +205,8 @@ impl Reshaper {
         match twin {
             None => Ok(()),
             Some(twin) => {
-                let (one, other) = (relation.name.clone(), twin.name.clone());
-                Err(Error::Taken { target: target.clone(), one, other })
+                let sources = format!("{} and {}", relation.name, twin.name);
+                Err(Error::Taken { target: target.clone(), sources })
             }
         }
     }
