@@ -55,6 +55,8 @@
 //! they can. `altered` brings source tables that were altered and target tables together; `carried`
 //! runs DDL that the source has captured.
 //!
+//! `conflict` is the other way to write: to a target that applications write to as well.
+//!
 //! Left out on purpose: several target sessions.
 //!
 //! [`Item::Idle`]: crate::change::Item::Idle
@@ -63,6 +65,7 @@ mod admit;
 pub mod altered;
 mod batch;
 mod carried;
+pub mod conflict;
 mod count;
 mod durable;
 mod encode;
@@ -101,6 +104,7 @@ pub use progress::{ProgressKind, begin_at, durable_progress, forget};
 
 use altered::{Alter, Known};
 use batch::Batcher;
+use conflict::Settler;
 use durable::Durable;
 use growth::Growth;
 use progress::Progress;
@@ -155,6 +159,9 @@ pub const MESSAGE_PREFIX: &str = "walferry";
 /// Asks where the target's log stands and how much of it is flushed.
 const POSITION: &str =
     "select pg_catalog.pg_current_wal_insert_lsn(), pg_catalog.pg_current_wal_flush_lsn()";
+
+/// Source transactions that are settled before positions are told.
+const SETTLED_AT_ONCE: usize = 64;
 
 /// Tells whether a table's changes are written.
 pub type TableFilter = Arc<dyn Fn(&QualifiedName) -> bool + Send + Sync>;
@@ -263,6 +270,8 @@ pub struct Options {
     pub on_row_error: OnRowError,
     /// Who says what becomes of tables that were altered; `None`: what does not fit is an error.
     pub alter: Option<Arc<dyn Alter>>,
+    /// Applications write to the target as well.
+    pub two_way: Option<conflict::TwoWay>,
 }
 
 impl Options {
@@ -280,6 +289,7 @@ impl Options {
             tuning: Tuning::default(),
             on_row_error: OnRowError::default(),
             alter: None,
+            two_way: None,
         }
     }
 }
@@ -332,6 +342,8 @@ pub struct Applier {
     known: Known,
     /// When parked tables were looked at last.
     parked_at: Instant,
+    /// Where applications write to the target as well, who settles conflicts.
+    settler: Option<Settler>,
 }
 
 impl Applier {
@@ -354,13 +366,20 @@ impl Applier {
             Some(_) => altered::known(&mut session, &options.stream).await?,
             None => Known::new(),
         };
+        let mut limits = options.tuning.limits;
+        let mut settler = None;
+        if let Some(two_way) = options.two_way {
+            // They are written one by one, and somebody waits to hear how far.
+            limits.transactions = limits.transactions.min(SETTLED_AT_ONCE);
+            settler = Some(Settler::open(&mut session, two_way, &options.stream).await?);
+        }
         Ok(Applier {
             session,
             progress,
             progress_lsn,
             recorded_at: Instant::now(),
             writer,
-            batcher: Batcher::new(progress_lsn, options.tuning.limits),
+            batcher: Batcher::new(progress_lsn, limits),
             growth: Growth::new(options.tuning.limits, options.tuning.limits_max),
             landed_at: Instant::now(),
             in_flight_max: options.tuning.in_flight_max.max(1),
@@ -377,6 +396,7 @@ impl Applier {
             alter: options.alter,
             known,
             parked_at: Instant::now(),
+            settler,
         })
     }
 

@@ -294,7 +294,7 @@ impl Writer {
     }
 
     /// Takes the books of the target transaction under way.
-    fn counts(&mut self) -> Result<Option<Vec<String>>> {
+    pub(super) fn counts(&mut self) -> Result<Option<Vec<String>>> {
         let counts: Vec<(&QualifiedName, Counts)> = self.routes.counts().into_iter().collect();
         for (table, counts) in &counts {
             counts.check(table)?;
@@ -367,7 +367,7 @@ impl Writer {
     }
 
     /// Drops prepared statements that no route uses, or all of them if there are too many.
-    fn forget_discarded(&mut self, request: &mut Request) {
+    pub(super) fn forget_discarded(&mut self, request: &mut Request) {
         if self.names.prepared > PREPARED_MAX {
             self.routes.forget_statements();
         }
@@ -474,7 +474,7 @@ fn head(
 /// A target transaction is worth its while for row changes, filtered ones included as they are
 /// counted, and for one that goes on in the next batch. Empty transactions and messages only move
 /// the position.
-fn has_rows(batch: &Batch) -> bool {
+pub(super) fn has_rows(batch: &Batch) -> bool {
     let mut changes = batch.chunks.iter().flat_map(|c| &c.changes);
     batch.commit.is_none() || changes.any(|c| relations(c).next().is_some())
 }
