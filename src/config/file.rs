@@ -42,6 +42,10 @@ pub struct File {
     pub streaming_limit: Option<String>,
     /// `--two-phase`.
     pub two_phase: Option<String>,
+    /// `--two-way`.
+    pub two_way: bool,
+    /// `--on-conflict`.
+    pub on_conflict: Option<String>,
     /// `--apply`.
     pub apply: Option<String>,
     /// `--on-row-error`.

@@ -10,7 +10,7 @@ use super::place::{BufferOptions, StreamingOptions};
 use super::reading::Wanted;
 use super::routes::RouteSecrets;
 use super::store::JobOptions;
-use crate::apply::{OnRowError, Tuning};
+use crate::apply::{OnRowError, Tuning, conflict};
 use crate::id::JobName;
 use crate::map::Map;
 use crate::pg::Config;
@@ -52,6 +52,8 @@ pub struct JobConfig {
     pub ddl: Option<Policy>,
     /// Keep the source's log moving, and measure lag by that.
     pub heartbeat: Option<HeartbeatOptions>,
+    /// Applications write to both sides, and who wins a conflict.
+    pub two_way: Option<conflict::Policy>,
     /// Passwords of routes.
     pub secrets: RouteSecrets,
     /// Whether the forward stream is read by this process, or by another into a topic.

@@ -20,6 +20,7 @@
 //!   switch. `rest`: what no stream carries. `left`: what is left behind at a flip.
 //! - `altering`: tables that are altered meanwhile. `quarantine`: what is kept aside, and what
 //!   becomes of it.
+//! - `two_way`: both sides written at once.
 //! - `gone`: what is said of runners and servers that are.
 //! - `client`: commands from other processes; `ask`: the same, with a runner of one's own where
 //!   none is alive; `ending`: finish and cancel, whoever runs the job. `align`: both sides held at
@@ -75,6 +76,7 @@ pub mod state;
 pub mod status;
 pub mod store;
 mod streams;
+mod two_way;
 mod validating;
 mod vigil;
 

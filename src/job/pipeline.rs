@@ -100,6 +100,8 @@ pub struct PipeOptions {
     pub alter: Option<Arc<dyn Alter>>,
     /// What becomes of the changes between the buffer and the applier.
     pub map: Option<Arc<Map>>,
+    /// Applications write to both sides, and who wins a conflict.
+    pub two_way: Option<apply::conflict::Policy>,
     /// See [`StreamOptions::bulk_bytes`].
     pub bulk_bytes: Option<u64>,
 }
@@ -122,6 +124,12 @@ impl PipeOptions {
             alter: self.alter.clone(),
             progress: self.ability.progress(),
             replica_role: self.ability.replica_role,
+            two_way: self.two_way.map(|policy| apply::conflict::TwoWay {
+                policy,
+                stream: self.stream,
+                opposite: self.job.object(self.stream.opposite()),
+                other: self.from.clone(),
+            }),
             ..apply::Options::new(self.job.object(self.stream).as_str())
         };
         Ok(Applier::connect(&self.to, wanted).await?)

@@ -279,6 +279,7 @@ pub(super) async fn check_ready(
     options.sample_only_for_limit = true;
     options.streaming = config.streaming.is_some();
     options.two_phase = config.two_phase;
+    options.two_way = config.two_way.is_some();
     options.with_map(config);
     let mut found = check::run(&config.source, &config.target, options.clone()).await?;
     while found.findings.iter().any(|finding| finding.code == "unreachable") {

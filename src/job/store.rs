@@ -69,6 +69,9 @@ pub struct JobOptions {
     /// `--tables-only`.
     #[serde(default)]
     pub tables_only: bool,
+    /// `--two-way`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub two_way: bool,
     /// What tells its map from any other, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub map: Option<String>,
@@ -103,12 +106,10 @@ impl std::fmt::Display for JobOptions {
         ];
         let given = lists.iter().flat_map(|(option, list)| list.iter().map(move |p| (option, p)));
         let mut given: Vec<String> = given.map(|(option, p)| format!("{option} '{p}'")).collect();
-        if self.leave_large_objects {
-            given.push("--large-objects leave".to_string());
-        }
-        if self.tables_only {
-            given.push("--tables-only".to_string());
-        }
+        let leave = self.leave_large_objects;
+        given.extend(leave.then(|| "--large-objects leave".to_string()));
+        given.extend(self.tables_only.then(|| "--tables-only".to_string()));
+        given.extend(self.two_way.then(|| "--two-way".to_string()));
         given.extend(self.publication.iter().map(|name| format!("--publication '{name}'")));
         given.extend(self.map.iter().map(|digest| format!("the [[map]] of digest {digest}")));
         f.write_str(if given.is_empty() { "none" } else { "" })?;

@@ -36,6 +36,7 @@ mod target;
 mod tools;
 mod traffic;
 mod two_phase;
+mod two_way;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -71,6 +72,8 @@ pub struct CheckOptions {
     pub streaming: bool,
     /// Prepared transactions are to be carried as such.
     pub two_phase: bool,
+    /// Applications are to write to both sides.
+    pub two_way: bool,
     /// Parallel copies: each needs a connection on both sides.
     pub copy_jobs: usize,
     /// Whether a way back will be armed, for which both sides need the rights of the other.
@@ -100,6 +103,7 @@ impl CheckOptions {
             wanted: Wanted::default(),
             streaming: false,
             two_phase: false,
+            two_way: false,
             copy_jobs: 4,
             reverse: true,
             copy_bytes_per_second: 50_000_000,
@@ -156,6 +160,7 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.rights().await?;
     check.reading().await?;
     check.two_phase().await?;
+    check.two_way().await?;
     check.published().await?;
     check.tables().await?;
     check.identities().await?;
