@@ -37,4 +37,5 @@ mod stories;
 mod support;
 mod support_works;
 mod test_decoding;
+mod two_way;
 mod verify;
