@@ -7,7 +7,7 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo demo-kafka test fuzz decode-bench kill faults heartbeat matrix regress states bench spool-bench kill-spool outage latency cutover-bench setup check-style build clean
+.PHONY: help demo demo-kafka test fuzz decode-bench kill faults heartbeat maps matrix regress states bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -19,15 +19,18 @@ help:
 	@echo "make spool-bench      throughput of the spool beside dd, release build"
 	@echo "make kill-spool       kill -9 of run and of both servers through a spool [KILLS=200]"
 	@echo "make outage           the target away for ten minutes of writes [SECONDS=600]"
-	@echo "make latency          memory beside spool at 500 tx/s; large transactions by streaming"
+	@echo "make latency          memory, spool and Kafka at 500 tx/s; large transactions by streaming"
 	@echo "make heartbeat        an idle database beside pgbench pins no WAL [SECONDS=600]"
+	@echo "make maps [MAPS=1000]  random maps: by copy, by stream and by SQL the same"
 	@echo "make faults           restarts and network faults in every phase"
 	@echo "make regress          PostgreSQL's own regression suite as the workload (a download first)"
 	@echo "make states [TRANSACTIONS=1000000]  a reader of the target sees only states of the source"
 	@echo "make matrix [PAIRS=\"10-18 ...\"]  the whole job between any two of PostgreSQL 10 to 18"
 	@echo "make cutover-bench    stalls of writers through pgbouncer, release binary [ROUNDS=5]"
+	@echo "make stalls           stalls of writers while shards of Citus (where there is one) and plproxy move"
 	@echo "make bench [SCALE=1 ROUNDS=5]  whole jobs beside the peers (two hours, see bench/README.md)"
 	@echo "make check-style      only formatting and lints"
+	@echo "make without-kafka    lints and a job's tests of a build without librdkafka"
 	@echo "make build            the release binary, target/release/walferry"
 
 # SCALE: about 5 MB of database for each unit; walferry's own default is about 300 MB.
@@ -50,6 +53,14 @@ cutover-bench: build
 	WALFERRY_ROUNDS=$(or $(ROUNDS),5) WALFERRY_BINARY=$(CURDIR)/target/release/walferry \
 		cargo test --locked --test pooler -- --nocapture
 
+# The release binary. Ten moves between nodes of Citus at about 1,000 transactions a second, and
+# sixteen databases of a plproxy cluster: they fail where a bar is missed.
+stalls: setup build
+	WALFERRY_MOVES=10 WALFERRY_BINARY=$(CURDIR)/target/release/walferry \
+		cargo test --locked --test it -- --nocapture citus::stalls
+	WALFERRY_STALLS=1 WALFERRY_PARTITIONS=16 WALFERRY_BINARY=$(CURDIR)/target/release/walferry \
+		cargo test --locked --test it -- --nocapture cluster::double
+
 # Optimised, as a million runs of a debug build take many minutes. WALFERRY_SEED repeats a run.
 fuzz:
 	WALFERRY_FUZZ=$(or $(FUZZ),1000000) cargo test --release --locked --lib -- --nocapture mutated
@@ -66,6 +77,12 @@ check-style:
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 
+# The feature `kafka` is on by default; this is what those get who build without librdkafka.
+without-kafka: setup
+	cargo clippy --locked --all-targets --no-default-features -- -D warnings
+	cargo test --locked --no-default-features --lib
+	cargo test --locked --no-default-features --test it job::
+
 build:
 	cargo build --release --locked
 
@@ -77,11 +94,12 @@ spool-bench:
 	cargo test --release --locked --lib throughput_beside_dd -- --ignored --nocapture
 
 # BUFFER=spool or kafka: through that instead of memory; works for `make faults` too. With kafka the
-# broker and both servers are killed in turn as well.
+# broker and both servers are killed in turn as well, beside `run` and beside its two halves: KILLS=250
+# is fifty for each of five.
 # KILLS: how often `walferry run` is killed with kill -9; WALFERRY_SEED repeats a run.
 kill: setup
 	WALFERRY_KILLS=$(or $(KILLS),200) WALFERRY_TEST_BUFFER=$(BUFFER) cargo test --locked --test it -- --nocapture \
-		$(if $(filter kafka,$(BUFFER)),kafka::moving::kill_9,faults::kill_9)
+		$(if $(filter kafka,$(BUFFER)),kafka::moving::kill_9 kafka::halves::kill_9) faults::kill_9
 
 # The run, the source and the target each go down, the servers 50 times, at random moments.
 kill-spool: setup
@@ -90,10 +108,10 @@ kill-spool: setup
 # The target away for ten minutes of writes, once with a spool and once with Kafka: the source's WAL
 # stays under the budget.
 outage: setup
-	WALFERRY_OUTAGE=$(or $(SECONDS),600) cargo test --locked --test it -- --nocapture a_target_outage_goes_into
+	WALFERRY_OUTAGE=$(or $(SECONDS),600) WALFERRY_PATIENCE=900 cargo test --locked --test it -- --nocapture a_target_outage_goes_into
 
-# How long a change takes through memory and through a spool, and a large transaction by streaming
-# and without; release binary. The first fails beyond its bar.
+# How long a change takes through memory, a spool and Kafka, and a large transaction by streaming
+# and without; release binary. The first fails beyond its bars.
 latency: setup build
 	WALFERRY_BINARY=$(CURDIR)/target/release/walferry cargo test --locked --test it -- \
 		--ignored --nocapture --test-threads 1 large::measure
@@ -101,6 +119,11 @@ latency: setup build
 # Servers restarted, and networks cut, silently cut and stalled, in every phase.
 faults: setup
 	WALFERRY_FAULTS=long WALFERRY_TEST_BUFFER=$(BUFFER) cargo test --locked --test it -- --nocapture --test-threads 2 faults::
+
+# Random [[map]] sections, thirty a job, by every decoder and buffer in turn; WALFERRY_SEED repeats a
+# run.
+maps: setup
+	WALFERRY_MAPS=$(or $(MAPS),1000) cargo test --locked --test it -- --nocapture maps::random
 
 # An idle database beside ten minutes of pgbench in the same server: WAL retained for it.
 heartbeat: setup

@@ -15,7 +15,7 @@ pub type KafkaProperties = kafka::Properties;
 /// Settings of the Kafka client; empty where walferry is built without it.
 #[cfg(not(feature = "kafka"))]
 #[derive(Clone, Debug, Default)]
-pub struct KafkaProperties;
+pub struct KafkaProperties(());
 
 /// What went wrong in one of them.
 #[derive(Clone, Debug, thiserror::Error)]

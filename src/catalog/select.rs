@@ -148,6 +148,15 @@ impl Selection {
         Ok(self)
     }
 
+    /// The same without the tables that these patterns cover.
+    pub fn without(&self, patterns: &[String]) -> std::result::Result<Selection, PatternError> {
+        let mut selection = self.clone();
+        for pattern in patterns {
+            selection.exclude.push(pattern.parse()?);
+        }
+        Ok(selection)
+    }
+
     /// True if the table exists on both sides after the move.
     pub fn has_schema(&self, table: &QualifiedName) -> bool {
         (self.include.is_empty()
@@ -171,10 +180,13 @@ impl Selection {
         self.include.is_empty() && self.exclude.is_empty() && self.schema_only.is_empty()
     }
 
-    /// Patterns that match none of these tables.
-    pub fn unmatched(&self, tables: &[QualifiedName]) -> Vec<&Pattern> {
-        let all = [&self.include, &self.exclude, &self.schema_only].into_iter().flatten();
-        all.filter(|pattern| !tables.iter().any(|table| pattern.matches(table))).collect()
+    /// Patterns that match none of the source's tables; one of `--exclude` may be there for a table
+    /// of the target.
+    pub fn unmatched(&self, source: &[QualifiedName], target: &[QualifiedName]) -> Vec<&Pattern> {
+        let none = |pattern: &&Pattern| !source.iter().any(|table| pattern.matches(table));
+        let neither = |pattern: &&Pattern| !target.iter().any(|table| pattern.matches(table));
+        let moved = [&self.include, &self.schema_only].into_iter().flatten().filter(none);
+        moved.chain(self.exclude.iter().filter(none).filter(neither)).collect()
     }
 
     /// True if a pattern matches the table or something it is a partition of.
@@ -233,6 +245,10 @@ mod tests {
         assert!(quiet.has_rows(&name("root")));
         let one = select(&["leaf"], &[], &[]);
         assert!(one.has_rows(&name("leaf")) && !one.has_schema(&name("root")));
-        assert_eq!(select(&["lea?"], &["x"], &[]).unmatched(&[name("leaf")])[0].to_string(), "x");
+        assert_eq!(
+            select(&["lea?"], &["x"], &[]).unmatched(&[name("leaf")], &[])[0].to_string(),
+            "x"
+        );
+        assert!(select(&["lea?"], &["x"], &[]).unmatched(&[name("leaf")], &[name("x")]).is_empty());
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::mapping;
 use crate::apply::{Mode, OnRowError, Tuning};
 use crate::buffer::durable::KafkaProperties;
 use crate::config::{self, File, parse_duration, parse_size};
@@ -16,7 +17,6 @@ use crate::job::place::{
     Buffer, BufferOptions, KafkaPlace, SPOOL_BYTES, STREAMING_BYTES, StreamingOptions,
 };
 use crate::job::reading::Wanted;
-use crate::job::rest::{Refresh, Unlogged};
 use crate::job::routes::RouteSecrets;
 use crate::job::store::JobOptions;
 use crate::job::{self, Bulk, JobConfig};
@@ -96,6 +96,10 @@ pub struct JobArgs {
     /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL
     #[arg(long)]
     pub no_nan: bool,
+    /// The target will differ from the source, and there will be no way back: what a job whose
+    /// walferry.toml has a [[map]] must be told
+    #[arg(long)]
+    pub one_way: bool,
     /// Leave owners and grants behind
     #[arg(long)]
     pub no_owner: bool,
@@ -175,6 +179,7 @@ impl JobArgs {
     /// The same between these ends.
     pub fn between(&self, file: File, source: Config, target: Config) -> anyhow::Result<JobConfig> {
         let (tuning, bulk) = (tuning(self.apply, &file)?, bulk(&file));
+        let map = mapping::read(&file)?;
         let kafka = kafka_properties(&file)?;
         let job = self.job_name(file.name)?;
         let given = |own: &[String], file: Vec<String>| {
@@ -183,6 +188,7 @@ impl JobArgs {
         let publication = self.publication.clone().or(file.publication);
         let options = JobOptions {
             publication: publication.clone(),
+            map: map.as_ref().map(|map| map.digest().to_string()),
             include: given(&self.include, file.include),
             exclude: given(&self.exclude, file.exclude),
             schema_only: given(&self.schema_only, file.schema_only),
@@ -207,7 +213,7 @@ impl JobArgs {
         Ok(JobConfig {
             job,
             wanted,
-            source: source.labelled("source"),
+            source: mapping::keyed(source.labelled("source"), map.as_deref()),
             target: target.labelled("target"),
             options,
             bin: None,
@@ -237,6 +243,8 @@ impl JobArgs {
                 some => some.filter(|bytes| *bytes > 0),
             },
             bulk,
+            map,
+            one_way: self.one_way || file.one_way,
         })
     }
 
@@ -259,6 +267,7 @@ fn refuse_typos(options: &JobOptions) -> anyhow::Result<()> {
         let message = "needs --include: the tables that it is about".to_string();
         return Err(config::Error::Value { option: "--tables-only", message }.into());
     }
+    mapping::refuse_others(options)?;
     Ok(())
 }
 
@@ -445,49 +454,4 @@ pub fn learn(
 ) -> Result<Vec<String>, config::Error> {
     let learnt: Result<_, _> = routes.iter().map(|route| secrets.learn(route)).collect();
     learnt.map_err(|e| config::Error::Value { option, message: e.to_string() })
-}
-
-/// Options of cutover and rollback.
-#[derive(Clone, Debug, Args)]
-pub struct FlipArgs {
-    /// What stops writers: lock, read-only or none [default: lock]
-    #[arg(long, value_name = "KIND")]
-    pub fence: Option<String>,
-    /// Where clients find the data: hook:COMMAND, pgbouncer:ADMIN_URI,INI_PATH,DBNAME,
-    /// fdw:URI,SERVER, plproxy:URI,CLUSTER,PARTITION (URI of the router's database) or
-    /// citus:COORDINATOR_URI; may be given again [default: those of the last switch]
-    #[arg(long, value_name = "KIND:...")]
-    pub route: Vec<String>,
-    /// Lead no clients: neither by the routes of the last switch nor by those of walferry.toml
-    #[arg(long, conflicts_with = "route")]
-    pub no_route: bool,
-    /// Do not begin while the stream is further behind [default: 1s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub max_lag: Option<Duration>,
-    /// Give up after trying for so long to stop writers [default: 30s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub timeout: Option<Duration>,
-    /// No statement waits longer for us in one try [default: 200ms]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub lock_timeout: Option<Duration>,
-    /// Once writers are stopped, let them go on if the target needs longer to drain [default: 5s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub max_hold: Option<Duration>,
-    /// When materialized views are refreshed on the side to come: before (writers are held), after
-    /// (once clients are there, beside their work) or never [default: before; of rollback: after]
-    #[arg(long, value_name = "WHEN", value_parser = str::parse::<Refresh>)]
-    pub refresh: Option<Refresh>,
-    /// Rows of unlogged tables: copy (again, while writers are held), leave (as they were copied
-    /// at first), or refuse to switch while there are any [default: copy]
-    #[arg(long, value_name = "WHAT", value_parser = str::parse::<Unlogged>)]
-    pub unlogged: Option<Unlogged>,
-    /// Switch though changes are kept aside: they stay behind, and are not on the other side
-    #[arg(long)]
-    pub leave_quarantined: bool,
-    /// Prove the way there and back, and change nothing
-    #[arg(long)]
-    pub dry_run: bool,
-    /// Print the result as JSON
-    #[arg(long)]
-    pub json: bool,
 }

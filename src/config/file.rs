@@ -1,10 +1,11 @@
 //! `walferry.toml`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
 use super::Error;
+use crate::map::Section;
 use crate::secret::SecretString;
 
 /// All that may stand in the file; names are those of the options.
@@ -61,6 +62,12 @@ pub struct File {
     pub no_nan: bool,
     /// `--no-owner`.
     pub no_owner: bool,
+    /// `[[map]]`.
+    pub map: Vec<Section>,
+    /// A file that holds the key of hash masks, where WALFERRY_MAP_KEY does not.
+    pub map_key_file: Option<PathBuf>,
+    /// `--one-way`.
+    pub one_way: bool,
     /// `[cutover]`.
     pub cutover: Cutover,
     /// `[tuning]`.
@@ -167,6 +174,8 @@ pub struct Cutover {
     pub unlogged: Option<String>,
     /// `--route`.
     pub route: Vec<String>,
+    /// `--read-route`.
+    pub read_route: Vec<String>,
     /// `--max-lag`.
     pub max_lag: Option<String>,
     /// `--timeout`.

@@ -59,8 +59,8 @@ fn margin(sequence: &Sequence, rate: f64, hold: Duration) -> u64 {
     MARGIN.max(blocks).saturating_add(taken)
 }
 
-/// Sets every sequence of `dest` past what `live` hands out within `hold`. The commit is
-/// synchronous and so makes everything that was applied before it durable too.
+/// Sets every sequence of `dest` past what `live` hands out within `hold`. What makes it durable is
+/// the next commit on `dest`.
 ///
 /// One that should be there and is not is an error; that of a table left out need not be there, but
 /// may, as another table may use it. Of tables alone only what they own is set: other sequences of
@@ -79,7 +79,6 @@ pub async fn carry(
     });
     let margin = |sequence: &Sequence| margin(sequence, stood.rate(sequence), hold);
     schema::set_sequences(dest, &sequences, margin).await?;
-    dest.query("select pg_catalog.pg_logical_emit_message(true, 'walferry', 'flush')").await?;
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! What a job is, as the command line and the options file put it together.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::copying::Bulk;
@@ -11,6 +12,7 @@ use super::routes::RouteSecrets;
 use super::store::JobOptions;
 use crate::apply::{OnRowError, Tuning};
 use crate::id::JobName;
+use crate::map::Map;
 use crate::pg::Config;
 use crate::schema::policy::Policy;
 
@@ -56,6 +58,10 @@ pub struct JobConfig {
     pub half: Half,
     /// See [`crate::source::StreamOptions::bulk_bytes`].
     pub bulk_bytes: Option<u64>,
+    /// What becomes of its tables on the way.
+    pub map: Option<Arc<Map>>,
+    /// There is to be no way back.
+    pub one_way: bool,
     /// How rows and indexes are made.
     pub bulk: Bulk,
 }

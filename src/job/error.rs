@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::gone::{Gone, hung};
+use super::mapped;
 use super::state::Refused;
 use crate::buffer::{durable, spool};
 use crate::fault::{Fault, Faulty};
@@ -37,6 +38,9 @@ pub enum Error {
     /// The comparison.
     #[error(transparent)]
     Verify(#[from] verify::Error),
+    /// The job's map.
+    #[error(transparent)]
+    Mapped(#[from] mapped::Error),
     /// Large objects, likewise.
     #[error(transparent)]
     Large(#[from] large::Error),
@@ -451,6 +455,9 @@ pub enum Error {
         /// The backend that holds the lease; empty if none does.
         pid: String,
     },
+    /// Readers stay where they are.
+    #[error(transparent)]
+    Reads(#[from] super::reads::Refused),
     /// A runner, an asker or a server that is gone, or is said to be.
     #[error(transparent)]
     Gone(#[from] Gone),
@@ -463,13 +470,6 @@ pub enum Error {
     /// Asked to stop while waiting.
     #[error("stopped; the same command goes on from here")]
     Interrupted,
-}
-
-#[cfg(feature = "kafka")]
-impl From<crate::buffer::kafka::Error> for Error {
-    fn from(error: crate::buffer::kafka::Error) -> Self {
-        Error::Buffer(error.into())
-    }
 }
 
 fn names(tables: &[QualifiedName]) -> String {
@@ -488,6 +488,7 @@ impl Faulty for Error {
             Error::Schema(error) => error.fault(),
             Error::Cutover(error) => error.fault(),
             Error::Verify(error) => error.fault(),
+            Error::Mapped(error) => error.fault(),
             Error::Large(error) => error.fault(),
             Error::Cluster(cluster::read::Error::Pg(error)) => error.fault(),
             Error::LeaseLost => Fault::Retry,

@@ -10,7 +10,8 @@
 //!   constraints. `streams`: starting and stopping them. `pipeline`: one stream, kept going;
 //!   `spooling`: one through a spool. `attend`: what a runner does while it follows: commands,
 //!   `positions`. `vigil`: the lease, and servers that fall silent. `flip`: arming the way back,
-//!   and the choreography with its journal; `routes`: its routes, and those that are gone.
+//!   and the choreography; `journal`: its journal. `routes`: its routes, and those that are gone.
+//!   `reads`: clients that only read, led before the writes.
 //!   `cleanup`: finish and cancel; `recycle`: where the old side's tables go; `remains`: cleaning
 //!   one side where the other is gone.
 //! - `ability`: what the roles may do, and so how each side is written. `alone`: tables without the
@@ -50,8 +51,10 @@ pub mod error;
 mod flip;
 mod gone;
 pub mod heartbeat;
+mod journal;
 pub mod lease;
 mod left;
+mod mapped;
 mod newcomers;
 pub mod opening;
 pub mod pipeline;
@@ -61,6 +64,7 @@ mod prepare;
 mod published;
 pub mod quarantine;
 pub mod reading;
+pub mod reads;
 pub mod recycle;
 pub mod remains;
 pub mod rest;

@@ -46,10 +46,21 @@ impl Runner {
             .collect();
         let absent = here.iter().filter(|t| !there.contains(t) && !unpublished.contains(t));
         wrong.extend(absent.map(|t| format!("{t} is not on the {}", names.1)));
+        if flip == Stream::Forward {
+            wrong.extend(self.barred(&here).await?);
+        }
         if wrong.is_empty() {
             return Ok(());
         }
         Err(cutover::Error::NotFollowed { tables: wrong }.into())
+    }
+
+    /// What would refuse the way back once the switch is made. A target that is partitioned in
+    /// another way is no obstacle: its rows come back through the root.
+    async fn barred(&self, source: &[QualifiedName]) -> Result<Vec<String>> {
+        let mut tables = self.tables(&self.config.target).await?;
+        tables.retain(|t| t.partition_of.is_none() && !source.contains(&t.name));
+        Ok(tables.iter().map(|t| format!("{} is not on the source", t.name)).collect())
     }
 
     /// Tables that a decoder without a publication passes over: made since, be it under an old

@@ -123,6 +123,7 @@ impl SpoolOptions {
     }
 
     /// Opens what another process writes.
+    #[cfg_attr(not(feature = "kafka"), expect(unused_variables, reason = "are a topic's"))]
     fn open_to_read(&self, options: &PipeOptions, identity: Identity) -> Result<Durable> {
         match &self.place {
             Place::Spool(_) => Err(Error::State("a spool has one process".to_string())),
@@ -137,6 +138,7 @@ impl SpoolOptions {
     }
 
     /// An error if what the slot was told is neither on the target nor in the topic. Blocks.
+    #[cfg_attr(not(feature = "kafka"), expect(unused_variables, reason = "are a topic's"))]
     fn covers(
         &self,
         options: &PipeOptions,

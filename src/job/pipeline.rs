@@ -18,6 +18,7 @@ use tokio::task::JoinHandle;
 use super::Result;
 use super::ability::Ability;
 use super::error::Error;
+use super::mapped;
 use super::opening::{Half, SpoolOptions};
 use super::spooling;
 use crate::apply::altered::Alter;
@@ -26,11 +27,13 @@ use crate::buffer::memory;
 use crate::buffer::spool::Spill;
 use crate::change::{self, Snapshot};
 use crate::clock::Backoff;
+use crate::cluster::shard;
 use crate::decode::Plugin;
 use crate::fault::{Fault, Faulty};
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::limit;
 use crate::lsn::Lsn;
+use crate::map::Map;
 use crate::pg::Config;
 use crate::source::{self, Followed, Positions, Recorded, StreamOptions, Transport};
 
@@ -62,6 +65,8 @@ pub struct PipeOptions {
     pub from: Config,
     /// The side that is written.
     pub to: Config,
+    /// They are tables alone, and may be shards of a Citus cluster.
+    pub tables_only: bool,
     /// The tables that are read, where the decoder gives every table of the database.
     pub followed: Arc<Followed>,
     /// The publications that are read, where the decoder is pgoutput.
@@ -93,6 +98,8 @@ pub struct PipeOptions {
     pub on_row_error: OnRowError,
     /// Who says what becomes of tables that are altered.
     pub alter: Option<Arc<dyn Alter>>,
+    /// What becomes of the changes between the buffer and the applier.
+    pub map: Option<Arc<Map>>,
     /// See [`StreamOptions::bulk_bytes`].
     pub bulk_bytes: Option<u64>,
 }
@@ -102,8 +109,12 @@ pub struct PipeOptions {
 impl PipeOptions {
     /// Connects to the written side, and reads its progress.
     pub(super) async fn open_applier(&self, visibility: Visibility) -> Result<Applier> {
+        let (tables, visibility) = match &self.map {
+            Some(map) => mapped::applied(map, &self.tables, visibility),
+            None => (self.tables.clone(), visibility),
+        };
         let wanted = apply::Options {
-            tables: Some(self.tables.clone()),
+            tables: Some(tables),
             visibility,
             gate: self.gate.clone(),
             tuning: self.tuning,
@@ -137,6 +148,10 @@ impl PipeOptions {
         start_lsn: Lsn,
         confirmed_lsn: Lsn,
     ) -> Result<source::Reader> {
+        // Somebody may have turned it on since, and changes would be left out without a word.
+        if self.tables_only && shard::is_captured(&self.from).await? {
+            return Err(Error::ShardsCaptured { side: self.from.label.clone() });
+        }
         let name = self.job.object(self.stream);
         let opposite = self.job.object(self.stream.opposite());
         let wanted = StreamOptions {
@@ -303,8 +318,10 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
     let mut reading =
         Task(tokio::spawn(async move { reader.run(&mut queue, durable, &positions, stop).await }));
     let (applied, hold, stop) = (ends.applied.clone(), ends.hold.clone(), ends.stop.clone());
-    let mut applying =
-        Task(tokio::spawn(async move { applier.run(feed, &applied, hold, stop).await }));
+    let map = options.map.clone().map(|map| (map, options.from.clone()));
+    let mut applying = Task(tokio::spawn(async move {
+        mapped::apply(map, &mut applier, feed, (&applied, hold, stop)).await
+    }));
     let mut watching = ends.applied.subscribe();
     loop {
         tokio::select! {
@@ -323,7 +340,7 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
                 drop(durable_tx);
                 // The reader tells the slot once more, then finds nobody to read for.
                 let _ = tokio::time::timeout(Duration::from_secs(2), &mut reading.0).await;
-                return flatten(done).map_err(Error::from);
+                return flatten(done);
             }
             done = &mut reading.0 => {
                 // What was received is still applied; then both begin again.

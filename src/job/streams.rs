@@ -148,6 +148,7 @@ pub(super) async fn pipe_options(
         stream,
         from: from.clone(),
         to: to.clone(),
+        tables_only: config.options.tables_only,
         transport: reading.transport()?,
         plain_numbers: config.wanted.plain_numbers,
         followed: Arc::new(readings.tables(stream)),
@@ -182,6 +183,7 @@ pub(super) async fn pipe_options(
             Stream::Reverse => OnRowError::Stop,
         },
         alter: alter(config, stream).await?,
+        map: config.map.clone().filter(|_| stream == Stream::Forward),
         bulk_bytes: config.bulk_bytes,
     })
 }

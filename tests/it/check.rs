@@ -564,17 +564,19 @@ async fn what_is_already_on_the_target_is_found() {
     let report = world.check().await;
     let filled = find(&report, "target-table-has-rows", "table public.filled");
     assert_eq!((filled.level, &filled.fix), (Error, &None));
-    assert!(report.findings.iter().all(|f| !f.object.contains("unrelated")));
+    let alone = find(&report, "target-table-alone", "table public.unrelated");
+    assert_eq!((alone.level, &alone.fix), (Error, &None));
+    assert!(alone.message.contains("--exclude public.unrelated"), "{}", alone.message);
     world.finds_and_mends(Error, "target-table-exists", "table public.t").await;
     for object in
         ["view public.v", "sequence", "type public.mood", "function public.f", "materialized"]
     {
         world.finds_and_mends(Error, "target-object-exists", object).await;
     }
-    assert_eq!(codes(&world.check().await, Error).len(), 1);
+    assert_eq!(codes(&world.check().await, Error).len(), 2);
     // A table left out of the job may be there.
     let mut world = world;
-    let exclude = ["public.filled".to_string()];
+    let exclude = ["public.filled".to_string(), "public.unrelated".to_string()];
     world.options.selection = Selection::parse(&[], &exclude, &[]).unwrap();
     assert!(world.check().await.ready());
 }

@@ -424,7 +424,7 @@ async fn wait_for_worker(pair: &Pair) {
 
 /// PeerDB#1750, pgcopydb#720: the snapshot's holder dies in the middle of a split table.
 #[tokio::test]
-async fn peerdb_1750_a_lost_snapshot_costs_no_finished_table_and_mixes_nothing() {
+async fn peerdb_1750_and_pgcopydb_720_a_lost_snapshot_costs_no_finished_table_and_mixes_nothing() {
     let pair = Pair::new(&format!("{WIDE}; create table public.whole (a int)"));
     fill(&pair, 6_000);
     pair.source("insert into public.whole select generate_series(1, 200000)");

@@ -2,7 +2,7 @@
 
 use crate::catalog::TableKind;
 use crate::id::{QualifiedName, quote_ident};
-use crate::pg;
+use crate::pg::{self, Session};
 
 use super::finding::some;
 use super::{Check, Finding, Side};
@@ -51,10 +51,9 @@ impl Check<'_> {
         if self.options.selection.is_everything() || self.begun.is_some() {
             return Ok(());
         }
-        let rows = self.source.session.query(NAMES).await?;
-        let names = rows.iter().map(|row| Ok(QualifiedName::new(row.str(0)?, row.str(1)?)));
-        let names = names.collect::<pg::Result<Vec<_>>>()?;
-        for pattern in self.options.selection.unmatched(&names) {
+        let here = names(&mut self.source.session).await?;
+        let there = names(&mut self.target.session).await?;
+        for pattern in self.options.selection.unmatched(&here, &there) {
             let message = "matches no table of the source: correct it (schema.table, with * and ? \
                  as wildcards; upper and lower case differ), or leave it out";
             let object = format!("pattern {pattern}");
@@ -127,4 +126,9 @@ impl Check<'_> {
         }
         Ok(())
     }
+}
+
+async fn names(session: &mut Session) -> pg::Result<Vec<QualifiedName>> {
+    let rows = session.query(NAMES).await?;
+    rows.iter().map(|row| Ok(QualifiedName::new(row.str(0)?, row.str(1)?))).collect()
 }

@@ -10,7 +10,7 @@ use super::tables::of_users;
 use super::{Check, Finding, Side};
 
 const RELATIONS: &str = concat!(
-    "select n.nspname, c.relname, c.relkind from pg_catalog.pg_class c \
+    "select n.nspname, c.relname, c.relkind, c.relispartition from pg_catalog.pg_class c \
      join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
      where c.relkind in ('r', 'p', 'v', 'm', 'S', 'f') and c.relpersistence <> 't' and ",
     of_users!(),
@@ -79,22 +79,36 @@ impl Check<'_> {
     }
 
     async fn relations(&mut self) -> pg::Result<()> {
-        let ours: HashMap<QualifiedName, String> =
-            relations(&mut self.source.session).await?.into_iter().collect();
+        let ours = relations(&mut self.source.session).await?;
+        let ours: HashSet<QualifiedName> = ours.into_iter().map(|(name, ..)| name).collect();
         let owners: HashMap<QualifiedName, QualifiedName> = match self.options.selection.tables_only
         {
             true => owners(&mut self.source.session).await?,
             false => HashMap::new(),
         };
-        for (name, kind) in relations(&mut self.target.session).await? {
+        let selection = self.made();
+        for (name, kind, is_partition) in relations(&mut self.target.session).await? {
             let is_table = matches!(kind.as_str(), "r" | "p");
-            let selection = &self.options.selection;
             let moves = match kind.as_str() {
                 "r" | "p" => selection.has_schema(&name),
                 "S" => selection.has_sequence(owners.get(&name)),
                 _ => !selection.tables_only,
             };
-            if !moves || !ours.contains_key(&name) {
+            if moves && is_table && !is_partition && !ours.contains(&name) {
+                // Its rows could not come along on the way back.
+                let message = format!(
+                    "is on the target alone, and would refuse the way back: leave it out with \
+                     --exclude {name}, or drop it if it is of no use"
+                );
+                let object = format!("table {name}");
+                self.findings.push(Finding::error(
+                    Side::Target,
+                    "target-table-alone",
+                    object,
+                    message,
+                ));
+            }
+            if !moves || !ours.contains(&name) {
                 continue;
             }
             let (what, drop) = match kind.as_str() {
@@ -149,10 +163,14 @@ impl Check<'_> {
     }
 }
 
-async fn relations(session: &mut Session) -> pg::Result<Vec<(QualifiedName, String)>> {
+/// Name, kind, and whether it is a partition.
+async fn relations(session: &mut Session) -> pg::Result<Vec<(QualifiedName, String, bool)>> {
     let rows = session.query(RELATIONS).await?;
     rows.iter()
-        .map(|row| Ok((QualifiedName::new(row.str(0)?, row.str(1)?), row.string(2)?)))
+        .map(|row| {
+            let name = QualifiedName::new(row.str(0)?, row.str(1)?);
+            Ok((name, row.string(2)?, row.bool(3)?))
+        })
         .collect()
 }
 

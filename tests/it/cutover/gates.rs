@@ -57,6 +57,13 @@ async fn a_dry_run_changes_nothing_and_what_is_in_the_way_is_named() {
     stage.ends.source.psql("app", "drop table public.late").unwrap();
     stage.ends.target.psql("app", part).unwrap();
 
+    // A table of the target alone would refuse the way back, when it is too late.
+    stage.ends.target.psql("app", "create table public.alone (a int)").unwrap();
+    let ended = stage.ends.walferry(&["cutover"]).await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(ended.err.contains("public.alone is not on the source"), "{}", ended.err);
+    stage.ends.target.psql("app", "drop table public.alone").unwrap();
+
     // Somebody else writes to the target.
     stage.ends.done(&["cutover", "--dry-run"]).await;
     stage.ends.target.psql("app", "insert into public.side values (7, 'rogue')").unwrap();
@@ -90,9 +97,9 @@ async fn of_two_cutovers_at_once_one_switches_and_the_other_is_told() {
             "fence",
             "barrier",
             "drain",
+            "sequences",
             // The data has an unlogged table.
             "rest",
-            "sequences",
             "seal",
             "switch",
             "point of no return",

@@ -98,7 +98,7 @@ async fn etl_429_the_slot_of_a_quiet_job_moves_on_while_others_write() {
 
 /// Slots of a move given up stayed, and kept the log until the disk was full.
 #[tokio::test(flavor = "multi_thread")]
-async fn citus_7896_a_killed_and_cancelled_job_leaves_no_slot() {
+async fn citus_7896_and_pgdog_1592_a_killed_and_cancelled_job_leaves_no_slot() {
     let story = Story::of("citus_7896", HEAPS);
     for wait_ms in [300, 900] {
         story.spawn(&["run"]).kill9_after(Duration::from_millis(wait_ms)).await;

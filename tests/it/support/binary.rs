@@ -71,9 +71,10 @@ impl Walferry {
         Self::spawn(arguments).ended().await
     }
 
-    /// Waits for its end, two minutes at most.
+    /// Waits for its end, two minutes at most, or as many seconds as WALFERRY_PATIENCE says.
     pub async fn ended(mut self) -> Ended {
-        let limit = Duration::from_secs(120);
+        let patience = std::env::var("WALFERRY_PATIENCE").ok().and_then(|s| s.parse().ok());
+        let limit = Duration::from_secs(patience.unwrap_or(120));
         let Ok(status) = tokio::time::timeout(limit, self.child.wait()).await else {
             panic!("still running after {limit:?}:\n{}", self.so_far());
         };
