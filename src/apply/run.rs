@@ -386,8 +386,8 @@ impl Applier {
             self.writer.abandon();
         }
         self.record_passed(true).await?;
-        // Of a batch that was cut off nothing is there to be entered, nor of what is counted with it;
-        // the next applier enters what waits.
+        // Not after a batch that was cut off, which is among what is counted: the next applier
+        // enters what waits.
         if !self.canceled {
             self.enter_counts(true).await?;
         }
