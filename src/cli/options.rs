@@ -96,8 +96,8 @@ pub struct JobArgs {
     /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL
     #[arg(long)]
     pub no_nan: bool,
-    /// The target will differ from the source, and there will be no way back: what a job whose
-    /// walferry.toml has a [[map]] must be told
+    /// There will be no way back: what a job whose walferry.toml has a [[map]] must be told, and
+    /// its cutover once more
     #[arg(long)]
     pub one_way: bool,
     /// Leave owners and grants behind

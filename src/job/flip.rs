@@ -66,6 +66,9 @@ pub struct FlipRequest {
     pub leave_quarantined: bool,
     /// `--dry-run`.
     pub dry_run: bool,
+    /// `--one-way`: there is to be no way back.
+    #[serde(default)]
+    pub one_way: bool,
     /// The live tables' [`catalog::mark`] before they were looked at: another one, once writers
     /// are stopped, refuses the flip.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -126,12 +129,14 @@ impl Runner {
         request.fence.parse::<FenceKind>()?;
         // Somebody may have turned on since what garbles the names of shards.
         self.config.clone().reaching_shards().await?;
+        let one_way = self.flies_one_way(request)?;
         // A rollback rests on the reverse stream's own publication.
         if request.stream() == Stream::Forward {
             self.refuse_partial().await?;
-            self.refuse_mapped()?;
         }
-        if !row.armed {
+        if one_way {
+            self.gate(request).await?;
+        } else if !row.armed {
             // A stream that stands still would keep the slot from being made, and says less then.
             self.gate(request).await?;
             self.say(Notice::Said("arming the way back".to_string()));
@@ -196,7 +201,7 @@ impl Runner {
     }
 
     async fn follow_reverse_now(&mut self) -> Result<()> {
-        if self.reverse.is_none() {
+        if self.reverse.is_none() && self.config.map.is_none() {
             let pipe = self.pipe(Stream::Reverse, Some(HashMap::new())).await?;
             self.reverse = Some(pipe);
         }
@@ -278,7 +283,7 @@ impl Runner {
         flip: Stream,
         request: &FlipRequest,
     ) -> Result<(cutover::Outcome, Vec<Finding>)> {
-        if flip == Stream::Forward {
+        if flip == Stream::Forward && self.config.map.is_none() {
             self.refuse_rogue_writes().await?;
         }
         self.refuse_new_tables(flip).await?;
@@ -316,7 +321,9 @@ impl Runner {
             live: live.clone(),
             dest: dest.clone(),
             tables: tables.clone(),
-            selection: self.selection.clone(),
+            selection: self.selection_by_dump()?,
+            sequences: self.mapped_sequences().await?,
+            one_way: self.config.map.is_some(),
             fence: request.fence.parse()?,
             routes: self.config.secrets.routes(&request.routes)?,
             context: route::Context { tables, ..context(&self.config, flip) },
@@ -350,7 +357,7 @@ impl Runner {
             live,
             dest,
             job: self.config.job.to_string(),
-            selection: self.selection.clone(),
+            selection: self.selection_by_dump()?,
             dump,
             brake: writing.as_ref().map(|pipe| pipe.hold.clone()),
         })
@@ -429,7 +436,7 @@ impl Runner {
         };
         let mut away = Session::control(away).await?;
         let mut home = Session::control(home).await?;
-        Ok(cutover::sequences::come_home(&mut away, &mut home, &self.selection).await?)
+        Ok(cutover::sequences::come_home(&mut away, &mut home, &self.selection_by_dump()?).await?)
     }
 }
 
