@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::judge::{Act, Incoming, Kind, Local, Op, Policy, Rival, Verdict, judge};
 use super::look::{LastWriter, shown};
@@ -9,14 +10,13 @@ use super::{Settler, unique::Hit};
 use crate::apply::admit::{self, Admitted, Step, relations};
 use crate::apply::batch::Batch;
 use crate::apply::error::{Error, Result};
+use crate::apply::flight::has_rows;
 use crate::apply::request::{Request, Role};
 use crate::apply::rows::culprit;
 use crate::apply::statement::Mapping;
-use crate::apply::writer::has_rows;
 use crate::apply::{Applier, count};
 use crate::change::{Begin, Change, Commit, OldRow, Relation};
 use crate::clock::PgTimestamp;
-use crate::lsn::Lsn;
 use crate::pg::{Pipeline, Session};
 
 /// Rows looked at in one round trip.
@@ -193,10 +193,9 @@ impl Applier {
         commit: Commit,
     ) -> Result<()> {
         let lost: Vec<String> = count::lost_params(&self.writer.routes.counts());
-        if let Some(counts) = self.writer.counts()? {
-            let stream = std::iter::once(self.writer.stream.as_bytes());
-            let params = stream.chain(counts.iter().map(|p| p.as_bytes())).map(Some);
-            request.pipeline.run("walferry_counts", params);
+        // Nothing of it waits beside progress: what is rolled back would wait there too.
+        let entry = self.writer.enter()?;
+        if self.writer.count(&mut request.pipeline, &entry) {
             request.roles.push(Role::Aside);
         }
         if !lost.is_empty() {
@@ -205,7 +204,8 @@ impl Applier {
             request.pipeline.run("walferry_two_way_lost", params);
             request.roles.push(Role::Aside);
         }
-        self.progress.record(&mut request.pipeline, self.progress_lsn, &commit);
+        let (pipeline, end_lsn) = (&mut request.pipeline, commit.end_lsn);
+        self.progress.record(pipeline, self.progress_lsn, end_lsn, &entry);
         request.roles.push(Role::Progress);
         let params =
             [settler.stream.clone(), frame.begin.xid.to_string(), commit.commit_time.to_sql()];
@@ -221,14 +221,16 @@ impl Applier {
         }
         let position = answers.rows.last().and_then(|rows| rows.first());
         let position = position.and_then(|row| row.lsn(0).ok().zip(row.lsn(1).ok()));
-        let (insert_lsn, flush_lsn) = position.unwrap_or((Lsn(u64::MAX), Lsn::ZERO));
         self.progress_lsn = commit.end_lsn;
         self.applied.applied_lsn = commit.end_lsn;
         self.applied.last_end_lsn = commit.end_lsn;
         self.applied.commit_time = Some(commit.commit_time);
         self.applied.transactions += 1;
-        self.durable.committed(commit.end_lsn, insert_lsn);
-        self.durable.flushed(flush_lsn);
+        self.landed_at = Instant::now();
+        self.durable.committed(commit.end_lsn);
+        if let Some((insert_lsn, flush_lsn)) = position {
+            self.durable.stands(insert_lsn, flush_lsn);
+        }
         Ok(())
     }
 
