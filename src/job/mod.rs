@@ -17,8 +17,10 @@
 //!   rest of their database. `reading`: how each side is read; `published`: by which publication of
 //!   others. `heartbeat`: lag while nobody writes. `validating`: foreign keys that came back at a
 //!   switch. `rest`: what no stream carries. `left`: what is left behind at a flip.
-//! - `altering`: tables that are altered meanwhile. `quarantine`: what is kept aside, and what
-//!   becomes of it.
+//! - `altering`: tables that are altered meanwhile; `silent`: what of that no stream shows.
+//!   `quarantine`: what is kept aside, and what becomes of it. `nudging`: WAL that is let go.
+//! - `brought`: a target that is a copy of somebody else's; `reserve`: what is made before it, and
+//!   `seam`: where it stands.
 //! - `gone`: what is said of runners and servers that are.
 //! - `client`: commands from other processes; `ask`: the same, with a runner of one's own where
 //!   none is alive; `ending`: finish and cancel, whoever runs the job. `align`: both sides held at
@@ -36,6 +38,7 @@ mod alone;
 mod altering;
 pub mod ask;
 mod attend;
+mod brought;
 pub mod capturing;
 pub mod check;
 pub mod cleanup;
@@ -54,6 +57,7 @@ pub mod lease;
 mod left;
 mod mapped;
 mod newcomers;
+mod nudging;
 pub mod opening;
 pub mod pipeline;
 pub mod place;
@@ -64,9 +68,12 @@ pub mod quarantine;
 pub mod reading;
 pub mod recycle;
 pub mod remains;
+pub mod reserve;
 pub mod rest;
 pub mod routes;
 pub mod run;
+mod seam;
+mod silent;
 mod spooling;
 pub mod state;
 pub mod status;
@@ -81,6 +88,7 @@ pub use error::Error;
 pub use flip::FlipRequest;
 pub use gone::Gone;
 pub use run::{Notice, Runner, Until};
+pub use seam::Seam;
 pub use state::Phase;
 
 /// Result with this room's error.
