@@ -66,6 +66,9 @@ pub struct JobOptions {
     /// `--tables-only`.
     #[serde(default)]
     pub tables_only: bool,
+    /// `--initial-copy none`: the target is a copy that somebody else made.
+    #[serde(default)]
+    pub brought: bool,
     /// What tells its map from any other, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub map: Option<String>,
@@ -105,6 +108,9 @@ impl std::fmt::Display for JobOptions {
         }
         if self.tables_only {
             given.push("--tables-only".to_string());
+        }
+        if self.brought {
+            given.push("--initial-copy none".to_string());
         }
         given.extend(self.publication.iter().map(|name| format!("--publication '{name}'")));
         given.extend(self.map.iter().map(|digest| format!("the [[map]] of digest {digest}")));
