@@ -7,7 +7,7 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo demo-kafka test fuzz decode-bench kill faults heartbeat ddl maps matrix regress bench spool-bench kill-spool outage latency cutover-bench setup check-style without-kafka build clean
+.PHONY: help demo demo-kafka test fuzz decode-bench kill faults heartbeat ddl maps matrix regress bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -27,6 +27,7 @@ help:
 	@echo "make ddl              DDL of every class on three versions and two decoders [MAJORS='12 15 18']"
 	@echo "make matrix [PAIRS=\"10-18 ...\"]  the whole job between any two of PostgreSQL 10 to 18"
 	@echo "make cutover-bench    stalls of writers through pgbouncer, release binary [ROUNDS=5]"
+	@echo "make stalls           stalls of writers while shards of Citus (where there is one) and plproxy move"
 	@echo "make bench [SCALE=1 ROUNDS=5]  whole jobs beside the peers (two hours, see bench/README.md)"
 	@echo "make check-style      only formatting and lints"
 	@echo "make without-kafka    lints and a job's tests of a build without librdkafka"
@@ -51,6 +52,14 @@ test: setup check-style
 cutover-bench: build
 	WALFERRY_ROUNDS=$(or $(ROUNDS),5) WALFERRY_BINARY=$(CURDIR)/target/release/walferry \
 		cargo test --locked --test pooler -- --nocapture
+
+# The release binary. Ten moves between nodes of Citus at about 1,000 transactions a second, and
+# sixteen databases of a plproxy cluster: they fail where a bar is missed.
+stalls: setup build
+	WALFERRY_MOVES=10 WALFERRY_BINARY=$(CURDIR)/target/release/walferry \
+		cargo test --locked --test it -- --nocapture citus::stalls
+	WALFERRY_STALLS=1 WALFERRY_PARTITIONS=16 WALFERRY_BINARY=$(CURDIR)/target/release/walferry \
+		cargo test --locked --test it -- --nocapture cluster::double
 
 # Optimised, as a million runs of a debug build take many minutes. WALFERRY_SEED repeats a run.
 fuzz:

@@ -22,6 +22,7 @@ mod mapping;
 mod options;
 mod print;
 mod quarantine;
+mod reads;
 mod rollback;
 mod run;
 mod slot;

@@ -18,7 +18,6 @@ use crate::job::place::{
     Buffer, BufferOptions, KafkaPlace, SPOOL_BYTES, STREAMING_BYTES, StreamingOptions,
 };
 use crate::job::reading::Wanted;
-use crate::job::rest::{Refresh, Unlogged};
 use crate::job::routes::RouteSecrets;
 use crate::job::store::JobOptions;
 use crate::job::{self, Bulk, JobConfig};
@@ -101,8 +100,8 @@ pub struct JobArgs {
     /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL
     #[arg(long)]
     pub no_nan: bool,
-    /// The target will differ from the source, and there will be no way back: what a job whose
-    /// walferry.toml has a [[map]] must be told
+    /// There will be no way back: what a job whose walferry.toml has a [[map]] must be told, and
+    /// its cutover once more
     #[arg(long)]
     pub one_way: bool,
     /// Leave owners and grants behind
@@ -452,49 +451,4 @@ pub fn learn(
 ) -> Result<Vec<String>, config::Error> {
     let learnt: Result<_, _> = routes.iter().map(|route| secrets.learn(route)).collect();
     learnt.map_err(|e| config::Error::Value { option, message: e.to_string() })
-}
-
-/// Options of cutover and rollback.
-#[derive(Clone, Debug, Args)]
-pub struct FlipArgs {
-    /// What stops writers: lock, read-only or none [default: lock]
-    #[arg(long, value_name = "KIND")]
-    pub fence: Option<String>,
-    /// Where clients find the data: hook:COMMAND, pgbouncer:ADMIN_URI,INI_PATH,DBNAME,
-    /// fdw:URI,SERVER, plproxy:URI,CLUSTER,PARTITION (URI of the router's database) or
-    /// citus:COORDINATOR_URI; may be given again [default: those of the last switch]
-    #[arg(long, value_name = "KIND:...")]
-    pub route: Vec<String>,
-    /// Lead no clients: neither by the routes of the last switch nor by those of walferry.toml
-    #[arg(long, conflicts_with = "route")]
-    pub no_route: bool,
-    /// Do not begin while the stream is further behind [default: 1s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub max_lag: Option<Duration>,
-    /// Give up after trying for so long to stop writers [default: 30s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub timeout: Option<Duration>,
-    /// No statement waits longer for us in one try [default: 200ms]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub lock_timeout: Option<Duration>,
-    /// Once writers are stopped, let them go on if the target needs longer to drain [default: 5s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub max_hold: Option<Duration>,
-    /// When materialized views are refreshed on the side to come: before (writers are held), after
-    /// (once clients are there, beside their work) or never [default: before; of rollback: after]
-    #[arg(long, value_name = "WHEN", value_parser = str::parse::<Refresh>)]
-    pub refresh: Option<Refresh>,
-    /// Rows of unlogged tables: copy (again, while writers are held), leave (as they were copied
-    /// at first), or refuse to switch while there are any [default: copy]
-    #[arg(long, value_name = "WHAT", value_parser = str::parse::<Unlogged>)]
-    pub unlogged: Option<Unlogged>,
-    /// Switch though changes are kept aside: they stay behind, and are not on the other side
-    #[arg(long)]
-    pub leave_quarantined: bool,
-    /// Prove the way there and back, and change nothing
-    #[arg(long)]
-    pub dry_run: bool,
-    /// Print the result as JSON
-    #[arg(long)]
-    pub json: bool,
 }

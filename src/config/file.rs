@@ -167,6 +167,8 @@ pub struct Cutover {
     pub unlogged: Option<String>,
     /// `--route`.
     pub route: Vec<String>,
+    /// `--read-route`.
+    pub read_route: Vec<String>,
     /// `--max-lag`.
     pub max_lag: Option<String>,
     /// `--timeout`.

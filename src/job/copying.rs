@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 
 use super::run::{Notice, Report, Runner};
 use super::state::Event;
-use super::{Error, Result, mapped};
+use super::{Error, Result};
 use crate::catalog::{Table, TableKind};
 use crate::copy::{self, CopyProgress, Freeze, SnapshotSource};
 use crate::id::QualifiedName;
@@ -157,7 +157,7 @@ impl Runner {
         };
         let mut options = PostOptions::new(self.config.job.as_str(), phase);
         options.postponed = target.acting(self.selection.tables_only);
-        options.selection = mapped::made_by_dump(&self.selection, self.config.map.as_deref())?;
+        options.selection = self.selection_by_dump()?;
         options.parallel = self.config.jobs;
         options.bundle = self.config.bulk.bundle_tables;
         options.keys_beside = self.config.bulk.keys_beside;

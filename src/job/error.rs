@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use super::gone::{Gone, hung};
 use super::mapped;
-use super::seam::Seam;
 use crate::buffer::{durable, spool};
 use crate::fault::{Fault, Faulty};
 use crate::id::{QualifiedName, quote_ident};
@@ -455,12 +454,15 @@ pub enum Error {
         /// The backend that holds the lease; empty if none does.
         pid: String,
     },
+    /// Readers stay where they are.
+    #[error(transparent)]
+    Reads(#[from] super::reads::Refused),
     /// A runner, an asker or a server that is gone, or is said to be.
     #[error(transparent)]
     Gone(#[from] Gone),
     /// A target that is a copy, and where it stands.
     #[error(transparent)]
-    Seam(#[from] Seam),
+    Seam(#[from] super::Seam),
     /// A command failed in the runner, which said why.
     #[error("{0}")]
     Remote(String),

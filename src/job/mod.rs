@@ -4,13 +4,14 @@
 //! them, keeps the job's state in the home database (the target), and sees to it that exactly one
 //! process runs it.
 //!
-//! - `state`: the pure step function. `store`, `ddl`: its tables. `lease`: one runner at a time.
+//! - `state`: the pure step function. `store`, `ddl`, `options`: its tables. `lease`: one runner at a time.
 //! - `admit`: who may run it. `place`: where changes wait. `run`: the runner, a loop of step and
 //!   execute. `prepare`: check, publication, slot, tables. `copying`: rows, then indexes and
 //!   constraints. `streams`: starting and stopping them. `pipeline`: one stream, kept going;
 //!   `spooling`: one through a spool. `attend`: what a runner does while it follows: commands,
 //!   `positions`. `vigil`: the lease, and servers that fall silent. `flip`: arming the way back,
-//!   and the choreography with its journal; `routes`: its routes, and those that are gone.
+//!   and the choreography; `journal`: its journal. `routes`: its routes, and those that are gone.
+//!   `reads`: clients that only read, led before the writes.
 //!   `cleanup`: finish and cancel; `recycle`: where the old side's tables go; `remains`: cleaning
 //!   one side where the other is gone.
 //! - `ability`: what the roles may do, and so how each side is written. `alone`: tables without the
@@ -53,12 +54,14 @@ pub mod error;
 mod flip;
 mod gone;
 pub mod heartbeat;
+mod journal;
 pub mod lease;
 mod left;
 mod mapped;
 mod newcomers;
 mod nudging;
 pub mod opening;
+mod options;
 pub mod pipeline;
 pub mod place;
 mod positions;
@@ -66,6 +69,7 @@ mod prepare;
 mod published;
 pub mod quarantine;
 pub mod reading;
+pub mod reads;
 pub mod recycle;
 pub mod remains;
 pub mod reserve;

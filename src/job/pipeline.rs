@@ -26,6 +26,7 @@ use crate::buffer::memory;
 use crate::buffer::spool::Spill;
 use crate::change::{self, Snapshot};
 use crate::clock::Backoff;
+use crate::cluster::shard;
 use crate::decode::Plugin;
 use crate::fault::{Fault, Faulty};
 use crate::id::{JobName, QualifiedName, Stream};
@@ -63,6 +64,8 @@ pub struct PipeOptions {
     pub from: Config,
     /// The side that is written.
     pub to: Config,
+    /// They are tables alone, and may be shards of a Citus cluster.
+    pub tables_only: bool,
     /// The tables that are read, where the decoder gives every table of the database.
     pub followed: Arc<Followed>,
     /// The publications that are read, where the decoder is pgoutput.
@@ -144,6 +147,10 @@ impl PipeOptions {
         start_lsn: Lsn,
         confirmed_lsn: Lsn,
     ) -> Result<source::Reader> {
+        // Somebody may have turned it on since, and changes would be left out without a word.
+        if self.tables_only && shard::is_captured(&self.from).await? {
+            return Err(Error::ShardsCaptured { side: self.from.label.clone() });
+        }
         let name = self.job.object(self.stream);
         let opposite = self.job.object(self.stream.opposite());
         let wanted = StreamOptions {

@@ -62,7 +62,7 @@ impl Runner {
                     no_privileges: !self.config.owners,
                     ..schema::Options::default()
                 };
-                let selection = mapped::made_by_dump(&self.selection, self.config.map.as_deref())?;
+                let selection = self.selection_by_dump()?;
                 let dump = schema::dump(&self.config.source, &selection, &options).await?;
                 let dump = self.fitted(dump, source.major_version())?;
                 self.remember_objects(&mut source).await?;

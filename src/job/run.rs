@@ -29,7 +29,7 @@ use super::validating::Validating;
 use super::vigil::Vigil;
 use super::{Error, Result, client};
 use crate::catalog::{Selection, Table, tables};
-use crate::clock::Backoff;
+use crate::clock::{Backoff, Deadline};
 use crate::copy::CopyProgress;
 use crate::fault::{Fault, Faulty};
 use crate::id::{JobName, QualifiedName};
@@ -109,6 +109,8 @@ pub struct Runner {
     pub(super) hold_exact: bool,
     /// What could not be done yet because of a route.
     pub(super) late: Option<Late>,
+    /// Readers are half way there or back: when it is looked after next.
+    pub(super) reads_due: Option<Deadline>,
     /// Where the next asker's passwords go.
     pub(super) letters: Option<LetterBox>,
     pub(super) level_at: Option<Lsn>,
@@ -290,6 +292,7 @@ impl Runner {
             hold: None,
             hold_exact: false,
             late: None,
+            reads_due: None,
             letters: None,
             level_at: None,
             busy,

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::place::Place;
 use super::reading::Reading;
+use super::reads::ReadRecord;
 use super::state::Phase;
 use super::store::{Store, StreamRow};
 use super::{Result, lease};
@@ -84,6 +85,8 @@ pub struct Status {
     pub parked: Vec<Parked>,
     /// The reverse stream, once armed.
     pub reverse: Option<ReverseStatus>,
+    /// Readers that were led to the target, or are on their way.
+    pub reads: Option<ReadRecord>,
     /// Where the spool or the topic is, and what its loss would cost.
     pub spool: Option<SpoolStatus>,
     /// What stopped the job, or keeps a stream from flowing.
@@ -186,6 +189,7 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
         fallbacks: forward_fallbacks,
         parked,
         reverse,
+        reads: row.reads,
         spool,
     })
 }

@@ -56,13 +56,16 @@ pub mod script;
 pub mod sequence;
 pub mod silent;
 
-pub use aside::{ASIDE_DDL, Acting, build_acting, restore, set_aside, validate};
+pub use aside::{
+    ASIDE_DDL, Acting, building_acting, restore, restoring, set_aside, setting_aside, together,
+    validate,
+};
 pub use dump::{Dump, Options, dump, pg_dump_versions};
 pub use error::Error;
 pub use older::{Fitted, TooNew, fit};
 pub use plan::PostPhase;
 pub use post::{PostOptions, PostProgress, apply_post};
-pub use pre::apply_pre;
+pub use pre::{apply_pre, drop_made, is_made};
 pub use refresh::{Unrefreshed, materialized, refresh};
 pub use sequence::set_sequences;
 

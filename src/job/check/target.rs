@@ -94,7 +94,8 @@ impl Check<'_> {
                 "S" => selection.has_sequence(owners.get(&name)),
                 _ => !selection.tables_only,
             };
-            if moves && is_table && !is_partition && !ours.contains(&name) {
+            let alone = moves && is_table && !is_partition && !ours.contains(&name);
+            if alone && self.options.reverse {
                 // Its rows could not come along on the way back.
                 let message = format!(
                     "is on the target alone, and would refuse the way back: leave it out with \
