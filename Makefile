@@ -7,7 +7,7 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo demo-kafka test fuzz decode-bench kill faults heartbeat ddl maps matrix regress bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
+.PHONY: help demo demo-kafka test fuzz decode-bench kill faults heartbeat ddl maps matrix regress states bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -25,6 +25,7 @@ help:
 	@echo "make faults           restarts and network faults in every phase"
 	@echo "make regress          PostgreSQL's own regression suite as the workload (a download first)"
 	@echo "make ddl              DDL of every class on three versions and two decoders [MAJORS='12 15 18']"
+	@echo "make states [TRANSACTIONS=1000000]  a reader of the target sees only states of the source"
 	@echo "make matrix [PAIRS=\"10-18 ...\"]  the whole job between any two of PostgreSQL 10 to 18"
 	@echo "make cutover-bench    stalls of writers through pgbouncer, release binary [ROUNDS=5]"
 	@echo "make stalls           stalls of writers while shards of Citus (where there is one) and plproxy move"
@@ -140,6 +141,11 @@ ddl:
 regress: setup
 	@suite=$$(sh tests/regress/fetch.sh) && WALFERRY_REGRESS=$$suite cargo test --locked --test it -- \
 		--ignored --nocapture --test-threads 1 regress::
+
+# A million transactions and 20 kills of the run; release binary.
+states: setup build
+	WALFERRY_TRANSACTIONS=$(or $(TRANSACTIONS),1000000) WALFERRY_BINARY=$(CURDIR)/target/release/walferry \
+		cargo test --locked --test it -- --nocapture states::
 
 # All majors are installed for it, 60 MB each.
 matrix:

@@ -402,6 +402,12 @@ fn tuning(apply: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
     }
     tuning.copy_inserts = sizes.copy_inserts.unwrap_or(tuning.copy_inserts);
     tuning.binary_values = sizes.binary_values.unwrap_or(tuning.binary_values);
+    tuning.eager = sizes.eager_batches.unwrap_or(tuning.eager);
+    tuning.delete_by_array = sizes.delete_by_array.unwrap_or(tuning.delete_by_array);
+    tuning.set_rows = sizes.set_rows.unwrap_or(tuning.set_rows);
+    let millis = |given: Option<u64>, default| given.map_or(default, Duration::from_millis);
+    tuning.counters_interval = millis(sizes.counters_ms, tuning.counters_interval);
+    tuning.position_interval = millis(sizes.positions_ms, tuning.position_interval);
     tuning.in_flight_max = sizes.batches_in_flight.unwrap_or(tuning.in_flight_max).max(1);
     Ok(tuning)
 }

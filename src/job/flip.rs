@@ -383,13 +383,13 @@ impl Runner {
         // All that was written there until now has been seen and counted.
         self.drain_home(Stream::Forward).await?;
         let mut source = Session::control(&self.config.source).await?;
-        let row = source
-            .query_opt(
-                "select sum(filtered) over (), schema || '.' || name from walferry.stream_table \
-                 where stream = $1 and filtered > 0 and schema <> 'walferry' limit 1",
-                &[Some(&self.config.job.object(Stream::Reverse))],
-            )
-            .await?;
+        let sql = format!(
+            "select sum(filtered) over (), schema || '.' || name from ({}) as books \
+             where filtered > 0 and schema <> 'walferry' limit 1",
+            apply::BOOKS
+        );
+        let stream = self.config.job.object(Stream::Reverse);
+        let row = source.query_opt(&sql, &[Some(&stream)]).await?;
         let Some(row) = row else { return Ok(()) };
         Err(cutover::Error::RogueWrites { changes: row.parse(0)?, table: row.string(1)? }.into())
     }

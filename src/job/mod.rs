@@ -4,7 +4,8 @@
 //! them, keeps the job's state in the home database (the target), and sees to it that exactly one
 //! process runs it.
 //!
-//! - `state`: the pure step function. `store`, `ddl`, `options`: its tables. `lease`: one runner at a time.
+//! - `state`: the pure step function. `store`, `ddl`, `options`: its tables. `lease`: one runner at
+//!   a time.
 //! - `admit`: who may run it. `place`: where changes wait. `run`: the runner, a loop of step and
 //!   execute. `prepare`: check, publication, slot, tables. `copying`: rows, then indexes and
 //!   constraints. `streams`: starting and stopping them. `pipeline`: one stream, kept going;

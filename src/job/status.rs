@@ -10,6 +10,7 @@ use super::reads::ReadRecord;
 use super::state::Phase;
 use super::store::{Store, StreamRow};
 use super::{Result, lease};
+use crate::apply;
 use crate::apply::parked::{self, Parked};
 use crate::id::{JobName, Stream};
 use crate::lsn::Lsn;
@@ -253,13 +254,12 @@ async fn counters(session: &mut Session, stream: &str) -> Result<Vec<TableStatus
     if !session.query_one(there, &[]).await?.bool(0)? {
         return Ok(Vec::new());
     }
-    let rows = session
-        .query_params(
-            "select schema || '.' || name, decoded, applied, filtered, quarantined \
-             from walferry.stream_table where stream = $1 and schema <> 'walferry' order by 1",
-            &[Some(stream)],
-        )
-        .await?;
+    let sql = format!(
+        "select schema || '.' || name, decoded, applied, filtered, quarantined \
+         from ({}) as books where schema <> 'walferry' order by 1",
+        apply::BOOKS
+    );
+    let rows = session.query_params(&sql, &[Some(stream)]).await?;
     rows.iter()
         .map(|row| {
             Ok(TableStatus {

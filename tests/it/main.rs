@@ -34,6 +34,7 @@ mod route;
 mod schema;
 mod source;
 mod spool;
+mod states;
 mod stories;
 mod support;
 mod support_works;
