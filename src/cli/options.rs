@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::brought::{self, BroughtArgs};
 use super::mapping;
 use crate::apply::conflict::Policy as Settling;
 use crate::apply::{Mode, OnRowError, Tuning};
@@ -58,6 +59,9 @@ pub struct JobArgs {
     /// Whether large objects move: copy or leave [default: copy, but leave with --include]
     #[arg(long, value_name = "WHAT")]
     pub large_objects: Option<String>,
+    /// A copy that somebody else made.
+    #[command(flatten)]
+    pub own_copy: BroughtArgs,
     /// Tables copied, and indexes built, at the same time [default: 4]
     #[arg(short, long, value_name = "N")]
     pub jobs: Option<usize>,
@@ -185,8 +189,8 @@ impl JobArgs {
     /// The same between these ends.
     pub fn between(&self, file: File, source: Config, target: Config) -> anyhow::Result<JobConfig> {
         let (tuning, bulk) = (tuning(self.apply, &file)?, bulk(&file));
-        let map = mapping::read(&file)?;
-        let kafka = kafka_properties(&file)?;
+        let (map, kafka) = (mapping::read(&file)?, kafka_properties(&file)?);
+        let (brought, from_lsn) = self.own_copy.read(&file)?;
         let two_way = self.two_way(&file)?;
         let job = self.job_name(file.name)?;
         let given = |own: &[String], file: Vec<String>| {
@@ -204,6 +208,7 @@ impl JobArgs {
             leave_large_objects: leaves_large_objects(
                 self.large_objects.clone().or(file.large_objects),
             )?,
+            brought,
         };
         refuse_typos(&options)?;
         let wanted = Wanted {
@@ -236,12 +241,10 @@ impl JobArgs {
             streaming: self.streaming(file.streaming, file.streaming_limit)?,
             tuning,
             heartbeat: self.heartbeat(file.heartbeat, file.heartbeat_sql)?,
+            from_lsn,
             half: Half::Both,
             secrets: secrets(&file.cutover.route)?,
-            bulk_bytes: match file.tuning.bulk_bytes {
-                None => Some(BULK_BYTES),
-                some => some.filter(|bytes| *bytes > 0),
-            },
+            bulk_bytes: Some(file.tuning.bulk_bytes.unwrap_or(BULK_BYTES)).filter(|b| *b > 0),
             bulk,
             map,
             one_way: self.one_way || file.one_way,
@@ -257,7 +260,7 @@ fn refuse_typos(options: &JobOptions) -> anyhow::Result<()> {
         return Err(config::Error::Value { option: "--tables-only", message }.into());
     }
     mapping::refuse_others(options)?;
-    Ok(())
+    Ok(brought::refuse_others(options)?)
 }
 
 pub(super) fn on_off(

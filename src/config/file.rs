@@ -28,6 +28,10 @@ pub struct File {
     pub tables_only: bool,
     /// `--large-objects`.
     pub large_objects: Option<String>,
+    /// `--initial-copy`.
+    pub initial_copy: Option<String>,
+    /// `--from-lsn`.
+    pub from_lsn: Option<String>,
     /// `--jobs`.
     pub jobs: Option<usize>,
     /// `--buffer`.

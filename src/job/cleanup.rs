@@ -23,10 +23,11 @@ use crate::source::{publication, slot};
 use crate::{apply, schema};
 
 /// Tables of the home database with the column that names the job, the job's own row last.
-const HOME_TABLES: [(&str, &str); 8] = [
+const HOME_TABLES: [(&str, &str); 9] = [
     ("table_copy", "job"),
     ("schema_step", "job"),
     ("schema_dump", "job"),
+    ("source_object", "job"),
     ("large_object", "job"),
     ("stream", "job"),
     ("journal", "job"),

@@ -12,6 +12,7 @@ use super::routes::RouteSecrets;
 use super::store::JobOptions;
 use crate::apply::{OnRowError, Tuning, conflict};
 use crate::id::JobName;
+use crate::lsn::Lsn;
 use crate::map::Map;
 use crate::pg::Config;
 use crate::schema::policy::Policy;
@@ -54,6 +55,8 @@ pub struct JobConfig {
     pub heartbeat: Option<HeartbeatOptions>,
     /// Applications write to both sides, and who wins a conflict.
     pub two_way: Option<conflict::Policy>,
+    /// `--from-lsn`: where the copy that the target is stands, exclusive.
+    pub from_lsn: Option<Lsn>,
     /// Passwords of routes.
     pub secrets: RouteSecrets,
     /// Whether the forward stream is read by this process, or by another into a topic.

@@ -48,6 +48,9 @@ impl Runner {
     /// Copies what is not yet copied and builds what is not yet built.
     pub(super) async fn copy(&mut self) -> Result<Event> {
         self.capture_forward().await?;
+        if self.config.options.brought {
+            return self.complete_copy().await;
+        }
         let tables = self.copied_tables().await?;
         let progress = Arc::new(CopyProgress::new(&tables));
         self.say(Notice::Copying(progress.clone()));
@@ -79,6 +82,17 @@ impl Runner {
         if copy::visibility(&mut self.store.session, job).await?.is_empty() {
             self.build_rest().await?;
         }
+        Ok(Event::CopyDone)
+    }
+
+    /// What has no position in the log and so no seam: unlogged tables, which recovery empties, and
+    /// large objects, of which whatever differs is copied.
+    async fn complete_copy(&mut self) -> Result<Event> {
+        let mut unlogged = self.tables_with_rows(&self.config.source).await?;
+        unlogged.retain(|table| table.unlogged && table.kind == TableKind::Plain);
+        let (source, target) = (&self.config.source, &self.config.target);
+        copy::Again::prepare(source, target, unlogged).await?.run().await?;
+        self.copy_large_objects().await?;
         Ok(Event::CopyDone)
     }
 

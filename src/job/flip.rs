@@ -289,6 +289,7 @@ impl Runner {
         }
         self.refuse_new_tables(flip).await?;
         self.stop_validating().await;
+        self.stop_looking().await;
         let mut plan = self.flight_plan(flip, request).await?;
         let left = self.left_behind(&plan, request).await?;
         let row = self.row().await?;

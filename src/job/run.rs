@@ -21,6 +21,7 @@ use super::pipeline::{Pipe, Task};
 use super::place::Chosen;
 use super::rest::Refreshing;
 use super::routes::Late;
+use super::silent::Silent;
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobRow, Store};
 use super::streams::STREAM_PATIENCE;
@@ -94,6 +95,8 @@ pub struct Runner {
     pub(super) keeper: Option<Task<()>>,
     /// Beats on the source while the forward stream flows.
     pub(super) heartbeat: Option<Heartbeat>,
+    /// Looks at what no stream shows.
+    pub(super) silent: Option<Silent>,
     /// Whether the reverse stream applies more than canaries: true once applications are on the
     /// target.
     pub(super) reverse_open: Arc<AtomicBool>,
@@ -284,6 +287,7 @@ impl Runner {
             reverse: None,
             keeper: None,
             heartbeat: None,
+            silent: None,
             reverse_open: Arc::new(AtomicBool::new(false)),
             flying,
             asked: None,

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 mod apply;
+mod brought;
 mod catalog;
 mod check;
 mod citus;
