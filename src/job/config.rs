@@ -10,8 +10,9 @@ use super::place::{BufferOptions, StreamingOptions};
 use super::reading::Wanted;
 use super::routes::RouteSecrets;
 use super::store::JobOptions;
-use crate::apply::{OnRowError, Tuning};
+use crate::apply::{OnRowError, Tuning, conflict};
 use crate::id::JobName;
+use crate::lsn::Lsn;
 use crate::map::Map;
 use crate::pg::Config;
 use crate::schema::policy::Policy;
@@ -53,6 +54,10 @@ pub struct JobConfig {
     pub ddl: Option<Policy>,
     /// Keep the source's log moving, and measure lag by that.
     pub heartbeat: Option<HeartbeatOptions>,
+    /// Applications write to both sides, and who wins a conflict.
+    pub two_way: Option<conflict::Policy>,
+    /// `--from-lsn`: where the copy that the target is stands, exclusive.
+    pub from_lsn: Option<Lsn>,
     /// Passwords of routes.
     pub secrets: RouteSecrets,
     /// Whether the forward stream is read by this process, or by another into a topic.

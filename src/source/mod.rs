@@ -58,6 +58,7 @@ mod hand;
 mod intake;
 mod link;
 mod marker;
+pub mod nudge;
 mod options;
 mod order;
 mod pace;
