@@ -15,6 +15,7 @@ mod check;
 mod cluster;
 mod cutover;
 mod demo;
+mod failover;
 mod finish;
 mod lasting;
 mod options;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::failover::FailoverArgs;
 use crate::apply::{Mode, OnRowError, Tuning};
 use crate::buffer::durable::KafkaProperties;
 use crate::config::{self, File, parse_duration, parse_size};
@@ -124,6 +125,8 @@ pub struct JobArgs {
     /// stream; a slot read so once is read so for ever [default: off, they arrive at their commit]
     #[arg(long, value_name = "on|off")]
     pub two_phase: Option<String>,
+    #[command(flatten)]
+    pub standbys: FailoverArgs,
 }
 
 impl JobArgs {
@@ -231,6 +234,8 @@ impl JobArgs {
             tuning,
             heartbeat: self.heartbeat(file.heartbeat, file.heartbeat_sql)?,
             half: Half::Both,
+            failover: self.standbys.failover(file.failover)?,
+            after_failover: self.standbys.after(file.after_failover)?,
             secrets: secrets(&file.cutover.route)?,
             bulk_bytes: match file.tuning.bulk_bytes {
                 None => Some(BULK_BYTES),

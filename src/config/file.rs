@@ -41,6 +41,10 @@ pub struct File {
     pub streaming_limit: Option<String>,
     /// `--two-phase`.
     pub two_phase: Option<String>,
+    /// `--failover`.
+    pub failover: Option<String>,
+    /// `--after-failover`.
+    pub after_failover: Option<String>,
     /// `--apply`.
     pub apply: Option<String>,
     /// `--on-row-error`.

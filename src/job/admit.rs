@@ -98,9 +98,16 @@ pub(super) fn schema_grant(role: &str) -> String {
 
 /// What tells one cluster, and one of its histories, from another: `identifier/timeline`.
 pub(super) async fn system_of(session: &mut Session) -> Result<String> {
-    let sql = "select s.system_identifier || '/' || c.timeline_id \
-               from pg_catalog.pg_control_system() s, pg_catalog.pg_control_checkpoint() c";
-    Ok(session.query_one(sql, &[]).await?.string(0)?)
+    // The control file learns of a promotion only at the next checkpoint; the log's file name is of
+    // the timeline that is written.
+    let sql = "select s.system_identifier, c.timeline_id, \
+         case when not pg_catalog.pg_is_in_recovery() \
+         then pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_flush_lsn()) end \
+         from pg_catalog.pg_control_system() s, pg_catalog.pg_control_checkpoint() c";
+    let row = session.query_one(sql, &[]).await?;
+    let file = row.opt(2)?.and_then(|name| u32::from_str_radix(name.get(..8)?, 16).ok());
+    let timeline: u32 = row.parse(1)?;
+    Ok(format!("{}/{}", row.str(0)?, file.unwrap_or(timeline)))
 }
 
 fn identifier(system: &str) -> &str {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::copying::Bulk;
+use super::failover::{AfterFailover, Failover};
 use super::heartbeat::HeartbeatOptions;
 use super::opening::Half;
 use super::place::{BufferOptions, StreamingOptions};
@@ -56,6 +57,10 @@ pub struct JobConfig {
     pub half: Half,
     /// See [`crate::source::StreamOptions::bulk_bytes`].
     pub bulk_bytes: Option<u64>,
+    /// Whether slots are made such that standbys keep copies of them.
+    pub failover: Failover,
+    /// What is done where a side has lost what the stream needs.
+    pub after_failover: AfterFailover,
     /// How rows and indexes are made.
     pub bulk: Bulk,
 }

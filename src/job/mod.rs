@@ -19,7 +19,8 @@
 //!   switch. `rest`: what no stream carries. `left`: what is left behind at a flip.
 //! - `altering`: tables that are altered meanwhile. `quarantine`: what is kept aside, and what
 //!   becomes of it.
-//! - `gone`: what is said of runners and servers that are.
+//! - `failover`: a source, or a target, whose standby took over. `gone`: what is said of runners
+//!   and servers that are.
 //! - `client`: commands from other processes; `ask`: the same, with a runner of one's own where
 //!   none is alive; `ending`: finish and cancel, whoever runs the job. `align`: both sides held at
 //!   one point; `comparing`: and compared there. `status`: what people and scripts see.
@@ -47,6 +48,7 @@ mod copying;
 mod ddl;
 pub mod ending;
 pub mod error;
+pub mod failover;
 mod flip;
 mod gone;
 pub mod heartbeat;

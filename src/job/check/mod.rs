@@ -20,6 +20,7 @@ mod borders;
 mod carried;
 mod disk;
 mod end;
+mod failover;
 mod finding;
 mod given;
 mod identity;
@@ -41,6 +42,7 @@ use crate::catalog::{self, Selection, Table};
 use crate::id::JobName;
 use crate::pg::{self, Config, Session};
 
+use super::failover::Failover;
 use super::reading::Wanted;
 use super::state::Phase;
 pub use carried::not_carried;
@@ -62,6 +64,8 @@ pub struct CheckOptions {
     pub streaming: bool,
     /// Prepared transactions are to be carried as such.
     pub two_phase: bool,
+    /// Whether slots are made such that standbys keep copies of them.
+    pub failover: Failover,
     /// Parallel copies: each needs a connection on both sides.
     pub copy_jobs: usize,
     /// Whether a way back will be armed, for which both sides need the rights of the other.
@@ -89,6 +93,7 @@ impl CheckOptions {
             wanted: Wanted::default(),
             streaming: false,
             two_phase: false,
+            failover: Failover::Auto,
             copy_jobs: 4,
             reverse: true,
             copy_bytes_per_second: 50_000_000,
@@ -138,6 +143,7 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.rights().await?;
     check.reading().await?;
     check.two_phase().await?;
+    check.failover().await?;
     check.published().await?;
     check.tables().await?;
     check.identities().await?;
