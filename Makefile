@@ -7,7 +7,7 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo demo-kafka test fuzz decode-bench kill faults failover heartbeat matrix regress bench spool-bench kill-spool outage latency cutover-bench setup check-style without-kafka build clean
+.PHONY: help demo demo-kafka test fuzz decode-bench kill faults failover heartbeat maps matrix regress bench spool-bench kill-spool outage latency cutover-bench setup check-style without-kafka build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -22,6 +22,7 @@ help:
 	@echo "make latency          memory, spool and Kafka at 500 tx/s; large transactions by streaming"
 	@echo "make heartbeat        an idle database beside pgbench pins no WAL [SECONDS=600]"
 	@echo "make failover         a standby of the source takes over at random moments [PROMOTIONS=50]"
+	@echo "make maps [MAPS=1000]  random maps: by copy, by stream and by SQL the same"
 	@echo "make faults           restarts and network faults in every phase"
 	@echo "make regress          PostgreSQL's own regression suite as the workload (a download first)"
 	@echo "make matrix [PAIRS=\"10-18 ...\"]  the whole job between any two of PostgreSQL 10 to 18"
@@ -113,6 +114,11 @@ latency: setup build
 # Servers restarted, and networks cut, silently cut and stalled, in every phase.
 faults: setup
 	WALFERRY_FAULTS=long WALFERRY_TEST_BUFFER=$(BUFFER) cargo test --locked --test it -- --nocapture --test-threads 2 faults::
+
+# Random [[map]] sections, thirty a job, by every decoder and buffer in turn; WALFERRY_SEED repeats a
+# run.
+maps: setup
+	WALFERRY_MAPS=$(or $(MAPS),1000) cargo test --locked --test it -- --nocapture maps::random
 
 # An idle database beside ten minutes of pgbench in the same server: WAL retained for it.
 heartbeat: setup

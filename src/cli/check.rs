@@ -41,6 +41,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     wanted.streaming = config.streaming.is_some();
     wanted.two_phase = config.two_phase;
     wanted.failover = config.failover;
+    wanted.with_map(&config);
     let report = check::run(&config.source, &config.target, wanted).await?;
     if args.json {
         print::json(&report)?;

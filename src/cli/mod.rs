@@ -18,6 +18,7 @@ mod demo;
 mod failover;
 mod finish;
 mod lasting;
+mod mapping;
 mod options;
 mod print;
 mod quarantine;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::failover::FailoverArgs;
+use super::mapping;
 use crate::apply::{Mode, OnRowError, Tuning};
 use crate::buffer::durable::KafkaProperties;
 use crate::config::{self, File, parse_duration, parse_size};
@@ -13,9 +14,7 @@ use crate::copy::Freeze;
 use crate::decode::Plugin;
 use crate::id::JobName;
 use crate::job::opening::Half;
-use crate::job::place::{
-    Buffer, BufferOptions, KafkaPlace, SPOOL_BYTES, STREAMING_BYTES, StreamingOptions,
-};
+use crate::job::place::{Buffer, BufferOptions, KafkaPlace, SPOOL_BYTES};
 use crate::job::reading::Wanted;
 use crate::job::rest::{Refresh, Unlogged};
 use crate::job::routes::RouteSecrets;
@@ -97,6 +96,10 @@ pub struct JobArgs {
     /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL
     #[arg(long)]
     pub no_nan: bool,
+    /// The target will differ from the source, and there will be no way back: what a job whose
+    /// walferry.toml has a [[map]] must be told
+    #[arg(long)]
+    pub one_way: bool,
     /// Leave owners and grants behind
     #[arg(long)]
     pub no_owner: bool,
@@ -178,6 +181,7 @@ impl JobArgs {
     /// The same between these ends.
     pub fn between(&self, file: File, source: Config, target: Config) -> anyhow::Result<JobConfig> {
         let (tuning, bulk) = (tuning(self.apply, &file)?, bulk(&file));
+        let map = mapping::read(&file)?;
         let kafka = kafka_properties(&file)?;
         let job = self.job_name(file.name)?;
         let given = |own: &[String], file: Vec<String>| {
@@ -186,6 +190,7 @@ impl JobArgs {
         let publication = self.publication.clone().or(file.publication);
         let options = JobOptions {
             publication: publication.clone(),
+            map: map.as_ref().map(|map| map.digest().to_string()),
             include: given(&self.include, file.include),
             exclude: given(&self.exclude, file.exclude),
             schema_only: given(&self.schema_only, file.schema_only),
@@ -205,12 +210,13 @@ impl JobArgs {
             let message = "only pgoutput reads a publication: leave one of the two out".to_string();
             return Err(config::Error::Value { option: "--decoder", message }.into());
         }
+        let wal_budget = self.wal_budget.clone().or(file.wal_budget);
         let two_phase = on_off("--two-phase", self.two_phase.clone().or(file.two_phase), false)?;
         let ddl = self.ddl(file.ddl, two_phase, options.publication.is_some())?;
         Ok(JobConfig {
             job,
             wanted,
-            source: source.labelled("source"),
+            source: mapping::keyed(source.labelled("source"), map.as_deref()),
             target: target.labelled("target"),
             options,
             bin: None,
@@ -221,10 +227,7 @@ impl JobArgs {
                 kind: self.buffer.clone().or(file.buffer).as_deref().map(buffer).transpose()?,
                 spool_bytes: size("--spool-limit", self.spool_limit.clone().or(file.spool_limit))?
                     .unwrap_or(SPOOL_BYTES),
-                wal_budget_bytes: size(
-                    "--wal-budget",
-                    self.wal_budget.clone().or(file.wal_budget),
-                )?,
+                wal_budget_bytes: size("--wal-budget", wal_budget)?,
                 kafka,
             },
             two_phase,
@@ -242,18 +245,9 @@ impl JobArgs {
                 some => some.filter(|bytes| *bytes > 0),
             },
             bulk,
+            map,
+            one_way: self.one_way || file.one_way,
         })
-    }
-
-    fn streaming(
-        &self,
-        in_file: Option<String>,
-        limit: Option<String>,
-    ) -> Result<Option<StreamingOptions>, config::Error> {
-        let limit = size("--streaming-limit", self.streaming_limit.clone().or(limit))?;
-        let wanted = on_off("--streaming", self.streaming.clone().or(in_file), false)?;
-        let limit_bytes = limit.unwrap_or(STREAMING_BYTES);
-        Ok(wanted.then_some(StreamingOptions { limit_bytes }))
     }
 }
 
@@ -264,10 +258,11 @@ fn refuse_typos(options: &JobOptions) -> anyhow::Result<()> {
         let message = "needs --include: the tables that it is about".to_string();
         return Err(config::Error::Value { option: "--tables-only", message }.into());
     }
+    mapping::refuse_others(options)?;
     Ok(())
 }
 
-fn on_off(
+pub(super) fn on_off(
     option: &'static str,
     given: Option<String>,
     default: bool,
@@ -369,7 +364,10 @@ fn state_dir() -> PathBuf {
     given.or_else(home).unwrap_or_default().join("walferry")
 }
 
-fn size(option: &'static str, text: Option<String>) -> Result<Option<u64>, config::Error> {
+pub(super) fn size(
+    option: &'static str,
+    text: Option<String>,
+) -> Result<Option<u64>, config::Error> {
     let read = text.map(|text| parse_size(&text)).transpose();
     read.map_err(|message| config::Error::Value { option, message })
 }

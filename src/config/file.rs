@@ -1,10 +1,11 @@
 //! `walferry.toml`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
 use super::Error;
+use crate::map::Section;
 use crate::secret::SecretString;
 
 /// All that may stand in the file; names are those of the options.
@@ -65,6 +66,12 @@ pub struct File {
     pub no_nan: bool,
     /// `--no-owner`.
     pub no_owner: bool,
+    /// `[[map]]`.
+    pub map: Vec<Section>,
+    /// A file that holds the key of hash masks, where WALFERRY_MAP_KEY does not.
+    pub map_key_file: Option<PathBuf>,
+    /// `--one-way`.
+    pub one_way: bool,
     /// `[cutover]`.
     pub cutover: Cutover,
     /// `[tuning]`.

@@ -46,6 +46,7 @@ pub(super) async fn admit(
             planned: row.options.to_string(),
         });
     }
+    config.same_map(&row)?;
     Ok(false)
 }
 

@@ -1,5 +1,6 @@
 //! What a job is, as the command line and the options file put it together.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::copying::Bulk;
@@ -12,6 +13,7 @@ use super::routes::RouteSecrets;
 use super::store::JobOptions;
 use crate::apply::{OnRowError, Tuning};
 use crate::id::JobName;
+use crate::map::Map;
 use crate::pg::Config;
 use crate::schema::policy::Policy;
 
@@ -61,6 +63,10 @@ pub struct JobConfig {
     pub failover: Failover,
     /// What is done where a side has lost what the stream needs.
     pub after_failover: AfterFailover,
+    /// What becomes of its tables on the way.
+    pub map: Option<Arc<Map>>,
+    /// There is to be no way back.
+    pub one_way: bool,
     /// How rows and indexes are made.
     pub bulk: Bulk,
 }

@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 
 use super::run::{Notice, Report, Runner};
 use super::state::Event;
-use super::{Error, Result};
+use super::{Error, Result, mapped};
 use crate::catalog::{Table, TableKind};
 use crate::copy::{self, CopyProgress, Freeze, SnapshotSource};
 use crate::id::QualifiedName;
@@ -151,7 +151,7 @@ impl Runner {
         };
         let mut options = PostOptions::new(self.config.job.as_str(), phase);
         options.postponed = target.acting(self.selection.tables_only);
-        options.selection = self.selection.clone();
+        options.selection = mapped::made_by_dump(&self.selection, self.config.map.as_deref())?;
         options.parallel = self.config.jobs;
         options.bundle = self.config.bulk.bundle_tables;
         options.keys_beside = self.config.bulk.keys_beside;
@@ -174,7 +174,7 @@ fn analyzed(tables: &[Table]) -> Vec<QualifiedName> {
     named.sort_by_key(|table| {
         std::cmp::Reverse((table.kind == TableKind::Partitioned, table.bytes))
     });
-    named.into_iter().map(|table| table.name.clone()).collect()
+    named.into_iter().map(|table| table.written_name().clone()).collect()
 }
 
 /// Analyzes handfuls of tables until none waits. A help and no condition: a table that somebody has

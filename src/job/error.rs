@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::gone::{Gone, hung};
+use super::mapped;
 use super::state::Refused;
 use crate::buffer::{durable, spool};
 use crate::fault::{Fault, Faulty};
@@ -37,6 +38,9 @@ pub enum Error {
     /// The comparison.
     #[error(transparent)]
     Verify(#[from] verify::Error),
+    /// The job's map.
+    #[error(transparent)]
+    Mapped(#[from] mapped::Error),
     /// Large objects, likewise.
     #[error(transparent)]
     Large(#[from] large::Error),
@@ -465,13 +469,6 @@ pub enum Error {
     Interrupted,
 }
 
-#[cfg(feature = "kafka")]
-impl From<crate::buffer::kafka::Error> for Error {
-    fn from(error: crate::buffer::kafka::Error) -> Self {
-        Error::Buffer(error.into())
-    }
-}
-
 fn names(tables: &[QualifiedName]) -> String {
     tables.iter().map(QualifiedName::to_string).collect::<Vec<_>>().join(", ")
 }
@@ -488,6 +485,7 @@ impl Faulty for Error {
             Error::Schema(error) => error.fault(),
             Error::Cutover(error) => error.fault(),
             Error::Verify(error) => error.fault(),
+            Error::Mapped(error) => error.fault(),
             Error::Large(error) => error.fault(),
             Error::Cluster(cluster::read::Error::Pg(error)) => error.fault(),
             Error::LeaseLost => Fault::Retry,

@@ -241,6 +241,7 @@ impl Runner {
         let source = side(&self.config.source, Some(snapshot.name().to_string()));
         let mut wanted = verify::Options::new(source, side(&self.config.target, None));
         wanted.selection = self.selection.clone();
+        wanted.map = self.config.map.clone();
         wanted.publication = self.store.load_readings().await?.publication;
         wanted.parallelism = self.config.jobs;
         wanted.keys_limit = KEYS_NAMED;
@@ -258,19 +259,20 @@ impl Runner {
 /// By table with rows of its own. One that was rewritten meanwhile, or that the report does not
 /// know, is taken for unequal.
 fn verdicts(tables: &[Table], report: &verify::Report) -> Vec<Verdict> {
-    let parents: HashMap<&QualifiedName, &QualifiedName> =
-        tables.iter().filter_map(|t| Some((&t.name, t.partition_of.as_ref()?))).collect();
+    let named: HashMap<&QualifiedName, &Table> =
+        tables.iter().map(|table| (&table.name, table)).collect();
     let known: HashMap<&str, &verify::TableReport> =
         report.tables.iter().map(|table| (table.name.as_str(), table)).collect();
     let mut counted: HashSet<String> = HashSet::new();
     let plain = tables.iter().filter(|table| table.kind == TableKind::Plain);
     plain
         .map(|table| {
-            let mut root = &table.name;
-            while let Some(&parent) = parents.get(root) {
+            let mut root = table;
+            while let Some(parent) = root.partition_of.as_ref().and_then(|name| named.get(name)) {
                 root = parent;
             }
-            let root = root.to_string();
+            // A comparison pairs tables by their names on the target.
+            let root = root.written_name().to_string();
             let Some(found) = known.get(root.as_str()) else {
                 return Verdict {
                     table: table.name.clone(),

@@ -127,6 +127,7 @@ impl Runner {
         // A rollback rests on the reverse stream's own publication.
         if request.stream() == Stream::Forward {
             self.refuse_partial().await?;
+            self.refuse_mapped()?;
         }
         if !row.armed {
             // A stream that stands still would keep the slot from being made, and says less then.

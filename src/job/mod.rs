@@ -54,6 +54,7 @@ mod gone;
 pub mod heartbeat;
 pub mod lease;
 mod left;
+mod mapped;
 mod newcomers;
 pub mod opening;
 pub mod pipeline;

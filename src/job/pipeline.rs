@@ -19,6 +19,7 @@ use super::Result;
 use super::ability::Ability;
 use super::error::Error;
 use super::failover::{is_loss, record_timeline};
+use super::mapped;
 use super::opening::{Half, SpoolOptions};
 use super::spooling;
 use crate::apply::altered::Alter;
@@ -32,6 +33,7 @@ use crate::fault::{Fault, Faulty};
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::limit;
 use crate::lsn::Lsn;
+use crate::map::Map;
 use crate::pg::{Config, Session};
 use crate::source::{self, Followed, Positions, Recorded, StreamOptions, Transport};
 
@@ -99,6 +101,8 @@ pub struct PipeOptions {
     pub on_row_error: OnRowError,
     /// Who says what becomes of tables that are altered.
     pub alter: Option<Arc<dyn Alter>>,
+    /// What becomes of the changes between the buffer and the applier.
+    pub map: Option<Arc<Map>>,
     /// See [`StreamOptions::bulk_bytes`].
     pub bulk_bytes: Option<u64>,
 }
@@ -108,8 +112,12 @@ pub struct PipeOptions {
 impl PipeOptions {
     /// Connects to the written side, and reads its progress.
     pub(super) async fn open_applier(&self, visibility: Visibility) -> Result<Applier> {
+        let (tables, visibility) = match &self.map {
+            Some(map) => mapped::applied(map, &self.tables, visibility),
+            None => (self.tables.clone(), visibility),
+        };
         let wanted = apply::Options {
-            tables: Some(self.tables.clone()),
+            tables: Some(tables),
             visibility,
             gate: self.gate.clone(),
             tuning: self.tuning,
@@ -333,8 +341,10 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
     let mut reading =
         Task(tokio::spawn(async move { reader.run(&mut queue, durable, &positions, stop).await }));
     let (applied, hold, stop) = (ends.applied.clone(), ends.hold.clone(), ends.stop.clone());
-    let mut applying =
-        Task(tokio::spawn(async move { applier.run(feed, &applied, hold, stop).await }));
+    let map = options.map.clone().map(|map| (map, options.from.clone()));
+    let mut applying = Task(tokio::spawn(async move {
+        mapped::apply(map, &mut applier, feed, (&applied, hold, stop)).await
+    }));
     let mut watching = ends.applied.subscribe();
     loop {
         tokio::select! {
@@ -353,7 +363,7 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
                 drop(durable_tx);
                 // The reader tells the slot once more, then finds nobody to read for.
                 let _ = tokio::time::timeout(Duration::from_secs(2), &mut reading.0).await;
-                return flatten(done).map_err(Error::from);
+                return flatten(done);
             }
             done = &mut reading.0 => {
                 // What was received is still applied; then both begin again.

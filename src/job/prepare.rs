@@ -9,7 +9,7 @@ use super::reading::{Reading, Wanted, choose, refuse_blind, refuse_garbled};
 use super::run::{JobConfig, Notice, Report, Runner, published};
 use super::state::Event;
 use super::store::Store;
-use super::{Error, Result, altering, check};
+use super::{Error, Result, altering, check, mapped};
 use crate::catalog::{Selection, Table};
 use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
@@ -59,7 +59,8 @@ impl Runner {
                     no_privileges: !self.config.owners,
                     ..schema::Options::default()
                 };
-                let dump = schema::dump(&self.config.source, &self.selection, &options).await?;
+                let selection = mapped::made_by_dump(&self.selection, self.config.map.as_deref())?;
+                let dump = schema::dump(&self.config.source, &selection, &options).await?;
                 let dump = self.fitted(dump, source.major_version())?;
                 self.store.save_dump(&dump.pre, &dump.post).await?;
                 dump
@@ -75,6 +76,10 @@ impl Runner {
         for sql in schema::apply_pre(&mut target, &dump, &job).await? {
             self.say(Notice::Said(format!("warning: the role may not, and it is left out: {sql}")));
         }
+        if let Some(map) = self.config.map.clone() {
+            let tables = self.tables(&self.config.source).await?;
+            mapped::make_tables(&mut target, &map, tables).await?;
+        }
         Ok(Event::SchemaMade)
     }
 
@@ -83,6 +88,7 @@ impl Runner {
     async fn may_capture(&mut self, source: &mut Session) -> Result<bool> {
         let options = &self.config.options;
         let chosen = self.selection.tables_only
+            || self.config.map.is_some()
             || !options.include.is_empty()
             || !options.exclude.is_empty()
             || !options.schema_only.is_empty();
@@ -280,6 +286,7 @@ pub(super) async fn check_ready(
     options.streaming = config.streaming.is_some();
     options.two_phase = config.two_phase;
     options.failover = config.failover;
+    options.with_map(config);
     let mut found = check::run(&config.source, &config.target, options.clone()).await?;
     while found.findings.iter().any(|finding| finding.code == "unreachable") {
         // To a person this is a finding; the runner was there a moment ago, and knows from the

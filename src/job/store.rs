@@ -81,6 +81,9 @@ pub struct JobOptions {
     /// `--tables-only`.
     #[serde(default)]
     pub tables_only: bool,
+    /// What tells its map from any other, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map: Option<String>,
 }
 
 impl JobOptions {
@@ -119,6 +122,7 @@ impl std::fmt::Display for JobOptions {
             given.push("--tables-only".to_string());
         }
         given.extend(self.publication.iter().map(|name| format!("--publication '{name}'")));
+        given.extend(self.map.iter().map(|digest| format!("the [[map]] of digest {digest}")));
         f.write_str(if given.is_empty() { "none" } else { "" })?;
         f.write_str(&given.join(" "))
     }

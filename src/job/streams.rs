@@ -182,6 +182,7 @@ pub(super) async fn pipe_options(
             Stream::Reverse => OnRowError::Stop,
         },
         alter: alter(config, stream).await?,
+        map: config.map.clone().filter(|_| stream == Stream::Forward),
         bulk_bytes: config.bulk_bytes,
     })
 }

@@ -20,6 +20,7 @@ mod job;
 #[cfg(feature = "kafka")]
 mod kafka;
 mod large;
+mod maps;
 mod matrix;
 mod newcomers;
 mod older;

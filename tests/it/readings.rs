@@ -2,27 +2,10 @@
 
 use std::time::Duration;
 
-use walferry::demo::compare::compare;
-use walferry::demo::ledger;
 use walferry::demo::writer::{Report, create_schema};
 
 use crate::job::{assert_exact, sequences_are_past, writer};
 use crate::support::job::{Ends, conserved};
-
-/// The tables of schema bank are the same, row by row.
-async fn assert_bank_exact(ends: &Ends, reports: &[&Report]) {
-    let comparison = compare(&ends.source_uri(), &ends.target_uri()).await.unwrap();
-    let of_bank = |line: &&String| line.contains("bank.") && !line.starts_with("sequence ");
-    let different = comparison.differences.iter().filter(of_bank);
-    assert_eq!(different.collect::<Vec<_>>(), Vec::<&String>::new());
-    assert!(comparison.rows() > 1000);
-    for uri in [ends.source_uri(), ends.target_uri()] {
-        for report in reports {
-            let check = ledger::check(&uri, &report.ledger).await.unwrap();
-            assert!(check.is_exact(), "{check:?}");
-        }
-    }
-}
 
 async fn write_to_bank(ends: &Ends) {
     for i in 0..50 {
@@ -78,7 +61,7 @@ async fn there_and_back(majors: (u32, u32), decoder: &'static str, transport: &'
     ends.done(&with(&["verify"])).await;
     ends.source.psql("app", "drop table public.left_out").unwrap();
     match decoder {
-        "wal2json" => assert_bank_exact(&ends, &reports).await,
+        "wal2json" => ends.assert_exact_in("bank.", &reports).await,
         _ => drop(assert_exact(&ends, &reports).await),
     }
     let status = ends.status().await;

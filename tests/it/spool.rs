@@ -61,12 +61,7 @@ async fn a_move_through_a_spool_with_kills_and_restarts_ends_exact() {
         assert!(writer.committed_more(50).await, "the writer is stuck");
         server.restart(StopMode::Immediate).unwrap();
     }
-    assert!(writer.committed_more(50).await, "the writer is stuck");
-    ends.done(&["cutover"]).await;
-    let report = writer.stop().await;
-    ends.done(&["verify"]).await;
-    ends.assert_exact(&report).await;
-    conserved(&ends.status().await["tables"]);
+    ends.switch_exactly(writer).await;
     assert!(ends.spool_dir.join("walferry_main_forward").exists());
     let finished = ends.done(&["finish"]).await;
     run.ended().await.expect_success();

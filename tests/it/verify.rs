@@ -373,6 +373,21 @@ async fn counts_are_exact_where_everything_differs_and_the_list_is_cut() {
     assert_eq!(json["tables"][0]["name"], "public.t");
 }
 
+/// Of both databases, with the sessions that keep them.
+async fn snapshots(server: &Server) -> (Vec<Session>, Vec<Side>) {
+    let (mut holders, mut sides) = (Vec::new(), Vec::new());
+    for dbname in ["a", "b"] {
+        let mut holder = support::session(server, dbname).await;
+        holder.execute("begin isolation level repeatable read").await.unwrap();
+        let row = holder.query_one("select pg_export_snapshot()", &[]).await.unwrap();
+        let mut side = side(server, dbname);
+        side.snapshot = Some(row.string(0).unwrap());
+        sides.push(side);
+        holders.push(holder);
+    }
+    (holders, sides)
+}
+
 #[tokio::test]
 async fn snapshots_are_compared_while_both_sides_go_on() {
     let server = support::server();
@@ -382,17 +397,7 @@ async fn snapshots_are_compared_while_both_sides_go_on() {
          insert into public.t select g, 1 from generate_series(1, 5000) g";
     a.execute(make).await.unwrap();
     b.execute(make).await.unwrap();
-    let mut holders = Vec::new();
-    let mut sides = Vec::new();
-    for dbname in ["a", "b"] {
-        let mut holder = support::session(&server, dbname).await;
-        holder.execute("begin isolation level repeatable read").await.unwrap();
-        let row = holder.query_one("select pg_export_snapshot()", &[]).await.unwrap();
-        let mut side = side(&server, dbname);
-        side.snapshot = Some(row.string(0).unwrap());
-        sides.push(side);
-        holders.push(holder);
-    }
+    let (mut holders, mut sides) = snapshots(&server).await;
     a.execute("update public.t set v = 2 where id < 1000").await.unwrap();
     b.execute("delete from public.t where id > 1000; insert into public.u values (1)")
         .await
@@ -430,17 +435,7 @@ async fn a_table_rewritten_since_its_snapshot_is_handed_back_and_not_called_diff
          insert into public.p select g from generate_series(1, 100) g";
     a.execute(make).await.unwrap();
     b.execute(make).await.unwrap();
-    let mut holders = Vec::new();
-    let mut sides = Vec::new();
-    for dbname in ["a", "b"] {
-        let mut holder = support::session(&server, dbname).await;
-        holder.execute("begin isolation level repeatable read").await.unwrap();
-        let row = holder.query_one("select pg_export_snapshot()", &[]).await.unwrap();
-        let mut side = side(&server, dbname);
-        side.snapshot = Some(row.string(0).unwrap());
-        sides.push(side);
-        holders.push(holder);
-    }
+    let (_holders, mut sides) = snapshots(&server).await;
     // Both see the same rows still, if they look at the right file.
     a.execute("truncate public.t").await.unwrap();
     b.execute("truncate public.p1").await.unwrap();

@@ -171,6 +171,10 @@ async fn load(
         anyhow::bail!("job {job} was planned of {planned}: give the same --cluster");
     }
     let base = task_options.between(task_options.file()?, home.clone(), home.clone())?;
+    if base.map.is_some() {
+        let message = "is of one database's job, not of a cluster's: leave it out".to_string();
+        return Err(config::Error::Value { option: "[[map]]", message }.into());
+    }
     let transaction_age = cluster::guard::TRANSACTION_AGE;
     let flip = flip.flip()?;
     let log = Log::default();

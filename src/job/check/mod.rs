@@ -9,7 +9,8 @@
 //! says of itself; compare; measure the WAL rate over a second. Rights are tried where trying is
 //! harmless (`SET LOCAL session_replication_role`), since clouds grant what the catalogs deny.
 //!
-//! Nothing is written anywhere, so nothing survives a crash. A question that a server refuses to
+//! Nothing is written anywhere, so nothing survives a crash (expressions of a map are tried on a
+//! temporary table, which is rolled back). A question that a server refuses to
 //! answer becomes a warning, never the end of the check.
 //!
 //! Left out: free disk space, but for a target on this very machine (SQL does not show it; sizes
@@ -24,6 +25,7 @@ mod failover;
 mod finding;
 mod given;
 mod identity;
+mod mapped;
 mod objects;
 mod older;
 mod publication;
@@ -36,12 +38,15 @@ mod tools;
 mod traffic;
 mod two_phase;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::catalog::{self, Selection, Table};
 use crate::id::JobName;
+use crate::map::Map;
 use crate::pg::{self, Config, Session};
 
+use super::config::JobConfig;
 use super::failover::Failover;
 use super::reading::Wanted;
 use super::state::Phase;
@@ -56,6 +61,10 @@ pub struct CheckOptions {
     pub job: JobName,
     /// Its tables.
     pub selection: Selection,
+    /// What becomes of its tables on the way.
+    pub map: Option<Arc<Map>>,
+    /// There is to be no way back.
+    pub one_way: bool,
     /// Large objects move with the tables.
     pub large_objects: bool,
     /// Decoder and transport, where they are not left to be chosen.
@@ -89,6 +98,8 @@ impl CheckOptions {
         CheckOptions {
             job,
             selection: Selection::default(),
+            map: None,
+            one_way: false,
             large_objects: true,
             wanted: Wanted::default(),
             streaming: false,
@@ -102,6 +113,13 @@ impl CheckOptions {
             transaction_age: Duration::from_secs(30),
             prepared_age: Duration::from_secs(3600),
         }
+    }
+
+    /// With a map there is no way back, and none of its rights is asked for.
+    pub fn with_map(&mut self, config: &JobConfig) {
+        self.map.clone_from(&config.map);
+        self.one_way = config.one_way;
+        self.reverse = config.map.is_none();
     }
 }
 
@@ -147,6 +165,7 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.published().await?;
     check.tables().await?;
     check.identities().await?;
+    check.mapped().await?;
     check.objects().await?;
     check.carried().await?;
     check.older().await?;

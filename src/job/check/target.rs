@@ -86,9 +86,9 @@ impl Check<'_> {
             true => owners(&mut self.source.session).await?,
             false => HashMap::new(),
         };
+        let selection = self.made();
         for (name, kind, is_partition) in relations(&mut self.target.session).await? {
             let is_table = matches!(kind.as_str(), "r" | "p");
-            let selection = &self.options.selection;
             let moves = match kind.as_str() {
                 "r" | "p" => selection.has_schema(&name),
                 "S" => selection.has_sequence(owners.get(&name)),

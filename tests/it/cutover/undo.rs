@@ -292,24 +292,39 @@ async fn a_rollback_without_a_fence_that_fails_leaves_the_old_side_shut() {
 /// One hook lets clients through, the next fails: what they wrote comes home, with its numbers.
 #[tokio::test(flavor = "multi_thread")]
 async fn numbers_of_rows_that_came_home_are_not_given_again() {
+    numbers_are_not_given_again("cutover").await;
+}
+
+/// The same on the way back: the target goes on past the numbers that the source gave meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn numbers_of_rows_written_during_a_rollback_that_failed_are_not_given_again() {
+    numbers_are_not_given_again("rollback").await;
+}
+
+async fn numbers_are_not_given_again(command: &str) {
     let ends = Ends::start(15, 15);
     let table = "create table public.ident (id int generated always as identity \
         primary key, v int); \
         insert into public.ident (v) select 1 from generate_series(1, 10)";
     ends.source.psql("app", table).unwrap();
     let stage = Stage::of(ends).await;
+    let (home, uri) = match command {
+        "cutover" => (&stage.ends.source, stage.ends.target_uri()),
+        _ => (&stage.ends.target, stage.ends.source_uri()),
+    };
+    if command == "rollback" {
+        stage.ends.done(&["cutover"]).await;
+    }
     let hook = Hook::new(&stage, None);
     let sql = "insert into public.ident (v) select 2 from generate_series(1, 5)";
     let psql = "/usr/lib/postgresql/15/bin/psql";
-    let uri = stage.ends.target_uri();
     hook.on("switch", &format!("{psql} -X '{uri}' -c '{sql}' && exit 1\nexit 3\n"));
-    let ended = stage.ends.walferry(&["cutover", "--route", &hook.route()]).await;
+    let ended = stage.ends.walferry(&[command, "--route", &hook.route()]).await;
     assert!(ended.err.contains("exit status: 1"), "{ended:?}");
-    let came = "select max(id) from public.ident where v = 2";
-    let last: i64 = stage.ends.source.psql("app", came).unwrap().parse().unwrap();
-    let next = "select nextval('public.ident_id_seq')";
-    let next: i64 = stage.ends.source.psql("app", next).unwrap().parse().unwrap();
-    assert!(next > last, "the source gives {next}, and {last} is in use");
+    let number = |sql| home.psql("app", sql).unwrap().parse::<i64>().unwrap();
+    let last = number("select max(id) from public.ident where v = 2");
+    let next = number("select nextval('public.ident_id_seq')");
+    assert!(next > last, "the live side gives {next}, and {last} is in use");
     stage.end().await;
 }
 
@@ -359,29 +374,4 @@ async fn a_rollback_that_fails_leaves_a_read_only_side_read_only() {
     stage.ends.done(&["finish"]).await;
     assert_eq!(stage.ends.target.psql("app", setting).unwrap(), "none");
     stage.run.ended().await.expect_success();
-}
-
-/// The same on the way back: the target goes on past the numbers that the source gave meanwhile.
-#[tokio::test(flavor = "multi_thread")]
-async fn numbers_of_rows_written_during_a_rollback_that_failed_are_not_given_again() {
-    let ends = Ends::start(15, 15);
-    let table = "create table public.ident (id int generated always as identity \
-        primary key, v int); \
-        insert into public.ident (v) select 1 from generate_series(1, 10)";
-    ends.source.psql("app", table).unwrap();
-    let stage = Stage::of(ends).await;
-    stage.ends.done(&["cutover"]).await;
-    let hook = Hook::new(&stage, None);
-    let sql = "insert into public.ident (v) select 2 from generate_series(1, 5)";
-    let psql = "/usr/lib/postgresql/15/bin/psql";
-    let uri = stage.ends.source_uri();
-    hook.on("switch", &format!("{psql} -X '{uri}' -c '{sql}' && exit 1\nexit 3\n"));
-    let ended = stage.ends.walferry(&["rollback", "--route", &hook.route()]).await;
-    assert!(ended.err.contains("exit status: 1"), "{ended:?}");
-    let came = "select max(id) from public.ident where v = 2";
-    let last: i64 = stage.ends.target.psql("app", came).unwrap().parse().unwrap();
-    let next = "select nextval('public.ident_id_seq')";
-    let next: i64 = stage.ends.target.psql("app", next).unwrap().parse().unwrap();
-    assert!(next > last, "the target gives {next}, and {last} is in use");
-    stage.end().await;
 }

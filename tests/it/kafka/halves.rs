@@ -7,7 +7,7 @@ use walferry::demo::server::StopMode;
 
 use super::broker;
 use super::moving::moving;
-use crate::support::job::{Ends, conserved};
+use crate::support::job::Ends;
 use crate::support::{Walferry, until_within};
 
 /// The backend that reads the forward slot; none while nobody does.
@@ -50,12 +50,7 @@ async fn kill_9_of_capture_apply_broker_and_servers_ends_exact() {
         }
     }
     ends.until_phase(&mut apply, "following").await;
-    assert!(writer.committed_more(50).await, "the writer is stuck");
-    ends.done(&["cutover"]).await;
-    let report = writer.stop().await;
-    ends.done(&["verify"]).await;
-    ends.assert_exact(&report).await;
-    conserved(&ends.status().await["tables"]);
+    ends.switch_exactly(writer).await;
     ends.done(&["finish"]).await;
     apply.ended().await.expect_success();
     capture.ended().await.expect_success();

@@ -83,12 +83,7 @@ async fn kill_9_of_walferry_broker_and_servers_at_random_moments_ends_exact() {
         assert!(!run.has_ended(), "the run ended:\n{}", run.so_far());
     }
     ends.until_phase(&mut run, "following").await;
-    assert!(writer.committed_more(50).await, "the writer is stuck");
-    ends.done(&["cutover"]).await;
-    let report = writer.stop().await;
-    ends.done(&["verify"]).await;
-    ends.assert_exact(&report).await;
-    conserved(&ends.status().await["tables"]);
+    ends.switch_exactly(writer).await;
     ends.done(&["finish"]).await;
     run.ended().await.expect_success();
 }

@@ -142,6 +142,31 @@ impl Ends {
         }
     }
 
+    /// The same, of the tables whose difference begins with `part`; `reports` of several writers.
+    pub async fn assert_exact_in(&self, part: &str, reports: &[&Report]) {
+        let comparison = compare(&self.source_uri(), &self.target_uri()).await.unwrap();
+        let of_part = |line: &&String| line.contains(part) && !line.starts_with("sequence ");
+        let different = comparison.differences.iter().filter(of_part);
+        assert_eq!(different.collect::<Vec<_>>(), Vec::<&String>::new());
+        assert!(comparison.rows() > 1000);
+        for uri in [self.source_uri(), self.target_uri()] {
+            for report in reports {
+                let check = ledger::check(&uri, &report.ledger).await.unwrap();
+                assert!(check.is_exact(), "{check:?}");
+            }
+        }
+    }
+
+    /// Once the writer goes on: switched, with everything it wrote on both sides.
+    pub async fn switch_exactly(&self, writer: Writer) {
+        assert!(writer.committed_more(50).await, "the writer is stuck");
+        self.done(&["cutover"]).await;
+        let report = writer.stop().await;
+        self.done(&["verify"]).await;
+        self.assert_exact(&report).await;
+        conserved(&self.status().await["tables"]);
+    }
+
     /// What is on both sides.
     pub async fn inventories(&self) -> (Inventory, Inventory) {
         (Inventory::take(&self.source_uri()).await, Inventory::take(&self.target_uri()).await)
