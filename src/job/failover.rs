@@ -55,11 +55,13 @@ pub enum Failover {
 }
 
 impl Failover {
-    /// How a slot of the job is made on a server of this version.
-    pub fn kind(self, major: u32) -> SlotKind {
+    /// How a slot of the job is made on a server of this version. One that is to tell of PREPARE is
+    /// for failover only where that is asked for: minor releases differ in whether they let both be.
+    pub fn kind(self, major: u32, two_phase: bool) -> SlotKind {
         match self {
             Failover::Off => SlotKind::Permanent,
             _ if major < FAILOVER_SLOTS => SlotKind::Permanent,
+            Failover::Auto if two_phase => SlotKind::Permanent,
             _ => SlotKind::Failover,
         }
     }
@@ -328,9 +330,9 @@ mod tests {
 
     #[test]
     fn slots_are_for_failover_where_the_server_can_and_nobody_minds() {
-        assert_eq!(Failover::Auto.kind(16), SlotKind::Permanent);
-        assert_eq!(Failover::Auto.kind(17), SlotKind::Failover);
-        assert_eq!(Failover::On.kind(18), SlotKind::Failover);
-        assert_eq!(Failover::Off.kind(18), SlotKind::Permanent);
+        assert_eq!(Failover::Auto.kind(16, false), SlotKind::Permanent);
+        assert_eq!(Failover::Auto.kind(17, false), SlotKind::Failover);
+        assert_eq!(Failover::On.kind(18, true), SlotKind::Failover);
+        assert_eq!(Failover::Off.kind(18, false), SlotKind::Permanent);
     }
 }

@@ -239,7 +239,7 @@ impl Runner {
         slot::CreateOptions {
             name: name.to_string(),
             plugin: reading.decoder.clone(),
-            kind: self.config.failover.kind(side.major_version()),
+            kind: self.config.failover.kind(side.major_version(), self.config.two_phase),
             wait: self.config.slot_timeout,
         }
     }
