@@ -65,7 +65,7 @@ impl Server {
         }
         standby.write_data_file("backup_label", &std::fs::read_to_string(label)?)?;
         standby.write_data_file("standby.signal", "")?;
-        let uri = format!("host=127.0.0.1 port={} user=postgres dbname=postgres", self.port);
+        let uri = format!("host=127.0.0.1 port={} user=postgres dbname=postgres", self.port());
         standby.follow(&uri)
     }
 

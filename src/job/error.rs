@@ -174,7 +174,8 @@ pub enum Error {
     #[error(
         "slot {slot} was told {confirmed_lsn}, the target has only {progress_lsn}, and {place} \
          {held}: the changes between are nowhere any more. {mend}; or let walferry run \
-         --after-failover refill make a new slot and read again what differs"
+         --after-failover refill make a new slot and read again what differs, or start over with \
+         walferry cancel and walferry run, which copies every table again"
     )]
     SpoolLost {
         /// The slot.

@@ -107,7 +107,8 @@ pub enum Error {
     #[error(
         "slot {slot} does not exist, but the target has applied up to {progress_lsn}: it was \
          dropped, or lost in a failover, and the changes since cannot be had any more; \
-         walferry run --after-failover refill makes a new slot and reads again what differs"
+         walferry run --after-failover refill makes a new slot and reads again what differs, \
+         walferry cancel and walferry run start over"
     )]
     SlotMissing {
         /// The slot.
@@ -121,7 +122,7 @@ pub enum Error {
          {progress_lsn}: it was dropped and made again, or advanced, by someone else, and the \
          changes in between cannot be had any more (a target that was restored, or whose standby \
          took over, may lack them too); walferry run --after-failover refill makes a new slot and \
-         reads again what differs"
+         reads again what differs, walferry cancel and walferry run start over"
     )]
     SlotAhead {
         /// The slot.

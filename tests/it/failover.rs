@@ -8,9 +8,8 @@ use walferry::demo::ledger;
 use walferry::demo::server::Server;
 use walferry::demo::writer::{Options, Report, Writer, broken_invariants, create_schema};
 
-use crate::support::binary::Walferry;
 use crate::support::job::Ends;
-use crate::support::until_within;
+use crate::support::{Walferry, until_within};
 
 /// What a standby of 17 needs to keep copies of slots.
 static SYNCS_SLOTS: [&str; 4] = [
@@ -159,7 +158,7 @@ async fn patroni_1749_what_an_asynchronous_promotion_loses_is_named_and_read_aga
     assert!(ended.err.contains("forked at") && ended.err.contains("refill"), "{}", ended.err);
     // While it is filled again the new source is written to, and the runner dies in the middle.
     let writer = start_writer(&standby.uri("app"), 11).await;
-    let mut first = ends.spawn(&["run", "--after-failover", "refill"]);
+    let first = ends.spawn(&["run", "--after-failover", "refill"]);
     until_within(Duration::from_secs(30), "the comparing", || async {
         first.so_far().contains("comparing every table")
     })
