@@ -32,6 +32,18 @@ pub const BATCH_TRANSACTIONS_MAX: usize = 64_000;
 /// larger ones, and memory stays small.
 pub const PART_BYTES: usize = 4 << 20;
 
+/// Rows of a set that are written by one execution of its statement. More take the server longer
+/// each, as they outgrow its processor's memory; fewer pay for starting it.
+pub const SET_ROWS: usize = 8192;
+
+/// For so long what is counted of a stream may wait in the row of progress; a small batch would
+/// take twice as long with a statement for its counts.
+pub const COUNTERS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The target is asked no more often than this where its log stands: its WAL writer flushes every
+/// 200 ms.
+pub const POSITION_INTERVAL: Duration = Duration::from_millis(10);
+
 /// Batches on their way to the target at once: one that the server works on, and one behind it, so
 /// that neither side waits for the other. More would only be memory.
 pub const BATCHES_IN_FLIGHT: usize = 2;

@@ -9,8 +9,9 @@
 //!    the source is quiet, so that a change is on the target after one round trip, large when it is
 //!    busy. `batch` decides, and cannot do I/O.
 //! 3. `admit` decides and counts what of it is written. `writer` makes one request of that: BEGIN,
-//!    the changes, one statement for all counters, progress, COMMIT, and the question where the
-//!    target's log stands; one Sync. A full batch is sent behind the one that is under way.
+//!    the changes, progress with the counts beside it, COMMIT; one Sync. Once a second counts are
+//!    entered in their table (`count`), and now and then the target is asked where its log stands.
+//!    A full batch is sent behind the one that is under way (`flight`).
 //! 4. The answers are held against the request: every statement met the rows it had to, COMMIT said
 //!    COMMIT. Positions go out by a watch channel.
 //!
@@ -67,6 +68,7 @@ mod count;
 mod durable;
 mod encode;
 mod error;
+mod flight;
 mod growth;
 mod lines;
 mod native;
@@ -94,8 +96,9 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-pub use batch::Limits;
+pub use count::BOOKS;
 pub use error::{Culprit, Error, Result};
+pub use growth::Limits;
 pub use parking::{OnRowError, Reason};
 pub use progress::{ProgressKind, begin_at, durable_progress, forget};
 
@@ -118,7 +121,10 @@ use crate::pg::{self, Config, Purpose, Session};
 pub const DDL: &str = "do $$ begin if pg_catalog.to_regnamespace('walferry') is null then \
      create schema walferry; end if; end $$; \
      create table if not exists walferry.progress (\
-     stream text primary key, end_lsn pg_lsn not null); \
+     stream text primary key, end_lsn pg_lsn not null, counts text); \
+     do $$ begin if not exists (select from pg_catalog.pg_attribute where attname = 'counts' \
+     and attrelid = 'walferry.progress'::regclass and not attisdropped) then \
+     alter table walferry.progress add column counts text; end if; end $$; \
      create table if not exists walferry.stream_table (\
      stream text, schema text, name text, decoded bigint not null, applied bigint not null, \
      filtered bigint not null, quarantined bigint not null, primary key (stream, schema, name)); \
@@ -215,6 +221,18 @@ pub struct Tuning {
     pub copy_inserts: bool,
     /// Values of sets travel in their binary form, where they have one.
     pub binary_values: bool,
+    /// A small batch is sent behind another that is under way, not only a full one.
+    pub eager: bool,
+    /// Rows of a set that go by one unique column are looked up by the array of its values, not by
+    /// a join.
+    pub delete_by_array: bool,
+    /// Of a set so many rows, and a megabyte of them, go to the target in one execution; 0 for all.
+    pub set_rows: usize,
+    /// For how long counts may wait beside progress before they are entered in their table; zero
+    /// writes that with every batch.
+    pub counters_interval: Duration,
+    /// How often the target is asked where its log stands; zero asks with every batch.
+    pub position_interval: Duration,
 }
 
 impl Default for Tuning {
@@ -229,6 +247,11 @@ impl Default for Tuning {
             in_flight_max: limit::BATCHES_IN_FLIGHT,
             copy_inserts: true,
             binary_values: true,
+            eager: true,
+            delete_by_array: true,
+            set_rows: limit::SET_ROWS,
+            counters_interval: limit::COUNTERS_INTERVAL,
+            position_interval: limit::POSITION_INTERVAL,
         }
     }
 }
@@ -321,9 +344,12 @@ pub struct Applier {
     /// When the target was done with the last batch.
     landed_at: Instant,
     in_flight_max: usize,
+    eager: bool,
     /// What was under way has been canceled, for a shutdown.
     canceled: bool,
     durable: Durable,
+    /// When the target was last made to flush its log.
+    flushed_at: Instant,
     applied: Applied,
     on_message: Option<MessageHook>,
     on_row_error: OnRowError,
@@ -364,8 +390,10 @@ impl Applier {
             growth: Growth::new(options.tuning.limits, options.tuning.limits_max),
             landed_at: Instant::now(),
             in_flight_max: options.tuning.in_flight_max.max(1),
+            eager: options.tuning.eager,
             canceled: false,
             durable: Durable::new(progress_lsn),
+            flushed_at: Instant::now(),
             applied: Applied {
                 applied_lsn: progress_lsn,
                 durable_lsn: progress_lsn,

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::brought::{self, BroughtArgs};
 use super::failover::FailoverArgs;
 use super::mapping;
 use crate::apply::{Mode, OnRowError, Tuning};
@@ -16,7 +17,6 @@ use crate::id::JobName;
 use crate::job::opening::Half;
 use crate::job::place::{Buffer, BufferOptions, KafkaPlace, SPOOL_BYTES};
 use crate::job::reading::Wanted;
-use crate::job::rest::{Refresh, Unlogged};
 use crate::job::routes::RouteSecrets;
 use crate::job::store::JobOptions;
 use crate::job::{self, Bulk, JobConfig};
@@ -59,6 +59,9 @@ pub struct JobArgs {
     /// Whether large objects move: copy or leave [default: copy, but leave with --include]
     #[arg(long, value_name = "WHAT")]
     pub large_objects: Option<String>,
+    /// A copy that somebody else made.
+    #[command(flatten)]
+    pub own_copy: BroughtArgs,
     /// Tables copied, and indexes built, at the same time [default: 4]
     #[arg(short, long, value_name = "N")]
     pub jobs: Option<usize>,
@@ -96,8 +99,8 @@ pub struct JobArgs {
     /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL
     #[arg(long)]
     pub no_nan: bool,
-    /// The target will differ from the source, and there will be no way back: what a job whose
-    /// walferry.toml has a [[map]] must be told
+    /// There will be no way back: what a job whose walferry.toml has a [[map]] must be told, and
+    /// its cutover once more
     #[arg(long)]
     pub one_way: bool,
     /// Leave owners and grants behind
@@ -181,8 +184,8 @@ impl JobArgs {
     /// The same between these ends.
     pub fn between(&self, file: File, source: Config, target: Config) -> anyhow::Result<JobConfig> {
         let (tuning, bulk) = (tuning(self.apply, &file)?, bulk(&file));
-        let map = mapping::read(&file)?;
-        let kafka = kafka_properties(&file)?;
+        let (map, kafka) = (mapping::read(&file)?, kafka_properties(&file)?);
+        let (brought, from_lsn) = self.own_copy.read(&file)?;
         let job = self.job_name(file.name)?;
         let given = |own: &[String], file: Vec<String>| {
             if own.is_empty() { file } else { own.to_vec() }
@@ -198,6 +201,7 @@ impl JobArgs {
             leave_large_objects: leaves_large_objects(
                 self.large_objects.clone().or(file.large_objects),
             )?,
+            brought,
         };
         refuse_typos(&options)?;
         let wanted = Wanted {
@@ -236,14 +240,12 @@ impl JobArgs {
             streaming: self.streaming(file.streaming, file.streaming_limit)?,
             tuning,
             heartbeat: self.heartbeat(file.heartbeat, file.heartbeat_sql)?,
+            from_lsn,
             half: Half::Both,
             failover: self.standbys.failover(file.failover)?,
             after_failover: self.standbys.after(file.after_failover)?,
             secrets: secrets(&file.cutover.route)?,
-            bulk_bytes: match file.tuning.bulk_bytes {
-                None => Some(BULK_BYTES),
-                some => some.filter(|bytes| *bytes > 0),
-            },
+            bulk_bytes: Some(file.tuning.bulk_bytes.unwrap_or(BULK_BYTES)).filter(|b| *b > 0),
             bulk,
             map,
             one_way: self.one_way || file.one_way,
@@ -259,7 +261,7 @@ fn refuse_typos(options: &JobOptions) -> anyhow::Result<()> {
         return Err(config::Error::Value { option: "--tables-only", message }.into());
     }
     mapping::refuse_others(options)?;
-    Ok(())
+    Ok(brought::refuse_others(options)?)
 }
 
 pub(super) fn on_off(
@@ -393,6 +395,12 @@ fn tuning(apply: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
     }
     tuning.copy_inserts = sizes.copy_inserts.unwrap_or(tuning.copy_inserts);
     tuning.binary_values = sizes.binary_values.unwrap_or(tuning.binary_values);
+    tuning.eager = sizes.eager_batches.unwrap_or(tuning.eager);
+    tuning.delete_by_array = sizes.delete_by_array.unwrap_or(tuning.delete_by_array);
+    tuning.set_rows = sizes.set_rows.unwrap_or(tuning.set_rows);
+    let millis = |given: Option<u64>, default| given.map_or(default, Duration::from_millis);
+    tuning.counters_interval = millis(sizes.counters_ms, tuning.counters_interval);
+    tuning.position_interval = millis(sizes.positions_ms, tuning.position_interval);
     tuning.in_flight_max = sizes.batches_in_flight.unwrap_or(tuning.in_flight_max).max(1);
     Ok(tuning)
 }
@@ -442,49 +450,4 @@ pub fn learn(
 ) -> Result<Vec<String>, config::Error> {
     let learnt: Result<_, _> = routes.iter().map(|route| secrets.learn(route)).collect();
     learnt.map_err(|e| config::Error::Value { option, message: e.to_string() })
-}
-
-/// Options of cutover and rollback.
-#[derive(Clone, Debug, Args)]
-pub struct FlipArgs {
-    /// What stops writers: lock, read-only or none [default: lock]
-    #[arg(long, value_name = "KIND")]
-    pub fence: Option<String>,
-    /// Where clients find the data: hook:COMMAND, pgbouncer:ADMIN_URI,INI_PATH,DBNAME,
-    /// fdw:URI,SERVER, plproxy:URI,CLUSTER,PARTITION (URI of the router's database) or
-    /// citus:COORDINATOR_URI; may be given again [default: those of the last switch]
-    #[arg(long, value_name = "KIND:...")]
-    pub route: Vec<String>,
-    /// Lead no clients: neither by the routes of the last switch nor by those of walferry.toml
-    #[arg(long, conflicts_with = "route")]
-    pub no_route: bool,
-    /// Do not begin while the stream is further behind [default: 1s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub max_lag: Option<Duration>,
-    /// Give up after trying for so long to stop writers [default: 30s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub timeout: Option<Duration>,
-    /// No statement waits longer for us in one try [default: 200ms]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub lock_timeout: Option<Duration>,
-    /// Once writers are stopped, let them go on if the target needs longer to drain [default: 5s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub max_hold: Option<Duration>,
-    /// When materialized views are refreshed on the side to come: before (writers are held), after
-    /// (once clients are there, beside their work) or never [default: before; of rollback: after]
-    #[arg(long, value_name = "WHEN", value_parser = str::parse::<Refresh>)]
-    pub refresh: Option<Refresh>,
-    /// Rows of unlogged tables: copy (again, while writers are held), leave (as they were copied
-    /// at first), or refuse to switch while there are any [default: copy]
-    #[arg(long, value_name = "WHAT", value_parser = str::parse::<Unlogged>)]
-    pub unlogged: Option<Unlogged>,
-    /// Switch though changes are kept aside: they stay behind, and are not on the other side
-    #[arg(long)]
-    pub leave_quarantined: bool,
-    /// Prove the way there and back, and change nothing
-    #[arg(long)]
-    pub dry_run: bool,
-    /// Print the result as JSON
-    #[arg(long)]
-    pub json: bool,
 }

@@ -7,6 +7,7 @@ use super::options::JobArgs;
 use super::print;
 use crate::fault::{Fault, Faulty};
 use crate::job::place::Place;
+use crate::job::reads::ReadState;
 use crate::job::status::{self, Status, TableStatus};
 use crate::job::store::StreamRow;
 
@@ -73,6 +74,14 @@ fn show(status: &Status) {
     }
     if let Some(error) = &status.error {
         println!("error    {error}");
+    }
+    if let Some(reads) = &status.reads {
+        let where_to = match reads.state {
+            ReadState::Leading => "on their way to the target",
+            ReadState::Led => "on the target",
+            ReadState::Returning => "on their way back to the source",
+        };
+        println!("readers  {where_to}, by {}", reads.shown().join("; "));
     }
     if let Some(spool) = &status.spool {
         let place = match &spool.place {

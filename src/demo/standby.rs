@@ -1,6 +1,7 @@
 //! Standbys of throw-away servers: made, promoted, made again of what was the primary.
 
 use std::io;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use super::binaries;
@@ -35,6 +36,29 @@ impl Server {
         standby.configure_place()?;
         standby.configure(settings)?;
         standby.resume()
+    }
+
+    /// A base backup of this server with a port of its own, not started, made with these arguments
+    /// of pg_basebackup, which has to be beside the server's binaries. Blocks.
+    pub fn base_backup(&self, arguments: &[&str]) -> io::Result<Server> {
+        let backup = Self::claim(&self.bin)?;
+        run_as_postgres(&self.bin.join("pg_basebackup"), &backup.dir, |c| {
+            c.args(arguments).args(["-c", "fast", "-N", "-d"]).arg(self.uri("postgres"));
+            c.arg("-D").arg(backup.data_dir());
+        })?;
+        backup.configure_place()?;
+        Ok(backup)
+    }
+
+    /// The files of this server, which has to be down, with a port of their own, not started: as a
+    /// storage snapshot has them. Blocks.
+    pub fn copy(&self) -> io::Result<Server> {
+        let copy = Self::claim(&self.bin)?;
+        run_as_postgres(Path::new("cp"), &copy.dir, |c| {
+            c.arg("-a").args([self.data_dir(), copy.data_dir()]);
+        })?;
+        copy.configure_place()?;
+        Ok(copy)
     }
 
     /// A base backup by hand, within one psql session, and what makes it a standby.

@@ -4,6 +4,7 @@
 use super::ability::{Abilities, Ability};
 use super::lease;
 use super::run::{JobConfig, Report};
+use super::seam::Seam;
 use super::state::{Event, step};
 use super::store::{DDL_BOTH, JobRow, Store, ensure};
 use super::{Error, Result};
@@ -45,6 +46,11 @@ pub(super) async fn admit(
             job: config.job.to_string(),
             planned: row.options.to_string(),
         });
+    }
+    if let (Some(given), Some(begun)) = (config.from_lsn, row.slot_lsn)
+        && given != begun
+    {
+        return Err(Seam::Begun { given, begun }.into());
     }
     config.same_map(&row)?;
     Ok(false)
@@ -97,18 +103,16 @@ pub(super) fn schema_grant(role: &str) -> String {
     format!("CREATE SCHEMA walferry AUTHORIZATION {};", quote_ident(role))
 }
 
-/// What tells one cluster, and one of its histories, from another: `identifier/timeline`.
+/// What tells one cluster, and one of its histories, from another: `identifier/timeline`. The
+/// timeline is that of the log being written: the control file learns of a promotion only at the
+/// next checkpoint.
 pub(super) async fn system_of(session: &mut Session) -> Result<String> {
-    // The control file learns of a promotion only at the next checkpoint; the log's file name is of
-    // the timeline that is written.
-    let sql = "select s.system_identifier, c.timeline_id, \
-         case when not pg_catalog.pg_is_in_recovery() \
-         then pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_flush_lsn()) end \
+    let sql = "select s.system_identifier || '/' || \
+           case when pg_catalog.pg_is_in_recovery() then c.timeline_id \
+             else ('x' || pg_catalog.left(pg_catalog.pg_walfile_name( \
+               pg_catalog.pg_current_wal_flush_lsn()), 8))::bit(32)::int end \
          from pg_catalog.pg_control_system() s, pg_catalog.pg_control_checkpoint() c";
-    let row = session.query_one(sql, &[]).await?;
-    let file = row.opt(2)?.and_then(|name| u32::from_str_radix(name.get(..8)?, 16).ok());
-    let timeline: u32 = row.parse(1)?;
-    Ok(format!("{}/{}", row.str(0)?, file.unwrap_or(timeline)))
+    Ok(session.query_one(sql, &[]).await?.string(0)?)
 }
 
 fn identifier(system: &str) -> &str {

@@ -13,6 +13,7 @@ use super::routes::RouteSecrets;
 use super::store::JobOptions;
 use crate::apply::{OnRowError, Tuning};
 use crate::id::JobName;
+use crate::lsn::Lsn;
 use crate::map::Map;
 use crate::pg::Config;
 use crate::schema::policy::Policy;
@@ -53,6 +54,8 @@ pub struct JobConfig {
     pub ddl: Option<Policy>,
     /// Keep the source's log moving, and measure lag by that.
     pub heartbeat: Option<HeartbeatOptions>,
+    /// `--from-lsn`: where the copy that the target is stands, exclusive.
+    pub from_lsn: Option<Lsn>,
     /// Passwords of routes.
     pub secrets: RouteSecrets,
     /// Whether the forward stream is read by this process, or by another into a topic.

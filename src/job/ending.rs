@@ -23,6 +23,7 @@ pub async fn end(config: &JobConfig, ending: Ending, report: &Report) -> Result<
     let ended = matches!(row.phase, Phase::Finished | Phase::Canceled);
     if !ended {
         step(row.phase, ending.event)?;
+        super::reads::refuse_end(&row, ending)?;
     }
     let lease = take_lease(config, report).await?;
     clean_up(config, ending, &lease).await

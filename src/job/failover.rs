@@ -56,7 +56,7 @@ pub enum Failover {
 
 impl Failover {
     /// How a slot of the job is made on a server of this version. One that is to tell of PREPARE is
-    /// for failover only where that is asked for: minor releases differ in whether they let both be.
+    /// for failover only where that is asked for: minor releases differ in whether they let both.
     pub fn kind(self, major: u32, two_phase: bool) -> SlotKind {
         match self {
             Failover::Off => SlotKind::Permanent,
@@ -186,7 +186,9 @@ impl Runner {
     async fn may_refill(&mut self) -> Result<bool> {
         let phase = self.row().await?.phase;
         let fillable = matches!(phase, Phase::Copying | Phase::CatchingUp | Phase::Following);
-        Ok(fillable && self.config.after_failover == AfterFailover::Refill)
+        // A copy that somebody else made is not ours to compare under a slot of its own.
+        let ours = !self.config.options.brought;
+        Ok(fillable && ours && self.config.after_failover == AfterFailover::Refill)
     }
 
     /// What stopped the forward stream, if that is a loss and may be mended.

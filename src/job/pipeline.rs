@@ -15,19 +15,19 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::Result;
 use super::ability::Ability;
 use super::error::Error;
 use super::failover::{is_loss, record_timeline};
 use super::mapped;
 use super::opening::{Half, SpoolOptions};
-use super::spooling;
+use super::{Result, nudging, spooling};
 use crate::apply::altered::Alter;
 use crate::apply::{self, Applied, Applier, OnRowError, Tuning};
 use crate::buffer::memory;
 use crate::buffer::spool::Spill;
 use crate::change::{self, Snapshot};
 use crate::clock::Backoff;
+use crate::cluster::shard;
 use crate::decode::Plugin;
 use crate::fault::{Fault, Faulty};
 use crate::id::{JobName, QualifiedName, Stream};
@@ -65,6 +65,8 @@ pub struct PipeOptions {
     pub from: Config,
     /// The side that is written.
     pub to: Config,
+    /// They are tables alone, and may be shards of a Citus cluster.
+    pub tables_only: bool,
     /// The tables that are read, where the decoder gives every table of the database.
     pub followed: Arc<Followed>,
     /// The publications that are read, where the decoder is pgoutput.
@@ -151,6 +153,10 @@ impl PipeOptions {
         start_lsn: Lsn,
         confirmed_lsn: Lsn,
     ) -> Result<source::Reader> {
+        // Somebody may have turned it on since, and changes would be left out without a word.
+        if self.tables_only && shard::is_captured(&self.from).await? {
+            return Err(Error::ShardsCaptured { side: self.from.label.clone() });
+        }
         let name = self.job.object(self.stream);
         let opposite = self.job.object(self.stream.opposite());
         let before = self.timeline.load(Ordering::SeqCst);
@@ -201,6 +207,7 @@ pub struct Pipe {
     fatal: watch::Receiver<Option<Fatal>>,
     stop: watch::Sender<bool>,
     task: Task<()>,
+    _nudging: Option<Task<()>>,
 }
 
 /// What ended a stream.
@@ -245,6 +252,7 @@ impl Pipe {
         let (spool_tx, spool) = watch::channel(SpoolState::default());
         let spool = options.spool.is_some().then_some(spool);
         let half = options.spool.as_ref().map_or(Half::Both, |spool| spool.half);
+        let _nudging = (half != Half::Apply).then(|| nudging::start(&options));
         let ends = Ends {
             applied: applied_tx,
             positions: positions_tx,
@@ -266,7 +274,19 @@ impl Pipe {
                 let _ = fatal_tx.send(Some(Fatal { message: error.to_string(), loss }));
             }
         }));
-        Pipe { applied, positions, hold, trouble, spool, half, allowed, fatal, stop, task }
+        Pipe {
+            applied,
+            positions,
+            hold,
+            trouble,
+            spool,
+            half,
+            allowed,
+            fatal,
+            stop,
+            task,
+            _nudging,
+        }
     }
 
     /// Lets a pipe with a spool apply, from where the written side stands. Nothing changes if it

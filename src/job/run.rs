@@ -21,6 +21,7 @@ use super::pipeline::Pipe;
 use super::place::Chosen;
 use super::rest::Refreshing;
 use super::routes::Late;
+use super::silent::Silent;
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobRow, Store};
 use super::streams::STREAM_PATIENCE;
@@ -28,7 +29,7 @@ use super::validating::Validating;
 use super::vigil::Vigil;
 use super::{Error, Result, client};
 use crate::catalog::{Selection, Table, tables};
-use crate::clock::Backoff;
+use crate::clock::{Backoff, Deadline};
 use crate::copy::CopyProgress;
 use crate::fault::{Fault, Faulty};
 use crate::id::{JobName, QualifiedName};
@@ -92,6 +93,8 @@ pub struct Runner {
     pub(super) reverse: Option<Pipe>,
     /// Beats on the source while the forward stream flows.
     pub(super) heartbeat: Option<Heartbeat>,
+    /// Looks at what no stream shows.
+    pub(super) silent: Option<Silent>,
     /// Whether the reverse stream applies more than canaries: true once applications are on the
     /// target.
     pub(super) reverse_open: Arc<AtomicBool>,
@@ -106,6 +109,8 @@ pub struct Runner {
     pub(super) hold_exact: bool,
     /// What could not be done yet because of a route.
     pub(super) late: Option<Late>,
+    /// Readers are half way there or back: when it is looked after next.
+    pub(super) reads_due: Option<Deadline>,
     /// Where the next asker's passwords go.
     pub(super) letters: Option<LetterBox>,
     pub(super) level_at: Option<Lsn>,
@@ -279,6 +284,7 @@ impl Runner {
             forward: None,
             reverse: None,
             heartbeat: None,
+            silent: None,
             reverse_open: Arc::new(AtomicBool::new(false)),
             flying,
             asked: None,
@@ -286,6 +292,7 @@ impl Runner {
             hold: None,
             hold_exact: false,
             late: None,
+            reads_due: None,
             letters: None,
             level_at: None,
             busy,

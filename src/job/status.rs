@@ -6,9 +6,11 @@ use serde::Serialize;
 
 use super::place::Place;
 use super::reading::Reading;
+use super::reads::ReadRecord;
 use super::state::Phase;
 use super::store::{Store, StreamRow};
 use super::{Result, lease};
+use crate::apply;
 use crate::apply::parked::{self, Parked};
 use crate::id::{JobName, Stream};
 use crate::lsn::Lsn;
@@ -84,6 +86,8 @@ pub struct Status {
     pub parked: Vec<Parked>,
     /// The reverse stream, once armed.
     pub reverse: Option<ReverseStatus>,
+    /// Readers that were led to the target, or are on their way.
+    pub reads: Option<ReadRecord>,
     /// Where the spool or the topic is, and what its loss would cost.
     pub spool: Option<SpoolStatus>,
     /// What stopped the job, or keeps a stream from flowing.
@@ -186,6 +190,7 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
         fallbacks: forward_fallbacks,
         parked,
         reverse,
+        reads: row.reads,
         spool,
     })
 }
@@ -249,13 +254,12 @@ async fn counters(session: &mut Session, stream: &str) -> Result<Vec<TableStatus
     if !session.query_one(there, &[]).await?.bool(0)? {
         return Ok(Vec::new());
     }
-    let rows = session
-        .query_params(
-            "select schema || '.' || name, decoded, applied, filtered, quarantined \
-             from walferry.stream_table where stream = $1 and schema <> 'walferry' order by 1",
-            &[Some(stream)],
-        )
-        .await?;
+    let sql = format!(
+        "select schema || '.' || name, decoded, applied, filtered, quarantined \
+         from ({}) as books where schema <> 'walferry' order by 1",
+        apply::BOOKS
+    );
+    let rows = session.query_params(&sql, &[Some(stream)]).await?;
     rows.iter()
         .map(|row| {
             Ok(TableStatus {

@@ -146,6 +146,7 @@ pub(super) async fn pipe_options(
         stream,
         from: from.clone(),
         to: to.clone(),
+        tables_only: config.options.tables_only,
         transport: reading.transport()?,
         plain_numbers: config.wanted.plain_numbers,
         followed: Arc::new(readings.tables(stream)),

@@ -57,6 +57,7 @@ mod followed;
 mod intake;
 mod link;
 mod marker;
+pub mod nudge;
 mod options;
 mod order;
 mod pace;

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 mod apply;
+mod brought;
 mod catalog;
 mod check;
 mod citus;
@@ -34,6 +35,7 @@ mod route;
 mod schema;
 mod source;
 mod spool;
+mod states;
 mod stories;
 mod support;
 mod support_works;

@@ -18,6 +18,7 @@
 //! verify is for).
 
 mod borders;
+mod brought;
 mod carried;
 mod disk;
 mod end;
@@ -75,6 +76,10 @@ pub struct CheckOptions {
     pub two_phase: bool,
     /// Whether slots are made such that standbys keep copies of them.
     pub failover: Failover,
+    /// The target is a copy that somebody else made: nothing is made there, all has to be there.
+    pub brought: bool,
+    /// Tables that are altered on the source are on the target as well, by the stream.
+    pub alters: bool,
     /// Parallel copies: each needs a connection on both sides.
     pub copy_jobs: usize,
     /// Whether a way back will be armed, for which both sides need the rights of the other.
@@ -105,6 +110,8 @@ impl CheckOptions {
             streaming: false,
             two_phase: false,
             failover: Failover::Auto,
+            brought: false,
+            alters: false,
             copy_jobs: 4,
             reverse: true,
             copy_bytes_per_second: 50_000_000,
@@ -168,9 +175,14 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.mapped().await?;
     check.objects().await?;
     check.carried().await?;
-    check.older().await?;
-    check.target().await?;
-    check.tools().await;
+    match options.brought {
+        true => check.brought().await?,
+        false => {
+            check.older().await?;
+            check.target().await?;
+            check.tools().await;
+        }
+    }
     check.traffic(start).await?;
     Ok(Report::new(check.findings))
 }
