@@ -8,6 +8,7 @@ use clap::Args;
 use super::brought::{self, BroughtArgs};
 use super::failover::FailoverArgs;
 use super::mapping;
+use crate::apply::conflict::Policy as Settling;
 use crate::apply::{Mode, OnRowError, Tuning};
 use crate::buffer::durable::KafkaProperties;
 use crate::config::{self, File, parse_duration, parse_size};
@@ -15,15 +16,15 @@ use crate::copy::Freeze;
 use crate::decode::Plugin;
 use crate::id::JobName;
 use crate::job::opening::Half;
-use crate::job::place::{Buffer, BufferOptions, KafkaPlace, SPOOL_BYTES};
+use crate::job::place::{Buffer, KafkaPlace};
 use crate::job::reading::Wanted;
 use crate::job::routes::RouteSecrets;
 use crate::job::store::JobOptions;
 use crate::job::{self, Bulk, JobConfig};
-use crate::limit::BULK_BYTES;
 use crate::pg::Config;
 use crate::schema::policy::Policy;
 use crate::secret::SecretString;
+use crate::source::BulkOptions;
 
 /// Name of a job that was not given one.
 const DEFAULT_NAME: &str = "main";
@@ -131,6 +132,13 @@ pub struct JobArgs {
     /// stream; a slot read so once is read so for ever [default: off, they arrive at their commit]
     #[arg(long, value_name = "on|off")]
     pub two_phase: Option<String>,
+    /// Applications write to both sides from the moment that the target is level (phase following)
+    #[arg(long)]
+    pub two_way: bool,
+    /// Who wins where both sides change a row at the same time: last-commit, source, target, or
+    /// error, which stops [default: last-commit]
+    #[arg(long, value_name = "WHO", value_parser = str::parse::<Settling>)]
+    pub on_conflict: Option<Settling>,
     #[command(flatten)]
     pub standbys: FailoverArgs,
 }
@@ -186,6 +194,7 @@ impl JobArgs {
         let (tuning, bulk) = (tuning(self.apply, &file)?, bulk(&file));
         let (map, kafka) = (mapping::read(&file)?, kafka_properties(&file)?);
         let (brought, from_lsn) = self.own_copy.read(&file)?;
+        let two_way = self.two_way(&file)?;
         let job = self.job_name(file.name)?;
         let given = |own: &[String], file: Vec<String>| {
             if own.is_empty() { file } else { own.to_vec() }
@@ -193,6 +202,7 @@ impl JobArgs {
         let publication = self.publication.clone().or(file.publication);
         let options = JobOptions {
             publication: publication.clone(),
+            two_way: two_way.is_some(),
             map: map.as_ref().map(|map| map.digest().to_string()),
             include: given(&self.include, file.include),
             exclude: given(&self.exclude, file.exclude),
@@ -214,7 +224,6 @@ impl JobArgs {
             let message = "only pgoutput reads a publication: leave one of the two out".to_string();
             return Err(config::Error::Value { option: "--decoder", message }.into());
         }
-        let wal_budget = self.wal_budget.clone().or(file.wal_budget);
         let two_phase = on_off("--two-phase", self.two_phase.clone().or(file.two_phase), false)?;
         let ddl = self.ddl(file.ddl, two_phase, options.publication.is_some())?;
         Ok(JobConfig {
@@ -227,13 +236,8 @@ impl JobArgs {
             jobs: self.jobs.or(file.jobs).unwrap_or(4).max(1),
             owners: !(self.no_owner || file.no_owner),
             slot_timeout: Duration::from_secs(3600),
-            buffer: BufferOptions {
-                kind: self.buffer.clone().or(file.buffer).as_deref().map(buffer).transpose()?,
-                spool_bytes: size("--spool-limit", self.spool_limit.clone().or(file.spool_limit))?
-                    .unwrap_or(SPOOL_BYTES),
-                wal_budget_bytes: size("--wal-budget", wal_budget)?,
-                kafka,
-            },
+            buffer: self.buffering((file.buffer, file.spool_limit, file.wal_budget), kafka)?,
+            two_way,
             two_phase,
             on_row_error: self.on_row_error(file.on_row_error, two_phase)?,
             ddl,
@@ -245,11 +249,21 @@ impl JobArgs {
             failover: self.standbys.failover(file.failover)?,
             after_failover: self.standbys.after(file.after_failover)?,
             secrets: secrets(&file.cutover.route)?,
-            bulk_bytes: Some(file.tuning.bulk_bytes.unwrap_or(BULK_BYTES)).filter(|b| *b > 0),
+            backlog: backlog(&file.tuning),
             bulk,
             map,
             one_way: self.one_way || file.one_way,
         })
+    }
+}
+
+/// What `[tuning]` says of reading in bulk.
+fn backlog(tuning: &config::Tuning) -> BulkOptions {
+    let default = BulkOptions::default();
+    BulkOptions {
+        least_bytes: tuning.bulk_bytes.or(default.least_bytes).filter(|bytes| *bytes > 0),
+        ahead: tuning.bulk_ahead.unwrap_or(default.ahead),
+        transaction_bytes: tuning.bulk_transaction_bytes.unwrap_or(default.transaction_bytes),
     }
 }
 
@@ -293,7 +307,7 @@ fn leaves_large_objects(given: Option<String>) -> Result<bool, config::Error> {
 }
 
 /// Reads `--buffer`.
-fn buffer(text: &str) -> Result<Buffer, config::Error> {
+pub(super) fn buffer(text: &str) -> Result<Buffer, config::Error> {
     match text.split_once(':') {
         None if text == "memory" => Ok(Buffer::Memory),
         None if text == "spool" => Ok(Buffer::Spool(state_dir())),

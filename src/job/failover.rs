@@ -186,8 +186,9 @@ impl Runner {
     async fn may_refill(&mut self) -> Result<bool> {
         let phase = self.row().await?.phase;
         let fillable = matches!(phase, Phase::Copying | Phase::CatchingUp | Phase::Following);
-        // A copy that somebody else made is not ours to compare under a slot of its own.
-        let ours = !self.config.options.brought;
+        // A copy that somebody else made, and a target with changes of its own, are not ours to
+        // make equal to the source.
+        let ours = !self.config.options.brought && self.config.two_way.is_none();
         Ok(fillable && ours && self.config.after_failover == AfterFailover::Refill)
     }
 

@@ -23,8 +23,8 @@
 //!   `quarantine`: what is kept aside, and what becomes of it. `nudging`: WAL that is let go.
 //! - `brought`: a target that is a copy of somebody else's; `reserve`: what is made before it, and
 //!   `seam`: where it stands.
-//! - `failover`: a source, or a target, whose standby took over. `gone`: what is said of runners
-//!   and servers that are.
+//! - `two_way`: both sides written at once. `failover`: a source, or a target, whose standby took
+//!   over. `gone`: what is said of runners and servers that are.
 //! - `client`: commands from other processes; `ask`: the same, with a runner of one's own where
 //!   none is alive; `ending`: finish and cancel, whoever runs the job. `align`: both sides held at
 //!   one point; `comparing`: and compared there. `status`: what people and scripts see.
@@ -86,6 +86,7 @@ pub mod state;
 pub mod status;
 pub mod store;
 mod streams;
+mod two_way;
 mod validating;
 mod vigil;
 

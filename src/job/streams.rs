@@ -82,12 +82,13 @@ impl Runner {
             (Phase::CuttingOver, Some(flip)) => {
                 flip.flip == "reverse" || self.switch_had_begun(flip).await?
             }
-            _ => false,
+            _ => self.config.two_way.is_some(),
         };
         self.reverse_open.store(open, Ordering::SeqCst);
         if row.armed && self.reverse.is_none() {
             self.reverse = Some(self.pipe(Stream::Reverse, Some(HashMap::new())).await?);
         }
+        self.keep_two_way().await?;
         Ok(None)
     }
 
@@ -127,7 +128,6 @@ pub(super) async fn pipe_options(
     let row = store.load_existing().await?;
     let reading = stored_reading(config, store, stream).await?;
     let readings = store.load_readings().await?;
-    let own = config.job.object(stream);
     let (from, to, ability) = match stream {
         Stream::Forward => (&config.source, &config.target, row.abilities.target),
         Stream::Reverse => (&config.target, &config.source, row.abilities.source),
@@ -150,7 +150,7 @@ pub(super) async fn pipe_options(
         transport: reading.transport()?,
         plain_numbers: config.wanted.plain_numbers,
         followed: Arc::new(readings.tables(stream)),
-        publications: readings.publications(stream, &own),
+        publications: readings.publications(stream, &config.job.object(stream)),
         timeline: Arc::new(AtomicU32::new(timeline)),
         home: config.target.clone(),
         recorded,
@@ -184,7 +184,8 @@ pub(super) async fn pipe_options(
         },
         alter: alter(config, stream).await?,
         map: config.map.clone().filter(|_| stream == Stream::Forward),
-        bulk_bytes: config.bulk_bytes,
+        two_way: config.two_way,
+        backlog: config.backlog,
     })
 }
 

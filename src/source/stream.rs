@@ -10,12 +10,10 @@ use tokio::sync::watch;
 
 use super::bulk::Bulk;
 use super::continuity::{check_slot, check_system};
-use super::fetch::{Ends, Watch};
+use super::fetch::Watch;
 use super::intake::{Intake, Publisher};
-use super::link::Link;
 use super::options::{Spoken, plugin_options};
 use super::pace::Pace;
-use super::peek::Canceled;
 use super::{End, Error, Positions, Result, StreamOptions, slot};
 use crate::change::{Item, Sink, SinkClosed};
 use crate::limit::FEEDBACK_INTERVAL;
@@ -39,7 +37,7 @@ pub struct Stream {
     interval: Duration,
     timeline: u32,
     /// What is read before replication is started.
-    bulk: Option<Bulk>,
+    bulk: Option<Box<Bulk>>,
 }
 
 impl Stream {
@@ -62,10 +60,12 @@ impl Stream {
         session.keep_warnings();
         let mut spoken = options.spoken()?;
         let bulk =
-            Bulk::begin(&mut session, &options, spoken, confirmed_lsn, system.flush_lsn).await?;
+            Bulk::begin(config, &mut session, &options, spoken, confirmed_lsn, system.flush_lsn)
+                .await?;
         if bulk.is_none() {
             start(&mut session, &options, &mut spoken, start_lsn).await?;
         }
+        let bulk = bulk.map(Box::new);
         let (config, timeline) = (config.clone(), system.timeline);
         Ok(Stream { config, session, options, spoken, interval, timeline, bulk })
     }
@@ -88,13 +88,10 @@ impl Stream {
         let mut intake =
             Intake::new(&self.config, self.spoken, &self.options, false, sink, positions);
         if let Some(mut bulk) = self.bulk.take() {
-            let mut ends = Ends {
-                watch: Watch { durable: durable.clone(), stop: stop.clone() },
-                link: Link::of(self.config.clone(), &bulk.options(&self.options)),
-                canceled: Canceled::of(&self.session),
-            };
-            if let Some(end) = bulk.run(&mut self.session, &mut intake, &mut ends).await? {
-                return Ok(end);
+            let mut watch = Watch { durable: durable.clone(), stop: stop.clone() };
+            match bulk.run(self.session, &mut intake, &mut watch).await? {
+                Ok(session) => self.session = session,
+                Err(end) => return Ok(end),
             }
             confirmed_lsn = confirmed_lsn.max(bulk.confirmed_lsn());
             let durable_lsn = *durable.borrow();

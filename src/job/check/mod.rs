@@ -38,6 +38,7 @@ mod target;
 mod tools;
 mod traffic;
 mod two_phase;
+mod two_way;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -76,6 +77,8 @@ pub struct CheckOptions {
     pub two_phase: bool,
     /// Whether slots are made such that standbys keep copies of them.
     pub failover: Failover,
+    /// Applications are to write to both sides.
+    pub two_way: bool,
     /// The target is a copy that somebody else made: nothing is made there, all has to be there.
     pub brought: bool,
     /// Tables that are altered on the source are on the target as well, by the stream.
@@ -110,6 +113,7 @@ impl CheckOptions {
             streaming: false,
             two_phase: false,
             failover: Failover::Auto,
+            two_way: false,
             brought: false,
             alters: false,
             copy_jobs: 4,
@@ -169,6 +173,7 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.reading().await?;
     check.two_phase().await?;
     check.failover().await?;
+    check.two_way().await?;
     check.published().await?;
     check.tables().await?;
     check.identities().await?;
