@@ -126,10 +126,10 @@ pub(super) async fn record_timeline(
 }
 
 impl Runner {
-    /// Whether the source goes on where the target stands, asked before either is relied on. With
+    /// Whether the source has all that the copy has seen, asked before either is relied on. With
     /// `slot_too` the slot is looked at as well; a stream that is about to be opened does so
-    /// itself, and knows what its spool has. `Some`: something was lost, and the job begins to be
-    /// filled again.
+    /// itself, for all that it and its spool have. `Some`: something was lost, and the job begins
+    /// to be filled again.
     pub(super) async fn unbroken(&mut self, slot_too: bool) -> Result<Option<Event>> {
         let row = self.row().await?;
         let fillable = matches!(row.phase, Phase::Copying | Phase::CatchingUp | Phase::Following);
@@ -150,32 +150,33 @@ impl Runner {
         let (row, name) = (self.row().await?, self.config.job.object(Stream::Forward));
         let reading = self.reading(Stream::Forward).await?;
         let home = &mut self.store.session;
-        let progress_lsn = apply::durable_progress(home, &name).await?;
         let seen_lsn = refill::seen_lsn(home, self.config.job.as_str()).await?;
         let source = &self.config.source;
         let system = row.source_system.as_deref();
         let mut recorded = recorded(source, system, &reading.decoder);
         recorded.timeline = row.timelines.copied.unwrap_or(recorded.timeline);
-        let had_lsn = progress_lsn.max(seen_lsn);
         let found = match reading.transport()? {
             Transport::Stream => {
                 let mut session = Session::connect(source, Purpose::Replication).await?;
-                check_system(&mut session, &recorded, had_lsn).await?
+                check_system(&mut session, &recorded, seen_lsn).await?
             }
             Transport::Pull => {
                 let mut session = Session::connect(source, Purpose::Sql).await?;
-                check_system_by_sql(&mut session, source, &recorded, had_lsn).await?
+                check_system_by_sql(&mut session, source, &recorded, seen_lsn).await?
             }
         };
         if slot_too {
+            let progress_lsn = apply::durable_progress(home, &name).await?;
             let mut session = Session::control(source).await?;
             let status = slot::status(&mut session, &name).await?;
             check_slot(&name, status.as_ref(), &recorded, progress_lsn)?;
         }
-        if found.timeline != recorded.timeline {
+        // What is copied from here on is of this timeline. A stream records its own, once it has
+        // the slot: the old primary may be the one that comes back.
+        if row.phase == Phase::Copying && found.timeline != recorded.timeline {
             record_timeline(home, &self.config.job, "copied", found.timeline).await?;
             let said = format!(
-                "the source is on timeline {} now, and has all that the target has",
+                "the source is on timeline {} now, and has all that was copied",
                 found.timeline
             );
             self.say(Notice::Said(said));
