@@ -7,7 +7,7 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo demo-kafka test fuzz decode-bench kill faults heartbeat ddl maps matrix regress states bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
+.PHONY: help demo demo-kafka test fuzz decode-bench kill faults heartbeat ddl maps matrix regress states two-way two-way-loop bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -22,6 +22,8 @@ help:
 	@echo "make latency          memory, spool and Kafka at 500 tx/s; large transactions by streaming"
 	@echo "make heartbeat        an idle database beside pgbench pins no WAL [SECONDS=600 MAJOR=15]"
 	@echo "make maps [MAPS=1000]  random maps: by copy, by stream and by SQL the same"
+	@echo "make two-way          writers on both sides, conflicts counted from outside [SECONDS=600]"
+	@echo "make two-way-loop     of a million transactions none comes back [TRANSACTIONS=1000000]"
 	@echo "make faults           restarts and network faults in every phase"
 	@echo "make regress          PostgreSQL's own regression suite as the workload (a download first)"
 	@echo "make ddl              DDL of every class on three versions and two decoders [MAJORS='12 15 18']"
@@ -125,6 +127,15 @@ faults: setup
 # run.
 maps: setup
 	WALFERRY_MAPS=$(or $(MAPS),1000) cargo test --locked --test it -- --nocapture maps::random
+
+# Both sides written at once, five writes in a hundred to keys in common, with three kills.
+two-way: setup
+	WALFERRY_TWO_WAY=$(or $(SECONDS),600) cargo test --locked --test it -- \
+		--ignored --nocapture two_way::ten_minutes_of_both_sides
+
+two-way-loop: setup
+	WALFERRY_TRANSACTIONS=$(or $(TRANSACTIONS),1000000) cargo test --locked --test it -- \
+		--ignored --nocapture two_way::of_a_million_transactions
 
 # An idle database beside ten minutes of pgbench in the same server: WAL retained for it.
 heartbeat: setup

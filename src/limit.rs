@@ -56,6 +56,10 @@ pub const MESSAGE_BYTES: usize = (1 << 30) + (1 << 20);
 /// below, a stream is through before that is made.
 pub const BULK_BYTES: u64 = 16 << 20;
 
+/// A transaction of so many bytes of log is read in bulk, if it has committed. What comes of it is
+/// about as much again on the source's disk, beside what decoding puts there in any case.
+pub const BULK_TRANSACTION_BYTES: u64 = 2 << 30;
+
 /// How often the slot is told how far we are, at least. A third of the smallest sensible
 /// wal_sender_timeout (the default is 60 s), and often enough that retained WAL stays small.
 pub const FEEDBACK_INTERVAL: Duration = Duration::from_secs(1);

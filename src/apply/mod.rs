@@ -56,6 +56,8 @@
 //! they can. `altered` brings source tables that were altered and target tables together; `carried`
 //! runs DDL that the source has captured.
 //!
+//! `conflict` is the other way to write: to a target that applications write to as well.
+//!
 //! Left out on purpose: several target sessions.
 //!
 //! [`Item::Idle`]: crate::change::Item::Idle
@@ -64,6 +66,7 @@ mod admit;
 pub mod altered;
 mod batch;
 mod carried;
+pub mod conflict;
 mod count;
 mod durable;
 mod encode;
@@ -104,6 +107,7 @@ pub use progress::{ProgressKind, begin_at, durable_progress, forget};
 
 use altered::{Alter, Known};
 use batch::Batcher;
+use conflict::Settler;
 use durable::Durable;
 use growth::Growth;
 use progress::Progress;
@@ -161,6 +165,9 @@ pub const MESSAGE_PREFIX: &str = "walferry";
 /// Asks where the target's log stands and how much of it is flushed.
 const POSITION: &str =
     "select pg_catalog.pg_current_wal_insert_lsn(), pg_catalog.pg_current_wal_flush_lsn()";
+
+/// Source transactions that are settled before positions are told.
+const SETTLED_AT_ONCE: usize = 64;
 
 /// Tells whether a table's changes are written.
 pub type TableFilter = Arc<dyn Fn(&QualifiedName) -> bool + Send + Sync>;
@@ -286,6 +293,8 @@ pub struct Options {
     pub on_row_error: OnRowError,
     /// Who says what becomes of tables that were altered; `None`: what does not fit is an error.
     pub alter: Option<Arc<dyn Alter>>,
+    /// Applications write to the target as well.
+    pub two_way: Option<conflict::TwoWay>,
 }
 
 impl Options {
@@ -303,6 +312,7 @@ impl Options {
             tuning: Tuning::default(),
             on_row_error: OnRowError::default(),
             alter: None,
+            two_way: None,
         }
     }
 }
@@ -358,6 +368,8 @@ pub struct Applier {
     known: Known,
     /// When parked tables were looked at last.
     parked_at: Instant,
+    /// Where applications write to the target as well, who settles conflicts.
+    settler: Option<Settler>,
 }
 
 impl Applier {
@@ -365,7 +377,14 @@ impl Applier {
     ///
     /// The session asks the server to notice within about 25 s when this process or the network is
     /// gone, so that the claim is free again for a successor.
-    pub async fn connect(config: &Config, options: Options) -> Result<Applier> {
+    pub async fn connect(config: &Config, mut options: Options) -> Result<Applier> {
+        if options.two_way.is_some() {
+            // They are written one by one, and somebody waits to hear how far. What is rolled back
+            // must not wait among counts.
+            let limits = &mut options.tuning.limits;
+            limits.transactions = limits.transactions.min(SETTLED_AT_ONCE);
+            options.tuning.counters_interval = Duration::ZERO;
+        }
         let config = match &config.application_name {
             Some(_) => config.clone(),
             None => config.clone().with_application_name("walferry apply"),
@@ -379,6 +398,10 @@ impl Applier {
         let known = match &options.alter {
             Some(_) => altered::known(&mut session, &options.stream).await?,
             None => Known::new(),
+        };
+        let settler = match options.two_way {
+            Some(two_way) => Some(Settler::open(&mut session, two_way, &options.stream).await?),
+            None => None,
         };
         Ok(Applier {
             session,
@@ -405,6 +428,7 @@ impl Applier {
             alter: options.alter,
             known,
             parked_at: Instant::now(),
+            settler,
         })
     }
 

@@ -267,7 +267,9 @@ pub async fn forget(session: &mut Session, stream: &str) -> Result<()> {
     }
     super::prepared::roll_back_all(session, stream).await?;
     super::parking::forget(session, stream).await?;
-    for table in ["progress", "stream_table", "stream_fallback", "prepared"] {
+    let two_way = ["stream_lost", "two_way", "two_way_applied"];
+    let tables = ["progress", "stream_table", "stream_fallback", "prepared"];
+    for table in tables.into_iter().chain(two_way) {
         let there = format!("select pg_catalog.to_regclass('walferry.{table}') is not null");
         if session.query_one(&there, &[]).await?.bool(0)? {
             let sql = format!("delete from walferry.{table} where stream = $1");

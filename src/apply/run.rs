@@ -220,6 +220,9 @@ impl Applier {
     /// Sends a batch, or waits for one.
     async fn write(&mut self, batch: Option<Batch>) -> Result<()> {
         let Some(mut batch) = batch else { return self.land().await };
+        if self.settler.is_some() {
+            return self.settle(batch).await;
+        }
         // What is sent behind must not be taken back with it, nor find it half done.
         let alone = *batch.ending() != Ending::Commit;
         if alone {
@@ -277,7 +280,7 @@ impl Applier {
     }
 
     /// Nothing is to be written below `lsn`.
-    fn passed(&mut self, lsn: Lsn) {
+    pub(super) fn passed(&mut self, lsn: Lsn) {
         self.applied.applied_lsn = lsn.max(self.applied.applied_lsn);
     }
 

@@ -304,7 +304,7 @@ impl Writer {
     }
 
     /// Takes the counts of the target transaction under way into the books.
-    fn enter(&mut self) -> Result<Entry> {
+    pub(super) fn enter(&mut self) -> Result<Entry> {
         let counts: Vec<(&QualifiedName, Counts)> = self.routes.counts().into_iter().collect();
         for (table, counts) in &counts {
             counts.check(table)?;
@@ -386,7 +386,7 @@ impl Writer {
     }
 
     /// Drops prepared statements that no route uses, or all of them if there are too many.
-    fn forget_discarded(&mut self, request: &mut Request) {
+    pub(super) fn forget_discarded(&mut self, request: &mut Request) {
         if self.names.prepared > PREPARED_MAX {
             self.routes.forget_statements();
         }

@@ -60,6 +60,7 @@ pub(super) fn refuse_others(options: &JobOptions) -> Result<(), config::Error> {
         (true, ..) => "--tables-only",
         (_, Some(_), _) => "--publication",
         (_, _, Some(_)) => "[[map]]",
+        _ if options.two_way => "--two-way",
         _ => return Ok(()),
     };
     let message = "does not go together with --initial-copy none".to_string();

@@ -46,6 +46,10 @@ pub struct File {
     pub streaming_limit: Option<String>,
     /// `--two-phase`.
     pub two_phase: Option<String>,
+    /// `--two-way`.
+    pub two_way: bool,
+    /// `--on-conflict`.
+    pub on_conflict: Option<String>,
     /// `--apply`.
     pub apply: Option<String>,
     /// `--on-row-error`.
@@ -155,6 +159,11 @@ pub struct Tuning {
     pub positions_ms: Option<u64>,
     /// A backlog of so many bytes of log is read in bulk before it is streamed; 0 for never.
     pub bulk_bytes: Option<u64>,
+    /// The source decodes a chunk of a backlog while the one before is taken.
+    pub bulk_ahead: Option<bool>,
+    /// A committed transaction of up to so many bytes of log is read in bulk; 0 leaves large ones
+    /// to the stream.
+    pub bulk_transaction_bytes: Option<u64>,
     /// Small tables that are copied, given indexes and analyzed together; 1 is each by itself.
     pub bundle_tables: Option<usize>,
     /// Whether tables copied whole are written frozen.

@@ -64,6 +64,9 @@ pub(super) async fn make_tables(
 ) -> Result<()> {
     let on_target = async {
         store.ensure(&[apply::DDL, copy::DDL, schema::DDL, schema::ASIDE_DDL]).await?;
+        if config.two_way.is_some() {
+            store.ensure(&[apply::conflict::DDL]).await?;
+        }
         let system = system_of(&mut store.session).await?;
         Ok::<_, super::Error>((system, Ability::probe(&mut store.session).await?))
     };
@@ -86,7 +89,11 @@ pub(super) async fn make_tables(
 /// Tables on the source, where the way back keeps its progress.
 pub(super) async fn make_source_tables(config: &JobConfig, source: &mut Session) -> Result<()> {
     let canary = canary::ddl(&config.job);
-    ensure(source, &[DDL_BOTH, &canary, apply::DDL, schema::ASIDE_DDL]).await
+    ensure(source, &[DDL_BOTH, &canary, apply::DDL, schema::ASIDE_DDL]).await?;
+    match config.two_way {
+        Some(_) => ensure(source, &[apply::conflict::DDL]).await,
+        None => Ok(()),
+    }
 }
 
 /// True if schema walferry is there for us, or we may make it.

@@ -70,6 +70,7 @@ impl Runner {
             }
             if phase == Phase::CatchingUp && self.is_level() {
                 self.build_rest().await?;
+                self.open_two_way().await?;
                 return Ok(Some(Event::CaughtUp));
             }
             let due = match until {

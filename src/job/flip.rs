@@ -124,6 +124,7 @@ impl Runner {
         let row = self.row().await?;
         let event = Event::FlipAsked(request.stream());
         super::state::step(row.phase, event)?;
+        self.refuse_switch(row.phase)?;
         self.config.secrets.routes(&request.routes)?;
         super::reads::refuse_shared(row.reads.as_ref(), &request.routes)?;
         request.fence.parse::<FenceKind>()?;
@@ -162,7 +163,7 @@ impl Runner {
     }
 
     /// A new slot never meets old progress (law 4): both are made here, after both were dropped.
-    async fn make_reverse(&mut self, wait: Duration) -> Result<()> {
+    pub(super) async fn make_reverse(&mut self, wait: Duration) -> Result<()> {
         let name = self.config.job.object(Stream::Reverse);
         let tables = self.tables(&self.config.target).await?;
         // Publishing may wait for locks.
@@ -200,7 +201,7 @@ impl Runner {
         Ok(())
     }
 
-    async fn follow_reverse_now(&mut self) -> Result<()> {
+    pub(super) async fn follow_reverse_now(&mut self) -> Result<()> {
         if self.reverse.is_none() && self.config.map.is_none() {
             let pipe = self.pipe(Stream::Reverse, Some(HashMap::new())).await?;
             self.reverse = Some(pipe);

@@ -23,6 +23,7 @@
 //!   `quarantine`: what is kept aside, and what becomes of it. `nudging`: WAL that is let go.
 //! - `brought`: a target that is a copy of somebody else's; `reserve`: what is made before it, and
 //!   `seam`: where it stands.
+//! - `two_way`: both sides written at once.
 //! - `gone`: what is said of runners and servers that are.
 //! - `client`: commands from other processes; `ask`: the same, with a runner of one's own where
 //!   none is alive; `ending`: finish and cancel, whoever runs the job. `align`: both sides held at
@@ -84,6 +85,7 @@ pub mod state;
 pub mod status;
 pub mod store;
 mod streams;
+mod two_way;
 mod validating;
 mod vigil;
 

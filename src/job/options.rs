@@ -27,6 +27,9 @@ pub struct JobOptions {
     /// `--initial-copy none`: the target is a copy that somebody else made.
     #[serde(default)]
     pub brought: bool,
+    /// `--two-way`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub two_way: bool,
     /// What tells its map from any other, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub map: Option<String>,
@@ -69,6 +72,9 @@ impl std::fmt::Display for JobOptions {
         }
         if self.brought {
             given.push("--initial-copy none".to_string());
+        }
+        if self.two_way {
+            given.push("--two-way".to_string());
         }
         given.extend(self.publication.iter().map(|name| format!("--publication '{name}'")));
         given.extend(self.map.iter().map(|digest| format!("the [[map]] of digest {digest}")));

@@ -291,6 +291,7 @@ pub(super) async fn check_ready(
     options.sample_only_for_limit = true;
     options.streaming = config.streaming.is_some();
     options.two_phase = config.two_phase;
+    options.two_way = config.two_way.is_some();
     options.brought = config.options.brought;
     options.alters = config.ddl.is_some();
     options.with_map(config);

@@ -17,7 +17,7 @@ use super::flip::FlipRequest;
 use super::heartbeat::Heartbeat;
 use super::lease::{self, Holder};
 use super::opening::Half;
-use super::pipeline::Pipe;
+use super::pipeline::{Pipe, Task};
 use super::place::Chosen;
 use super::rest::Refreshing;
 use super::routes::Late;
@@ -91,6 +91,8 @@ pub struct Runner {
     pub(super) selection: Selection,
     pub(super) forward: Option<Pipe>,
     pub(super) reverse: Option<Pipe>,
+    /// Forgets what a job of two ways needs no more.
+    pub(super) keeper: Option<Task<()>>,
     /// Beats on the source while the forward stream flows.
     pub(super) heartbeat: Option<Heartbeat>,
     /// Looks at what no stream shows.
@@ -283,6 +285,7 @@ impl Runner {
             selection,
             forward: None,
             reverse: None,
+            keeper: None,
             heartbeat: None,
             silent: None,
             reverse_open: Arc::new(AtomicBool::new(false)),

@@ -54,6 +54,7 @@ mod describe;
 mod error;
 mod fetch;
 mod followed;
+mod hand;
 mod intake;
 mod link;
 mod marker;
@@ -75,7 +76,7 @@ pub use continuity::{Recorded, System, check_continuity, identify, identify_by_s
 pub use count::{Counters, TableCount};
 pub use error::Error;
 pub use followed::{Followed, Relative};
-pub use options::{End, Positions, StreamOptions};
+pub use options::{BulkOptions, End, Positions, StreamOptions};
 pub use order::{Order, Place};
 pub use pull::Pull;
 pub use reader::{Reader, Transport, UnknownTransport};

@@ -3,6 +3,7 @@
 
 mod apply;
 mod brought;
+mod bulk;
 mod catalog;
 mod check;
 mod citus;
@@ -39,4 +40,5 @@ mod stories;
 mod support;
 mod support_works;
 mod test_decoding;
+mod two_way;
 mod verify;

@@ -37,6 +37,7 @@ mod target;
 mod tools;
 mod traffic;
 mod two_phase;
+mod two_way;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -72,6 +73,8 @@ pub struct CheckOptions {
     pub streaming: bool,
     /// Prepared transactions are to be carried as such.
     pub two_phase: bool,
+    /// Applications are to write to both sides.
+    pub two_way: bool,
     /// The target is a copy that somebody else made: nothing is made there, all has to be there.
     pub brought: bool,
     /// Tables that are altered on the source are on the target as well, by the stream.
@@ -105,6 +108,7 @@ impl CheckOptions {
             wanted: Wanted::default(),
             streaming: false,
             two_phase: false,
+            two_way: false,
             brought: false,
             alters: false,
             copy_jobs: 4,
@@ -163,6 +167,7 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.rights().await?;
     check.reading().await?;
     check.two_phase().await?;
+    check.two_way().await?;
     check.published().await?;
     check.tables().await?;
     check.identities().await?;
