@@ -19,18 +19,6 @@ const HEARTBEAT: Duration = Duration::from_secs(10);
 const HEARTBEAT_MIN: Duration = Duration::from_millis(100);
 
 impl JobArgs {
-    /// Whether transactions come while they are in progress, and where they wait.
-    pub(super) fn streaming(
-        &self,
-        in_file: Option<String>,
-        limit: Option<String>,
-    ) -> Result<Option<StreamingOptions>, config::Error> {
-        let limit = size("--streaming-limit", self.streaming_limit.clone().or(limit))?;
-        let wanted = on_off("--streaming", self.streaming.clone().or(in_file), false)?;
-        let limit_bytes = limit.unwrap_or(STREAMING_BYTES);
-        Ok(wanted.then_some(StreamingOptions { limit_bytes }))
-    }
-
     /// What is kept in a transaction that stays prepared cannot be seen, nor written in order.
     pub(super) fn on_row_error(
         &self,
