@@ -137,7 +137,7 @@ pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Res
     if args.json {
         print::json(&outcome)?;
     } else {
-        show(stream, args.dry_run, &outcome);
+        show(stream, args.dry_run, config.map.is_some(), &outcome);
         if routeless && !args.dry_run {
             let (to, from) = ends_of(stream);
             eprintln!(
@@ -260,6 +260,8 @@ fn request(
         unlogged,
         leave_quarantined: args.leave_quarantined,
         dry_run: args.dry_run,
+        // Asked for each time, not once and for all by the file.
+        one_way: job.one_way,
         mark: None,
     })
 }
@@ -272,7 +274,7 @@ fn ends_of(stream: Stream) -> (&'static str, &'static str) {
     }
 }
 
-fn show(stream: Stream, dry_run: bool, outcome: &Value) {
+fn show(stream: Stream, dry_run: bool, one_way: bool, outcome: &Value) {
     for step in print::list(outcome, "/steps") {
         println!("{:>10.1} ms  {}", print::number(step, "/ms"), print::text(step, "/name"));
     }
@@ -287,6 +289,10 @@ fn show(stream: Stream, dry_run: bool, outcome: &Value) {
         }
     }
     let (side, _) = ends_of(stream);
+    if dry_run && one_way {
+        println!("ready, and there will be no way back; nothing was changed");
+        return;
+    }
     if dry_run {
         println!("ready: the way there and back is proven; nothing was changed");
         return;

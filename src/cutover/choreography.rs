@@ -1,5 +1,6 @@
 //! The steps in their order, timed and journalled.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,10 @@ pub struct Plan {
     pub tables: Vec<QualifiedName>,
     /// Which tables take part; sequences owned by others do not.
     pub selection: Selection,
+    /// Sequences that have other names on the other side: by their names on the live one.
+    pub sequences: HashMap<QualifiedName, QualifiedName>,
+    /// There is no way back, and so none to be proven.
+    pub one_way: bool,
     /// What stops writers.
     pub fence: FenceKind,
     /// Where clients find the data.
@@ -208,10 +213,12 @@ macro_rules! step {
 impl<J: Journal> Flight<'_, J> {
     async fn gates(&mut self) -> Result<()> {
         step!(self, "check routes", self.check_routes().await);
-        step!(self, "canary", {
-            let plan = &*self.plan;
-            canary::prove(&plan.job, plan.flip, &plan.live, &plan.dest, CANARY_WAIT).await
-        });
+        if !self.plan.one_way {
+            step!(self, "canary", {
+                let plan = &*self.plan;
+                canary::prove(&plan.job, plan.flip, &plan.live, &plan.dest, CANARY_WAIT).await
+            });
+        }
         step!(self, "lag", {
             let plan = &mut *self.plan;
             let mut session = Session::control(&plan.live).await?;

@@ -107,6 +107,7 @@ impl<J: Journal> Flight<'_, J> {
         let (live, dest, max_hold) = (&mut ready.live, &mut ready.dest, plan.max_hold);
         let (rest, mark) = (&mut plan.rest, plan.mark.as_deref());
         let (selection, tables) = (&plan.selection, &*plan.tables);
+        let those = (selection, &plan.sequences);
         let draining = timed("drain", drain(&mut plan.carry, barrier_lsn, held, max_hold));
         let looking = async {
             let own = selection.tables_only.then_some(tables);
@@ -122,7 +123,7 @@ impl<J: Journal> Flight<'_, J> {
                 Some(stood) => stood,
                 None => Stood::read(live, dest).await?,
             };
-            let carrying = sequences::carry(live, dest, selection, &stood, max_hold);
+            let carrying = sequences::carry(live, dest, those, &stood, max_hold);
             done.push(timed("sequences", carrying).await?.1);
             Ok::<_, Error>(done)
         };

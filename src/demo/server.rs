@@ -90,15 +90,33 @@ impl Server {
     /// A standby of this server, streaming from it, taking read-only sessions. Needs pg_basebackup
     /// beside the server's binaries (Debian's packages have it). Blocks.
     pub fn standby(&self, settings: &[&str]) -> io::Result<Server> {
-        let standby = Self::claim(&self.bin)?;
-        run_as_postgres(&self.bin.join("pg_basebackup"), &standby.dir, |c| {
-            c.args(["-R", "-X", "stream", "-c", "fast", "-N", "-d"]).arg(self.uri("postgres"));
-            c.arg("-D").arg(standby.data_dir());
-        })?;
-        standby.configure_place()?;
+        let standby = self.base_backup(&["-R", "-X", "stream"])?;
         standby.configure(settings)?;
         standby.resume()?;
         Ok(standby)
+    }
+
+    /// A base backup of this server with a port of its own, not started, made with these arguments
+    /// of pg_basebackup, which has to be beside the server's binaries. Blocks.
+    pub fn base_backup(&self, arguments: &[&str]) -> io::Result<Server> {
+        let backup = Self::claim(&self.bin)?;
+        run_as_postgres(&self.bin.join("pg_basebackup"), &backup.dir, |c| {
+            c.args(arguments).args(["-c", "fast", "-N", "-d"]).arg(self.uri("postgres"));
+            c.arg("-D").arg(backup.data_dir());
+        })?;
+        backup.configure_place()?;
+        Ok(backup)
+    }
+
+    /// The files of this server, which has to be down, with a port of their own, not started: as a
+    /// storage snapshot has them. Blocks.
+    pub fn copy(&self) -> io::Result<Server> {
+        let copy = Self::claim(&self.bin)?;
+        run_as_postgres(Path::new("cp"), &copy.dir, |c| {
+            c.arg("-a").args([self.data_dir(), copy.data_dir()]);
+        })?;
+        copy.configure_place()?;
+        Ok(copy)
     }
 
     /// A directory, a port and a guard; no cluster yet.

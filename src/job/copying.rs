@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 
 use super::run::{Notice, Report, Runner};
 use super::state::Event;
-use super::{Error, Result, mapped};
+use super::{Error, Result};
 use crate::catalog::{Table, TableKind};
 use crate::copy::{self, CopyProgress, Freeze, SnapshotSource};
 use crate::id::QualifiedName;
@@ -48,6 +48,9 @@ impl Runner {
     /// Copies what is not yet copied and builds what is not yet built.
     pub(super) async fn copy(&mut self) -> Result<Event> {
         self.capture_forward().await?;
+        if self.config.options.brought {
+            return self.complete_copy().await;
+        }
         let tables = self.copied_tables().await?;
         let progress = Arc::new(CopyProgress::new(&tables));
         self.say(Notice::Copying(progress.clone()));
@@ -79,6 +82,17 @@ impl Runner {
         if copy::visibility(&mut self.store.session, job).await?.is_empty() {
             self.build_rest().await?;
         }
+        Ok(Event::CopyDone)
+    }
+
+    /// What has no position in the log and so no seam: unlogged tables, which recovery empties, and
+    /// large objects, of which whatever differs is copied.
+    async fn complete_copy(&mut self) -> Result<Event> {
+        let mut unlogged = self.tables_with_rows(&self.config.source).await?;
+        unlogged.retain(|table| table.unlogged && table.kind == TableKind::Plain);
+        let (source, target) = (&self.config.source, &self.config.target);
+        copy::Again::prepare(source, target, unlogged).await?.run().await?;
+        self.copy_large_objects().await?;
         Ok(Event::CopyDone)
     }
 
@@ -143,7 +157,7 @@ impl Runner {
         };
         let mut options = PostOptions::new(self.config.job.as_str(), phase);
         options.postponed = target.acting(self.selection.tables_only);
-        options.selection = mapped::made_by_dump(&self.selection, self.config.map.as_deref())?;
+        options.selection = self.selection_by_dump()?;
         options.parallel = self.config.jobs;
         options.bundle = self.config.bulk.bundle_tables;
         options.keys_beside = self.config.bulk.keys_beside;

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use super::gone::{Gone, hung};
 use super::mapped;
-use super::state::Refused;
 use crate::buffer::{durable, spool};
 use crate::fault::{Fault, Faulty};
 use crate::id::{QualifiedName, quote_ident};
@@ -52,7 +51,7 @@ pub enum Error {
     Pattern(#[from] catalog::PatternError),
     /// A command that does not fit the phase.
     #[error(transparent)]
-    Refused(#[from] Refused),
+    Refused(#[from] super::state::Refused),
     /// Check found errors.
     #[error("not ready: {0} (walferry check lists all, each with what mends it)")]
     NotReady(String),
@@ -461,6 +460,9 @@ pub enum Error {
     /// A runner, an asker or a server that is gone, or is said to be.
     #[error(transparent)]
     Gone(#[from] Gone),
+    /// A target that is a copy, and where it stands.
+    #[error(transparent)]
+    Seam(#[from] super::Seam),
     /// A command failed in the runner, which said why.
     #[error("{0}")]
     Remote(String),

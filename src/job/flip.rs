@@ -66,6 +66,9 @@ pub struct FlipRequest {
     pub leave_quarantined: bool,
     /// `--dry-run`.
     pub dry_run: bool,
+    /// `--one-way`: there is to be no way back.
+    #[serde(default)]
+    pub one_way: bool,
     /// The live tables' [`catalog::mark`] before they were looked at: another one, once writers
     /// are stopped, refuses the flip.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -121,17 +124,20 @@ impl Runner {
         let row = self.row().await?;
         let event = Event::FlipAsked(request.stream());
         super::state::step(row.phase, event)?;
+        self.refuse_switch(row.phase)?;
         self.config.secrets.routes(&request.routes)?;
         super::reads::refuse_shared(row.reads.as_ref(), &request.routes)?;
         request.fence.parse::<FenceKind>()?;
         // Somebody may have turned on since what garbles the names of shards.
         self.config.clone().reaching_shards().await?;
+        let one_way = self.flies_one_way(request)?;
         // A rollback rests on the reverse stream's own publication.
         if request.stream() == Stream::Forward {
             self.refuse_partial().await?;
-            self.refuse_mapped()?;
         }
-        if !row.armed {
+        if one_way {
+            self.gate(request).await?;
+        } else if !row.armed {
             // A stream that stands still would keep the slot from being made, and says less then.
             self.gate(request).await?;
             self.say(Notice::Said("arming the way back".to_string()));
@@ -157,7 +163,7 @@ impl Runner {
     }
 
     /// A new slot never meets old progress (law 4): both are made here, after both were dropped.
-    async fn make_reverse(&mut self, wait: Duration) -> Result<()> {
+    pub(super) async fn make_reverse(&mut self, wait: Duration) -> Result<()> {
         let name = self.config.job.object(Stream::Reverse);
         let tables = self.tables(&self.config.target).await?;
         // Publishing may wait for locks.
@@ -195,8 +201,8 @@ impl Runner {
         Ok(())
     }
 
-    async fn follow_reverse_now(&mut self) -> Result<()> {
-        if self.reverse.is_none() {
+    pub(super) async fn follow_reverse_now(&mut self) -> Result<()> {
+        if self.reverse.is_none() && self.config.map.is_none() {
             let pipe = self.pipe(Stream::Reverse, Some(HashMap::new())).await?;
             self.reverse = Some(pipe);
         }
@@ -278,11 +284,12 @@ impl Runner {
         flip: Stream,
         request: &FlipRequest,
     ) -> Result<(cutover::Outcome, Vec<Finding>)> {
-        if flip == Stream::Forward {
+        if flip == Stream::Forward && self.config.map.is_none() {
             self.refuse_rogue_writes().await?;
         }
         self.refuse_new_tables(flip).await?;
         self.stop_validating().await;
+        self.stop_looking().await;
         let mut plan = self.flight_plan(flip, request).await?;
         let left = self.left_behind(&plan, request).await?;
         let row = self.row().await?;
@@ -316,7 +323,9 @@ impl Runner {
             live: live.clone(),
             dest: dest.clone(),
             tables: tables.clone(),
-            selection: self.selection.clone(),
+            selection: self.selection_by_dump()?,
+            sequences: self.mapped_sequences().await?,
+            one_way: self.config.map.is_some(),
             fence: request.fence.parse()?,
             routes: self.config.secrets.routes(&request.routes)?,
             context: route::Context { tables, ..context(&self.config, flip) },
@@ -350,7 +359,7 @@ impl Runner {
             live,
             dest,
             job: self.config.job.to_string(),
-            selection: self.selection.clone(),
+            selection: self.selection_by_dump()?,
             dump,
             brake: writing.as_ref().map(|pipe| pipe.hold.clone()),
         })
@@ -375,13 +384,13 @@ impl Runner {
         // All that was written there until now has been seen and counted.
         self.drain_home(Stream::Forward).await?;
         let mut source = Session::control(&self.config.source).await?;
-        let row = source
-            .query_opt(
-                "select sum(filtered) over (), schema || '.' || name from walferry.stream_table \
-                 where stream = $1 and filtered > 0 and schema <> 'walferry' limit 1",
-                &[Some(&self.config.job.object(Stream::Reverse))],
-            )
-            .await?;
+        let sql = format!(
+            "select sum(filtered) over (), schema || '.' || name from ({}) as books \
+             where filtered > 0 and schema <> 'walferry' limit 1",
+            apply::BOOKS
+        );
+        let stream = self.config.job.object(Stream::Reverse);
+        let row = source.query_opt(&sql, &[Some(&stream)]).await?;
         let Some(row) = row else { return Ok(()) };
         Err(cutover::Error::RogueWrites { changes: row.parse(0)?, table: row.string(1)? }.into())
     }
@@ -429,7 +438,7 @@ impl Runner {
         };
         let mut away = Session::control(away).await?;
         let mut home = Session::control(home).await?;
-        Ok(cutover::sequences::come_home(&mut away, &mut home, &self.selection).await?)
+        Ok(cutover::sequences::come_home(&mut away, &mut home, &self.selection_by_dump()?).await?)
     }
 }
 

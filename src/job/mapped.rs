@@ -8,23 +8,28 @@
 //! `--exclude`.
 //!
 //! The map is of the forward stream alone. What is to be undone has to be seen from the other side,
-//! and a target with fewer rows, columns or other values cannot give it; so such a job does not cut
-//! over, and says so before there is one.
+//! and a target with fewer rows, columns or other values cannot give it. So there is no way back: a
+//! job is told so (`--one-way`) before it begins, a cutover is made only where it is told once
+//! more, and nothing leads back. All else of a cutover is as ever: the source is fenced and sealed,
+//! the stream drained, and sequences that mapped columns own on the target are set past the
+//! source's.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use tokio::sync::watch;
 
 use super::Result;
+use super::flip::FlipRequest;
 use super::pipeline::{TableFilter, Task, Visibility, flatten};
 use super::run::{JobConfig, Runner};
 use super::store::JobRow;
 use crate::apply::{Applied, Applier};
 use crate::buffer::memory;
-use crate::catalog::{Selection, Table};
+use crate::catalog::{self, Selection, Table};
 use crate::change::Feed;
 use crate::fault::{Fault, Faulty};
-use crate::id::{QualifiedName, quote_ident};
+use crate::id::{QualifiedName, Stream, quote_ident};
 use crate::limit;
 use crate::lsn::Lsn;
 use crate::map::{self, Map};
@@ -39,11 +44,19 @@ pub enum Error {
     Reshape(#[from] reshape::Error),
     /// There would be no way back.
     #[error(
-        "the job has a [[map]], and such a job does not cut over: {reasons}. Its target follows \
-         the source for as long as it runs; point clients over yourself, and end with walferry \
-         cancel, which leaves the tables where they are"
+        "the job has a [[map]], and so a cutover has no way back: {reasons}. Say walferry cutover \
+         --one-way if it is meant; nothing was switched"
     )]
     OneWay {
+        /// In words.
+        reasons: String,
+    },
+    /// There is no way back.
+    #[error(
+        "the job has a [[map]], and no way back: {reasons}. The source is as it was at the switch; \
+         applications stay on the target, and walferry finish ends the job"
+    )]
+    NoRollback {
         /// In words.
         reasons: String,
     },
@@ -53,7 +66,7 @@ impl Faulty for Error {
     fn fault(&self) -> Fault {
         match self {
             Error::Reshape(error) => error.fault(),
-            Error::OneWay { .. } => Fault::Stop,
+            Error::OneWay { .. } | Error::NoRollback { .. } => Fault::Stop,
         }
     }
 }
@@ -119,13 +132,77 @@ impl JobConfig {
 }
 
 impl Runner {
-    /// Refuses a cutover of a job with a map.
-    pub(super) fn refuse_mapped(&self) -> Result<()> {
-        match &self.config.map {
-            Some(map) => Err(Error::OneWay { reasons: one_way(map) }.into()),
-            None => Ok(()),
+    /// True for a job with a map, whose flip is a cutover that was asked for without a way back; an
+    /// error for any other flip of such a job.
+    pub(super) fn flies_one_way(&self, request: &FlipRequest) -> Result<bool> {
+        let Some(map) = &self.config.map else { return Ok(false) };
+        let reasons = one_way(map);
+        match (request.stream(), request.one_way) {
+            (Stream::Forward, true) => Ok(true),
+            (Stream::Forward, false) => Err(Error::OneWay { reasons }.into()),
+            (Stream::Reverse, _) => Err(Error::NoRollback { reasons }.into()),
         }
     }
+
+    /// The tables whose schema comes by the dump.
+    pub(super) fn selection_by_dump(&self) -> Result<Selection> {
+        made_by_dump(&self.selection, self.config.map.as_deref())
+    }
+
+    /// All tables of a side that may be of the job, whatever their names.
+    pub(super) async fn all_tables(&self, side: &Config) -> Result<Vec<QualifiedName>> {
+        match &self.config.map {
+            None => self.fenced_tables(side).await,
+            Some(_) => {
+                let mut session = Session::control(side).await?;
+                let tables = catalog::tables(&mut session, &Selection::default()).await?;
+                Ok(tables.into_iter().map(|table| table.name).collect())
+            }
+        }
+    }
+
+    /// Sequences that columns of mapped tables own on the source, and those that the same columns
+    /// own on the target, where somebody has made them.
+    pub(super) async fn mapped_sequences(&self) -> Result<HashMap<QualifiedName, QualifiedName>> {
+        let Some(map) = &self.config.map else { return Ok(HashMap::new()) };
+        let mut source = Session::control(&self.config.source).await?;
+        let mut target = Session::control(&self.config.target).await?;
+        let there = owned_sequences(&mut target).await?;
+        let mut renamed = HashMap::new();
+        for ((table, column), sequence) in owned_sequences(&mut source).await? {
+            let Some(mapped) = map.of(&table).filter(|mapped| mapped.keeps(&column)) else {
+                continue;
+            };
+            let column = mapped.written(&column).to_string();
+            if let Some(other) = there.get(&(mapped.target, column)) {
+                renamed.insert(sequence, other.clone());
+            }
+        }
+        Ok(renamed)
+    }
+}
+
+/// Sequences by the table and column that own them.
+async fn owned_sequences(
+    session: &mut Session,
+) -> Result<HashMap<(QualifiedName, String), QualifiedName>> {
+    let sql = "select tn.nspname, t.relname, a.attname, n.nspname, c.relname \
+         from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+         join pg_catalog.pg_depend d on d.objid = c.oid and d.objsubid = 0 \
+             and d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass \
+             and d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass \
+             and d.deptype in ('a', 'i') \
+         join pg_catalog.pg_class t on t.oid = d.refobjid \
+         join pg_catalog.pg_namespace tn on tn.oid = t.relnamespace \
+         join pg_catalog.pg_attribute a on a.attrelid = t.oid and a.attnum = d.refobjsubid \
+         where c.relkind = 'S'";
+    let rows = session.query(sql).await?;
+    let owned = rows.iter().map(|row| {
+        let table = QualifiedName::new(row.str(0)?, row.str(1)?);
+        let sequence = QualifiedName::new(row.str(3)?, row.str(4)?);
+        Ok(((table, row.string(2)?), sequence))
+    });
+    owned.collect()
 }
 
 /// Why there is no way back through the map, in words.

@@ -15,12 +15,11 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::Result;
 use super::ability::Ability;
 use super::error::Error;
 use super::mapped;
 use super::opening::{Half, SpoolOptions};
-use super::spooling;
+use super::{Result, nudging, spooling};
 use crate::apply::altered::Alter;
 use crate::apply::{self, Applied, Applier, OnRowError, Tuning};
 use crate::buffer::memory;
@@ -35,7 +34,7 @@ use crate::limit;
 use crate::lsn::Lsn;
 use crate::map::Map;
 use crate::pg::Config;
-use crate::source::{self, Followed, Positions, Recorded, StreamOptions, Transport};
+use crate::source::{self, BulkOptions, Followed, Positions, Recorded, StreamOptions, Transport};
 
 /// Decides whether a table is part of the stream. Asked once for each description of it.
 pub type TableFilter = Arc<dyn Fn(&QualifiedName) -> bool + Send + Sync>;
@@ -100,8 +99,10 @@ pub struct PipeOptions {
     pub alter: Option<Arc<dyn Alter>>,
     /// What becomes of the changes between the buffer and the applier.
     pub map: Option<Arc<Map>>,
-    /// See [`StreamOptions::bulk_bytes`].
-    pub bulk_bytes: Option<u64>,
+    /// Applications write to both sides, and who wins a conflict.
+    pub two_way: Option<apply::conflict::Policy>,
+    /// What of a backlog is read in bulk.
+    pub backlog: BulkOptions,
 }
 
 /// Both ways of keeping a stream going, through memory and through a spool, open their ends by
@@ -122,6 +123,12 @@ impl PipeOptions {
             alter: self.alter.clone(),
             progress: self.ability.progress(),
             replica_role: self.ability.replica_role,
+            two_way: self.two_way.map(|policy| apply::conflict::TwoWay {
+                policy,
+                stream: self.stream,
+                opposite: self.job.object(self.stream.opposite()),
+                other: self.from.clone(),
+            }),
             ..apply::Options::new(self.job.object(self.stream).as_str())
         };
         Ok(Applier::connect(&self.to, wanted).await?)
@@ -164,7 +171,7 @@ impl PipeOptions {
             publications: self.publications.clone(),
             plain_numbers: self.plain_numbers,
             confirmed_lsn,
-            bulk_bytes: self.bulk_bytes,
+            bulk: self.backlog,
             spill: self.spill(),
             two_phase: self.two_phase && self.transport == Transport::Stream,
             ..StreamOptions::new(&name, &name, start_lsn, self.recorded.clone())
@@ -192,6 +199,7 @@ pub struct Pipe {
     fatal: watch::Receiver<Option<String>>,
     stop: watch::Sender<bool>,
     task: Task<()>,
+    _nudging: Option<Task<()>>,
 }
 
 /// A task that ends with whoever holds this.
@@ -228,6 +236,7 @@ impl Pipe {
         let (spool_tx, spool) = watch::channel(SpoolState::default());
         let spool = options.spool.is_some().then_some(spool);
         let half = options.spool.as_ref().map_or(Half::Both, |spool| spool.half);
+        let _nudging = (half != Half::Apply).then(|| nudging::start(&options));
         let ends = Ends {
             applied: applied_tx,
             positions: positions_tx,
@@ -248,7 +257,19 @@ impl Pipe {
                 let _ = fatal_tx.send(Some(error.to_string()));
             }
         }));
-        Pipe { applied, positions, hold, trouble, spool, half, allowed, fatal, stop, task }
+        Pipe {
+            applied,
+            positions,
+            hold,
+            trouble,
+            spool,
+            half,
+            allowed,
+            fatal,
+            stop,
+            task,
+            _nudging,
+        }
     }
 
     /// Lets a pipe with a spool apply, from where the written side stands. Nothing changes if it

@@ -11,11 +11,11 @@ use super::ability::Abilities;
 pub use super::ddl::DDL_BOTH;
 use super::ddl::DDL_HOME;
 use super::error::Error;
+pub use super::options::JobOptions;
 use super::place::Place;
 pub use super::positions::StreamRow;
 use super::reads::ReadRecord;
 use super::state::Phase;
-use crate::catalog::{PatternError, Selection};
 use crate::id::JobName;
 use crate::lsn::Lsn;
 use crate::pg::{Row, Session};
@@ -49,71 +49,6 @@ pub struct JobRow {
     pub spool: Option<Place>,
     /// What the roles could do when the job was made, which decides how each side is written.
     pub abilities: Abilities,
-}
-
-/// What a job was planned with; a resume must not silently differ.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct JobOptions {
-    /// `--include`.
-    pub include: Vec<String>,
-    /// `--exclude`.
-    pub exclude: Vec<String>,
-    /// `--schema-only`.
-    pub schema_only: Vec<String>,
-    /// `--large-objects leave`.
-    #[serde(default)]
-    pub leave_large_objects: bool,
-    /// `--publication`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub publication: Option<String>,
-    /// `--tables-only`.
-    #[serde(default)]
-    pub tables_only: bool,
-    /// What tells its map from any other, if it has one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub map: Option<String>,
-}
-
-impl JobOptions {
-    /// They belong to no table: like pg_dump, a job of some tables only does not take them along.
-    pub fn moves_large_objects(&self) -> bool {
-        self.include.is_empty() && !self.leave_large_objects
-    }
-
-    /// The tables meant, as far as their names tell.
-    pub fn patterns(&self) -> std::result::Result<Selection, PatternError> {
-        let mut selection = Selection::parse(&self.include, &self.exclude, &self.schema_only)?;
-        selection.tables_only = self.tables_only;
-        Ok(selection)
-    }
-
-    /// The tables meant, knowing the partitions on this session's server.
-    pub async fn selection(&self, session: &mut Session) -> Result<Selection> {
-        Ok(self.patterns()?.with_partitions(session).await?)
-    }
-}
-
-/// As on the command line.
-impl std::fmt::Display for JobOptions {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let lists = [
-            ("--include", &self.include),
-            ("--exclude", &self.exclude),
-            ("--schema-only", &self.schema_only),
-        ];
-        let given = lists.iter().flat_map(|(option, list)| list.iter().map(move |p| (option, p)));
-        let mut given: Vec<String> = given.map(|(option, p)| format!("{option} '{p}'")).collect();
-        if self.leave_large_objects {
-            given.push("--large-objects leave".to_string());
-        }
-        if self.tables_only {
-            given.push("--tables-only".to_string());
-        }
-        given.extend(self.publication.iter().map(|name| format!("--publication '{name}'")));
-        given.extend(self.map.iter().map(|digest| format!("the [[map]] of digest {digest}")));
-        f.write_str(if given.is_empty() { "none" } else { "" })?;
-        f.write_str(&given.join(" "))
-    }
 }
 
 /// What a flip needs to be undone or finished by another process.

@@ -81,12 +81,13 @@ impl Runner {
             (Phase::CuttingOver, Some(flip)) => {
                 flip.flip == "reverse" || self.switch_had_begun(flip).await?
             }
-            _ => false,
+            _ => self.config.two_way.is_some(),
         };
         self.reverse_open.store(open, Ordering::SeqCst);
         if row.armed && self.reverse.is_none() {
             self.reverse = Some(self.pipe(Stream::Reverse, Some(HashMap::new())).await?);
         }
+        self.keep_two_way().await?;
         Ok(None)
     }
 
@@ -126,7 +127,6 @@ pub(super) async fn pipe_options(
     let row = store.load_existing().await?;
     let reading = stored_reading(config, store, stream).await?;
     let readings = store.load_readings().await?;
-    let own = config.job.object(stream);
     let (from, to, system) = match stream {
         Stream::Forward => (&config.source, &config.target, row.source_system),
         Stream::Reverse => (&config.target, &config.source, row.target_system),
@@ -152,7 +152,7 @@ pub(super) async fn pipe_options(
         transport: reading.transport()?,
         plain_numbers: config.wanted.plain_numbers,
         followed: Arc::new(readings.tables(stream)),
-        publications: readings.publications(stream, &own),
+        publications: readings.publications(stream, &config.job.object(stream)),
         recorded: recorded(from, system.as_deref(), &reading.decoder),
         tables,
         ability,
@@ -184,7 +184,8 @@ pub(super) async fn pipe_options(
         },
         alter: alter(config, stream).await?,
         map: config.map.clone().filter(|_| stream == Stream::Forward),
-        bulk_bytes: config.bulk_bytes,
+        two_way: config.two_way,
+        backlog: config.backlog,
     })
 }
 

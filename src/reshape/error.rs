@@ -10,15 +10,16 @@ pub enum Error {
     /// The source, or the way to it.
     #[error(transparent)]
     Pg(#[from] pg::Error),
-    /// A table that the map does not speak of has the name of one that it makes.
+    /// Two tables of the source are one on the target.
     #[error(
-        "table {table} of the source has changes, and the job's map gives its name to another \
-         table: take it out of the job's publication, or begin a new job whose map gives that \
-         other table another name"
+        "tables {sources} of the source would both be {target} on the target: begin a new \
+         job whose map gives one of them another name, or leave one out with --exclude"
     )]
     Taken {
-        /// Its name.
-        table: QualifiedName,
+        /// The name on the target.
+        target: QualifiedName,
+        /// Both.
+        sources: String,
     },
     /// The table was altered, and the map with it makes no sense any more.
     #[error(

@@ -185,14 +185,30 @@ impl Reshaper {
         }
         let outline = match self.map.of(&relation.name) {
             Some(table) => Some(Arc::new(Outline::draw(&mut self.session, relation, table).await?)),
-            None if self.map.may_fill(&relation.name) => {
-                return Err(Error::Taken { table: relation.name.clone() });
-            }
             None => None,
         };
+        self.refuse_twins(relation, outline.as_deref())?;
         self.seen.push(relation.clone());
         self.outlines.insert(address(relation), outline);
         Ok(())
+    }
+}
+
+impl Reshaper {
+    /// Two tables of the source that would be one.
+    fn refuse_twins(&self, relation: &Relation, outline: Option<&Outline>) -> Result<()> {
+        let target = outline.map_or(&relation.name, |outline| &outline.to.name);
+        let twin = self.seen.iter().find(|seen| {
+            let to = self.outline(seen).map_or(&seen.name, |outline| &outline.to.name);
+            to == target && seen.name != relation.name
+        });
+        match twin {
+            None => Ok(()),
+            Some(twin) => {
+                let sources = format!("{} and {}", relation.name, twin.name);
+                Err(Error::Taken { target: target.clone(), sources })
+            }
+        }
     }
 }
 

@@ -141,6 +141,38 @@ async fn fork(session: &mut Session, timeline: u32, from: u32) -> Result<Lsn> {
     Ok(fork_in(&String::from_utf8_lossy(&content), from).unwrap_or(Lsn::ZERO))
 }
 
+/// Where a server that is on `timeline` left the timeline `from`, which is the exclusive end of the
+/// last record of it that the server has; `None` if it never was on it. `session` is an ordinary
+/// one of that server; the history comes by a replication connection, or, where none is let in,
+/// from the file itself, which a superuser may read.
+///
+/// <https://www.postgresql.org/docs/current/continuous-archiving.html#BACKUP-TIMELINES>
+pub async fn left_at(
+    config: &Config,
+    session: &mut Session,
+    timeline: u32,
+    from: u32,
+) -> Result<Option<Lsn>> {
+    if timeline <= from {
+        return Ok(None);
+    }
+    let refused = match Session::connect(config, Purpose::Replication).await {
+        Ok(mut asked) => {
+            let fork_lsn = fork(&mut asked, timeline, from).await?;
+            return Ok(Some(fork_lsn).filter(|lsn| lsn.is_valid()));
+        }
+        Err(error) => error,
+    };
+    let sql = format!("select pg_catalog.pg_read_file('pg_wal/{timeline:08X}.history')");
+    match session.query(&sql).await {
+        Ok(rows) => {
+            let content = rows.first().map(|row| row.string(0)).transpose()?.unwrap_or_default();
+            Ok(fork_in(&content, from))
+        }
+        Err(_) => Err(refused.into()),
+    }
+}
+
 /// A history file has one line for each timeline left: its number, where, and why.
 fn fork_in(history: &str, from: u32) -> Option<Lsn> {
     history.lines().find_map(|line| {

@@ -10,12 +10,10 @@ use tokio::sync::watch;
 
 use super::bulk::Bulk;
 use super::continuity::{check_slot, check_system};
-use super::fetch::{Ends, Watch};
+use super::fetch::Watch;
 use super::intake::{Intake, Publisher};
-use super::link::Link;
 use super::options::{Spoken, plugin_options};
 use super::pace::Pace;
-use super::peek::Canceled;
 use super::{End, Error, Positions, Result, StreamOptions, slot};
 use crate::change::{Item, Sink, SinkClosed};
 use crate::limit::FEEDBACK_INTERVAL;
@@ -38,7 +36,7 @@ pub struct Stream {
     spoken: Spoken,
     interval: Duration,
     /// What is read before replication is started.
-    bulk: Option<Bulk>,
+    bulk: Option<Box<Bulk>>,
 }
 
 impl Stream {
@@ -61,10 +59,12 @@ impl Stream {
         session.keep_warnings();
         let mut spoken = options.spoken()?;
         let bulk =
-            Bulk::begin(&mut session, &options, spoken, confirmed_lsn, system.flush_lsn).await?;
+            Bulk::begin(config, &mut session, &options, spoken, confirmed_lsn, system.flush_lsn)
+                .await?;
         if bulk.is_none() {
             start(&mut session, &options, &mut spoken, start_lsn).await?;
         }
+        let bulk = bulk.map(Box::new);
         Ok(Stream { config: config.clone(), session, options, spoken, interval, bulk })
     }
 
@@ -86,13 +86,10 @@ impl Stream {
         let mut intake =
             Intake::new(&self.config, self.spoken, &self.options, false, sink, positions);
         if let Some(mut bulk) = self.bulk.take() {
-            let mut ends = Ends {
-                watch: Watch { durable: durable.clone(), stop: stop.clone() },
-                link: Link::of(self.config.clone(), &bulk.options(&self.options)),
-                canceled: Canceled::of(&self.session),
-            };
-            if let Some(end) = bulk.run(&mut self.session, &mut intake, &mut ends).await? {
-                return Ok(end);
+            let mut watch = Watch { durable: durable.clone(), stop: stop.clone() };
+            match bulk.run(self.session, &mut intake, &mut watch).await? {
+                Ok(session) => self.session = session,
+                Err(end) => return Ok(end),
             }
             confirmed_lsn = confirmed_lsn.max(bulk.confirmed_lsn());
             let durable_lsn = *durable.borrow();

@@ -75,17 +75,17 @@ impl Check<'_> {
         self.findings.push(match self.options.one_way {
             true => {
                 let message = format!(
-                    "this job follows and does not cut over: {reasons}. Tables of the map are made \
-                     with columns, NOT NULL and key; indexes, defaults, foreign keys and triggers \
-                     of theirs are yours to make"
+                    "there will be no way back from a cutover, which takes --one-way once more: \
+                     {reasons}. Tables of the map are made with columns, NOT NULL and key, \
+                     where they are not there; their indexes, defaults, foreign keys and triggers \
+                     are yours to make"
                 );
                 Finding::warning(Side::Here, "no-way-back", object, message)
             }
             false => {
                 let message = format!(
-                    "a job with a map has no way back, and does not cut over: {reasons}. Say \
-                     --one-way (one-way = true in walferry.toml) if the target is to be a copy \
-                     that differs, or leave the [[map]] out"
+                    "a job with a map has no way back: {reasons}. Say --one-way (one-way = true in \
+                     walferry.toml) if that is meant, or leave the [[map]] out"
                 );
                 Finding::error(Side::Here, "no-way-back", object, message)
             }

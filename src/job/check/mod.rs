@@ -18,6 +18,7 @@
 //! verify is for).
 
 mod borders;
+mod brought;
 mod carried;
 mod disk;
 mod end;
@@ -36,6 +37,7 @@ mod target;
 mod tools;
 mod traffic;
 mod two_phase;
+mod two_way;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -71,6 +73,12 @@ pub struct CheckOptions {
     pub streaming: bool,
     /// Prepared transactions are to be carried as such.
     pub two_phase: bool,
+    /// Applications are to write to both sides.
+    pub two_way: bool,
+    /// The target is a copy that somebody else made: nothing is made there, all has to be there.
+    pub brought: bool,
+    /// Tables that are altered on the source are on the target as well, by the stream.
+    pub alters: bool,
     /// Parallel copies: each needs a connection on both sides.
     pub copy_jobs: usize,
     /// Whether a way back will be armed, for which both sides need the rights of the other.
@@ -100,6 +108,9 @@ impl CheckOptions {
             wanted: Wanted::default(),
             streaming: false,
             two_phase: false,
+            two_way: false,
+            brought: false,
+            alters: false,
             copy_jobs: 4,
             reverse: true,
             copy_bytes_per_second: 50_000_000,
@@ -156,15 +167,21 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.rights().await?;
     check.reading().await?;
     check.two_phase().await?;
+    check.two_way().await?;
     check.published().await?;
     check.tables().await?;
     check.identities().await?;
     check.mapped().await?;
     check.objects().await?;
     check.carried().await?;
-    check.older().await?;
-    check.target().await?;
-    check.tools().await;
+    match options.brought {
+        true => check.brought().await?,
+        false => {
+            check.older().await?;
+            check.target().await?;
+            check.tools().await;
+        }
+    }
     check.traffic(start).await?;
     Ok(Report::new(check.findings))
 }

@@ -66,6 +66,7 @@ impl Flip {
             unlogged: Unlogged::default(),
             leave_quarantined: false,
             dry_run: false,
+            one_way: false,
             mark: None,
         }
     }
