@@ -7,7 +7,7 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo demo-kafka test fuzz decode-bench kill faults heartbeat ddl maps matrix regress states two-way two-way-loop bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
+.PHONY: help demo demo-kafka test fuzz decode-bench kill faults failover heartbeat ddl maps matrix regress states two-way two-way-loop bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -21,6 +21,7 @@ help:
 	@echo "make outage           the target away for ten minutes of writes [SECONDS=600]"
 	@echo "make latency          memory, spool and Kafka at 500 tx/s; large transactions by streaming"
 	@echo "make heartbeat        an idle database beside pgbench pins no WAL [SECONDS=600 MAJOR=15]"
+	@echo "make failover         a standby of the source takes over at random moments [PROMOTIONS=50]"
 	@echo "make maps [MAPS=1000]  random maps: by copy, by stream and by SQL the same"
 	@echo "make two-way          writers on both sides, conflicts counted from outside [SECONDS=600]"
 	@echo "make two-way-loop     of a million transactions none comes back [TRANSACTIONS=1000000]"
@@ -107,6 +108,10 @@ kill: setup
 # The run, the source and the target each go down, the servers 50 times, at random moments.
 kill-spool: setup
 	WALFERRY_SPOOL_KILLS=$(or $(KILLS),200) cargo test --locked --test it -- --nocapture spool::a_move_through
+
+# A standby of the source takes over, at so many random moments.
+failover: setup
+	WALFERRY_PROMOTIONS=$(or $(PROMOTIONS),50) cargo test --locked --test it -- --nocapture failover::promotions
 
 # The target away for ten minutes of writes, once with a spool and once with Kafka: the source's WAL
 # stays under the budget.

@@ -16,6 +16,7 @@ mod check;
 mod cluster;
 mod cutover;
 mod demo;
+mod failover;
 mod finish;
 mod lasting;
 mod mapping;

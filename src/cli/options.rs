@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::brought::{self, BroughtArgs};
+use super::failover::FailoverArgs;
 use super::mapping;
 use crate::apply::conflict::Policy as Settling;
 use crate::apply::{Mode, OnRowError, Tuning};
@@ -138,6 +139,8 @@ pub struct JobArgs {
     /// error, which stops [default: last-commit]
     #[arg(long, value_name = "WHO", value_parser = str::parse::<Settling>)]
     pub on_conflict: Option<Settling>,
+    #[command(flatten)]
+    pub standbys: FailoverArgs,
 }
 
 impl JobArgs {
@@ -243,6 +246,8 @@ impl JobArgs {
             heartbeat: self.heartbeat(file.heartbeat, file.heartbeat_sql)?,
             from_lsn,
             half: Half::Both,
+            failover: self.standbys.failover(file.failover)?,
+            after_failover: self.standbys.after(file.after_failover)?,
             secrets: secrets(&file.cutover.route)?,
             backlog: backlog(&file.tuning),
             bulk,

@@ -46,6 +46,10 @@ pub struct File {
     pub streaming_limit: Option<String>,
     /// `--two-phase`.
     pub two_phase: Option<String>,
+    /// `--failover`.
+    pub failover: Option<String>,
+    /// `--after-failover`.
+    pub after_failover: Option<String>,
     /// `--two-way`.
     pub two_way: bool,
     /// `--on-conflict`.

@@ -59,6 +59,9 @@ impl Runner {
             if *self.stop.borrow() {
                 return Ok(None);
             }
+            if let Some(loss) = self.lost_stream().await? {
+                return self.refill(loss).await.map(Some);
+            }
             self.check_streams()?;
             self.busy.store(false, Ordering::SeqCst);
             self.store_positions(&mut probes).await?;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::copying::Bulk;
+use super::failover::{AfterFailover, Failover};
 use super::heartbeat::HeartbeatOptions;
 use super::opening::Half;
 use super::place::{BufferOptions, StreamingOptions};
@@ -64,6 +65,10 @@ pub struct JobConfig {
     pub half: Half,
     /// What of a backlog is read in bulk.
     pub backlog: BulkOptions,
+    /// Whether slots are made such that standbys keep copies of them.
+    pub failover: Failover,
+    /// What is done where a side has lost what the stream needs.
+    pub after_failover: AfterFailover,
     /// What becomes of its tables on the way.
     pub map: Option<Arc<Map>>,
     /// There is to be no way back.

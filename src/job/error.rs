@@ -172,8 +172,8 @@ pub enum Error {
     /// The slot was told of positions that only the spool or topic had, and it has them no more.
     #[error(
         "slot {slot} was told {confirmed_lsn}, the target has only {progress_lsn}, and {place} \
-         {held}: the changes between are nowhere any more. {mend}, or start over with walferry \
-         cancel and walferry run, which copies every table again"
+         {held}: the changes between are nowhere any more. {mend}, or walferry run \
+         --after-failover refill, or walferry cancel and run, which copies every table again"
     )]
     SpoolLost {
         /// The slot.

@@ -193,11 +193,12 @@ impl Runner {
         let reading = self.choose_reading(Stream::Reverse, &tables).await?;
         publish(&mut target, &name, &tables, &reading).await?;
         let mut maker = Session::connect(&self.config.target, Purpose::Sql).await?;
-        let options = slot::CreateOptions { wait, ..self.slot_options(&name, &reading) };
+        let options = slot::CreateOptions { wait, ..self.slot_options(&name, &reading, &target) };
         let waiting = self.tell_blockers();
         let lsn = slot::create_plain(&mut maker, &mut target, &options, waiting).await?;
         let kind = self.row().await?.abilities.source.progress();
         apply::begin_at(&mut source, &name, kind, lsn).await?;
+        self.store.set_system(Stream::Reverse, &admit::system_of(&mut target).await?).await?;
         Ok(())
     }
 

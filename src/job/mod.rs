@@ -23,8 +23,8 @@
 //!   `quarantine`: what is kept aside, and what becomes of it. `nudging`: WAL that is let go.
 //! - `brought`: a target that is a copy of somebody else's; `reserve`: what is made before it, and
 //!   `seam`: where it stands.
-//! - `two_way`: both sides written at once.
-//! - `gone`: what is said of runners and servers that are.
+//! - `two_way`: both sides written at once. `failover`: a source, or a target, whose standby took
+//!   over. `gone`: what is said of runners and servers that are.
 //! - `client`: commands from other processes; `ask`: the same, with a runner of one's own where
 //!   none is alive; `ending`: finish and cancel, whoever runs the job. `align`: both sides held at
 //!   one point; `comparing`: and compared there. `status`: what people and scripts see.
@@ -53,6 +53,7 @@ mod copying;
 mod ddl;
 pub mod ending;
 pub mod error;
+pub mod failover;
 mod flip;
 mod gone;
 pub mod heartbeat;

@@ -9,7 +9,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -17,6 +17,7 @@ use tokio::task::JoinHandle;
 
 use super::ability::Ability;
 use super::error::Error;
+use super::failover::{is_loss, record_timeline};
 use super::mapped;
 use super::opening::{Half, SpoolOptions};
 use super::{Result, nudging, spooling};
@@ -33,7 +34,7 @@ use crate::id::{JobName, QualifiedName, Stream};
 use crate::limit;
 use crate::lsn::Lsn;
 use crate::map::Map;
-use crate::pg::Config;
+use crate::pg::{Config, Session};
 use crate::source::{self, BulkOptions, Followed, Positions, Recorded, StreamOptions, Transport};
 
 /// Decides whether a table is part of the stream. Asked once for each description of it.
@@ -76,6 +77,11 @@ pub struct PipeOptions {
     pub transport: Transport,
     /// The read side's server and slot, as recorded when the slot was made.
     pub recorded: Recorded,
+    /// The timeline of the read side that was gone on with last; as recorded, unless a standby took
+    /// over since.
+    pub timeline: Arc<AtomicU32>,
+    /// Where the job's tables are.
+    pub home: Config,
     /// Which tables are applied.
     pub tables: TableFilter,
     /// What the role may do on the side that is written.
@@ -161,6 +167,8 @@ impl PipeOptions {
         }
         let name = self.job.object(self.stream);
         let opposite = self.job.object(self.stream.opposite());
+        let before = self.timeline.load(Ordering::SeqCst);
+        let recorded = Recorded { timeline: before, ..self.recorded.clone() };
         let wanted = StreamOptions {
             // Not origin 'none' at the server: an application's own transactions may carry an
             // origin (it may itself be fed by a subscription), and would be left out without a
@@ -174,9 +182,17 @@ impl PipeOptions {
             bulk: self.backlog,
             spill: self.spill(),
             two_phase: self.two_phase && self.transport == Transport::Stream,
-            ..StreamOptions::new(&name, &name, start_lsn, self.recorded.clone())
+            ..StreamOptions::new(&name, &name, start_lsn, recorded)
         };
-        Ok(source::Reader::open(&self.from, self.transport, wanted).await?)
+        let reader = source::Reader::open(&self.from, self.transport, wanted).await?;
+        let timeline = reader.timeline();
+        if timeline != before {
+            let mut home = Session::control(&self.home).await?;
+            record_timeline(&mut home, &self.job, &self.stream.to_string(), timeline).await?;
+            self.timeline.store(timeline, Ordering::SeqCst);
+            tracing::info!(stream = %self.stream, timeline, "a standby has taken over");
+        }
+        Ok(reader)
     }
 }
 
@@ -196,10 +212,18 @@ pub struct Pipe {
     /// Which ends are in this process.
     pub half: Half,
     allowed: watch::Sender<Option<Visibility>>,
-    fatal: watch::Receiver<Option<String>>,
+    fatal: watch::Receiver<Option<Fatal>>,
     stop: watch::Sender<bool>,
     task: Task<()>,
     _nudging: Option<Task<()>>,
+}
+
+/// What ended a stream.
+#[derive(Clone, Debug)]
+struct Fatal {
+    message: String,
+    /// Something is lost, which a refill mends.
+    loss: bool,
 }
 
 /// A task that ends with whoever holds this.
@@ -254,7 +278,8 @@ impl Pipe {
             if let Err(error) = outcome {
                 // Told by whoever looks after the stream.
                 tracing::info!(stream = %options.stream, %error, "stream stopped");
-                let _ = fatal_tx.send(Some(error.to_string()));
+                let loss = is_loss(&error);
+                let _ = fatal_tx.send(Some(Fatal { message: error.to_string(), loss }));
             }
         }));
         Pipe {
@@ -291,7 +316,12 @@ impl Pipe {
 
     /// The error that ended the stream, if one did.
     pub fn fatal(&self) -> Option<String> {
-        self.fatal.borrow().clone()
+        self.fatal.borrow().as_ref().map(|fatal| fatal.message.clone())
+    }
+
+    /// The same, if it says what is lost.
+    pub fn lost(&self) -> Option<String> {
+        self.fatal.borrow().as_ref().filter(|fatal| fatal.loss).map(|f| f.message.clone())
     }
 
     /// Stops at the next batch boundary, or at once after `patience`: a server that is silent or a

@@ -4,7 +4,7 @@
 //! after the dump is in the stream, where it is noticed. The slot's snapshot stays open for the
 //! copy; a run that comes later reads under a fresh one.
 
-use super::admit::may_have_tables;
+use super::admit::{may_have_tables, system_of};
 use super::reading::{Reading, Wanted, choose, refuse_blind, refuse_garbled};
 use super::run::{JobConfig, Notice, Report, Runner, published};
 use super::state::Event;
@@ -178,7 +178,7 @@ impl Runner {
             super::place::remove(place, name).await?;
         }
         self.say(Notice::Said("creating the replication slot".to_string()));
-        let options = self.slot_options(name, reading);
+        let options = self.slot_options(name, reading, source);
         let waiting = self.tell_blockers();
         let lsn = match reading.transport()? {
             Transport::Stream => {
@@ -193,6 +193,7 @@ impl Runner {
         };
         let kind = self.row().await?.abilities.target.progress();
         apply::begin_at(&mut self.store.session, name, kind, lsn).await?;
+        self.store.set_system(Stream::Forward, &system_of(source).await?).await?;
         self.store.set_slot_lsn(lsn).await?;
         Ok(())
     }
@@ -235,12 +236,17 @@ impl Runner {
         Ok(chosen.reading)
     }
 
-    /// How this job makes a slot.
-    pub(super) fn slot_options(&self, name: &str, reading: &Reading) -> slot::CreateOptions {
+    /// How this job makes a slot on a side.
+    pub(super) fn slot_options(
+        &self,
+        name: &str,
+        reading: &Reading,
+        side: &Session,
+    ) -> slot::CreateOptions {
         slot::CreateOptions {
             name: name.to_string(),
             plugin: reading.decoder.clone(),
-            temporary: false,
+            kind: self.config.failover.kind(side.major_version(), self.config.two_phase),
             wait: self.config.slot_timeout,
         }
     }
@@ -291,6 +297,7 @@ pub(super) async fn check_ready(
     options.sample_only_for_limit = true;
     options.streaming = config.streaming.is_some();
     options.two_phase = config.two_phase;
+    options.failover = config.failover;
     options.two_way = config.two_way.is_some();
     options.brought = config.options.brought;
     options.alters = config.ddl.is_some();

@@ -79,7 +79,7 @@ pub async fn reserve(config: &JobConfig, hold: bool, report: &Report) -> Result<
     let options = slot::CreateOptions {
         name: name.clone(),
         plugin: chosen.reading.decoder.clone(),
-        temporary: false,
+        kind: config.failover.kind(source.major_version(), config.two_phase),
         wait: config.slot_timeout,
     };
     let waiting = tell_blockers(report);

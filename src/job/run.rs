@@ -358,6 +358,9 @@ impl Runner {
             Command::MakeSchema => Some(self.make_schema().await?),
             Command::Copy => Some(self.copy().await?),
             Command::FollowForward => {
+                if let Some(event) = self.unbroken(false).await? {
+                    return Ok(Some(event));
+                }
                 self.silence_written().await?;
                 self.follow_forward().await?
             }

@@ -16,7 +16,7 @@ use super::place::Place;
 pub use super::positions::StreamRow;
 use super::reads::ReadRecord;
 use super::state::Phase;
-use crate::id::JobName;
+use crate::id::{JobName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Row, Session};
 
@@ -47,8 +47,23 @@ pub struct JobRow {
     pub reads: Option<ReadRecord>,
     /// Where the job's changes wait, if not in memory.
     pub spool: Option<Place>,
+    /// The timelines that the streams have gone on with, where a standby took over.
+    pub timelines: Timelines,
     /// What the roles could do when the job was made, which decides how each side is written.
     pub abilities: Abilities,
+}
+
+/// By stream, the timeline of the side that it reads; `None` where it is that of the slot's making.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Timelines {
+    /// Of the source; set by whoever reads the slot, once all it has in hand is from before the
+    /// fork.
+    pub forward: Option<u32>,
+    /// Of the target, likewise.
+    pub reverse: Option<u32>,
+    /// Of the source; set once all that the copy has seen is from before the fork.
+    pub copied: Option<u32>,
 }
 
 /// What a flip needs to be undone or finished by another process.
@@ -138,7 +153,9 @@ impl Store {
     /// The job's row, `None` where there is no such job or no tables.
     pub async fn load(&mut self) -> Result<Option<JobRow>> {
         let sql = "select phase, error, source_system, target_system, source, target, options, \
-             slot_lsn, armed, flip, abilities, spool, reads from walferry.job where name = $1";
+             slot_lsn, armed, flip, abilities, spool, reads, \
+             coalesce(pg_catalog.to_jsonb(j) ->> 'timelines', '{}') \
+             from walferry.job j where name = $1";
         match self.session.query_opt(sql, &[Some(self.job.as_str())]).await {
             Ok(row) => row.as_ref().map(read_job).transpose(),
             // No such table, or no such schema.
@@ -217,6 +234,22 @@ impl Store {
     /// Stores what stopped the job, `None` to forget it.
     pub async fn set_error(&mut self, error: Option<&str>) -> Result<()> {
         self.set("error", error).await
+    }
+
+    /// Stores which server a stream's slot was made on, and on which timeline.
+    pub async fn set_system(&mut self, stream: Stream, system: &str) -> Result<()> {
+        let column = match stream {
+            Stream::Forward => "source_system",
+            Stream::Reverse => "target_system",
+        };
+        let sql = format!(
+            "update walferry.job set {column} = $2, timelines = timelines - $3::text \
+             where name = $1"
+        );
+        let stream = stream.to_string();
+        let params = [Some(self.job.as_str()), Some(system), Some(&*stream)];
+        self.session.query_params(&sql, &params).await?;
+        Ok(())
     }
 
     /// Stores the slot's consistent point.
@@ -424,6 +457,8 @@ fn read_job(row: &Row) -> Result<JobRow> {
         flip: flip.map_err(|e| Error::State(format!("walferry.job.flip: {e}")))?,
         reads: reads.map_err(|e| Error::State(format!("walferry.job.reads: {e}")))?,
         spool: spool.map_err(|e| Error::State(format!("walferry.job.spool: {e}")))?,
+        timelines: serde_json::from_str(row.str(13)?)
+            .map_err(|e| Error::State(format!("walferry.job.timelines: {e}")))?,
         abilities: serde_json::from_str(row.str(10)?)
             .map_err(|e| Error::State(format!("walferry.job.abilities: {e}")))?,
     })

@@ -80,7 +80,7 @@ pub async fn check_system(
 /// The same on an ordinary session. What another timeline forked off is in a file that only a
 /// superuser reads, or said on a replication connection; who has neither cannot know that nothing
 /// was lost, and is refused.
-async fn check_system_by_sql(
+pub async fn check_system_by_sql(
     session: &mut Session,
     config: &Config,
     recorded: &Recorded,
@@ -236,11 +236,12 @@ pub async fn check_continuity_by_sql(
     slot: &str,
     recorded: &Recorded,
     progress_lsn: Lsn,
-) -> Result<SlotStatus> {
-    check_system_by_sql(session, config, recorded, progress_lsn).await?;
+) -> Result<(System, SlotStatus)> {
+    let system = check_system_by_sql(session, config, recorded, progress_lsn).await?;
     let status = super::slot::status(session, slot).await?;
     check_slot(slot, status.as_ref(), recorded, progress_lsn)?;
-    status.ok_or(Error::SlotMissing { slot: slot.to_string(), progress_lsn })
+    let status = status.ok_or(Error::SlotMissing { slot: slot.to_string(), progress_lsn })?;
+    Ok((system, status))
 }
 
 #[cfg(test)]
@@ -267,6 +268,8 @@ mod tests {
             confirmed_flush_lsn: Some(Lsn(100)),
             wal_status: Some("reserved".to_string()),
             invalidation_reason: None,
+            temporary: false,
+            failover: false,
             retained_bytes: 0,
         }
     }
@@ -295,6 +298,8 @@ mod tests {
         assert!(matches!(check(Some(lost)), Error::SlotLost { .. }));
         let removed = SlotStatus { restart_lsn: None, wal_status: None, ..status() };
         assert!(matches!(check(Some(removed)), Error::SlotLost { .. }));
+        let unsynced = SlotStatus { temporary: true, ..status() };
+        assert!(check(Some(unsynced)).to_string().contains("in sync"));
         let reason = Some("idle_timeout".to_string());
         let idle = SlotStatus { invalidation_reason: reason, ..status() };
         assert!(check(Some(idle)).to_string().contains("idle_timeout"));

@@ -35,6 +35,7 @@ pub struct Stream {
     options: StreamOptions,
     spoken: Spoken,
     interval: Duration,
+    timeline: u32,
     /// What is read before replication is started.
     bulk: Option<Box<Bulk>>,
 }
@@ -65,7 +66,8 @@ impl Stream {
             start(&mut session, &options, &mut spoken, start_lsn).await?;
         }
         let bulk = bulk.map(Box::new);
-        Ok(Stream { config: config.clone(), session, options, spoken, interval, bulk })
+        let (config, timeline) = (config.clone(), system.timeline);
+        Ok(Stream { config, session, options, spoken, interval, timeline, bulk })
     }
 
     /// Reads until told to stop, pushing items in log order.
@@ -120,6 +122,11 @@ impl Stream {
         }
         reader.publish();
         Ok(end)
+    }
+
+    /// The server's timeline, which continues the recorded one.
+    pub fn timeline(&self) -> u32 {
+        self.timeline
     }
 
     /// True if there is a backlog that is read in bulk before the stream begins.

@@ -13,6 +13,7 @@ mod copy;
 mod cutover;
 mod ddl;
 mod decode;
+mod failover;
 mod faults;
 mod fidelity;
 mod heartbeat;

@@ -22,6 +22,7 @@ mod brought;
 mod carried;
 mod disk;
 mod end;
+mod failover;
 mod finding;
 mod given;
 mod identity;
@@ -48,6 +49,7 @@ use crate::map::Map;
 use crate::pg::{self, Config, Session};
 
 use super::config::JobConfig;
+use super::failover::Failover;
 use super::reading::Wanted;
 use super::state::Phase;
 pub use carried::not_carried;
@@ -73,6 +75,8 @@ pub struct CheckOptions {
     pub streaming: bool,
     /// Prepared transactions are to be carried as such.
     pub two_phase: bool,
+    /// Whether slots are made such that standbys keep copies of them.
+    pub failover: Failover,
     /// Applications are to write to both sides.
     pub two_way: bool,
     /// The target is a copy that somebody else made: nothing is made there, all has to be there.
@@ -108,6 +112,7 @@ impl CheckOptions {
             wanted: Wanted::default(),
             streaming: false,
             two_phase: false,
+            failover: Failover::Auto,
             two_way: false,
             brought: false,
             alters: false,
@@ -167,6 +172,7 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.rights().await?;
     check.reading().await?;
     check.two_phase().await?;
+    check.failover().await?;
     check.two_way().await?;
     check.published().await?;
     check.tables().await?;
