@@ -19,12 +19,14 @@ pub mod pg;
 pub mod catalog;
 pub mod cluster;
 pub mod decode;
+pub mod map;
 
 // Floor 3: stages. They never import each other.
 pub mod apply;
 pub mod buffer;
 pub mod copy;
 pub mod large;
+pub mod reshape;
 pub mod route;
 pub mod schema;
 pub mod source;

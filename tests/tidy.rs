@@ -11,8 +11,8 @@ use std::path::Path;
 const FLOORS: &[(u8, &[&str])] = &[
     (0, &["lsn", "id", "clock", "limit", "fault", "secret"]),
     (1, &["pg", "change"]),
-    (2, &["decode", "catalog", "cluster"]),
-    (3, &["source", "buffer", "apply", "copy", "large", "schema", "verify", "route"]),
+    (2, &["decode", "catalog", "cluster", "map"]),
+    (3, &["source", "buffer", "apply", "copy", "large", "reshape", "schema", "verify", "route"]),
     (4, &["cutover"]),
     (5, &["job"]),
     (6, &["config", "cli", "http", "demo"]),

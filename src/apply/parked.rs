@@ -9,7 +9,7 @@ use super::parking::described;
 use super::release::unhex;
 use crate::change::{Relation, Row, Value};
 use crate::id::QualifiedName;
-use crate::pg::{self, Session};
+use crate::pg::Session;
 
 /// A table whose changes are kept.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -56,22 +56,18 @@ pub struct KeptChange {
     pub error: Option<String>,
 }
 
-/// Whether there can be anything.
-async fn is_known(session: &mut Session) -> pg::Result<bool> {
-    let there = "select pg_catalog.to_regclass('walferry.parked') is not null";
-    session.query_one(there, &[]).await?.bool(0)
-}
-
-/// The stream's parked tables, longest parked first.
+/// The stream's parked tables, longest parked first. One round trip, as writers may be waiting; not
+/// inside a transaction, as an error would end it.
 pub async fn parked(session: &mut Session, stream: &str) -> Result<Vec<Parked>> {
-    if !is_known(session).await? {
-        return Ok(Vec::new());
-    }
     let sql = "select schema, name, reason, error, awaited, asked, since::text, \
            (select pg_catalog.count(*) from walferry.parked_change k \
              where (k.stream, k.schema, k.name) = (p.stream, p.schema, p.name)) \
          from walferry.parked p where stream = $1 order by p.since, schema, name";
-    let rows = session.query_params(sql, &[Some(stream)]).await?;
+    let rows = match session.query_params(sql, &[Some(stream)]).await {
+        // No such table, or no such schema: nothing was ever parked.
+        Err(error) if matches!(error.code(), Some("42P01" | "3F000")) => return Ok(Vec::new()),
+        rows => rows?,
+    };
     rows.iter()
         .map(|row| {
             let name = QualifiedName::new(row.str(0)?, row.str(1)?);

@@ -148,6 +148,15 @@ impl Selection {
         Ok(self)
     }
 
+    /// The same without the tables that these patterns cover.
+    pub fn without(&self, patterns: &[String]) -> std::result::Result<Selection, PatternError> {
+        let mut selection = self.clone();
+        for pattern in patterns {
+            selection.exclude.push(pattern.parse()?);
+        }
+        Ok(selection)
+    }
+
     /// True if the table exists on both sides after the move.
     pub fn has_schema(&self, table: &QualifiedName) -> bool {
         (self.include.is_empty()

@@ -1,12 +1,14 @@
 //! Tables and their columns.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use crate::change::ReplicaIdentity;
-use crate::id::{QualifiedName, quote_literal};
+use crate::id::{QualifiedName, quote_ident, quote_literal};
 use crate::pg::{Result, Row, Session};
 
 use super::{Published, Selection};
+use crate::map::{Map, TableMap, Typed};
 
 /// `pg_class.relkind`, as far as rows move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -65,6 +67,8 @@ pub struct Table {
     pub rows_estimate: f64,
     /// What is published of it; everything unless [`super::Publication::narrow`] said otherwise.
     pub published: Published,
+    /// What the job's map makes of it; set by [`Table::mapped_by`] alone.
+    pub mapped: Option<Arc<TableMap>>,
 }
 
 impl Table {
@@ -80,6 +84,63 @@ impl Table {
     /// Columns whose values are copied and written: all but generated ones.
     pub fn stored_columns(&self) -> impl Iterator<Item = &Column> {
         self.columns.iter().filter(|c| !c.generated)
+    }
+
+    /// The same table as the map has it, if it is about it: columns that do not go along are taken
+    /// away, generated ones too, and its rows are read and written as the map says. Names of
+    /// columns are still those of the source.
+    pub fn mapped_by(mut self, map: Option<&Map>) -> Table {
+        if let Some(mapped) = map.and_then(|map| map.of(&self.name)) {
+            self.columns.retain(|column| !column.generated && mapped.keeps(&column.name));
+            self.mapped = Some(Arc::new(mapped));
+        }
+        self
+    }
+
+    /// The table that its rows are written to.
+    pub fn written_name(&self) -> &QualifiedName {
+        self.mapped.as_ref().map_or(&self.name, |mapped| &mapped.target)
+    }
+
+    /// The column that a column's values are written to.
+    pub fn written<'a>(&'a self, column: &'a str) -> &'a str {
+        self.mapped.as_ref().map_or(column, |mapped| mapped.written(column))
+    }
+
+    /// Of a mapped table, what follows FROM to read its rows as they are written, those that go
+    /// along, under their names on the target, with their ctid; `among` is a condition on that.
+    /// `None` for any other.
+    ///
+    /// # Errors
+    /// Where a mask is not for its column's type: a sentence.
+    pub fn mapped_rows(&self, among: Option<&str>) -> Option<std::result::Result<String, String>> {
+        let mapped = self.mapped.as_ref()?;
+        let columns: std::result::Result<Vec<String>, String> = self
+            .stored_columns()
+            .map(|column| {
+                let value = mapped.expression(&column.typed())?;
+                Ok(format!("{value} as {}", quote_ident(mapped.written(&column.name))))
+            })
+            .collect();
+        let columns = match columns {
+            Ok(columns) => columns,
+            Err(why) => return Some(Err(format!("table {}: {why}", self.name))),
+        };
+        let row = crate::map::ROW;
+        let list: String = columns.iter().map(|column| format!("{column}, ")).collect();
+        let among = among.map_or(String::new(), |among| format!(" where {among}"));
+        let filter = mapped.condition().map_or(String::new(), |filter| format!(" where {filter}"));
+        Some(Ok(format!(
+            "(select {list}{row}.ctid from (select *, ctid from only {}{among}) as {row}{filter})",
+            self.name.quoted()
+        )))
+    }
+}
+
+impl Column {
+    /// Name and type, for a mask.
+    pub fn typed(&self) -> Typed<'_> {
+        Typed { name: &self.name, type_name: &self.type_name, type_oid: self.type_oid }
     }
 }
 
@@ -209,6 +270,7 @@ fn read_table(row: &Row, columns: &mut HashMap<u32, Vec<Column>>) -> Result<Tabl
         bytes: row.parse(11)?,
         rows_estimate: row.parse(12)?,
         published: Published::default(),
+        mapped: None,
     })
 }
 

@@ -45,11 +45,15 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let ending = Ending { event: Event::CancelAsked, keep_history: false, source_is_gone };
     let done = end(&config, ending, &print::sayings()).await.map_err(hint)?;
     show(&done);
-    println!(
-        "canceled: the source {}. Tables that were created on the target are still \
-         there; drop them before moving to the same database again",
-        if source_is_gone { "was left alone" } else { "is as it was found" }
-    );
+    let source = if source_is_gone { "was left alone" } else { "is as it was found" };
+    let but = match done.tables_stay {
+        true => {
+            ". Tables that were created on the target are still there; drop them before moving to \
+             the same database again"
+        }
+        false => "",
+    };
+    println!("canceled: the source {source}{but}");
     Ok(ExitCode::SUCCESS)
 }
 

@@ -16,7 +16,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::print;
-use crate::cluster::guard::{self, Finding};
+use crate::cluster::guard::{self, Allowed, Finding, WithoutIdentity};
 use crate::cluster::plan::{Balance, Measure};
 use crate::cluster::{self, Address, Found, Plan, Weigh, Wish};
 use crate::config::{self, parse_duration};
@@ -41,6 +41,10 @@ pub struct Args {
     /// Report transactions that have been open for longer, on any node [default: 30min]
     #[arg(long, value_name = "TIME", value_parser = parse_duration, global = true)]
     transaction_age: Option<Duration>,
+    /// Tables without a replica identity: refuse, or insert-only, which moves them and lets UPDATE
+    /// and DELETE on them fail meanwhile [default: refuse]
+    #[arg(long, value_name = "WHAT", value_parser = str::parse::<WithoutIdentity>, global = true)]
+    without_identity: Option<WithoutIdentity>,
     #[command(subcommand)]
     command: Command,
 }
@@ -164,13 +168,16 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     // A mistake in the wish is told before anything is read.
     let wish = args.command.wish()?;
     let address = Address::parse(&args.cluster.ok_or(missing)?)?;
-    let age = args.transaction_age.unwrap_or(guard::TRANSACTION_AGE);
+    let allowed = Allowed {
+        transaction_age: args.transaction_age.unwrap_or(guard::TRANSACTION_AGE),
+        without_identity: args.without_identity.unwrap_or_default(),
+    };
     let json = args.json;
     match args.command {
         Command::Jobs => jobs::list(&address, json).await,
         Command::Job(job) => jobs::show(&address, job.job, json).await,
         Command::Log(args) => jobs::log(&address, args, json).await,
-        Command::Run(args) => run::run(address, *args, age, json).await,
+        Command::Run(args) => run::run(address, *args, allowed, json).await,
         Command::Cancel(args) => run::cancel(address, args, json).await,
         Command::Reset(args) => run::reset(address, args, json).await,
         Command::Rollback(args) => run::rollback(address, args, json).await,
@@ -181,7 +188,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
             match wish {
                 Wanted::Show(by) => show(&found, by, json)?,
                 Wanted::Plan(wish, store) => {
-                    plan(&address, &found, &wish, store, age, json).await?
+                    plan(&address, &found, &wish, store, allowed, json).await?
                 }
                 Wanted::Other => {}
             }
@@ -195,11 +202,11 @@ async fn plan(
     found: &Found,
     wish: &Wish,
     store: StoreArgs,
-    age: Duration,
+    allowed: Allowed,
     as_json: bool,
 ) -> anyhow::Result<()> {
     let plan = cluster::plan(&found.cluster, wish)?;
-    let findings = guard::findings(found, &plan, age).await?;
+    let findings = guard::findings(found, &plan, allowed).await?;
     let stored = match store.dry_run || plan.tasks.is_empty() {
         true => Ok(None),
         false => jobs::store(address, found, wish, &plan).await,

@@ -6,9 +6,9 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::options::{FlipArgs, JobArgs, learn};
-use super::print;
+use super::options::{JobArgs, learn};
 use super::run::stop_on_signal;
+use super::{print, reads};
 use crate::config::{self, parse_duration};
 use crate::id::Stream;
 use crate::job::ask::Asker;
@@ -20,6 +20,59 @@ use crate::job::{self, FlipRequest, JobConfig, Phase};
 /// How long arming, refreshing materialized views and looking for changed large objects may take
 /// before writers are held. Whoever goes away meanwhile has asked for nothing.
 const PREPARATION: Duration = Duration::from_secs(3600);
+
+/// Options of cutover and rollback.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct FlipArgs {
+    /// Lead only those who read, by routes of their own, ahead of the writes: nobody is fenced, and
+    /// writes stay where they are. rollback --reads leads them back to the source
+    #[arg(long, conflicts_with_all =
+        ["fence", "route", "no_route", "max_hold", "refresh", "unlogged", "leave_quarantined"])]
+    pub reads: bool,
+    /// Where those who read find the data, as --route says it; may be given again
+    #[arg(long, value_name = "KIND:...", requires = "reads")]
+    pub read_route: Vec<String>,
+    /// What stops writers: lock, read-only or none [default: lock]
+    #[arg(long, value_name = "KIND")]
+    pub fence: Option<String>,
+    /// Where clients find the data: hook:COMMAND, pgbouncer:ADMIN_URI,INI_PATH,DBNAME,
+    /// fdw:URI,SERVER, plproxy:URI,CLUSTER,PARTITION (URI of the router's database) or
+    /// citus:COORDINATOR_URI; may be given again [default: those of the last switch]
+    #[arg(long, value_name = "KIND:...")]
+    pub route: Vec<String>,
+    /// Lead no clients: neither by the routes of the last switch nor by those of walferry.toml
+    #[arg(long, conflicts_with = "route")]
+    pub no_route: bool,
+    /// Do not begin while the stream is further behind [default: 1s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub max_lag: Option<Duration>,
+    /// Give up after trying for so long to stop writers [default: 30s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+    /// No statement waits longer for us in one try [default: 200ms]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub lock_timeout: Option<Duration>,
+    /// Once writers are stopped, let them go on if the target needs longer to drain [default: 5s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub max_hold: Option<Duration>,
+    /// When materialized views are refreshed on the side to come: before (writers are held), after
+    /// (once clients are there, beside their work) or never [default: before; of rollback: after]
+    #[arg(long, value_name = "WHEN", value_parser = str::parse::<Refresh>)]
+    pub refresh: Option<Refresh>,
+    /// Rows of unlogged tables: copy (again, while writers are held), leave (as they were copied
+    /// at first), or refuse to switch while there are any [default: copy]
+    #[arg(long, value_name = "WHAT", value_parser = str::parse::<Unlogged>)]
+    pub unlogged: Option<Unlogged>,
+    /// Switch though changes are kept aside: they stay behind, and are not on the other side
+    #[arg(long)]
+    pub leave_quarantined: bool,
+    /// Prove the way there and back, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+}
 
 /// Options of the command.
 #[derive(Debug, clap::Args)]
@@ -35,8 +88,26 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     flip(Stream::Forward, &args.job, &args.flip).await
 }
 
+/// A time as given, else as the file has it, else this, in milliseconds.
+pub fn milliseconds(
+    own: Option<Duration>,
+    file: Option<String>,
+    default: u64,
+) -> Result<u64, config::Error> {
+    let value = match (own, file) {
+        (Some(own), _) => Ok(own),
+        (None, Some(text)) => parse_duration(&text),
+        (None, None) => Ok(Duration::from_millis(default)),
+    };
+    let value = value.map_err(|message| config::Error::Value { option: "[cutover]", message });
+    Ok(value?.as_millis() as u64)
+}
+
 /// Cutover and rollback alike.
 pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Result<ExitCode> {
+    if args.reads {
+        return reads::lead(stream, job, args).await;
+    }
     let config = job.job()?;
     let mut request = request(stream, job, args, &config)?;
     let fits = |row: &JobRow| may_flip(row.phase, stream).map_err(job::Error::from);
@@ -66,7 +137,7 @@ pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Res
     if args.json {
         print::json(&outcome)?;
     } else {
-        show(stream, args.dry_run, &outcome);
+        show(stream, args.dry_run, config.map.is_some(), &outcome);
         if routeless && !args.dry_run {
             let (to, from) = ends_of(stream);
             eprintln!(
@@ -122,7 +193,7 @@ async fn tell_passwords(
 }
 
 /// A runner that is alive answers at its next turn.
-const LETTER_WAIT: Duration = Duration::from_secs(60);
+pub const LETTER_WAIT: Duration = Duration::from_secs(60);
 
 /// Clients that were led over by a route are led back by it, unless others are given.
 fn choose_routes(
@@ -154,16 +225,6 @@ fn request(
     config: &JobConfig,
 ) -> anyhow::Result<FlipRequest> {
     let file = job.file()?.cutover;
-    let time = |own: Option<Duration>, file: Option<String>, default: u64| {
-        let value = match (own, file) {
-            (Some(own), _) => Ok(own),
-            (None, Some(text)) => parse_duration(&text),
-            (None, None) => Ok(Duration::from_millis(default)),
-        };
-        value
-            .map(|v| v.as_millis() as u64)
-            .map_err(|message| config::Error::Value { option: "[cutover]", message })
-    };
     let given = match (args.route.as_slice(), args.no_route) {
         ([], true) => Vec::new(),
         ([], false) => file.route,
@@ -191,14 +252,16 @@ fn request(
         fence,
         routes,
         letter: None,
-        max_lag_ms: time(args.max_lag, file.max_lag, 1_000)?,
-        timeout_ms: time(args.timeout, file.timeout, 30_000)?,
-        lock_timeout_ms: time(args.lock_timeout, file.lock_timeout, 200)?,
-        max_hold_ms: time(args.max_hold, file.max_hold, 5_000)?,
+        max_lag_ms: milliseconds(args.max_lag, file.max_lag, 1_000)?,
+        timeout_ms: milliseconds(args.timeout, file.timeout, 30_000)?,
+        lock_timeout_ms: milliseconds(args.lock_timeout, file.lock_timeout, 200)?,
+        max_hold_ms: milliseconds(args.max_hold, file.max_hold, 5_000)?,
         refresh,
         unlogged,
         leave_quarantined: args.leave_quarantined,
         dry_run: args.dry_run,
+        // Asked for each time, not once and for all by the file.
+        one_way: job.one_way,
         mark: None,
     })
 }
@@ -211,7 +274,7 @@ fn ends_of(stream: Stream) -> (&'static str, &'static str) {
     }
 }
 
-fn show(stream: Stream, dry_run: bool, outcome: &Value) {
+fn show(stream: Stream, dry_run: bool, one_way: bool, outcome: &Value) {
     for step in print::list(outcome, "/steps") {
         println!("{:>10.1} ms  {}", print::number(step, "/ms"), print::text(step, "/name"));
     }
@@ -226,6 +289,10 @@ fn show(stream: Stream, dry_run: bool, outcome: &Value) {
         }
     }
     let (side, _) = ends_of(stream);
+    if dry_run && one_way {
+        println!("ready, and there will be no way back; nothing was changed");
+        return;
+    }
     if dry_run {
         println!("ready: the way there and back is proven; nothing was changed");
         return;
@@ -248,20 +315,7 @@ mod tests {
                     [cutover]\nmax-hold = \"7s\"\n";
         std::fs::write(&path, text).unwrap();
         let job = JobArgs { config: Some(path.clone()), ..JobArgs::default() };
-        let mut flip = FlipArgs {
-            fence: None,
-            route: Vec::new(),
-            no_route: false,
-            max_lag: None,
-            timeout: None,
-            lock_timeout: None,
-            max_hold: None,
-            refresh: None,
-            unlogged: None,
-            leave_quarantined: false,
-            dry_run: false,
-            json: false,
-        };
+        let mut flip = FlipArgs::default();
         let config = job.job().unwrap();
         let asked = request(Stream::Forward, &job, &flip, &config).unwrap();
         assert_eq!((asked.max_hold_ms, asked.lock_timeout_ms), (7_000, 200));

@@ -2,8 +2,8 @@
 
 use std::process::ExitCode;
 
-use super::cutover;
-use super::options::{FlipArgs, JobArgs};
+use super::cutover::{self, FlipArgs};
+use super::options::JobArgs;
 use crate::id::Stream;
 
 /// Options of the command.

@@ -7,6 +7,7 @@ use super::options::JobArgs;
 use super::print;
 use crate::fault::{Fault, Faulty};
 use crate::job::place::Place;
+use crate::job::reads::ReadState;
 use crate::job::status::{self, Status, TableStatus};
 use crate::job::store::StreamRow;
 
@@ -74,6 +75,14 @@ fn show(status: &Status) {
     if let Some(error) = &status.error {
         println!("error    {error}");
     }
+    if let Some(reads) = &status.reads {
+        let where_to = match reads.state {
+            ReadState::Leading => "on their way to the target",
+            ReadState::Led => "on the target",
+            ReadState::Returning => "on their way back to the source",
+        };
+        println!("readers  {where_to}, by {}", reads.shown().join("; "));
+    }
     if let Some(spool) = &status.spool {
         let place = match &spool.place {
             Place::Spool(spool) => format!("spool    {} on host {}", spool.dir, spool.host),
@@ -83,6 +92,7 @@ fn show(status: &Status) {
     }
     show_stream("forward", &status.positions);
     show_fallbacks(status.fallbacks);
+    show_conflicts(status.conflicts, "target");
     show_tables(&status.tables);
     for table in &status.parked {
         println!("parked   {}, {} changes: {}", table.table, table.changes, table.error);
@@ -93,6 +103,7 @@ fn show(status: &Status) {
     if let Some(reverse) = &status.reverse {
         show_stream("reverse", &reverse.positions);
         show_fallbacks(reverse.fallbacks);
+        show_conflicts(reverse.conflicts, "source");
         show_tables(&reverse.tables);
     }
 }
@@ -138,6 +149,12 @@ fn show_spool(row: &StreamRow) {
     );
 }
 
+fn show_conflicts(conflicts: i64, side: &str) {
+    if conflicts > 0 {
+        println!("         {conflicts} conflicts on record, in walferry.conflict on the {side}");
+    }
+}
+
 fn show_fallbacks(batches: i64) {
     if batches > 0 {
         println!("         {batches} batches refused as sets, and written in row order");
@@ -149,19 +166,20 @@ fn show_tables(tables: &[TableStatus]) {
         return;
     }
     println!(
-        "  {:<40} {:>8} {:>12} {:>12} {:>12} {:>10} {:>6}",
-        "table", "copy", "rows copied", "decoded", "applied", "filtered", "aside"
+        "  {:<40} {:>8} {:>12} {:>12} {:>12} {:>10} {:>6} {:>6}",
+        "table", "copy", "rows copied", "decoded", "applied", "filtered", "aside", "lost"
     );
     for table in tables {
         println!(
-            "  {:<40} {:>8} {:>12} {:>12} {:>12} {:>10} {:>6}",
+            "  {:<40} {:>8} {:>12} {:>12} {:>12} {:>10} {:>6} {:>6}",
             table.name,
             table.copy_state,
             print::count(table.rows_copied.unsigned_abs()),
             print::count(table.decoded.unsigned_abs()),
             print::count(table.applied.unsigned_abs()),
             print::count(table.filtered.unsigned_abs()),
-            table.quarantined
+            table.quarantined,
+            table.lost
         );
     }
 }

@@ -19,6 +19,45 @@ use crate::pg::{Config, Purpose, Result, Session};
 /// threshold.
 pub const TRANSACTION_AGE: Duration = Duration::from_secs(30 * 60);
 
+/// What becomes of tables that have nothing to tell their rows by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WithoutIdentity {
+    /// They keep a plan from being run.
+    #[default]
+    Refuse,
+    /// They move. While a publication shows them, the server refuses UPDATE and DELETE on them, so
+    /// nothing can be lost.
+    InsertOnly,
+}
+
+impl std::str::FromStr for WithoutIdentity {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "refuse" => Ok(WithoutIdentity::Refuse),
+            "insert-only" => Ok(WithoutIdentity::InsertOnly),
+            _ => Err("is neither insert-only nor refuse".to_string()),
+        }
+    }
+}
+
+/// What is let pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Allowed {
+    /// Transactions that have been open for no longer.
+    pub transaction_age: Duration,
+    /// Tables without a replica identity.
+    pub without_identity: WithoutIdentity,
+}
+
+impl Default for Allowed {
+    fn default() -> Self {
+        let without_identity = WithoutIdentity::default();
+        Allowed { transaction_age: TRANSACTION_AGE, without_identity }
+    }
+}
+
 /// One thing found.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Finding {
@@ -40,18 +79,18 @@ pub struct Finding {
 ///
 /// # Errors
 /// Where a node cannot be asked.
-pub async fn findings(found: &Found, plan: &Plan, age: Duration) -> Result<Vec<Finding>> {
+pub async fn findings(found: &Found, plan: &Plan, allowed: Allowed) -> Result<Vec<Finding>> {
     let mut findings = fixed(found, plan);
     for (node, config) in &found.nodes {
         let mut session = Session::connect(config, Purpose::Sql).await?;
         let mut at = At { node, session: &mut session, findings: &mut findings };
-        at.transactions(age).await?;
+        at.transactions(allowed.transaction_age).await?;
         let gives = plan.tasks.iter().any(|task| task.source == *node);
         if gives || plan.tasks.iter().any(|task| task.target == *node) {
             at.settings().await?;
         }
         if gives {
-            at.shards(&moving(found, plan, node)).await?;
+            at.shards(&moving(found, plan, node), allowed.without_identity).await?;
         }
     }
     findings.sort();
@@ -67,15 +106,15 @@ pub async fn on_node(
     node: &str,
     config: &Config,
     shards: Option<&BTreeMap<QualifiedName, String>>,
-    age: Duration,
+    allowed: Allowed,
 ) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     let mut session = Session::connect(config, Purpose::Sql).await?;
     let mut at = At { node, session: &mut session, findings: &mut findings };
-    at.transactions(age).await?;
+    at.transactions(allowed.transaction_age).await?;
     at.settings().await?;
     if let Some(shards) = shards {
-        at.shards(shards).await?;
+        at.shards(shards, allowed.without_identity).await?;
     }
     findings.sort();
     Ok(findings)
@@ -188,7 +227,11 @@ impl At<'_> {
     }
 
     /// What the stream needs of each shard, by the shard and not by its table: they can differ.
-    async fn shards(&mut self, shards: &BTreeMap<QualifiedName, String>) -> Result<()> {
+    async fn shards(
+        &mut self,
+        shards: &BTreeMap<QualifiedName, String>,
+        without: WithoutIdentity,
+    ) -> Result<()> {
         self.session.execute("set citus.override_table_visibility = off").await?;
         let sql = "select n.nspname, c.relname, c.relpersistence, c.relkind, \
              c.relreplident = 'f' or exists (select 1 from pg_catalog.pg_index i \
@@ -213,11 +256,20 @@ impl At<'_> {
             }
             // A partitioned parent has no rows of its own.
             if kind == "r" && !row.bool(4)? {
-                let message = "has no replica identity: while it moves, UPDATE and DELETE on it \
-                     would fail"
-                    .to_string();
+                let (level, otherwise) = match without {
+                    WithoutIdentity::Refuse => (
+                        Level::Error,
+                        " (--without-identity insert-only moves it all the same, for a table that \
+                         sees INSERT alone)",
+                    ),
+                    WithoutIdentity::InsertOnly => (Level::Warning, ""),
+                };
+                let message = format!(
+                    "has no replica identity: from when it moves until its way back is ended, \
+                     UPDATE and DELETE on it fail{otherwise}"
+                );
                 let fix = Some(format!("alter table {table} replica identity full;"));
-                self.add(Level::Error, "no-identity", relation.to_string(), message, fix);
+                self.add(level, "no-identity", relation.to_string(), message, fix);
             }
         }
         Ok(())

@@ -97,8 +97,8 @@ impl Again {
                 lo_block: 0,
                 hi_block: None,
             };
-            let mut read =
-                self.live.copy_out(&read_sql(&item.table, &whole, &item.with.read)).await?;
+            let sql = read_sql(&item.table, &whole, &item.with.read).map_err(Error::Mask)?;
+            let mut read = self.live.copy_out(&sql).await?;
             let mut write = self.dest.copy_in(&write_sql(&item.table, &item.with.write)).await?;
             while let Some(data) = read.next().await? {
                 write.write(&data).await?;

@@ -88,6 +88,9 @@ pub enum Error {
         /// Which table.
         table: QualifiedName,
     },
+    /// A mask is not for its column.
+    #[error("the job's map: {0}")]
+    Mask(String),
     /// An invariant of ours does not hold.
     #[error("{0}; this is a bug of walferry, please report it")]
     Bug(String),
@@ -123,6 +126,7 @@ impl Faulty for Error {
             Error::NotEmpty { .. }
             | Error::Persistence { .. }
             | Error::Missing { .. }
+            | Error::Mask(_)
             | Error::Triggers { .. } => Fault::Stop,
             Error::Bug(_) => Fault::Bug,
         }

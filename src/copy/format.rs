@@ -72,6 +72,9 @@ pub fn options(
 fn is_binary_safe(table: &Table, other: &Table) -> bool {
     table.stored_columns().all(|column| {
         (SAFE.contains(&column.type_oid) || SAFE_ARRAYS.contains(&column.type_oid))
-            && other.columns.iter().any(|o| o.name == column.name && o.type_oid == column.type_oid)
+            && other
+                .columns
+                .iter()
+                .any(|o| o.name == table.written(&column.name) && o.type_oid == column.type_oid)
     })
 }

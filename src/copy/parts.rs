@@ -105,36 +105,51 @@ pub fn order(tables: &[Table]) -> Vec<&Table> {
 /// `("a", "b")`, or nothing for a table without columns to copy: COPY then takes all there are,
 /// which are none, as it never counts generated ones.
 fn column_list(table: &Table) -> String {
-    let columns: Vec<String> = table.stored_columns().map(|c| quote_ident(&c.name)).collect();
+    let columns: Vec<String> =
+        table.stored_columns().map(|c| quote_ident(table.written(&c.name))).collect();
     if columns.is_empty() { String::new() } else { format!(" ({})", columns.join(", ")) }
 }
 
 /// COPY TO for the source. `with` is the list of COPY options.
-pub fn read_sql(table: &Table, part: &Part, with: &str) -> String {
+///
+/// # Errors
+/// Where a mask of the job's map is not for its column's type: a sentence.
+pub fn read_sql(table: &Table, part: &Part, with: &str) -> Result<String, String> {
+    let among = among(part);
+    if let Some(rows) = table.mapped_rows(among.as_deref()) {
+        let columns: Vec<String> = table
+            .stored_columns()
+            .map(|column| format!("m.{}", quote_ident(table.written(&column.name))))
+            .collect();
+        let columns = columns.join(", ");
+        return Ok(format!("copy (select {columns} from {} as m) to stdout with ({with})", rows?));
+    }
     let name = table.name.quoted();
     let filter = table.published.filter.as_ref().map(|filter| format!("({filter})"));
     if part.parts == 1 && filter.is_none() {
         // COPY of a table by its name leaves out the rows of inheritance children, as ONLY does.
-        return format!("copy {name}{} to stdout with ({with})", column_list(table));
+        return Ok(format!("copy {name}{} to stdout with ({with})", column_list(table)));
     }
     let columns: Vec<String> = table.stored_columns().map(|c| quote_ident(&c.name)).collect();
-    let mut conditions = Vec::new();
-    if part.parts > 1 {
-        conditions.push(format!("ctid >= '({},0)'::pg_catalog.tid", part.lo_block));
-        let hi = part.hi_block.map(|hi| format!("ctid < '({hi},0)'::pg_catalog.tid"));
-        conditions.extend(hi);
-    }
-    conditions.extend(filter);
-    format!(
+    let conditions: Vec<String> = among.into_iter().chain(filter).collect();
+    Ok(format!(
         "copy (select {} from only {name} where {}) to stdout with ({with})",
         columns.join(", "),
         conditions.join(" and ")
-    )
+    ))
+}
+
+/// The condition for the rows of a part; none for a whole table.
+fn among(part: &Part) -> Option<String> {
+    let from = format!("ctid >= '({},0)'::pg_catalog.tid", part.lo_block);
+    let to = part.hi_block.map(|hi| format!(" and ctid < '({hi},0)'::pg_catalog.tid"));
+    (part.parts > 1).then(|| from + &to.unwrap_or_default())
 }
 
 /// COPY FROM for the target.
 pub fn write_sql(table: &Table, with: &str) -> String {
-    format!("copy {}{} from stdin with ({with})", table.name.quoted(), column_list(table))
+    let name = table.written_name().quoted();
+    format!("copy {name}{} from stdin with ({with})", column_list(table))
 }
 
 #[cfg(test)]
@@ -168,6 +183,7 @@ mod tests {
             bytes,
             rows_estimate: -1.0,
             published: Published::default(),
+            mapped: None,
         }
     }
 
@@ -193,13 +209,14 @@ mod tests {
         let table = table("T", 4, 4 * 8192);
         let parts = parts(&table, 2 * 8192, 15);
         assert_eq!(
-            read_sql(&table, &parts[0], "format text"),
+            read_sql(&table, &parts[0], "format text").unwrap(),
             "copy (select \"a\"\"b\", \"c\" from only \"s\".\"T\" where ctid >= \
              '(0,0)'::pg_catalog.tid and ctid < '(2,0)'::pg_catalog.tid) \
              to stdout with (format text)"
         );
         assert!(
             read_sql(&table, &parts[1], "x")
+                .unwrap()
                 .ends_with("'(2,0)'::pg_catalog.tid) to stdout with (x)")
         );
         assert_eq!(
@@ -208,12 +225,12 @@ mod tests {
         );
         let mut some = table.clone();
         some.published.filter = Some("(c > 3) or (c is null)".to_string());
-        let second = read_sql(&some, &parts[1], "x");
+        let second = read_sql(&some, &parts[1], "x").unwrap();
         assert!(second.ends_with("tid and ((c > 3) or (c is null))) to stdout with (x)"));
         some.columns.pop();
         let whole = self::parts(&some, u64::MAX, 15);
         assert_eq!(
-            read_sql(&some, &whole[0], "x"),
+            read_sql(&some, &whole[0], "x").unwrap(),
             "copy (select \"a\"\"b\" from only \"s\".\"T\" where ((c > 3) or (c is null))) \
              to stdout with (x)"
         );

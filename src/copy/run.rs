@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 use super::family::Families;
 use super::parts::{SMALL_BYTES, bundle, order, part_bytes, parts, weight};
 use super::snapshot::import;
-use super::store::{self, Stored};
+use super::store::{self, Stored, filenode, is_uneven, is_whole};
 use super::transfer::{Item, Origin, transfer};
 use super::{CopyProgress, Error, Format, Result, SnapshotSource, format};
 use crate::catalog::{Selection, Table, TableKind, tables};
@@ -101,10 +101,10 @@ pub async fn run(
         return Ok(());
     }
     let (mut source, snapshot_id) = import(&options.source, snapshot).await?;
-    reset_mixed(&mut target, &mut source, options, &stored, &snapshot_id).await?;
+    let written = written_names(tables);
+    reset_mixed(&mut target, &mut source, (options, &written), &stored, &snapshot_id).await?;
     for table in families.misfits(&stored, &snapshot_id) {
-        let only = target.only(&table);
-        store::reset(&mut target.session, &options.job, &table, only).await?;
+        target.reset(options, &table, &written).await?;
     }
     let stored = store::load(&mut target.session, &options.job).await?;
     report(progress, &stored);
@@ -151,6 +151,24 @@ impl Target {
         let parted = |t: &Table| t.kind == TableKind::Partitioned;
         if self.tables.get(table).is_some_and(parted) { "" } else { "only " }
     }
+
+    /// Empties what `table` of the source is written to, and has it copied again.
+    async fn reset(
+        &mut self,
+        options: &Options,
+        table: &QualifiedName,
+        written: &HashMap<QualifiedName, QualifiedName>,
+    ) -> Result<()> {
+        let to = written.get(table).unwrap_or(table);
+        let only = self.only(to);
+        store::reset(&mut self.session, &options.job, table, (to, only)).await
+    }
+}
+
+/// By its name on the source, where a table is written that has another name there.
+fn written_names(tables: &[Table]) -> HashMap<QualifiedName, QualifiedName> {
+    let mapped = tables.iter().filter(|table| table.mapped.is_some());
+    mapped.map(|table| (table.name.clone(), table.written_name().clone())).collect()
 }
 
 async fn open_target(config: &Config) -> Result<Target> {
@@ -171,18 +189,6 @@ pub(super) async fn connect_target(config: &Config) -> Result<(Session, bool)> {
         Err(error) if error.code() == Some("42501") => Ok((session, false)),
         Err(error) => Err(Error::Pg(error)),
     }
-}
-
-fn is_whole(parts: &[Stored]) -> bool {
-    parts.iter().all(|part| part.done) && !is_uneven(parts)
-}
-
-fn is_uneven(parts: &[Stored]) -> bool {
-    let mut done = parts.iter().filter(|part| part.done);
-    let first = done.next();
-    done.any(|part| {
-        first.is_some_and(|f| (&f.snapshot_id, f.filenode) != (&part.snapshot_id, part.filenode))
-    })
 }
 
 /// Cuts and stores the tables that are not stored yet, after a look that they are empty there.
@@ -216,33 +222,37 @@ async fn store_parts(
 async fn check_empty(target: &mut Target, tables: &[&Table]) -> Result<()> {
     let has_no_block = |t: &Table| t.kind == TableKind::Plain && t.blocks == 0;
     let mut asked = tables.to_vec();
-    asked.retain(|table| !target.tables.get(&table.name).is_some_and(has_no_block));
+    asked.retain(|table| !target.tables.get(table.written_name()).is_some_and(has_no_block));
     if asked.is_empty() {
         return Ok(());
     }
     let empty: Vec<String> = asked
         .iter()
-        .map(|t| format!("select exists (select from {}{})", target.only(&t.name), t.name.quoted()))
+        .map(|table| {
+            let name = table.written_name();
+            format!("select exists (select from {}{})", target.only(name), name.quoted())
+        })
         .collect();
     let answers = target.session.query(&empty.join("; ")).await?;
     for (table, row) in asked.iter().zip(&answers) {
         if row.bool(0)? {
-            return Err(Error::NotEmpty { table: table.name.clone() });
+            return Err(Error::NotEmpty { table: table.written_name().clone() });
         }
     }
     Ok(())
 }
 
 pub(super) fn check_target(tables: &HashMap<QualifiedName, Table>, table: &Table) -> Result<()> {
-    let missing = |what: String| Err(Error::Missing { table: table.name.clone(), what });
-    let Some(there) = tables.get(&table.name) else {
+    let missing = |what: String| Err(Error::Missing { table: table.written_name().clone(), what });
+    let Some(there) = tables.get(table.written_name()) else {
         return missing("does not exist".to_string());
     };
     for column in table.stored_columns() {
-        match there.columns.iter().find(|c| c.name == column.name) {
-            None => return missing(format!("has no column \"{}\"", column.name)),
+        let name = table.written(&column.name);
+        match there.columns.iter().find(|c| c.name == name) {
+            None => return missing(format!("has no column \"{name}\"")),
             Some(c) if c.generated => {
-                return missing(format!("generates column \"{}\" itself", column.name));
+                return missing(format!("generates column \"{name}\" itself"));
             }
             Some(_) => {}
         }
@@ -261,7 +271,7 @@ async fn check_triggers(target: &mut Target, tables: &[&Table], role: &str) -> R
                    where k.oid = t.tgconstraint and k.contype = 'f')) order by 1, 2";
     for row in target.session.query(sql).await? {
         let table = QualifiedName::new(row.str(0)?, row.str(1)?);
-        if tables.iter().any(|t| t.name == table) {
+        if tables.iter().any(|t| *t.written_name() == table) {
             return Err(Error::Triggers { table, role: role.to_string() });
         }
     }
@@ -272,7 +282,7 @@ async fn check_triggers(target: &mut Target, tables: &[&Table], role: &str) -> R
 async fn reset_mixed(
     target: &mut Target,
     source: &mut Session,
-    options: &Options,
+    (options, written): (&Options, &HashMap<QualifiedName, QualifiedName>),
     stored: &HashMap<QualifiedName, Vec<Stored>>,
     snapshot_id: &str,
 ) -> Result<()> {
@@ -289,17 +299,10 @@ async fn reset_mixed(
             part.snapshot_id.as_deref() == Some(snapshot_id) && part.filenode == filenode
         };
         if is_uneven(parts) || !done.into_iter().all(fits) {
-            let only = target.only(table);
-            store::reset(&mut target.session, &options.job, table, only).await?;
+            target.reset(options, table, written).await?;
         }
     }
     Ok(())
-}
-
-async fn filenode(source: &mut Session, table: &QualifiedName) -> Result<Option<u32>> {
-    let sql = "select pg_catalog.pg_relation_filenode(pg_catalog.to_regclass($1))";
-    let row = source.query_one(sql, &[Some(&table.quoted())]).await?;
-    Ok(row.parse_opt(0)?)
 }
 
 fn report(progress: &CopyProgress, stored: &HashMap<QualifiedName, Vec<Stored>>) {
@@ -329,7 +332,7 @@ fn queue(
     let encodings = (from.as_str(), into.as_str());
     let mut queue = Vec::new();
     for table in order(tables) {
-        let Some(there) = target.tables.get(&table.name) else { continue };
+        let Some(there) = target.tables.get(table.written_name()) else { continue };
         let with = format::options(options.format, encodings, table, there);
         let shared = Arc::new(table.clone());
         let todo = stored.get(&table.name).into_iter().flatten().filter(|part| !part.done);
@@ -337,7 +340,7 @@ fn queue(
             table: shared.clone(),
             part: stored.part.clone(),
             with: with.clone(),
-            only: target.only(&table.name),
+            only: target.only(table.written_name()),
             begun: stored.begun,
         }));
     }

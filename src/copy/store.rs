@@ -25,7 +25,13 @@ pub const DDL: &str = "create table if not exists walferry.table_copy (\
      'pg_current_snapshot() under which the part was read, the slot''s own included'; \
      comment on column walferry.table_copy.filenode is \
      'pg_relation_filenode() on the source, for tables of several parts: ctids mean nothing \
-     in another'";
+     in another'; \
+     create table if not exists walferry.table_refill (\
+     job text not null, schema text not null, name text not null, reason text not null, \
+     begun_at timestamptz not null default now(), judged_at timestamptz, \
+     missing int8, extra int8, different int8, primary key (job, schema, name)); \
+     comment on table walferry.table_refill is \
+     'tables compared with the source after a loss, and by how many rows they differed'";
 
 /// A stored part.
 #[derive(Clone, Debug)]
@@ -103,7 +109,7 @@ pub(super) fn insert_sql(job: &str, parts: &[Part]) -> String {
     )
 }
 
-fn is_table(job: &str, table: &QualifiedName) -> String {
+pub(super) fn is_table(job: &str, table: &QualifiedName) -> String {
     format!(
         "job = {} and schema = {} and name = {}",
         quote_literal(job),
@@ -184,16 +190,37 @@ pub(super) fn done_sql(origin: &Origin, done: &[Done<'_>]) -> String {
     )
 }
 
-/// Empties the table and makes all its parts `todo` again, in one transaction.
+/// True if all parts are done, and fit each other.
+pub(super) fn is_whole(parts: &[Stored]) -> bool {
+    parts.iter().all(|part| part.done) && !is_uneven(parts)
+}
+
+/// True if parts that are done were not read from one file under one snapshot.
+pub(super) fn is_uneven(parts: &[Stored]) -> bool {
+    let mut done = parts.iter().filter(|part| part.done);
+    let first = done.next();
+    done.any(|part| {
+        first.is_some_and(|f| (&f.snapshot_id, f.filenode) != (&part.snapshot_id, part.filenode))
+    })
+}
+
+/// The source's file of a table.
+pub(super) async fn filenode(source: &mut Session, table: &QualifiedName) -> Result<Option<u32>> {
+    let sql = "select pg_catalog.pg_relation_filenode(pg_catalog.to_regclass($1))";
+    let row = source.query_one(sql, &[Some(&table.quoted())]).await?;
+    Ok(row.parse_opt(0)?)
+}
+
+/// Empties what the table is written to, and makes all its parts `todo` again, in one transaction.
 pub(super) async fn reset(
     session: &mut Session,
     job: &str,
     table: &QualifiedName,
-    only: &str,
+    (written, only): (&QualifiedName, &str),
 ) -> Result<()> {
     session.execute("begin").await?;
     let outcome = async {
-        empty(session, table, only).await?;
+        empty(session, written, only).await?;
         let sql = format!(
             "update walferry.table_copy set state = 'todo', snapshot = null, snapshot_lsn = null, \
              snapshot_id = null, filenode = null, rows = null, bytes = null, begun_at = null, \

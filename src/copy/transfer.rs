@@ -135,7 +135,7 @@ async fn prepare(target: &mut Session, freeze: Freeze, item: &Item) -> pg::Resul
     if !item.begun && !freezes {
         return Ok(false);
     }
-    let table = &item.part.table;
+    let table = item.table.written_name();
     if !item.begun {
         // It was empty when the copy began; rows that came since are somebody's.
         let sql = format!("select exists (select from {}{})", item.only, table.quoted());
@@ -199,7 +199,8 @@ async fn read(
     let sql: Vec<String> = pinned
         .iter()
         .map(|Pinned { item, .. }| read_sql(&item.table, &item.part, &item.with.read))
-        .collect();
+        .collect::<std::result::Result<_, _>>()
+        .map_err(Error::Mask)?;
     let unreadable = |error| unreadable(pinned, error);
     let mut copy = source.copy_out(&sql.join("; ")).await.map_err(unreadable)?;
     let room = if pinned.len() > 1 { SMALL_CHUNK_BYTES } else { CHUNK_BYTES };

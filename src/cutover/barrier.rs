@@ -9,7 +9,7 @@ use crate::apply::{Applied, parked};
 use crate::clock::Deadline;
 use crate::id::{QualifiedName, quote_literal};
 use crate::lsn::Lsn;
-use crate::pg::Session;
+use crate::pg::{self, Session};
 
 /// How long a transaction may stay prepared before it counts as left behind, and between looks.
 const PREPARED_WAIT: Duration = Duration::from_secs(2);
@@ -21,15 +21,22 @@ const PREPARED_LOOK: Duration = Duration::from_millis(20);
 /// everything before it, gives the stream something beyond the position to send, and wakes the
 /// walsender at once instead of at the next background flush.
 pub async fn mark(session: &mut Session, what: &str) -> Result<Lsn> {
-    let row = session.query_one("select pg_catalog.pg_current_wal_insert_lsn()", &[]).await?;
-    let lsn = row.lsn(0)?;
-    session
-        .query_params(
-            "select pg_catalog.pg_logical_emit_message(true, 'walferry', $1)",
-            &[Some(what)],
-        )
-        .await?;
-    Ok(lsn)
+    // One message, as writers may be waiting: its statements are run in their order.
+    let sql = format!(
+        "select pg_catalog.pg_current_wal_insert_lsn(); \
+         select pg_catalog.pg_logical_emit_message(true, 'walferry', {})",
+        quote_literal(what)
+    );
+    let rows = session.query(&sql).await?;
+    let row =
+        rows.first().ok_or_else(|| pg::Error::Result("no position of the log".to_string()))?;
+    Ok(row.lsn(0)?)
+}
+
+/// Makes durable what was applied on this side.
+pub async fn flush(dest: &mut Session) -> Result<()> {
+    dest.query("select pg_catalog.pg_logical_emit_message(true, 'walferry', 'flush')").await?;
+    Ok(())
 }
 
 /// Waits until everything before `lsn` is applied; `Ok(false)` after `wait`.
@@ -125,12 +132,6 @@ pub async fn refuse_parked(dest: &mut Session, stream: &str) -> Result<()> {
     }
     let tables = parked.iter().map(|p| format!("{} ({} changes: {})", p.table, p.changes, p.error));
     Err(Error::Quarantined { tables: tables.collect() })
-}
-
-/// The barrier, on a side whose writers are stopped.
-pub async fn mark_held(live: &mut Session, tables: Option<&[QualifiedName]>) -> Result<Lsn> {
-    refuse_prepared(live, tables).await?;
-    mark(live, "barrier").await
 }
 
 /// The gate: a probe committed now is applied within `max_lag`.

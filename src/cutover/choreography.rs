@@ -1,26 +1,30 @@
 //! The steps in their order, timed and journalled.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use tokio::sync::watch;
 
-use super::fence::{self, Fence, FenceKind};
-use super::sequences::{self, Stood};
+use super::fence::{Fence, FenceKind};
+use super::held::Ready;
+use super::sequences::Stood;
 use super::{Error, Rest, Result, Rules, barrier, canary, undo};
 use crate::apply::Applied;
-use crate::catalog::{self, Selection};
+use crate::catalog::Selection;
 use crate::clock::{Backoff, Deadline};
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Config, Session};
 use crate::route::{self, Route};
-use crate::schema::Acting;
 
 /// How long the home database may take to commit the point of no return. Until it has answered,
 /// nobody knows on which side applications belong, and clients are let go on neither.
 const PONR_WAIT: Duration = Duration::from_secs(10);
+
+/// How long it may take to note how far a flip came that was undone.
+const NOTE_WAIT: Duration = Duration::from_secs(1);
 
 /// How long it may take to say who is in the way, while writers are still held.
 const BLOCKER_WAIT: Duration = Duration::from_millis(500);
@@ -43,6 +47,10 @@ pub struct Plan {
     pub tables: Vec<QualifiedName>,
     /// Which tables take part; sequences owned by others do not.
     pub selection: Selection,
+    /// Sequences that have other names on the other side: by their names on the live one.
+    pub sequences: HashMap<QualifiedName, QualifiedName>,
+    /// There is no way back, and so none to be proven.
+    pub one_way: bool,
     /// What stops writers.
     pub fence: FenceKind,
     /// Where clients find the data.
@@ -67,8 +75,8 @@ pub struct Plan {
     pub leave_parked: bool,
     /// Stop after the gates.
     pub dry_run: bool,
-    /// What [`catalog::mark`] gave of the live side's tables, where DDL since then refuses the
-    /// flip.
+    /// What [`crate::catalog::mark`] gave of the live side's tables, where DDL since then refuses
+    /// the flip.
     pub mark: Option<String>,
     /// True: give up at the next place where that can be undone.
     pub stop: watch::Receiver<bool>,
@@ -83,12 +91,11 @@ impl Plan {
 
 /// Where the choreography writes what it does, and commits the point of no return.
 pub trait Journal {
-    /// Before a step: writes it down, and how long the last one took. One commit, as writers may
-    /// be waiting for it.
-    fn begin(&mut self, step: &str, last: Option<&Step>)
-    -> impl Future<Output = Result<()>> + Send;
-    /// After the last one.
-    fn end(&mut self, last: &Step) -> impl Future<Output = Result<()>> + Send;
+    /// Before steps: writes them down, and how long those took that are `done`. One commit, as
+    /// writers may be waiting for it.
+    fn begin(&mut self, steps: &[&str], done: &[Step]) -> impl Future<Output = Result<()>> + Send;
+    /// After them.
+    fn end(&mut self, done: &[Step]) -> impl Future<Output = Result<()>> + Send;
     /// Commits, durably, that applications now belong on the other side, from the barrier on, and
     /// for how long writers have been held by then.
     fn point_of_no_return(
@@ -127,12 +134,13 @@ pub struct Outcome {
     pub unreleased: Option<String>,
 }
 
-struct Flight<'a, J> {
-    plan: &'a mut Plan,
-    journal: &'a mut J,
-    steps: Vec<Step>,
+/// A flip under way.
+pub(super) struct Flight<'a, J> {
+    pub(super) plan: &'a mut Plan,
+    pub(super) journal: &'a mut J,
+    pub(super) steps: Vec<Step>,
     /// Where the live side's sequences stood when the gates were checked.
-    stood: Option<Stood>,
+    pub(super) stood: Option<Stood>,
 }
 
 /// Runs the choreography. On an error everything has been undone, unless it is
@@ -144,7 +152,7 @@ pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome
     let mut flight = Flight { plan, journal, steps: Vec::new(), stood: None };
     flight.gates().await?;
     if flight.plan.dry_run {
-        flight.end_last().await?;
+        flight.end_steps().await?;
         let steps = flight.steps;
         let switched_lsn = Lsn::ZERO.to_string();
         let (released, unreleased) = (true, None);
@@ -164,8 +172,14 @@ pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome
         Err(unknown @ Error::Unknown { .. }) => Err(unknown),
         Err(cause) => {
             let plan = &*flight.plan;
-            match undo::withdraw(&plan.live, fence, &plan.routes, &plan.context, &plan.rules).await
-            {
+            let undone =
+                undo::withdraw(&plan.live, fence, &plan.routes, &plan.context, &plan.rules).await;
+            // For whoever reads the journal to learn how far it came; the job needs it not.
+            let noted = tokio::time::timeout(NOTE_WAIT, flight.journal.end(&flight.steps));
+            if !matches!(noted.await, Ok(Ok(()))) {
+                tracing::debug!("the journal does not say how long the steps took");
+            }
+            match undone {
                 Ok(()) => Err(cause),
                 Err(undo) => {
                     Err(Error::NotUndone { cause: cause.to_string(), undo: undo.to_string() })
@@ -175,14 +189,23 @@ pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome
     }
 }
 
+/// Times a step.
+pub(super) async fn timed<T>(
+    name: &str,
+    work: impl Future<Output = Result<T>>,
+) -> Result<(T, Step)> {
+    let started = Instant::now();
+    let outcome = work.await?;
+    let ms = started.elapsed().as_secs_f64() * 1e3;
+    Ok((outcome, Step { name: name.to_string(), ms }))
+}
+
 /// Journals a step, times it, and keeps it for the outcome.
 macro_rules! step {
     ($flight:expr, $name:expr, $work:expr) => {{
-        $flight.journal.begin($name, $flight.steps.last()).await?;
-        let started = Instant::now();
-        let outcome = $work?;
-        let ms = started.elapsed().as_secs_f64() * 1e3;
-        $flight.steps.push(Step { name: $name.to_string(), ms });
+        $flight.journal.begin(&[$name], &$flight.steps).await?;
+        let (outcome, step) = timed($name, async { $work }).await?;
+        $flight.steps.push(step);
         outcome
     }};
 }
@@ -190,17 +213,19 @@ macro_rules! step {
 impl<J: Journal> Flight<'_, J> {
     async fn gates(&mut self) -> Result<()> {
         step!(self, "check routes", self.check_routes().await);
-        step!(self, "canary", {
-            let plan = &*self.plan;
-            canary::prove(&plan.job, plan.flip, &plan.live, &plan.dest, CANARY_WAIT).await
-        });
+        if !self.plan.one_way {
+            step!(self, "canary", {
+                let plan = &*self.plan;
+                canary::prove(&plan.job, plan.flip, &plan.live, &plan.dest, CANARY_WAIT).await
+            });
+        }
         step!(self, "lag", {
             let plan = &mut *self.plan;
             let mut session = Session::control(&plan.live).await?;
             let mut dest = Session::control(&plan.dest).await?;
             self.stood = Some(Stood::read(&mut session, &mut dest).await?);
             barrier::gate(&mut session, &mut plan.carry, plan.max_lag).await?;
-            self.refuse_parked(&mut dest).await
+            refuse_parked(self.plan, &mut dest).await
         });
         Ok(())
     }
@@ -214,11 +239,8 @@ impl<J: Journal> Flight<'_, J> {
         Ok(())
     }
 
-    async fn end_last(&mut self) -> Result<()> {
-        match self.steps.last() {
-            Some(last) => self.journal.end(last).await,
-            None => Ok(()),
-        }
+    async fn end_steps(&mut self) -> Result<()> {
+        self.journal.end(&self.steps).await
     }
 
     async fn fly(&mut self, slot: &mut Option<Fence>) -> Result<Outcome> {
@@ -230,17 +252,15 @@ impl<J: Journal> Flight<'_, J> {
             fence.take_large_objects().await?;
         }
         let fence = slot.insert(fence);
-        let mut live = Session::control(&plan.live).await?;
-        let mut dest = Session::control(&plan.dest).await?;
-        fence::clear_way(&mut dest, &plan.job).await?;
+        let mut ready = Ready::make(plan).await?;
         let max_hold = plan.max_hold;
         let (held, retries) = step!(self, "fence", self.stop_writers(fence).await);
         let limit = max_hold.saturating_sub(held.elapsed());
         // A server that no longer answers must not keep writers waiting either.
-        let flipping = self.while_held(fence, &mut live, &mut dest, held);
+        let flipping = self.while_held(fence, &mut ready, held);
         let barrier_lsn = match tokio::time::timeout(limit, flipping).await {
             Ok(outcome) => outcome?,
-            Err(_) => return Err(self.held_too_long(fence, &mut live).await),
+            Err(_) => return Err(self.held_too_long(fence, &mut ready.live).await),
         };
         let started = Instant::now();
         let committing = self.journal.point_of_no_return(barrier_lsn, held.elapsed());
@@ -265,64 +285,6 @@ impl<J: Journal> Flight<'_, J> {
         })
     }
 
-    /// From the barrier to the switch, while writers wait.
-    async fn while_held(
-        &mut self,
-        fence: &mut Fence,
-        live: &mut Session,
-        dest: &mut Session,
-        held: Instant,
-    ) -> Result<Lsn> {
-        let barrier_lsn =
-            step!(self, "barrier", barrier::mark_held(live, self.plan.own_tables()).await);
-        if self.plan.mark.is_some() {
-            step!(self, "unaltered", self.refuse_altered(live).await);
-        }
-        let rest = self.plan.rest.is_there();
-        step!(self, "drain", {
-            let drained = match self.drain(barrier_lsn, held).await {
-                // What was refused on the last stretch would be left behind as well.
-                Ok(()) => self.refuse_parked(dest).await,
-                drained => drained,
-            };
-            match drained {
-                Ok(()) if !rest => self.plan.rest.carry(live, dest).await,
-                drained => drained,
-            }
-        });
-        if rest {
-            step!(self, "rest", self.plan.rest.carry(live, dest).await);
-        }
-        if self.plan.rules.dest != Acting::Nothing {
-            step!(self, "rules", self.plan.rules.wake_dest(dest).await);
-        }
-        step!(self, "sequences", {
-            let plan = &*self.plan;
-            let stood = match self.stood.take() {
-                Some(stood) => stood,
-                None => Stood::read(live, dest).await?,
-            };
-            sequences::carry(live, dest, &plan.selection, &stood, plan.max_hold).await
-        });
-        step!(self, "seal", {
-            match fence.seal(&self.plan.rules, &self.plan.tables).await {
-                Ok(()) => fence::open_for_now(dest, &self.plan.job).await,
-                Err(error) => Err(error),
-            }
-        });
-        step!(self, "switch", self.switch_routes().await);
-        Ok(barrier_lsn)
-    }
-
-    /// The fence's locks keep tables as they are from here on.
-    async fn refuse_altered(&self, live: &mut Session) -> Result<()> {
-        let now = catalog::mark(live, &self.plan.tables).await?;
-        if self.plan.mark.as_ref().is_some_and(|before| *before != now) {
-            return Err(Error::Altered);
-        }
-        Ok(())
-    }
-
     /// Says also who keeps the fence's session waiting, as readers do where it drops foreign keys.
     async fn held_too_long(&self, fence: &Fence, live: &mut Session) -> Error {
         let after = self.steps.last().map_or("", |step| &step.name).to_string();
@@ -343,7 +305,7 @@ impl<J: Journal> Flight<'_, J> {
             Ok(()) => {
                 let ms = started.elapsed().as_secs_f64() * 1e3;
                 let recorded = async {
-                    self.end_last().await?;
+                    self.end_steps().await?;
                     self.journal.released().await
                 };
                 let recorded = recorded.await;
@@ -369,6 +331,7 @@ impl<J: Journal> Flight<'_, J> {
         let mut backoff = Backoff::new(plan.lock_timeout * 2, plan.lock_timeout * 10);
         let mut retries = 0;
         loop {
+            fence.begin(plan.lock_timeout).await?;
             let held = Instant::now();
             let mut busy = self.hold_routes(held).await?;
             if busy.is_none() && fence.raise(plan.lock_timeout).await? {
@@ -422,28 +385,12 @@ impl<J: Journal> Flight<'_, J> {
         }
         Ok(None)
     }
+}
 
-    async fn drain(&mut self, barrier_lsn: Lsn, held: Instant) -> Result<()> {
-        // A little less than the whole: the error that names both positions is the better one.
-        let wait = self.plan.max_hold.saturating_sub(held.elapsed()).mul_f64(0.95);
-        if barrier::reached(&mut self.plan.carry, barrier_lsn, wait).await? {
-            return Ok(());
-        }
-        let applied_lsn = self.plan.carry.borrow().applied_lsn;
-        Err(Error::Drain { barrier_lsn, applied_lsn, waited: self.plan.max_hold })
-    }
-
-    async fn refuse_parked(&self, dest: &mut Session) -> Result<()> {
-        match self.plan.leave_parked {
-            true => Ok(()),
-            false => barrier::refuse_parked(dest, &self.plan.job.object(self.plan.flip)).await,
-        }
-    }
-
-    async fn switch_routes(&self) -> Result<()> {
-        for route in &self.plan.routes {
-            route.switch(&self.plan.context).await?;
-        }
-        Ok(())
+/// Nothing is kept aside of what has arrived on the other side.
+pub(super) async fn refuse_parked(plan: &Plan, dest: &mut Session) -> Result<()> {
+    match plan.leave_parked {
+        true => Ok(()),
+        false => barrier::refuse_parked(dest, &plan.job.object(plan.flip)).await,
     }
 }

@@ -111,7 +111,7 @@ pub(super) enum Opening {
 }
 
 /// True if the job has a note on a read-only database here, of those that `which` allows.
-async fn noted(session: &mut Session, job: &JobName, which: &str) -> Result<bool> {
+pub(super) async fn noted(session: &mut Session, job: &JobName, which: &str) -> Result<bool> {
     let there = "select pg_catalog.to_regclass('walferry.read_only') is not null";
     if !session.query_one(there, &[]).await?.bool(0)? {
         return Ok(false);

@@ -20,16 +20,13 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::database::{self, Opening, open_database, refuse_unendable, shut_database, tidy};
+use super::database::{self, refuse_unendable, shut_database};
+use super::seal::{self, hasten, seal_name, seals};
 use super::{Error, Result, Rules};
 use crate::id::{JobName, QualifiedName};
 use crate::large;
 use crate::pg::{Config, Row, Session};
-
-/// Name of the trigger with which a job seals a table: 54 bytes at most.
-pub fn seal_name(job: &JobName) -> String {
-    format!("walferry_seal_{job}")
-}
+use crate::schema;
 
 /// `--fence`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +72,10 @@ pub struct Fence {
     session: Session,
     lock_sql: String,
     trigger_sql: String,
+    /// What the seal does beside the triggers, once it is known.
+    silencing: Vec<String>,
+    /// Once locks are held, the time that a switch may take.
+    unbounded_sql: String,
     /// Writers of large objects are stopped too, by locks on their catalogs.
     has_large_objects: bool,
 }
@@ -93,7 +94,10 @@ impl Fence {
     ) -> Result<Fence> {
         let mut session = Session::control(live).await?;
         let millis = (max_hold + Duration::from_secs(1)).as_millis();
-        session.execute(&format!("set idle_in_transaction_session_timeout = {millis}")).await?;
+        let unbounded_sql = format!(
+            "set local statement_timeout = 0; set local lock_timeout = 0; \
+             set local idle_in_transaction_session_timeout = {millis}"
+        );
         hasten(&mut session).await;
         database::forget_opened(&mut session, job).await?;
         let mut trigger_sql = String::new();
@@ -118,8 +122,16 @@ impl Fence {
         }
         let names: Vec<String> = tables.iter().map(|t| format!("only {}", t.quoted())).collect();
         let lock_sql = names.join(", ");
-        let (job, has_large_objects) = (job.clone(), false);
-        Ok(Fence { kind, job, session, lock_sql, trigger_sql, has_large_objects })
+        Ok(Fence {
+            kind,
+            job: job.clone(),
+            session,
+            lock_sql,
+            trigger_sql,
+            silencing: Vec::new(),
+            unbounded_sql,
+            has_large_objects: false,
+        })
     }
 
     /// Makes a fence of locks stop those who write large objects, too, where there are any and the
@@ -137,19 +149,39 @@ impl Fence {
         Ok(())
     }
 
+    /// Begins the transaction of one try, so that nothing but the locks is left for when clients
+    /// are held. Stops nobody.
+    pub async fn begin(&mut self, wait: Duration) -> Result<()> {
+        self.session.set_patience(wait + RAISE_SLACK);
+        if self.kind == FenceKind::Lock && !self.session.in_transaction() {
+            // statement_timeout bounds the whole list: tables locked first would otherwise stay
+            // locked through one lock_timeout for every table behind them.
+            let millis = wait.as_millis().max(1);
+            // A message of its own: releases before 11 start the statement timer with a message
+            // only.
+            // Routes may take long to hold their clients, and nothing is locked meanwhile.
+            let begin = format!(
+                "begin; set local lock_timeout = {millis}; set local statement_timeout = {millis}; \
+                 set local idle_in_transaction_session_timeout = 0"
+            );
+            self.session.execute(&begin).await?;
+        }
+        Ok(())
+    }
+
     /// One try to stop writers, for at most `wait`. `Ok(false)`: somebody holds a lock; nobody
     /// waits for us any more.
     pub async fn raise(&mut self, wait: Duration) -> Result<bool> {
-        self.session.set_patience(wait + RAISE_SLACK);
+        self.begin(wait).await?;
         match self.kind {
             FenceKind::None => Ok(true),
             FenceKind::ReadOnly => self.raise_read_only(wait).await,
             FenceKind::Lock if self.lock_sql.is_empty() => {
-                self.session.execute("begin").await?;
+                self.session.execute(&self.unbounded_sql).await?;
                 Ok(true)
             }
             FenceKind::Lock => {
-                if !self.raise_lock(wait).await? {
+                if !self.lock().await? {
                     return Ok(false);
                 }
                 // One made or removed holds no lock until its transaction ends.
@@ -162,19 +194,10 @@ impl Fence {
         }
     }
 
-    async fn raise_lock(&mut self, wait: Duration) -> Result<bool> {
-        // statement_timeout bounds the whole list: tables locked first would otherwise stay locked
-        // through one lock_timeout for every table behind them.
-        let millis = wait.as_millis().max(1);
-        // Two messages: releases before 11 start the statement timer with a message only.
-        let begin = format!(
-            "begin; set local lock_timeout = {millis}; set local statement_timeout = {millis}"
-        );
-        self.session.execute(&begin).await?;
+    async fn lock(&mut self) -> Result<bool> {
         let sql = format!(
-            "lock table {} in share row exclusive mode; set local statement_timeout = 0; \
-             set local lock_timeout = 0; {}",
-            self.lock_sql, self.trigger_sql
+            "lock table {} in share row exclusive mode; {}",
+            self.lock_sql, self.unbounded_sql
         );
         match self.session.execute(&sql).await {
             Ok(_) => Ok(true),
@@ -199,7 +222,7 @@ impl Fence {
         if database::end_clients(&mut self.session, None).await? {
             return Ok(true);
         }
-        open(&mut self.session, &self.job).await?;
+        seal::open(&mut self.session, &self.job).await?;
         Ok(false)
     }
 
@@ -232,14 +255,24 @@ impl Fence {
         }
     }
 
-    /// Makes a raised fence outlive this session. What would act on rows that the stream writes
-    /// here from now on goes with the same commit.
-    pub async fn seal(&mut self, rules: &Rules, tables: &[QualifiedName]) -> Result<()> {
-        rules.silence_live(&mut self.session, tables).await?;
-        if self.kind == FenceKind::Lock {
-            self.session.execute("commit").await?;
+    /// Makes the triggers in the fence's own transaction, and looks what has to go with its commit:
+    /// what would act on rows that the stream writes here from then on. For a fence that is raised;
+    /// nothing of it outlives this session before [`Fence::seal`].
+    pub async fn prepare_seal(&mut self, rules: &Rules, tables: &[QualifiedName]) -> Result<()> {
+        if self.kind == FenceKind::Lock && !self.trigger_sql.is_empty() {
+            self.session.execute(&self.trigger_sql).await?;
         }
+        self.silencing = rules.silencing_live(&mut self.session, tables).await?;
         Ok(())
+    }
+
+    /// Makes a fence that is raised and prepared outlive this session.
+    pub async fn seal(&mut self) -> Result<()> {
+        let mut statements = std::mem::take(&mut self.silencing);
+        if self.kind == FenceKind::Lock {
+            statements.push("commit".to_string());
+        }
+        Ok(schema::together(&mut self.session, &statements).await?)
     }
 
     /// Lets writers go on; for a fence that is raised and not sealed.
@@ -251,7 +284,7 @@ impl Fence {
                 self.session.execute("rollback").await?;
                 Ok(())
             }
-            FenceKind::ReadOnly => open(&mut self.session, &self.job).await,
+            FenceKind::ReadOnly => seal::open(&mut self.session, &self.job).await,
         }
     }
 
@@ -333,139 +366,6 @@ async fn refuse_not_owned(session: &mut Session, tables: &[QualifiedName]) -> Re
         let table = QualifiedName::new(row.str(0)?, row.str(1)?);
         if tables.contains(&table) {
             return Err(Error::NotOwned { table });
-        }
-    }
-    Ok(())
-}
-
-/// Tables that carry the job's seal, of those that `which` allows.
-async fn seals(session: &mut Session, job: &JobName, which: &str) -> Result<Vec<QualifiedName>> {
-    let sql = format!(
-        "select n.nspname, c.relname from pg_catalog.pg_trigger t \
-         join pg_catalog.pg_class c on c.oid = t.tgrelid \
-         join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-         where t.tgname = $1 and not t.tgisinternal {which}"
-    );
-    let rows = session.query_params(&sql, &[Some(&seal_name(job))]).await?;
-    let names = rows.iter().map(|row| Ok(QualifiedName::new(row.str(0)?, row.str(1)?)));
-    names.collect()
-}
-
-/// A lock wait cancels an autovacuum in the way only after deadlock_timeout (1 s), which is longer
-/// than a short try waits. Only superusers may shorten it; gives false for others.
-pub async fn hasten(session: &mut Session) -> bool {
-    session.execute("set deadlock_timeout = '20ms'").await.is_ok()
-}
-
-/// For a side whose seal is soon to be opened while writers are held: ends an autovacuum that would
-/// keep it shut. Best done while nobody is held, as it may take a second.
-pub async fn clear_way(session: &mut Session, job: &JobName) -> Result<()> {
-    if hasten(session).await {
-        return Ok(());
-    }
-    let tables = seals(session, job, "and t.tgenabled <> 'D'").await?;
-    for table in tables {
-        let sql = format!(
-            "begin; set local lock_timeout = '1200ms'; \
-             lock table only {} in share row exclusive mode",
-            table.quoted()
-        );
-        // In the way may also be somebody else, who is gone by the time it matters, or is named.
-        let outcome = session.execute(&sql).await;
-        if outcome.as_ref().is_err_and(crate::pg::Error::is_closed) {
-            outcome?;
-        }
-        tidy(session).await?;
-    }
-    Ok(())
-}
-
-/// Opens whatever seal an earlier flip of the job left on a database: its triggers are disabled
-/// (which locks out writers for a moment, not readers), and the database may be written again.
-/// Idempotent.
-pub async fn open(session: &mut Session, job: &JobName) -> Result<()> {
-    open_triggers(session, job).await?;
-    open_database(session, job, Opening::ForGood).await
-}
-
-/// The same by a flip that may still be undone, so that [`shut`] finds what it opened.
-pub async fn open_for_now(session: &mut Session, job: &JobName) -> Result<()> {
-    open_triggers(session, job).await?;
-    open_database(session, job, Opening::ByFlip).await
-}
-
-async fn open_triggers(session: &mut Session, job: &JobName) -> Result<()> {
-    let seal = seal_name(job);
-    let shut: Vec<String> = seals(session, job, "and t.tgenabled <> 'D'")
-        .await?
-        .iter()
-        .map(|table| format!("alter table {} disable trigger {seal}", table.quoted()))
-        .collect();
-    // All in one message, as writers may be waiting; where a lock is in the way, one by one.
-    if shut.len() > 1 && retry_once(session, &shut.join("; ")).await? {
-        return Ok(());
-    }
-    for sql in &shut {
-        retry_locks(session, sql).await?;
-    }
-    Ok(())
-}
-
-/// Shuts what [`open_for_now`] opened: triggers, and the database. Idempotent; makes no new seal.
-pub async fn shut(session: &mut Session, job: &JobName) -> Result<()> {
-    let seal = seal_name(job);
-    hasten(session).await;
-    for table in seals(session, job, "and t.tgenabled = 'D'").await? {
-        retry_locks(session, &format!("alter table {} enable trigger {seal}", table.quoted()))
-            .await?;
-    }
-    database::shut_again(session, job).await
-}
-
-/// Drops the job's seals for good, for finish and cancel. Idempotent.
-pub async fn remove(session: &mut Session, job: &JobName) -> Result<()> {
-    open_database(session, job, Opening::ForGood).await?;
-    hasten(session).await;
-    let seal = seal_name(job);
-    for table in seals(session, job, "").await? {
-        retry_locks(session, &format!("drop trigger if exists {seal} on {}", table.quoted()))
-            .await?;
-    }
-    Ok(())
-}
-
-/// One short try; `false` if a lock was in the way.
-async fn retry_once(session: &mut Session, sql: &str) -> Result<bool> {
-    let sql = format!("begin; set local lock_timeout = '100ms'; {sql}; commit");
-    let outcome = session.execute(&sql).await;
-    if session.in_transaction() {
-        session.execute("rollback").await?;
-    }
-    match outcome {
-        Ok(_) => Ok(true),
-        Err(error) if error.code() == Some("55P03") => Ok(false),
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// Runs DDL that needs a table lock in short tries, so that nobody queues behind it for long.
-async fn retry_locks(session: &mut Session, sql: &str) -> Result<()> {
-    let deadline = crate::clock::Deadline::after(Duration::from_secs(60));
-    for tries in 0.. {
-        // After some short ones, tries that outlast the deadlock_timeout of roles that may
-        // not set it.
-        let millis = if tries < 5 { 200 } else { 1200 };
-        session.execute(&format!("set lock_timeout = {millis}")).await?;
-        let outcome = session.execute(sql).await;
-        if !outcome.as_ref().is_err_and(crate::pg::Error::is_closed) {
-            session.execute("set lock_timeout = 0").await?;
-        }
-        match outcome {
-            Ok(_) => return Ok(()),
-            Err(error) if error.code() == Some("55P03") && !deadline.passed() => {
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-            Err(error) => return Err(error.into()),
         }
     }
     Ok(())

@@ -11,7 +11,7 @@
 //!    live side (`fence`). Both within lock-timeout, else let go, pause, and try again: an open
 //!    transaction delays the cutover, never the application.
 //! 3. *barrier*: the end of WAL, read after the fence holds (vitess#16563). *drain*: the other side
-//!    has applied up to it.
+//!    has applied up to it. What need not wait for that is done beside it (`held`).
 //! 4. *rest*: what no stream carries, large objects by difference and unlogged tables (`rest`).
 //!    *rules*: where a role may not set session_replication_role, what acts on written rows comes
 //!    back on the side that becomes live (`rules`). *sequences*: set past every value handed out
@@ -36,8 +36,10 @@ pub mod choreography;
 mod database;
 pub mod error;
 pub mod fence;
+mod held;
 mod rest;
 mod rules;
+pub mod seal;
 pub mod sequences;
 pub mod undo;
 

@@ -37,25 +37,26 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// Everything acts on `dest` as its owner wants it. Foreign keys are validated later.
-    pub(super) async fn wake_dest(&self, dest: &mut Session) -> Result<()> {
-        if self.dest != Acting::Nothing {
-            schema::restore(dest, &self.job).await?;
-            if let Some(dump) = &self.dump {
-                schema::build_acting(dest, dump, &self.job).await?;
-            }
+    /// The statements after which everything acts on `dest` as its owner wants it, to be run
+    /// together once the stream has ended. Foreign keys are validated later.
+    pub(super) async fn waking(&self, dest: &mut Session) -> Result<Vec<String>> {
+        if self.dest == Acting::Nothing {
+            return Ok(Vec::new());
         }
-        Ok(())
+        let mut statements = schema::restoring(dest, &self.job).await?;
+        if let Some(dump) = &self.dump {
+            statements.extend(schema::building_acting(dest, dump, &self.job).await?);
+        }
+        Ok(statements)
     }
 
-    /// Nothing acts on the live side any more, once the session's transaction has committed.
-    pub(super) async fn silence_live(
+    /// The statements after which nothing acts on the live side any more, as it is now.
+    pub(super) async fn silencing_live(
         &self,
         live: &mut Session,
         tables: &[QualifiedName],
-    ) -> Result<()> {
-        schema::set_aside(live, &self.job, tables, self.live).await?;
-        Ok(())
+    ) -> Result<Vec<String>> {
+        Ok(schema::setting_aside(live, &self.job, tables, self.live).await?)
     }
 
     /// The stream goes on writing to the other side: nothing may act there. It is held from the

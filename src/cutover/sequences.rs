@@ -59,27 +59,36 @@ fn margin(sequence: &Sequence, rate: f64, hold: Duration) -> u64 {
     MARGIN.max(blocks).saturating_add(taken)
 }
 
-/// Sets every sequence of `dest` past what `live` hands out within `hold`. The commit is
-/// synchronous and so makes everything that was applied before it durable too.
+/// Sets every sequence of `dest` past what `live` hands out within `hold`. What makes it durable is
+/// the next commit on `dest`.
 ///
 /// One that should be there and is not is an error; that of a table left out need not be there, but
 /// may, as another table may use it. Of tables alone only what they own is set: other sequences of
-/// the target are others' to count with.
+/// the target are others' to count with. `renamed` are set under their names there.
 pub async fn carry(
     live: &mut Session,
     dest: &mut Session,
-    selection: &Selection,
+    (selection, renamed): (&Selection, &HashMap<QualifiedName, QualifiedName>),
     stood: &Stood,
     hold: Duration,
 ) -> Result<()> {
     let mut sequences = catalog::sequences(live).await?;
     sequences.retain(|sequence| {
-        selection.has_sequence(sequence.owner.as_ref())
+        renamed.contains_key(&sequence.name)
+            || selection.has_sequence(sequence.owner.as_ref())
             || (!selection.tables_only && stood.dest.contains(&sequence.name))
     });
-    let margin = |sequence: &Sequence| margin(sequence, stood.rate(sequence), hold);
+    let mut rates = HashMap::with_capacity(sequences.len());
+    for sequence in &mut sequences {
+        let rate = stood.rate(sequence);
+        if let Some(name) = renamed.get(&sequence.name) {
+            sequence.name = name.clone();
+        }
+        rates.insert(sequence.name.clone(), rate);
+    }
+    let rate = |sequence: &Sequence| rates.get(&sequence.name).copied().unwrap_or(0.0);
+    let margin = |sequence: &Sequence| margin(sequence, rate(sequence), hold);
     schema::set_sequences(dest, &sequences, margin).await?;
-    dest.query("select pg_catalog.pg_logical_emit_message(true, 'walferry', 'flush')").await?;
     Ok(())
 }
 

@@ -3,7 +3,10 @@
 
 use std::time::Duration;
 
-use super::fence::{self, Fence, FenceKind};
+use futures_util::future::{join, join_all};
+
+use super::fence::{Fence, FenceKind};
+use super::seal;
 use super::{Error, Result, Rules};
 use crate::clock::Deadline;
 use crate::id::{QualifiedName, Stream};
@@ -63,8 +66,8 @@ pub async fn undo(
         rules.wake_live(live).await?;
         if kind != FenceKind::None {
             let mut session = Session::control(live).await?;
-            fence::hasten(&mut session).await;
-            fence::open(&mut session, &context.job).await?;
+            seal::hasten(&mut session).await;
+            seal::open(&mut session, &context.job).await?;
         }
         Ok(())
     };
@@ -103,7 +106,8 @@ pub async fn seal_other(context: &Context, tables: &[QualifiedName]) -> Result<(
         }
         tokio::time::sleep(LOCK_WAIT * 2).await;
     }
-    fence.seal(&Rules::default(), tables).await
+    fence.prepare_seal(&Rules::default(), tables).await?;
+    fence.seal().await
 }
 
 async fn silence_dest(context: &Context, rules: &Rules) -> Result<()> {
@@ -116,7 +120,7 @@ async fn silence_dest(context: &Context, rules: &Rules) -> Result<()> {
 /// live again now: sessions that were connected to it since must not write there (vitess#9453).
 async fn shut_other(context: &Context) -> Result<()> {
     let mut session = Session::control(other_side(context)).await?;
-    fence::shut(&mut session, &context.job).await
+    seal::shut(&mut session, &context.job).await
 }
 
 /// The side that the flip led to.
@@ -134,9 +138,22 @@ pub async fn release(
     context: &Context,
     mut led: impl FnMut(usize),
 ) -> Result<()> {
+    // Foreign servers beside each other and the rest: each is a matter of its own.
+    let (beside, others): (Vec<_>, Vec<_>) =
+        routes.iter().enumerate().partition(|(_, route)| matches!(route, Route::SqlMed(_)));
+    let beside = beside.into_iter();
+    let beside =
+        join_all(beside.map(|(place, route)| async move { (place, route.release(context).await) }));
+    let one_by_one = async {
+        let mut outcomes = Vec::new();
+        for (place, route) in others {
+            outcomes.push((place, route.release(context).await));
+        }
+        outcomes
+    };
+    let (beside, others) = join(beside, one_by_one).await;
     let mut released = Ok(());
-    for (place, route) in routes.iter().enumerate() {
-        let outcome = route.release(context).await;
+    for (place, outcome) in beside.into_iter().chain(others) {
         if outcome.is_ok() {
             led(place);
         }

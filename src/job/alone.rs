@@ -10,8 +10,9 @@ use super::store::JobRow;
 use super::{Error, JobConfig, Result, recycle};
 use crate::catalog;
 use crate::cluster::shard;
-use crate::id::Stream;
+use crate::id::{QualifiedName, Stream};
 use crate::pg::Session;
+use crate::schema;
 
 impl JobConfig {
     /// The same with both ends as sessions have to be made there: where the tables are shards of a
@@ -45,6 +46,31 @@ impl JobConfig {
             _ => last.is_some_and(|f| (f.flip == "forward") == f.switched_lsn.is_some()),
         };
         Some(if is_on_target { Stream::Forward } else { Stream::Reverse })
+    }
+
+    /// Drops the tables that the job made on its target; `source` knows their partitions best. That
+    /// it made them is noted in the transaction that did, and goes with them, so that tables which
+    /// were there before never go. Gives their names.
+    ///
+    /// # Errors
+    /// Where others' objects depend on them.
+    pub(super) async fn drop_made(
+        &self,
+        source: Option<&mut Session>,
+        home: &mut Session,
+    ) -> Result<Vec<QualifiedName>> {
+        let job = self.job.as_str();
+        if !schema::is_made(home, job).await? {
+            return Ok(Vec::new());
+        }
+        let selection = match source {
+            Some(source) => self.options.selection(source).await?,
+            None => self.options.selection(home).await?,
+        };
+        let tables = catalog::tables(home, &selection).await?;
+        let names: Vec<_> = tables.into_iter().map(|table| table.name).collect();
+        schema::drop_made(home, job, &names).await?;
+        Ok(names)
     }
 
     /// Puts the job's tables that are on this side into its recycle bin. Says which, if there were

@@ -5,12 +5,14 @@
 //! target has already is left out, so that whoever altered both sides is not in his own way.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use super::Result;
 use super::run::JobConfig;
 use crate::apply::altered::{Alter, Answer, Verdict, Why};
 use crate::change::{Captured, KnownColumn, Relation};
-use crate::id::QualifiedName;
+use crate::id::{QualifiedName, quote_ident};
+use crate::map::Map;
 use crate::pg::{self, Config, Session};
 use crate::schema::altered::{self, Alteration, CatalogColumn, Target, Unclear};
 use crate::schema::captured;
@@ -22,6 +24,7 @@ pub(super) struct Altering {
     source: Config,
     captures: Option<QualifiedName>,
     policy: Policy,
+    map: Option<Arc<Map>>,
 }
 
 /// A table of the target.
@@ -51,7 +54,8 @@ impl Altering {
             let installed = captured::is_installed(&mut source, &config.job).await?;
             captures = installed.then(|| config.job.captured());
         }
-        Ok(Some(Altering { source: config.source.clone(), captures, policy }))
+        let map = config.map.clone();
+        Ok(Some(Altering { source: config.source.clone(), captures, policy, map }))
     }
 
     async fn judge(
@@ -61,6 +65,10 @@ impl Altering {
         relation: &Relation,
     ) -> pg::Result<(Verdict, Vec<KnownColumn>)> {
         let mut source = Session::control(&self.source).await?;
+        if self.map.as_ref().is_some_and(|map| map.may_fill(&relation.name)) {
+            let verdict = self.judge_mapped(&mut source, target, relation).await?;
+            return Ok((verdict, remembered(relation, &[], &[])));
+        }
         let catalog = columns_of(&mut source, relation.oid).await?;
         let Some(there) = There::read(target, &relation.name).await? else {
             let done = vec![missing(&mut source, target, relation).await?];
@@ -101,6 +109,41 @@ impl Altering {
             done.push(Done { class: alteration.class(), what: told_of(alteration, relation), sql });
         }
         Ok((self.verdict(done), columns))
+    }
+
+    /// A table that the map fills: what it lacks waits or stops, as what is to be seen of a new
+    /// column on the target is for a person to say.
+    async fn judge_mapped(
+        &self,
+        source: &mut Session,
+        target: &mut Session,
+        relation: &Relation,
+    ) -> pg::Result<Verdict> {
+        let there = There::read(target, &relation.name).await?;
+        let columns = there.map(|there| there.columns).unwrap_or_default();
+        let (mut names, mut sql) = (Vec::new(), Vec::new());
+        for column in &relation.columns {
+            if columns.iter().any(|(name, _)| *name == column.name) {
+                continue;
+            }
+            let type_name = type_name(source, column.type_oid, column.type_modifier).await?;
+            let (table, name) = (relation.name.quoted(), quote_ident(&column.name));
+            names.push(column.name.clone());
+            sql.push(format!("ALTER TABLE {table} ADD COLUMN {name} {type_name}"));
+        }
+        if names.is_empty() {
+            return Ok(Verdict::Fits);
+        }
+        let altered = format!(
+            "the job's map has it, and the target's table lacks {}: whether its values may be \
+             there is yours to say",
+            names.join(", ")
+        );
+        let why = Why { altered, sql: sql.join("; ") };
+        Ok(match self.policy.of(Class::AddColumn) {
+            Action::Stop => Verdict::Stop(why),
+            Action::Apply | Action::Hold => Verdict::Hold(why),
+        })
     }
 
     /// The strictest of what is wanted; what is not certain is never applied.

@@ -57,6 +57,7 @@ impl Asker {
         let mut store = Store::new(home, config.job.clone());
         let row = store.load_existing().await?;
         fits(&row)?;
+        config.same_map(&row)?;
         // The job knows its tables; these commands need not repeat the options.
         config.options = row.options.clone();
         let mut client = Client::connect(&config.target, &config.job).await?;

@@ -15,7 +15,7 @@ use super::run::{Notice, Runner, Until};
 use super::state::{Event, Phase};
 use super::store::StreamRow;
 use super::{Error, Gone, Result, client};
-use crate::clock::PgTimestamp;
+use crate::clock::{Deadline, PgTimestamp};
 use crate::cutover::{self, barrier};
 use crate::id::Stream;
 use crate::lsn::Lsn;
@@ -49,7 +49,9 @@ impl Runner {
         if matches!(phase, Phase::Finished | Phase::Canceled) {
             return Ok(None);
         }
+        self.reads_due = row.reads.is_some().then(|| Deadline::after(Duration::ZERO));
         self.keep_heartbeat(phase).await?;
+        self.keep_looking(phase).await?;
         self.validate_beside().await?;
         self.refresh_beside().await?;
         let mut probes = Probes::default();
@@ -57,16 +59,21 @@ impl Runner {
             if *self.stop.borrow() {
                 return Ok(None);
             }
+            if let Some(loss) = self.lost_stream().await? {
+                return self.refill(loss).await.map(Some);
+            }
             self.check_streams()?;
             self.busy.store(false, Ordering::SeqCst);
             self.store_positions(&mut probes).await?;
             let led = self.lead_late().await?;
+            self.settle_reads().await?;
             self.busy.store(true, Ordering::SeqCst);
             if led.is_some() {
                 return Ok(led);
             }
             if phase == Phase::CatchingUp && self.is_level() {
                 self.build_rest().await?;
+                self.open_two_way().await?;
                 return Ok(Some(Event::CaughtUp));
             }
             let due = match until {
@@ -132,6 +139,7 @@ impl Runner {
                 }
                 "ping" => Ok(Value::Null),
                 "letter_box" => self.letter_box(),
+                "reads" => self.hear_reads(&asked).await?,
                 "flip" => match self.hear_flip(&asked).await? {
                     Flipping::Begin(event) => return Ok(Some(Some(event))),
                     Flipping::Answer(outcome) => outcome,
@@ -173,6 +181,8 @@ impl Runner {
             Ok(_) if request.dry_run => {
                 self.let_go();
                 let proven = self.fly(request.stream(), &request).await;
+                let phase = self.row().await?.phase;
+                self.keep_looking(phase).await?;
                 let proven = proven.map(|(outcome, left)| outcome_value(&outcome, &left));
                 Ok(Flipping::Answer(proven.map_err(|error| error.to_string())))
             }
@@ -305,7 +315,7 @@ impl Runner {
 }
 
 /// A flip that could not begin for a reason outside the streams leaves them running.
-fn keeps_running(error: &Error) -> bool {
+pub(super) fn keeps_running(error: &Error) -> bool {
     use crate::fault::{Fault, Faulty};
     error.fault() != Fault::Bug && !matches!(error, Error::LeaseLost)
 }

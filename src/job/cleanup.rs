@@ -4,6 +4,7 @@
 //! Every drop is idempotent, so a clean-up that was cut short is done again by the same command.
 //! The home schema goes last, as it holds the memory of what is still to be done.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use super::admit::accept_systems;
@@ -11,21 +12,23 @@ use super::flip::{context, stream_of};
 use super::lease::Lease;
 use super::place::Place;
 use super::run::JobConfig;
-use super::state::{Event, Phase, step};
+use super::state::{Event, Phase};
 use super::store::{JobRow, Store};
-use super::{Result, lease};
+use super::{Result, lease, two_way};
 use crate::cluster::shard;
-use crate::cutover::{self, fence};
+use crate::cutover::{self, seal};
 use crate::id::{JobName, Stream};
 use crate::pg::{Config, Purpose, Session};
 use crate::source::{publication, slot};
 use crate::{apply, schema};
 
 /// Tables of the home database with the column that names the job, the job's own row last.
-const HOME_TABLES: [(&str, &str); 8] = [
+const HOME_TABLES: [(&str, &str); 10] = [
     ("table_copy", "job"),
+    ("table_refill", "job"),
     ("schema_step", "job"),
     ("schema_dump", "job"),
+    ("source_object", "job"),
     ("large_object", "job"),
     ("stream", "job"),
     ("journal", "job"),
@@ -45,6 +48,8 @@ pub struct CleanedUp {
     pub recycled: Option<String>,
     /// What a person has to do.
     pub left: Vec<String>,
+    /// After a cancel: tables that the job made on the target are still there.
+    pub tables_stay: bool,
 }
 
 /// How a job is ended.
@@ -62,6 +67,9 @@ pub struct Ending {
 pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Result<CleanedUp> {
     let Ending { event, keep_history, source_is_gone } = ending;
     let mut config = config.clone();
+    let mut store = Store::new(Session::control(&config.target).await?, config.job.clone());
+    // The job knows its tables; the command need not repeat the options.
+    config.options = store.load_existing().await?.options;
     if config.options.tables_only {
         config.target = shard::reach(&config.target).await?;
         if !source_is_gone {
@@ -75,7 +83,10 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
     let phase = match (row.phase, event) {
         // A clean-up that was cut short is taken up again.
         (Phase::Finished, Event::FinishAsked) => Phase::Finished,
-        (phase, event) => step(phase, event)?.0,
+        (_, event) => {
+            super::reads::refuse_end(&row, ending)?;
+            two_way::ended(&row, event)?
+        }
     };
     let mut source = None;
     if !source_is_gone {
@@ -96,6 +107,7 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
     }
     let mut dropped = Vec::new();
     let mut recycled = None;
+    two_way::part(source.as_mut(), &mut store.session, &config.job).await?;
     let left_side = config.left_side(&row, event);
     if let Some(session) = &mut source {
         if left_side == Some(Stream::Forward) {
@@ -107,15 +119,37 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
     if left_side == Some(Stream::Reverse) {
         recycled = config.recycle(home).await?;
     }
+    let canceled = event == Event::CancelAsked;
+    let tables_stay = canceled && drop_made(config, source.as_mut(), home, &mut dropped).await?;
     drop_objects(home, &config.target, &config.job, Stream::Reverse, &mut dropped).await?;
     forget_routes(config, &row, &mut left).await?;
+    left.extend(super::reads::forget(config, &row, RELEASE_WAIT).await?);
     remove_spool(config, &row, &mut dropped).await?;
     if let Some(source) = &mut source {
         drop_schema(source, &config.job, &mut dropped, false).await?;
     }
     let keep = keep_history || forget_job(&mut store, config, keep_history).await? > 0;
     drop_schema(&mut store.session, &config.job, &mut dropped, keep).await?;
-    Ok(CleanedUp { dropped, recycled, left })
+    Ok(CleanedUp { dropped, recycled, left, tables_stay })
+}
+
+/// Takes away the tables that a job of tables alone has made on its target and not switched to:
+/// beside others of a database in use they would be in the way. True if tables that a job of a
+/// whole database has made are still there.
+async fn drop_made(
+    config: &JobConfig,
+    source: Option<&mut Session>,
+    home: &mut Session,
+    dropped: &mut Vec<String>,
+) -> Result<bool> {
+    if !config.options.tables_only {
+        return Ok(schema::is_made(home, config.job.as_str()).await?);
+    }
+    // May wait for readers.
+    let mut session = Session::connect(&config.target, Purpose::Sql).await?;
+    let tables = config.drop_made(source, &mut session).await?;
+    dropped.extend(tables.iter().map(|table| format!("table {table} on {}", home.peer())));
+    Ok(false)
 }
 
 /// Clients that a route still holds, as it could not be reached after the switch, are not waited
@@ -156,8 +190,9 @@ pub(super) async fn drop_objects(
     let mut validating = Session::connect(side, Purpose::Sql).await?;
     schema::validate(&mut validating, job.as_str()).await?;
     publication::drop(session, &name).await?;
+    two_way::remove(session, job, &HashMap::new()).await?;
     apply::forget(session, &job.object(reads.opposite())).await?;
-    fence::remove(session, job).await?;
+    seal::remove(session, job).await?;
     Ok(())
 }
 

@@ -65,6 +65,7 @@ async fn compare_once(
         Stream::Reverse => verify::Options::new(to, from),
     };
     wanted.selection = selection;
+    wanted.map = config.map.clone();
     wanted.tables = tables;
     let home = Session::connect(&config.target, Purpose::Sql).await?;
     let mut store = Store::new(home, config.job.clone());

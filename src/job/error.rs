@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::gone::{Gone, hung};
-use super::state::Refused;
+use super::mapped;
 use crate::buffer::{durable, spool};
 use crate::fault::{Fault, Faulty};
 use crate::id::{QualifiedName, quote_ident};
@@ -37,6 +37,9 @@ pub enum Error {
     /// The comparison.
     #[error(transparent)]
     Verify(#[from] verify::Error),
+    /// The job's map.
+    #[error(transparent)]
+    Mapped(#[from] mapped::Error),
     /// Large objects, likewise.
     #[error(transparent)]
     Large(#[from] large::Error),
@@ -48,7 +51,7 @@ pub enum Error {
     Pattern(#[from] catalog::PatternError),
     /// A command that does not fit the phase.
     #[error(transparent)]
-    Refused(#[from] Refused),
+    Refused(#[from] super::state::Refused),
     /// Check found errors.
     #[error("not ready: {0} (walferry check lists all, each with what mends it)")]
     NotReady(String),
@@ -169,8 +172,8 @@ pub enum Error {
     /// The slot was told of positions that only the spool or topic had, and it has them no more.
     #[error(
         "slot {slot} was told {confirmed_lsn}, the target has only {progress_lsn}, and {place} \
-         {held}: the changes between are nowhere any more. {mend}, or start over with walferry \
-         cancel and walferry run, which copies every table again"
+         {held}: the changes between are nowhere any more. {mend}, or walferry run \
+         --after-failover refill, or walferry cancel and run, which copies every table again"
     )]
     SpoolLost {
         /// The slot.
@@ -451,9 +454,15 @@ pub enum Error {
         /// The backend that holds the lease; empty if none does.
         pid: String,
     },
+    /// Readers stay where they are.
+    #[error(transparent)]
+    Reads(#[from] super::reads::Refused),
     /// A runner, an asker or a server that is gone, or is said to be.
     #[error(transparent)]
     Gone(#[from] Gone),
+    /// A target that is a copy, and where it stands.
+    #[error(transparent)]
+    Seam(#[from] super::Seam),
     /// A command failed in the runner, which said why.
     #[error("{0}")]
     Remote(String),
@@ -463,13 +472,6 @@ pub enum Error {
     /// Asked to stop while waiting.
     #[error("stopped; the same command goes on from here")]
     Interrupted,
-}
-
-#[cfg(feature = "kafka")]
-impl From<crate::buffer::kafka::Error> for Error {
-    fn from(error: crate::buffer::kafka::Error) -> Self {
-        Error::Buffer(error.into())
-    }
 }
 
 fn names(tables: &[QualifiedName]) -> String {
@@ -488,6 +490,7 @@ impl Faulty for Error {
             Error::Schema(error) => error.fault(),
             Error::Cutover(error) => error.fault(),
             Error::Verify(error) => error.fault(),
+            Error::Mapped(error) => error.fault(),
             Error::Large(error) => error.fault(),
             Error::Cluster(cluster::read::Error::Pg(error)) => error.fault(),
             Error::LeaseLost => Fault::Retry,

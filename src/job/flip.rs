@@ -1,6 +1,7 @@
 //! Cutover and rollback as a runner does them: arming the way back, the choreography with its
 //! journal in the home database, and picking up what a crash left.
 
+use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ability::Ability;
 use super::check::Finding;
+use super::journal::HomeJournal;
 use super::left::outcome_value;
 use super::pipeline::Pipe;
 use super::prepare::publish;
@@ -15,11 +17,10 @@ use super::rest::{Refresh, Unlogged};
 use super::routes::Late;
 use super::run::{JobConfig, Notice, Runner, published};
 use super::state::{Event, Phase};
-use super::store::{FlipRecord, Store};
+use super::store::FlipRecord;
 use super::{Error, Result, admit};
-use crate::cutover::{self, FenceKind, Journal, Plan, Rules, Step, barrier};
+use crate::cutover::{self, FenceKind, Plan, Rules, barrier};
 use crate::id::{QualifiedName, Stream};
-use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session};
 use crate::route;
 use crate::schema::Acting;
@@ -65,6 +66,9 @@ pub struct FlipRequest {
     pub leave_quarantined: bool,
     /// `--dry-run`.
     pub dry_run: bool,
+    /// `--one-way`: there is to be no way back.
+    #[serde(default)]
+    pub one_way: bool,
     /// The live tables' [`catalog::mark`] before they were looked at: another one, once writers
     /// are stopped, refuses the flip.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -120,15 +124,20 @@ impl Runner {
         let row = self.row().await?;
         let event = Event::FlipAsked(request.stream());
         super::state::step(row.phase, event)?;
+        self.refuse_switch(row.phase)?;
         self.config.secrets.routes(&request.routes)?;
+        super::reads::refuse_shared(row.reads.as_ref(), &request.routes)?;
         request.fence.parse::<FenceKind>()?;
         // Somebody may have turned on since what garbles the names of shards.
         self.config.clone().reaching_shards().await?;
+        let one_way = self.flies_one_way(request)?;
         // A rollback rests on the reverse stream's own publication.
         if request.stream() == Stream::Forward {
             self.refuse_partial().await?;
         }
-        if !row.armed {
+        if one_way {
+            self.gate(request).await?;
+        } else if !row.armed {
             // A stream that stands still would keep the slot from being made, and says less then.
             self.gate(request).await?;
             self.say(Notice::Said("arming the way back".to_string()));
@@ -154,7 +163,7 @@ impl Runner {
     }
 
     /// A new slot never meets old progress (law 4): both are made here, after both were dropped.
-    async fn make_reverse(&mut self, wait: Duration) -> Result<()> {
+    pub(super) async fn make_reverse(&mut self, wait: Duration) -> Result<()> {
         let name = self.config.job.object(Stream::Reverse);
         let tables = self.tables(&self.config.target).await?;
         // Publishing may wait for locks.
@@ -184,17 +193,18 @@ impl Runner {
         let reading = self.choose_reading(Stream::Reverse, &tables).await?;
         publish(&mut target, &name, &tables, &reading).await?;
         let mut maker = Session::connect(&self.config.target, Purpose::Sql).await?;
-        let options = slot::CreateOptions { wait, ..self.slot_options(&name, &reading) };
+        let options = slot::CreateOptions { wait, ..self.slot_options(&name, &reading, &target) };
         let waiting = self.tell_blockers();
         let lsn = slot::create_plain(&mut maker, &mut target, &options, waiting).await?;
         let kind = self.row().await?.abilities.source.progress();
         apply::begin_at(&mut source, &name, kind, lsn).await?;
+        self.store.set_system(Stream::Reverse, &admit::system_of(&mut target).await?).await?;
         Ok(())
     }
 
-    async fn follow_reverse_now(&mut self) -> Result<()> {
-        if self.reverse.is_none() {
-            let pipe = self.pipe(Stream::Reverse, Some(std::collections::HashMap::new())).await?;
+    pub(super) async fn follow_reverse_now(&mut self) -> Result<()> {
+        if self.reverse.is_none() && self.config.map.is_none() {
+            let pipe = self.pipe(Stream::Reverse, Some(HashMap::new())).await?;
             self.reverse = Some(pipe);
         }
         Ok(())
@@ -275,11 +285,12 @@ impl Runner {
         flip: Stream,
         request: &FlipRequest,
     ) -> Result<(cutover::Outcome, Vec<Finding>)> {
-        if flip == Stream::Forward {
+        if flip == Stream::Forward && self.config.map.is_none() {
             self.refuse_rogue_writes().await?;
         }
         self.refuse_new_tables(flip).await?;
         self.stop_validating().await;
+        self.stop_looking().await;
         let mut plan = self.flight_plan(flip, request).await?;
         let left = self.left_behind(&plan, request).await?;
         let row = self.row().await?;
@@ -287,13 +298,9 @@ impl Runner {
             Some(record) if record.attempt == request.attempt => record,
             last => request.record(row.phase, last.as_ref()),
         };
-        let mut journal = HomeJournal {
-            store: &mut self.store,
-            record,
-            phase: if flip == Stream::Forward { Phase::Switched } else { Phase::RolledBack },
-            line: None,
-            open: self.reverse_open.clone(),
-        };
+        let phase = if flip == Stream::Forward { Phase::Switched } else { Phase::RolledBack };
+        let open = self.reverse_open.clone();
+        let mut journal = HomeJournal::new(&mut self.store, record, phase, open);
         let outcome = cutover::run(&mut plan, &mut journal).await?;
         if !request.dry_run {
             self.keep_marks(flip, &plan.rest).await?;
@@ -317,7 +324,9 @@ impl Runner {
             live: live.clone(),
             dest: dest.clone(),
             tables: tables.clone(),
-            selection: self.selection.clone(),
+            selection: self.selection_by_dump()?,
+            sequences: self.mapped_sequences().await?,
+            one_way: self.config.map.is_some(),
             fence: request.fence.parse()?,
             routes: self.config.secrets.routes(&request.routes)?,
             context: route::Context { tables, ..context(&self.config, flip) },
@@ -351,7 +360,7 @@ impl Runner {
             live,
             dest,
             job: self.config.job.to_string(),
-            selection: self.selection.clone(),
+            selection: self.selection_by_dump()?,
             dump,
             brake: writing.as_ref().map(|pipe| pipe.hold.clone()),
         })
@@ -376,13 +385,13 @@ impl Runner {
         // All that was written there until now has been seen and counted.
         self.drain_home(Stream::Forward).await?;
         let mut source = Session::control(&self.config.source).await?;
-        let row = source
-            .query_opt(
-                "select sum(filtered) over (), schema || '.' || name from walferry.stream_table \
-                 where stream = $1 and filtered > 0 and schema <> 'walferry' limit 1",
-                &[Some(&self.config.job.object(Stream::Reverse))],
-            )
-            .await?;
+        let sql = format!(
+            "select sum(filtered) over (), schema || '.' || name from ({}) as books \
+             where filtered > 0 and schema <> 'walferry' limit 1",
+            apply::BOOKS
+        );
+        let stream = self.config.job.object(Stream::Reverse);
+        let row = source.query_opt(&sql, &[Some(&stream)]).await?;
         let Some(row) = row else { return Ok(()) };
         Err(cutover::Error::RogueWrites { changes: row.parse(0)?, table: row.string(1)? }.into())
     }
@@ -430,7 +439,7 @@ impl Runner {
         };
         let mut away = Session::control(away).await?;
         let mut home = Session::control(home).await?;
-        Ok(cutover::sequences::come_home(&mut away, &mut home, &self.selection).await?)
+        Ok(cutover::sequences::come_home(&mut away, &mut home, &self.selection_by_dump()?).await?)
     }
 }
 
@@ -443,51 +452,6 @@ pub(super) fn context(config: &JobConfig, flip: Stream) -> route::Context {
         target: config.target.clone(),
         scope: config.options.to_string(),
         tables: Vec::new(),
-    }
-}
-
-/// The journal in the home database.
-struct HomeJournal<'a> {
-    store: &'a mut Store,
-    record: FlipRecord,
-    phase: Phase,
-    /// The line of the step under way.
-    line: Option<String>,
-    open: std::sync::Arc<std::sync::atomic::AtomicBool>,
-}
-
-fn journal_error(error: Error) -> cutover::Error {
-    cutover::Error::Journal(error.to_string())
-}
-
-impl Journal for HomeJournal<'_> {
-    async fn begin(&mut self, step: &str, last: Option<&Step>) -> cutover::Result<()> {
-        if step == "switch" && self.phase == Phase::Switched {
-            // A hook may let clients through as soon as it flips: what they write on the target
-            // from here on is the application's, and flows back.
-            self.open.store(true, Ordering::SeqCst);
-        }
-        let done = self.line.take().zip(last.map(|step| step.ms));
-        let line = self.store.journal_begin(&self.record, step, done).await;
-        self.line = Some(line.map_err(journal_error)?);
-        Ok(())
-    }
-
-    async fn end(&mut self, last: &Step) -> cutover::Result<()> {
-        let Some(line) = self.line.take() else { return Ok(()) };
-        self.store.journal_end(&line, last.ms).await.map_err(journal_error)
-    }
-
-    async fn point_of_no_return(&mut self, lsn: Lsn, held: Duration) -> cutover::Result<()> {
-        self.record.switched_lsn = Some(lsn.to_string());
-        self.record.fenced_ms = Some(held.as_secs_f64() * 1e3);
-        self.store.set_phase_and_flip(self.phase, &self.record).await.map_err(journal_error)?;
-        self.open.store(self.phase == Phase::Switched, Ordering::SeqCst);
-        Ok(())
-    }
-
-    async fn released(&mut self) -> cutover::Result<()> {
-        self.record.released = true;
-        self.store.set_flip(&self.record).await.map_err(journal_error)
+        reads: false,
     }
 }

@@ -38,15 +38,19 @@ impl Runner {
             }
             _ => unfollowed,
         };
-        let there = self.fenced_tables(dest).await?;
+        let there = self.all_tables(dest).await?;
         let here = self.fenced_tables(live).await?;
         let mut wrong: Vec<String> = unpublished
             .iter()
             .map(|t| format!("{t} is not in the {}'s publication {publication}", names.0))
             .collect();
-        let absent = here.iter().filter(|t| !there.contains(t) && !unpublished.contains(t));
+        let is_there = |table: &QualifiedName| match &self.config.map {
+            Some(map) => there.contains(&map.target_of(table)),
+            None => there.contains(table),
+        };
+        let absent = here.iter().filter(|t| !is_there(t) && !unpublished.contains(t));
         wrong.extend(absent.map(|t| format!("{t} is not on the {}", names.1)));
-        if flip == Stream::Forward {
+        if flip == Stream::Forward && self.config.map.is_none() {
             wrong.extend(self.barred(&here).await?);
         }
         if wrong.is_empty() {

@@ -300,3 +300,9 @@ pub(super) async fn wal_budget(config: &crate::pg::Config, given: Option<u64>) -
         session.query_opt(sql, &[]).await?.map(|row| row.parse(0)).transpose()?;
     Ok(limit_mb.map_or(DEFAULT, |mb| DEFAULT.min((mb << 20) / 3)))
 }
+#[cfg(feature = "kafka")]
+impl From<crate::buffer::kafka::Error> for Error {
+    fn from(error: crate::buffer::kafka::Error) -> Self {
+        Error::Buffer(error.into())
+    }
+}

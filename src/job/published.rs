@@ -86,6 +86,8 @@ impl Runner {
     /// Tables of the source whose rows are copied, with what the publication gives of them.
     pub(super) async fn copied_tables(&mut self) -> Result<Vec<Table>> {
         let tables = self.tables_with_rows(&self.config.source).await?;
+        let map = self.config.map.clone();
+        let tables = tables.into_iter().map(|table| table.mapped_by(map.as_deref())).collect();
         Ok(match self.unchanged_publication().await? {
             Some(publication) => publication.narrow(tables),
             None => tables,

@@ -26,7 +26,7 @@ use super::lease;
 use super::state::Phase;
 use super::store::Store;
 use super::{Error, Gone, Result};
-use crate::cutover::fence::seal_name;
+use crate::cutover::seal::seal_name;
 use crate::id::{JobName, Stream};
 use crate::pg::{Config, Purpose, Session};
 
@@ -101,7 +101,7 @@ async fn clean(job: &JobName, side: &Config, reads: Stream) -> Result<CleanedUp>
          directory named walferry_{job}_*",
         session.peer()
     ));
-    Ok(CleanedUp { dropped, recycled: None, left })
+    Ok(CleanedUp { dropped, recycled: None, left, tables_stay: false })
 }
 
 /// A session of the job is a runner that is alive, or one whose end the server has not noticed.

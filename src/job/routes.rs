@@ -398,6 +398,10 @@ impl Runner {
 /// Errors: no flip waits, or it has no such route.
 pub async fn skip(store: &mut Store, config: &JobConfig, wanted: &str) -> Result<Vec<String>> {
     let row = store.load_existing().await?;
+    let left = super::reads::skip(store, config, &row, wanted).await?;
+    if !left.is_empty() {
+        return Ok(left);
+    }
     let undoing = row.phase == Phase::CuttingOver;
     let Some(mut record) = row.flip.filter(|flip| undoing || !flip.released) else {
         return Err(Error::NothingToSkip { detail: format!("the job is in {}", row.phase) });
@@ -409,8 +413,11 @@ pub async fn skip(store: &mut Store, config: &JobConfig, wanted: &str) -> Result
         let route = Route::parse(&text).map_err(cutover::Error::from)?;
         if route.kind() == wanted || text == stored {
             by_hand.push(format!("{route}: {}", route.by_hand(&context, !undoing)));
-            let line = store.journal_begin(&record, &format!("skip {route}"), None).await?;
-            store.journal_end(&line, 0.0).await?;
+            let step = format!("skip {route}");
+            let lines = store.journal_begin(&record, &[&step], &[]).await?;
+            store
+                .journal_end(&lines.into_iter().map(|line| (line, 0.0)).collect::<Vec<_>>())
+                .await?;
             record.skipped.push(text);
         }
     }

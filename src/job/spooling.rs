@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use super::mapped;
 use super::opening::{Half, SpoolOptions, not_lost, open_once};
 use super::pipeline::{Ends, PipeOptions, SpoolState, Task, Visibility, flatten};
 use super::place::wal_budget;
@@ -319,7 +320,8 @@ async fn apply_once(joint: &Joint, ends: &mut Ends, visibility: Visibility) -> R
         let mut applier = options.open_applier(visibility).await?;
         let feed = joint.spool.feed(applier.progress())?;
         joint.troubles.set(APPLYING, None);
-        applier.run(feed, &applied, hold, halted).await.map_err(Error::from)
+        let map = options.map.clone().map(|map| (map, options.from.clone()));
+        mapped::apply(map, &mut applier, feed, (&applied, hold, halted)).await
     };
     tokio::pin!(work);
     tokio::select! {

@@ -11,11 +11,12 @@ use super::ability::Abilities;
 pub use super::ddl::DDL_BOTH;
 use super::ddl::DDL_HOME;
 use super::error::Error;
+pub use super::options::JobOptions;
 use super::place::Place;
 pub use super::positions::StreamRow;
+use super::reads::ReadRecord;
 use super::state::Phase;
-use crate::catalog::{PatternError, Selection};
-use crate::id::JobName;
+use crate::id::{JobName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Row, Session};
 
@@ -42,71 +43,27 @@ pub struct JobRow {
     pub armed: bool,
     /// The cutover or rollback under way, or the last one.
     pub flip: Option<FlipRecord>,
+    /// Readers that were led to the target, or are on their way.
+    pub reads: Option<ReadRecord>,
     /// Where the job's changes wait, if not in memory.
     pub spool: Option<Place>,
+    /// The timelines that the streams have gone on with, where a standby took over.
+    pub timelines: Timelines,
     /// What the roles could do when the job was made, which decides how each side is written.
     pub abilities: Abilities,
 }
 
-/// What a job was planned with; a resume must not silently differ.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct JobOptions {
-    /// `--include`.
-    pub include: Vec<String>,
-    /// `--exclude`.
-    pub exclude: Vec<String>,
-    /// `--schema-only`.
-    pub schema_only: Vec<String>,
-    /// `--large-objects leave`.
-    #[serde(default)]
-    pub leave_large_objects: bool,
-    /// `--publication`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub publication: Option<String>,
-    /// `--tables-only`.
-    #[serde(default)]
-    pub tables_only: bool,
-}
-
-impl JobOptions {
-    /// They belong to no table: like pg_dump, a job of some tables only does not take them along.
-    pub fn moves_large_objects(&self) -> bool {
-        self.include.is_empty() && !self.leave_large_objects
-    }
-
-    /// The tables meant, as far as their names tell.
-    pub fn patterns(&self) -> std::result::Result<Selection, PatternError> {
-        let mut selection = Selection::parse(&self.include, &self.exclude, &self.schema_only)?;
-        selection.tables_only = self.tables_only;
-        Ok(selection)
-    }
-
-    /// The tables meant, knowing the partitions on this session's server.
-    pub async fn selection(&self, session: &mut Session) -> Result<Selection> {
-        Ok(self.patterns()?.with_partitions(session).await?)
-    }
-}
-
-/// As on the command line.
-impl std::fmt::Display for JobOptions {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let lists = [
-            ("--include", &self.include),
-            ("--exclude", &self.exclude),
-            ("--schema-only", &self.schema_only),
-        ];
-        let given = lists.iter().flat_map(|(option, list)| list.iter().map(move |p| (option, p)));
-        let mut given: Vec<String> = given.map(|(option, p)| format!("{option} '{p}'")).collect();
-        if self.leave_large_objects {
-            given.push("--large-objects leave".to_string());
-        }
-        if self.tables_only {
-            given.push("--tables-only".to_string());
-        }
-        given.extend(self.publication.iter().map(|name| format!("--publication '{name}'")));
-        f.write_str(if given.is_empty() { "none" } else { "" })?;
-        f.write_str(&given.join(" "))
-    }
+/// By stream, the timeline of the side that it reads; `None` where it is that of the slot's making.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Timelines {
+    /// Of the source; set by whoever reads the slot, once all it has in hand is from before the
+    /// fork.
+    pub forward: Option<u32>,
+    /// Of the target, likewise.
+    pub reverse: Option<u32>,
+    /// Of the source; set once all that the copy has seen is from before the fork.
+    pub copied: Option<u32>,
 }
 
 /// What a flip needs to be undone or finished by another process.
@@ -196,7 +153,9 @@ impl Store {
     /// The job's row, `None` where there is no such job or no tables.
     pub async fn load(&mut self) -> Result<Option<JobRow>> {
         let sql = "select phase, error, source_system, target_system, source, target, options, \
-             slot_lsn, armed, flip, abilities, spool from walferry.job where name = $1";
+             slot_lsn, armed, flip, abilities, spool, reads, \
+             coalesce(pg_catalog.to_jsonb(j) ->> 'timelines', '{}') \
+             from walferry.job j where name = $1";
         match self.session.query_opt(sql, &[Some(self.job.as_str())]).await {
             Ok(row) => row.as_ref().map(read_job).transpose(),
             // No such table, or no such schema.
@@ -277,6 +236,22 @@ impl Store {
         self.set("error", error).await
     }
 
+    /// Stores which server a stream's slot was made on, and on which timeline.
+    pub async fn set_system(&mut self, stream: Stream, system: &str) -> Result<()> {
+        let column = match stream {
+            Stream::Forward => "source_system",
+            Stream::Reverse => "target_system",
+        };
+        let sql = format!(
+            "update walferry.job set {column} = $2, timelines = timelines - $3::text \
+             where name = $1"
+        );
+        let stream = stream.to_string();
+        let params = [Some(self.job.as_str()), Some(system), Some(&*stream)];
+        self.session.query_params(&sql, &params).await?;
+        Ok(())
+    }
+
     /// Stores the slot's consistent point.
     pub async fn set_slot_lsn(&mut self, lsn: Lsn) -> Result<()> {
         self.set("slot_lsn", Some(&lsn.to_string())).await
@@ -297,6 +272,25 @@ impl Store {
     pub async fn set_flip(&mut self, flip: &FlipRecord) -> Result<()> {
         let flip = json(flip)?;
         self.set("flip", Some(&flip)).await
+    }
+
+    /// Stores where readers are, with a line in the journal: one commit.
+    pub async fn set_reads(
+        &mut self,
+        attempt: &str,
+        step: &str,
+        reads: Option<&ReadRecord>,
+    ) -> Result<()> {
+        let reads = reads.map(json).transpose()?;
+        self.session
+            .query_params(
+                "with noted as (insert into walferry.journal (job, attempt, flip, step, ms) \
+                 values ($1, $3, 'reads', $4, 0)) \
+                 update walferry.job set reads = $2::jsonb, updated_at = now() where name = $1",
+                &[Some(self.job.as_str()), reads.as_deref(), Some(attempt), Some(step)],
+            )
+            .await?;
+        Ok(())
     }
 
     /// Stores which routes were given up, unless another flip has begun since.
@@ -353,42 +347,46 @@ impl Store {
         })
     }
 
-    /// Writes a step of a flip down before it is done; gives the line's id. `done` is the line of
-    /// the step before and its milliseconds: one commit for both.
+    /// Writes steps of a flip down before they are done; gives the lines' ids in their order.
+    /// `done` are lines of steps that have ended, and their milliseconds: one commit for all.
     pub async fn journal_begin(
         &mut self,
         flip: &FlipRecord,
-        step: &str,
-        done: Option<(String, f64)>,
-    ) -> Result<String> {
-        let (line, ms) = done.map(|(line, ms)| (line, format!("{ms:.3}"))).unzip();
-        let row = self
+        steps: &[&str],
+        done: &[(String, f64)],
+    ) -> Result<Vec<String>> {
+        let (steps, (lines, ms)) = (json(&steps)?, columns(done)?);
+        let rows = self
             .session
-            .query_one(
-                "with done as (update walferry.journal set ms = $6 where id = $5) \
-                 insert into walferry.journal (job, attempt, flip, step) values ($1, $2, $3, $4) \
-                 returning id",
+            .query_params(
+                &format!(
+                    "with {ENDED} \
+                     insert into walferry.journal (job, attempt, flip, step) \
+                     select $3, $4, $5, s.step \
+                     from pg_catalog.jsonb_array_elements_text($6::jsonb) \
+                     with ordinality s(step, place) order by s.place returning id"
+                ),
                 &[
+                    Some(&lines),
+                    Some(&ms),
                     Some(self.job.as_str()),
                     Some(&flip.attempt),
                     Some(&flip.flip),
-                    Some(step),
-                    line.as_deref(),
-                    ms.as_deref(),
+                    Some(&steps),
                 ],
             )
             .await?;
-        Ok(row.string(0)?)
+        rows.iter().map(|row| Ok(row.string(0)?)).collect()
     }
 
-    /// Writes down that it is done.
-    pub async fn journal_end(&mut self, id: &str, ms: f64) -> Result<()> {
-        self.session
-            .query_params(
-                "update walferry.journal set ms = $2 where id = $1",
-                &[Some(id), Some(&format!("{ms:.3}"))],
-            )
-            .await?;
+    /// Writes down that they are done.
+    pub async fn journal_end(&mut self, done: &[(String, f64)]) -> Result<()> {
+        if done.is_empty() {
+            return Ok(());
+        }
+        let (lines, ms) = columns(done)?;
+        let sql = format!("with {ENDED} select 1");
+        self.session.query_params(&sql, &[Some(&lines), Some(&ms)]).await?;
         Ok(())
     }
 
@@ -405,6 +403,19 @@ impl Store {
             .map(|row| Ok(JournalLine { step: row.string(0)?, ms: row.parse_opt(1)? }))
             .collect()
     }
+}
+
+/// Of lines and their milliseconds, JSON arrays: says of each line how long its step took.
+const ENDED: &str = "ended as (update walferry.journal j set ms = d.ms::float8 \
+     from (select l.line, m.ms from pg_catalog.jsonb_array_elements_text($1::jsonb) \
+        with ordinality l(line, place) join pg_catalog.jsonb_array_elements_text($2::jsonb) \
+        with ordinality m(ms, place) using (place)) d where j.id = d.line::int8)";
+
+/// The two arrays of [`ENDED`].
+fn columns(done: &[(String, f64)]) -> Result<(String, String)> {
+    let lines: Vec<&str> = done.iter().map(|(line, _)| line.as_str()).collect();
+    let ms: Vec<String> = done.iter().map(|(_, ms)| format!("{ms:.3}")).collect();
+    Ok((json(&lines)?, json(&ms)?))
 }
 
 /// Runs idempotent DDL quietly, one statement list after another, under a lock of our own so that
@@ -431,6 +442,7 @@ fn read_job(row: &Row) -> Result<JobRow> {
     let text = |i| row.opt(i).map(|v| v.map(str::to_string));
     let flip = row.opt(9)?.map(serde_json::from_str).transpose();
     let spool = row.opt(11)?.map(serde_json::from_str).transpose();
+    let reads = row.opt(12)?.map(serde_json::from_str).transpose();
     Ok(JobRow {
         phase: row.str(0)?.parse().map_err(Error::State)?,
         error: text(1)?,
@@ -443,7 +455,10 @@ fn read_job(row: &Row) -> Result<JobRow> {
         slot_lsn: row.parse_opt(7)?,
         armed: row.bool(8)?,
         flip: flip.map_err(|e| Error::State(format!("walferry.job.flip: {e}")))?,
+        reads: reads.map_err(|e| Error::State(format!("walferry.job.reads: {e}")))?,
         spool: spool.map_err(|e| Error::State(format!("walferry.job.spool: {e}")))?,
+        timelines: serde_json::from_str(row.str(13)?)
+            .map_err(|e| Error::State(format!("walferry.job.timelines: {e}")))?,
         abilities: serde_json::from_str(row.str(10)?)
             .map_err(|e| Error::State(format!("walferry.job.abilities: {e}")))?,
     })

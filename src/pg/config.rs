@@ -83,6 +83,8 @@ pub struct Config {
     pub application_name: Option<String>,
     /// Run-time settings sent in the start-up packet, `-c` style.
     pub options: Option<String>,
+    /// More of them, which nobody is to see: not in an error, not in a child's environment.
+    pub secret_options: Option<SecretString>,
     /// Told of every statement that sessions send.
     pub witness: Option<Witness>,
 }
@@ -142,6 +144,7 @@ impl Config {
                 .get("application_name")
                 .or_else(|| given.get("fallback_application_name")),
             options: given.get("options"),
+            secret_options: None,
             witness: None,
         })
     }
@@ -171,6 +174,12 @@ impl Config {
         let is_there = options.contains(&format!("{name}="));
         let more = if is_there { String::new() } else { format!(" -c {name}={value}") };
         self.options = Some(format!("{options}{more}").trim().to_string());
+        self
+    }
+
+    /// The same with run-time settings in the start-up packet that nobody is to see.
+    pub fn with_secret_options(mut self, options: Option<SecretString>) -> Config {
+        self.secret_options = options;
         self
     }
 

@@ -13,6 +13,7 @@ use super::frame::FrameReader;
 use super::session::Purpose;
 use super::socket::{self, Socket};
 use super::{Config, Error, Host, Result, ServerError, Session, tls};
+use crate::secret::ExposeSecret;
 
 /// SSLRequest: length 8, code 80877103.
 const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
@@ -368,10 +369,13 @@ async fn open_once(
     };
     let (read, mut writer) = tokio::io::split(socket);
     let mut reader = FrameReader::new(read);
-    let options = match &config.options {
+    let mut options = match &config.options {
         Some(more) => format!("{SETTINGS} {more}"),
         None => SETTINGS.to_string(),
     };
+    if let Some(secret) = &config.secret_options {
+        options = format!("{options} {}", secret.expose_secret());
+    }
     let mut parameters = vec![
         ("user", config.user.as_str()),
         ("database", config.dbname.as_str()),

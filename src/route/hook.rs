@@ -24,7 +24,8 @@ const SAID_BYTES: usize = 2048;
 /// A command run with `sh -c`.
 ///
 /// In its environment: `WALFERRY_PHASE` (check, hold, switch, release, undo), `WALFERRY_JOB`,
-/// `WALFERRY_FLIP` (cutover, rollback), `WALFERRY_WAIT_MS` in phase hold, and `WALFERRY_SOURCE_`
+/// `WALFERRY_FLIP` (cutover, rollback), `WALFERRY_CLIENTS` (all, or readers, where only those are
+/// led), `WALFERRY_WAIT_MS` in phase hold, and `WALFERRY_SOURCE_`
 /// and `WALFERRY_TARGET_` `HOST`, `PORT`, `DBNAME`, `USER` (of several hosts a list, as libpq has
 /// it). No passwords. Any phase may come twice; exit 0 for a phase that means nothing to it.
 #[derive(Clone, Debug)]
@@ -115,6 +116,7 @@ fn environment(phase: &str, context: &Context, wait: Option<Duration>) -> Vec<(S
         ("WALFERRY_PHASE".to_string(), phase.to_string()),
         ("WALFERRY_JOB".to_string(), context.job.to_string()),
         ("WALFERRY_FLIP".to_string(), flip.to_string()),
+        ("WALFERRY_CLIENTS".to_string(), if context.reads { "readers" } else { "all" }.to_string()),
     ];
     if let Some(wait) = wait {
         variables.push(("WALFERRY_WAIT_MS".to_string(), wait.as_millis().to_string()));

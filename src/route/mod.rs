@@ -1,7 +1,7 @@
 //! Routes: where clients find the data, and how they are led to the other side.
 //!
 //! A cutover holds clients where it can, stops writers, waits for the target, and then flips every
-//! route. Each route has the same five steps, and each step may be repeated, because walferry may
+//! route. Each route has the same steps, and each step may be repeated, because walferry may
 //! die between any two of them:
 //!
 //! ```text
@@ -9,6 +9,8 @@
 //!             │         │          │
 //!             └────▶ undo ◀────────┘           back to before hold, from wherever we are
 //! ```
+//!
+//! Between hold and switch a part of the latter may be done ahead ([`Route::ready`]).
 //!
 //! - **hook** runs a command of the user's with the phase in its environment: DNS, a load balancer,
 //!   a secret store, an orchestrator. It cannot hold clients.
@@ -79,6 +81,8 @@ pub struct Context {
     pub scope: String,
     /// The tables that move, partitioned ones included; known for check and hold only.
     pub tables: Vec<QualifiedName>,
+    /// Clients that only read are led, ahead of the writes.
+    pub reads: bool,
 }
 
 /// One way by which clients find the data.
@@ -301,6 +305,22 @@ impl Route {
             Route::Pgbouncer(pooler) => pooler.hold(wait).await,
             Route::SqlMed(_) => Ok(()),
             Route::Citus(cluster) => cluster.hold(context, wait).await,
+        }
+    }
+
+    /// True if [`Route::ready`] does something.
+    pub fn gets_ready(&self) -> bool {
+        matches!(self, Route::SqlMed(_) | Route::Citus(_))
+    }
+
+    /// What of the switch leads nobody anywhere, done while the other side catches up: foreign
+    /// servers are armed, placements swapped in a transaction that is not prepared yet. Repeating
+    /// it does no harm, nor does leaving it out: [`Route::switch`] does it then.
+    pub async fn ready(&self, context: &Context) -> Result<()> {
+        match self {
+            Route::Hook(_) | Route::Pgbouncer(_) => Ok(()),
+            Route::SqlMed(server) => server.arm(context).await,
+            Route::Citus(cluster) => cluster.swap().await,
         }
     }
 

@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::file::{File, Replaced};
@@ -22,6 +23,8 @@ pub struct Pgbouncer {
     admin: Config,
     ini: PathBuf,
     dbname: String,
+    /// Consoles between two steps: opening one while clients wait would take longer than the step.
+    idle: Arc<Mutex<Vec<Session>>>,
 }
 
 /// How many server connections a database may have; 0 is no limit.
@@ -54,7 +57,8 @@ impl Pgbouncer {
         }
         let admin = Config::parse(admin).map_err(|e| usage(&e.to_string()))?;
         let admin = admin.with_dbname("pgbouncer").labelled("pgbouncer");
-        Ok(Pgbouncer { admin, ini: PathBuf::from(ini.trim()), dbname: dbname.trim().to_string() })
+        let (ini, dbname) = (PathBuf::from(ini.trim()), dbname.trim().to_string());
+        Ok(Pgbouncer { admin, ini, dbname, idle: Arc::default() })
     }
 
     /// `ADMIN_URI,INI_PATH,DBNAME` without the password, and that.
@@ -98,7 +102,23 @@ impl Pgbouncer {
         text
     }
 
+    /// A console that an earlier step has left, if that is still there, or a new one.
     async fn console(&self) -> Result<Session> {
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        if let Some(mut console) = idle
+            && console.query("SHOW VERSION").await.is_ok()
+        {
+            return Ok(console);
+        }
+        self.open_console().await
+    }
+
+    /// Keeps it for the next step.
+    fn keep(&self, console: Session) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(console);
+    }
+
+    async fn open_console(&self) -> Result<Session> {
         let session = Session::connect(&self.admin, Purpose::PoolerAdmin).await;
         let session = session.map(|session| session.with_patience(CONSOLE_WAIT));
         session.map_err(|source| {
@@ -191,7 +211,11 @@ impl Pgbouncer {
             );
         }
         file.lead_to(&self.words_of(context, Side::destination(context)).await?)?;
-        file.replaceable()
+        file.replaceable()?;
+        // One for whoever says PAUSE, one to RESUME with.
+        self.keep(console);
+        self.keep(self.open_console().await?);
+        Ok(())
     }
 
     async fn may_pause(&self, console: &mut Session) -> Result<()> {
@@ -220,7 +244,9 @@ impl Pgbouncer {
         let limit = self.limit(&mut rescue).await?;
         let outcome = self.pause(&mut console, deadline).await;
         if let Ok(true) = outcome {
-            return self.set(&mut rescue, LIMIT, &limit).await;
+            self.set(&mut rescue, LIMIT, &limit).await?;
+            self.keep(rescue);
+            return Ok(());
         }
         // Clients first, everything else after.
         let resumed = self.resume(&mut rescue).await;
@@ -330,7 +356,9 @@ impl Pgbouncer {
             }
             file.with_line(&line)?;
         }
-        self.reload(&mut console, &line).await
+        self.reload(&mut console, &line).await?;
+        self.keep(console);
+        Ok(())
     }
 
     /// Has the file read, and believes it only when seen. RELOAD closes every connection to the

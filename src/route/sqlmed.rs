@@ -38,6 +38,8 @@ pub struct SqlMed {
     partition: Option<String>,
     /// A session between two steps: making one while writers wait would take longer than the step.
     idle: Arc<Mutex<Option<Session>>>,
+    /// The flip that the server is armed for, as far as this process knows.
+    armed: Arc<Mutex<Option<Stream>>>,
 }
 
 /// A server as it is.
@@ -88,7 +90,7 @@ impl SqlMed {
     fn new(uri: &str, server: &str, partition: Option<String>) -> Result<SqlMed> {
         let router = Config::parse(uri).map_err(|e| Error::Usage(e.to_string()))?;
         let (router, server) = (router.labelled("router"), server.to_string());
-        Ok(SqlMed { router, server, partition, idle: Arc::default() })
+        Ok(SqlMed { router, server, partition, idle: Arc::default(), armed: Arc::default() })
     }
 
     /// `URI,SERVER` or `URI,CLUSTER,PARTITION` as it may be stored, and the password.
@@ -143,14 +145,20 @@ impl SqlMed {
     }
 
     async fn session(&self) -> Result<Session> {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(mut session) = idle
-            && session.execute("select 1").await.is_ok()
-        {
-            return Ok(session);
-        }
         let session = Session::control(&self.router).await;
         session.map_err(|source| Error::Router { doing: "connecting".to_string(), source })
+    }
+
+    fn idle(&self) -> Option<Session> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn set_armed(&self, flip: Option<Stream>) {
+        *self.armed.lock().unwrap_or_else(PoisonError::into_inner) = flip;
+    }
+
+    fn is_armed(&self, context: &Context) -> bool {
+        *self.armed.lock().unwrap_or_else(PoisonError::into_inner) == Some(context.flip)
     }
 
     /// Keeps the session for the next step.
@@ -164,16 +172,21 @@ impl SqlMed {
         done.map(|_| ()).map_err(|source| Error::Router { doing, source })
     }
 
-    async fn find(&self, session: &mut Session) -> Result<Found> {
+    /// Looks at the server; `first` is run before it in the same message, and must not fail.
+    async fn find(&self, session: &mut Session, first: &str) -> Result<Found> {
         let wrong = |source| Error::Router { doing: "reading pg_foreign_server".into(), source };
-        let sql = "select w.fdwname, pg_catalog.pg_has_role(s.srvowner, 'USAGE'), \
+        let sql = format!(
+            "{first} select w.fdwname, pg_catalog.pg_has_role(s.srvowner, 'USAGE'), \
              pg_catalog.obj_description(s.oid, 'pg_foreign_server'), \
              coalesce((select pg_catalog.json_object_agg(o.option_name, o.option_value) \
-             from pg_catalog.pg_options_to_table(s.srvoptions) o), '{}') \
+             from pg_catalog.pg_options_to_table(s.srvoptions) o), '{{}}') \
              from pg_catalog.pg_foreign_server s \
-             join pg_catalog.pg_foreign_data_wrapper w on w.oid = s.srvfdw where s.srvname = $1";
-        let row = session.query_opt(sql, &[Some(&self.server)]).await.map_err(wrong)?;
-        let Some(row) = row else {
+             join pg_catalog.pg_foreign_data_wrapper w on w.oid = s.srvfdw where s.srvname = {}",
+            quote_literal(&self.server)
+        );
+        // What comes first answers with one column, if at all.
+        let mut rows = session.query(&sql).await.map_err(wrong)?;
+        let Some(row) = rows.pop().filter(|row| row.len() > 1) else {
             return Err(self.setup("is not there; name one that \\des lists"));
         };
         let comment = row.opt(2).map_err(wrong)?;
@@ -189,11 +202,19 @@ impl SqlMed {
         })
     }
 
-    /// Begins a transaction in which no other job changes the server, and looks at it.
-    async fn find_locked(&self, session: &mut Session) -> Result<Found> {
-        let server = quote_literal(&self.server);
-        self.execute(session, &format!("begin; {LOCK}{server}))")).await?;
-        self.find(session).await
+    /// Begins a transaction in which no other job changes the server, and looks at it: by the
+    /// session of the step before, if that is still there.
+    async fn find_locked(&self) -> Result<(Session, Found)> {
+        let first = format!("begin; {LOCK}{}));", quote_literal(&self.server));
+        if let Some(mut session) = self.idle() {
+            match self.find(&mut session, &first).await {
+                Err(Error::Router { source, .. }) if source.is_closed() => {}
+                found => return Ok((session, found?)),
+            }
+        }
+        let mut session = self.session().await?;
+        let found = self.find(&mut session, &first).await?;
+        Ok((session, found))
     }
 
     /// Under which of the notes ours is.
@@ -294,7 +315,7 @@ impl SqlMed {
     /// finds that role on the new side.
     pub(super) async fn check(&self, context: &Context) -> Result<()> {
         let mut session = self.session().await?;
-        let found = self.find(&mut session).await?;
+        let found = self.find(&mut session, "").await?;
         if found.wrapper != self.wrapper() {
             let (has, wants) = (&found.wrapper, self.wrapper());
             return Err(self.setup(format!("is one of {has}, and this route is for {wants}")));
@@ -386,10 +407,14 @@ impl SqlMed {
         Ok(())
     }
 
-    /// Tries the change and arms it; `release` does it.
+    /// Arms the change, unless that was done ahead.
     pub(super) async fn switch(&self, context: &Context) -> Result<()> {
-        let mut session = self.session().await?;
-        let found = self.find_locked(&mut session).await?;
+        if self.is_armed(context) { Ok(()) } else { self.arm(context).await }
+    }
+
+    /// Tries the change and arms it; `release` does it.
+    pub(super) async fn arm(&self, context: &Context) -> Result<()> {
+        let (mut session, found) = self.find_locked().await?;
         let alter = self.alter(&found, &self.wanted(&found, context).await?);
         if alter.is_empty() {
             return self.execute(&mut session, "rollback").await;
@@ -402,14 +427,15 @@ impl SqlMed {
         let sql = format!("savepoint tried; {alter} rollback to tried; {note} commit");
         self.execute(&mut session, &sql).await?;
         self.keep(session);
+        self.set_armed(Some(context.flip));
         Ok(())
     }
 
     /// Leads clients to the new side, if that was armed. Called in every try of a flip that could
     /// not stop its writers, too.
     pub(super) async fn release(&self, context: &Context) -> Result<()> {
-        let mut session = self.session().await?;
-        let found = self.find_locked(&mut session).await?;
+        self.set_armed(None);
+        let (mut session, found) = self.find_locked().await?;
         let armed = |note: &&Note| note.armed.as_deref() == Some(context.flip.as_str());
         let Some(note) = found.note.as_ref().filter(armed) else {
             self.execute(&mut session, "rollback").await?;
@@ -422,8 +448,8 @@ impl SqlMed {
     }
 
     pub(super) async fn undo(&self, context: &Context) -> Result<()> {
-        let mut session = self.session().await?;
-        let found = self.find_locked(&mut session).await?;
+        self.set_armed(None);
+        let (mut session, found) = self.find_locked().await?;
         let Some(note) = &found.note else {
             return self.execute(&mut session, "rollback").await;
         };
@@ -440,8 +466,7 @@ impl SqlMed {
     }
 
     pub(super) async fn forget(&self, context: &Context) -> Result<()> {
-        let mut session = self.session().await?;
-        let found = self.find_locked(&mut session).await?;
+        let (mut session, found) = self.find_locked().await?;
         let ours = |note: &Note| note.job == context.job.as_str();
         match found.note.as_ref().is_some_and(ours) {
             true => {

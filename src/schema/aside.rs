@@ -24,11 +24,11 @@
 //! he wants of applied rows), foreign keys whose triggers a superuser has disabled.
 
 use super::plan::{self, PostPhase};
-use super::pre::{known_settings, record, set_local, texts};
+use super::pre::{known_settings, record, set_local, texts, transaction};
 use super::{Dump, Error, Result};
 use crate::catalog::Selection;
 use crate::id::{QualifiedName, quote_ident, quote_literal};
-use crate::pg::Session;
+use crate::pg::{Pipeline, Reply, Session};
 
 /// What must not act on a side while a stream writes to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -108,7 +108,7 @@ const BORDER_KEYS: &str = "with t as (select c.oid from pg_catalog.pg_class c \
      order by 2, 3";
 
 /// Sets aside whatever of `acting` would act on rows written to `tables`, inside the session's
-/// transaction if one is open, else in one of its own. Idempotent. Gives how many things that were.
+/// transaction if one is open, else in one of its own. Idempotent.
 ///
 /// Waits for readers of the tables, as dropping a foreign key does: set `lock_timeout` before.
 /// [`ASIDE_DDL`] must have been run.
@@ -117,16 +117,28 @@ pub async fn set_aside(
     job: &str,
     tables: &[QualifiedName],
     acting: Acting,
-) -> Result<usize> {
+) -> Result<()> {
+    let statements = setting_aside(session, job, tables, acting).await?;
+    together(session, &statements).await
+}
+
+/// The statements that [`set_aside`] runs, for whoever has them run by [`together`] at a moment of
+/// his own. Takes no locks that anybody would wait for.
+pub async fn setting_aside(
+    session: &mut Session,
+    job: &str,
+    tables: &[QualifiedName],
+    acting: Acting,
+) -> Result<Vec<String>> {
     let is_superuser = session.parameter("is_superuser") == Some("on");
     let found = match acting {
         Acting::Everything => FOUND,
         Acting::Borders if is_superuser => BORDERS,
         Acting::Borders => BORDER_KEYS,
-        Acting::Nothing => return Ok(0),
+        Acting::Nothing => return Ok(Vec::new()),
     };
     if tables.is_empty() {
-        return Ok(0);
+        return Ok(Vec::new());
     }
     let names: Vec<String> = tables
         .iter()
@@ -158,15 +170,21 @@ pub async fn set_aside(
             _ => format!("alter table only {relation} disable trigger {name}"),
         });
     }
-    together(session, &sqls).await?;
-    Ok(rows.len())
+    Ok(sqls)
 }
 
 /// Puts back what [`set_aside`] took, in one transaction: all of it or, on an error, nothing.
 /// Foreign keys are not valid before [`validate`]. Idempotent.
 pub async fn restore(session: &mut Session, job: &str) -> Result<()> {
+    let statements = restoring(session, job).await?;
+    together(session, &statements).await
+}
+
+/// The statements that [`restore`] runs, for whoever has them run by [`together`] at a moment of
+/// his own. Nobody else may set aside or restore for this job meanwhile.
+pub async fn restoring(session: &mut Session, job: &str) -> Result<Vec<String>> {
     if !is_known(session).await? {
-        return Ok(());
+        return Ok(Vec::new());
     }
     // The other table of a key may have been made anew, and its triggers with it.
     let sql = "select kind, relation, name, definition, note, later from walferry.set_aside \
@@ -206,7 +224,7 @@ pub async fn restore(session: &mut Session, job: &str) -> Result<()> {
             format!("delete from walferry.set_aside where {this}")
         });
     }
-    together(session, &sqls).await
+    Ok(sqls)
 }
 
 /// Has the server look whether all rows meet the foreign keys that came back; readers and writers
@@ -231,9 +249,9 @@ pub async fn validate(session: &mut Session, job: &str) -> Result<()> {
 /// that only moves.
 const SKIP: &str = "citus.skip_constraint_validation";
 
-/// What [`super::apply_post`] postponed, in one transaction: foreign keys not valid before
-/// [`validate`], triggers, rules. Steps that are done are left out.
-pub async fn build_acting(session: &mut Session, dump: &Dump, job: &str) -> Result<()> {
+/// What [`super::apply_post`] postponed, as statements for [`together`]: foreign keys not valid
+/// before [`validate`], triggers, rules. Steps that are done are left out.
+pub async fn building_acting(session: &mut Session, dump: &Dump, job: &str) -> Result<Vec<String>> {
     let done = format!("select id from walferry.schema_step where job = {}", quote_literal(job));
     let done = texts(session, &done).await?;
     let mut steps = plan::steps(&dump.post, &std::collections::HashMap::new())?;
@@ -243,7 +261,7 @@ pub async fn build_acting(session: &mut Session, dump: &Dump, job: &str) -> Resu
             && !done.contains(&step.id)
     });
     if steps.is_empty() {
-        return Ok(());
+        return Ok(Vec::new());
     }
     let known = known_settings(session).await?;
     let skip = "select pg_catalog.current_setting($1, true) is not null";
@@ -275,7 +293,7 @@ pub async fn build_acting(session: &mut Session, dump: &Dump, job: &str) -> Resu
         }
         sqls.push(record(job, std::iter::once(step.id.as_str())));
     }
-    together(session, &sqls).await
+    Ok(sqls)
 }
 
 fn this_row(job: &str, kind: &str, relation: &str, name: &str) -> String {
@@ -293,25 +311,21 @@ async fn is_known(session: &mut Session) -> Result<bool> {
     Ok(session.query_one(sql, &[]).await?.bool(0)?)
 }
 
-/// All statements in the transaction that is open, or in one of their own.
-async fn together(session: &mut Session, sqls: &[String]) -> Result<()> {
+/// All statements in the transaction that is open, or in one of their own; one round trip, as
+/// writers may be waiting. An error names the statement that had it.
+pub async fn together(session: &mut Session, sqls: &[String]) -> Result<()> {
     if sqls.is_empty() {
         return Ok(());
     }
-    let open = session.in_transaction();
-    if !open {
-        session.execute("begin").await?;
+    if !session.in_transaction() {
+        return transaction(session, sqls).await;
     }
-    for sql in sqls {
-        if let Err(error) = session.execute(sql).await {
-            if !open && !error.is_closed() {
-                session.execute("rollback").await?;
-            }
-            return Err(Error::statement(sql, error));
-        }
-    }
-    if !open {
-        session.execute("commit").await?;
-    }
-    Ok(())
+    let mut pipeline = Pipeline::new();
+    sqls.iter().for_each(|sql| pipeline.once(sql));
+    let mut done = 0;
+    let outcome = session.exchange(pipeline, |reply| {
+        done += usize::from(matches!(reply, Reply::Done(_)));
+    });
+    let Err(error) = outcome.await else { return Ok(()) };
+    Err(Error::statement(sqls.get(done).map_or("", String::as_str), error))
 }

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use super::lex::Cursor;
 use super::script::{self, Statement};
 use super::{Dump, Error, Result};
-use crate::id::quote_literal;
+use crate::id::{QualifiedName, quote_literal};
 use crate::pg::{Pipeline, Reply, Session};
 
 /// The row of `walferry.schema_step` that stands for pre-data.
@@ -56,6 +56,35 @@ pub async fn apply_pre(session: &mut Session, dump: &Dump, job: &str) -> Result<
         }
     }
     Ok(refused)
+}
+
+/// True if [`apply_pre`] has made the job's tables here, and they were not dropped since.
+pub async fn is_made(session: &mut Session, job: &str) -> Result<bool> {
+    let there = "select pg_catalog.to_regclass('walferry.schema_step') is not null";
+    if !session.query_one(there, &[]).await?.bool(0)? {
+        return Ok(false);
+    }
+    let sql = "select exists (select from walferry.schema_step where job = $1 and id = $2)";
+    Ok(session.query_one(sql, &[Some(job), Some(STEP)]).await?.bool(0)?)
+}
+
+/// Drops tables that [`apply_pre`] made for the job, and forgets that it did: one transaction.
+///
+/// # Errors
+/// Where others' objects depend on them; nothing is dropped then.
+pub async fn drop_made(session: &mut Session, job: &str, tables: &[QualifiedName]) -> Result<()> {
+    let names: Vec<String> = tables.iter().map(QualifiedName::quoted).collect();
+    let mut sqls = Vec::new();
+    if !names.is_empty() {
+        sqls.push("set local client_min_messages = error".to_string());
+        sqls.push(format!("drop table if exists {}", names.join(", ")));
+    }
+    sqls.push(format!(
+        "delete from walferry.schema_step where job = {} and id = {}",
+        quote_literal(job),
+        quote_literal(STEP)
+    ));
+    transaction(session, &sqls).await
 }
 
 /// What is said of an extension, or of a schema that was there (`public`): nothing that is moved

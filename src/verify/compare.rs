@@ -57,8 +57,8 @@ pub(super) fn query(
     let leaves: Vec<String> = family
         .half(end)
         .into_iter()
-        .flat_map(|half| &half.leaves)
-        .map(|leaf| {
+        .flat_map(|half| half.leaves.iter().map(move |leaf| (half, leaf)))
+        .map(|(half, leaf)| {
             let rows = leaf.published.filter.as_ref().map(|filter| format!("({filter})"));
             let conditions: Vec<String> = rows.into_iter().chain(buckets.clone()).collect();
             let filter = match conditions.as_slice() {
@@ -66,11 +66,11 @@ pub(super) fn query(
                 some => format!("where {}", some.join(" and ")),
             };
             format!(
-                "select {} as h, md5({}) as r, {} from only {} t {filter}",
+                "select {} as h, md5({}) as r, {} from {} t {filter}",
                 expressions.match_hash(),
                 expressions.row(),
                 expressions.shown().join(", "),
-                leaf.name.quoted()
+                half.from(leaf)
             )
         })
         .collect();

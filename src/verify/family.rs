@@ -26,6 +26,8 @@ pub(super) struct Half {
     pub table: Table,
     /// Where the rows are: the table itself, or its partitions.
     pub leaves: Vec<Table>,
+    /// Of leaves that a map makes others of, what follows FROM to read them as these.
+    pub rows: HashMap<QualifiedName, String>,
 }
 
 /// A table, or a partitioned table with all its partitions.
@@ -48,6 +50,8 @@ pub(super) struct Family {
 #[derive(Clone, Debug)]
 pub(super) struct Scan {
     pub table: QualifiedName,
+    /// What stands for it after FROM, where a map makes other rows of its rows.
+    pub rows: Option<String>,
     /// First block (inclusive) and last block (exclusive), each `None` where open.
     pub blocks: (Option<u64>, Option<u64>),
     /// The rows that are compared; all if `None`.
@@ -98,15 +102,25 @@ impl Half {
     }
 
     fn scans(&self, piece_blocks: u64) -> Vec<Scan> {
-        self.leaves.iter().flat_map(|leaf| scans(leaf, piece_blocks)).collect()
+        self.leaves
+            .iter()
+            .flat_map(|leaf| scans(leaf, self.rows.get(&leaf.name), piece_blocks))
+            .collect()
+    }
+
+    /// What a leaf's rows are read from.
+    pub fn from(&self, leaf: &Table) -> String {
+        let rows = self.rows.get(&leaf.name).cloned();
+        rows.unwrap_or_else(|| format!("only {}", leaf.name.quoted()))
     }
 }
 
-fn scans(leaf: &Table, piece_blocks: u64) -> Vec<Scan> {
+fn scans(leaf: &Table, rows: Option<&String>, piece_blocks: u64) -> Vec<Scan> {
     let pieces = (leaf.blocks / piece_blocks.max(1)).max(1);
     (0..pieces)
         .map(|i| Scan {
             table: leaf.name.clone(),
+            rows: rows.cloned(),
             blocks: (
                 (i > 0).then_some(i * piece_blocks),
                 (i + 1 < pieces).then_some((i + 1) * piece_blocks),
@@ -123,26 +137,38 @@ impl Catalog {
     }
 
     /// The families that take part, by name.
-    fn halves(&self, options: &Options) -> BTreeMap<QualifiedName, Half> {
+    ///
+    /// # Errors
+    /// Where a mask of the map is not for its column: a sentence.
+    fn halves(&self, options: &Options) -> Result<BTreeMap<QualifiedName, Half>, String> {
         let mut halves: BTreeMap<QualifiedName, Half> = BTreeMap::new();
         for table in self.tables.values() {
             let Some(root) = self.root(table, options) else { continue };
-            let half = halves
-                .entry(root.name.clone())
-                .or_insert_with(|| Half { table: root.clone(), leaves: Vec::new() });
+            let half = halves.entry(root.written_name().clone()).or_insert_with(|| Half {
+                table: as_written(root),
+                leaves: Vec::new(),
+                rows: HashMap::new(),
+            });
             if table.kind == TableKind::Plain {
                 half.leaves.push(table.clone());
+            }
+            if let Some(rows) = table.mapped_rows(None) {
+                half.rows.insert(table.name.clone(), rows?);
             }
         }
         for half in halves.values_mut() {
             half.leaves.sort_by(|a, b| a.name.cmp(&b.name));
         }
-        halves
+        Ok(halves)
     }
 
     /// The topmost selected ancestor of a selected table (itself, if it is no partition).
     fn root<'a>(&'a self, table: &'a Table, options: &Options) -> Option<&'a Table> {
-        if !options.selection.has_rows(&table.name) {
+        let filled = |table: &Table| match &options.map {
+            Some(map) => table.mapped.is_none() && map.may_fill(&table.name),
+            None => false,
+        };
+        if !options.selection.has_rows(&table.name) && !filled(table) {
             return None;
         }
         let mut root = table;
@@ -163,21 +189,42 @@ impl Catalog {
 }
 
 fn is_listed(table: &Table, options: &Options) -> bool {
-    options.tables.as_ref().is_none_or(|names| names.contains(&table.name))
+    options.tables.as_ref().is_none_or(|names| names.contains(table.written_name()))
+}
+
+/// A table of the source with the names of the target.
+fn as_written(table: &Table) -> Table {
+    let mut written = table.clone();
+    if let Some(mapped) = &table.mapped {
+        let rename = |name: &mut String| *name = mapped.written(name).to_string();
+        written.name = mapped.target.clone();
+        written.key.retain(|name| mapped.keeps(name));
+        if written.key.len() < table.key.len() {
+            written.key.clear();
+        }
+        written.columns.iter_mut().map(|column| &mut column.name).for_each(rename);
+        written.key.iter_mut().for_each(rename);
+    }
+    written
 }
 
 /// Pairs the tables of both sides by name.
-pub(super) fn families(source: &Catalog, target: &Catalog, options: &Options) -> Vec<Family> {
-    let mut sources = source.halves(options);
-    let mut targets = target.halves(options);
+///
+/// # Errors
+/// Where a mask of the map is not for its column: a sentence.
+pub(super) fn families(
+    source: &Catalog,
+    target: &Catalog,
+    options: &Options,
+) -> Result<Vec<Family>, String> {
+    let mut sources = source.halves(options)?;
+    let mut targets = target.halves(options)?;
     let names: BTreeSet<QualifiedName> = sources.keys().chain(targets.keys()).cloned().collect();
-    names
-        .into_iter()
-        .map(|name| {
-            let (source, target) = (sources.remove(&name), targets.remove(&name));
-            family(name, source, target, options)
-        })
-        .collect()
+    let paired = names.into_iter().map(|name| {
+        let (source, target) = (sources.remove(&name), targets.remove(&name));
+        family(name, source, target, options)
+    });
+    Ok(paired.collect())
 }
 
 fn family(
@@ -237,7 +284,10 @@ fn pair_columns(family: &mut Family, source: &Half, target: &Half, options: &Opt
     }
     for column in &target.table.columns {
         let published = &source.table.published;
+        // What the target computes itself cannot come through a map.
+        let computed = column.generated && source.table.mapped.is_some();
         if source.column(&column.name).is_none()
+            && !computed
             && !published.columns_left_out.contains(&column.name)
         {
             family.problems.push(format!("column \"{}\" is missing on the source", column.name));

@@ -115,7 +115,10 @@ impl<'a> Expressions<'a> {
 
     /// The query of one scan.
     fn scan(&self, scan: &Scan, lateral: bool) -> String {
-        let from = format!("from only {} t", scan.table.quoted());
+        let from = match &scan.rows {
+            Some(rows) => format!("from {rows} t"),
+            None => format!("from only {} t", scan.table.quoted()),
+        };
         let filter = conditions(scan);
         let (bucket, hash) = (self.bucket(), self.dialect.hash_int8(&self.row()));
         if lateral {

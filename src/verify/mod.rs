@@ -28,6 +28,9 @@
 //!
 //! "Equal" is what COPY would print, not what `=` says: 1.0 and 1.00 differ, 0 and -0 too.
 //!
+//! Tables that a map makes others of are read through it on the source, and paired by the names
+//! that they have on the target.
+//!
 //! Nothing is written, so nothing survives a crash: run it again. Table locks (ACCESS SHARE) are
 //! given back after each scan, although the snapshot's transaction goes on.
 //!
@@ -47,6 +50,7 @@ use std::sync::Arc;
 use crate::catalog::{Publication, Selection};
 use crate::fault::{Fault, Faulty};
 use crate::id::QualifiedName;
+use crate::map::Map;
 use crate::pg::{self, Config};
 
 pub use report::{Difference, DifferenceKind, Report, TableReport};
@@ -75,6 +79,8 @@ pub struct Options {
     pub tables: Option<Vec<QualifiedName>>,
     /// The publication that rows come from the source by: what it leaves out is not compared.
     pub publication: Option<Publication>,
+    /// What the target has of the source's tables is what this makes of them.
+    pub map: Option<Arc<Map>>,
     /// Scans at a time on each side, at least 1: one connection each.
     pub parallelism: usize,
     /// Differing keys listed per table. Counts are exact whatever the limit.
@@ -97,6 +103,7 @@ impl Options {
             selection: Selection::default(),
             tables: None,
             publication: None,
+            map: None,
             parallelism: 4,
             keys_limit: 100,
             generated: false,
@@ -204,6 +211,9 @@ pub enum Error {
         /// The tables.
         tables: Vec<QualifiedName>,
     },
+    /// A mask is not for its column.
+    #[error("the job's map: {0}")]
+    Mask(String),
     /// A worker task ended without an answer.
     #[error("a comparing task failed: {0}")]
     Task(String),
@@ -215,7 +225,7 @@ impl Faulty for Error {
             Error::Pg(error) => error.fault(),
             Error::Table { source, .. } => source.fault(),
             Error::Snapshot { .. } => Fault::Retry,
-            Error::Rewritten { .. } => Fault::Stop,
+            Error::Rewritten { .. } | Error::Mask(_) => Fault::Stop,
             Error::Inconsistent { .. } | Error::Task(_) => Fault::Bug,
         }
     }

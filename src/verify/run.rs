@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::task::JoinSet;
 
-use crate::catalog;
+use crate::catalog::{self, Selection};
 use crate::fault::{Fault, Faulty};
 use crate::id::{QualifiedName, quote_literal};
 use crate::pg::{self, Purpose, Session};
@@ -61,11 +61,16 @@ pub async fn run(options: Options) -> Result<Report> {
     if let Some(publication) = &options.publication {
         tables = publication.narrow(tables);
     }
+    let map = options.map.as_deref();
+    let tables = tables.into_iter().map(|table| table.mapped_by(map)).collect();
     let source = Catalog::new(tables);
-    let target = Catalog::new(catalog::tables(&mut pair.target, &options.selection).await?);
+    // Tables that the map fills have names that no pattern of the job speaks of.
+    let wide = map.map(|_| Selection::default());
+    let selection = wide.as_ref().unwrap_or(&options.selection);
+    let target = Catalog::new(catalog::tables(&mut pair.target, selection).await?);
     let types = (Types::read(&mut pair.source).await?, Types::read(&mut pair.target).await?);
     let dialects = pair.agree().await?;
-    let families = families(&source, &target, &options);
+    let families = families(&source, &target, &options).map_err(Error::Mask)?;
     let piece_blocks =
         |s: &Session| if s.major_version() < 14 { u64::MAX } else { options.piece_blocks };
     let queue = pieces(&families, (piece_blocks(&pair.source), piece_blocks(&pair.target)));

@@ -4,6 +4,7 @@
 mod double;
 mod jobs;
 mod load;
+mod ranges;
 
 use serde_json::Value;
 use walferry::cluster::read::siblings;

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 mod apply;
+mod brought;
+mod bulk;
 mod catalog;
 mod check;
 mod citus;
@@ -11,6 +13,7 @@ mod copy;
 mod cutover;
 mod ddl;
 mod decode;
+mod failover;
 mod faults;
 mod fidelity;
 mod heartbeat;
@@ -19,6 +22,7 @@ mod job;
 #[cfg(feature = "kafka")]
 mod kafka;
 mod large;
+mod maps;
 mod matrix;
 mod newcomers;
 mod older;
@@ -32,8 +36,10 @@ mod route;
 mod schema;
 mod source;
 mod spool;
+mod states;
 mod stories;
 mod support;
 mod support_works;
 mod test_decoding;
+mod two_way;
 mod verify;

@@ -19,5 +19,6 @@ fn context(flip: Stream, source: &str, target: &str) -> Context {
         target: config(target),
         scope: "none".to_string(),
         tables: Vec::new(),
+        reads: false,
     }
 }

@@ -12,6 +12,7 @@ use super::jobs::{done, home_of, overall, progress};
 use super::print;
 use crate::cli::options;
 use crate::cli::run::stop_on_signal;
+use crate::cluster::guard::Allowed;
 use crate::cluster::schedule::Limits;
 use crate::cluster::{self, Address, TaskState};
 use crate::config::{self, parse_duration};
@@ -171,10 +172,14 @@ async fn load(
         anyhow::bail!("job {job} was planned of {planned}: give the same --cluster");
     }
     let base = task_options.between(task_options.file()?, home.clone(), home.clone())?;
-    let transaction_age = cluster::guard::TRANSACTION_AGE;
+    if base.map.is_some() {
+        let message = "is of one database's job, not of a cluster's: leave it out".to_string();
+        return Err(config::Error::Value { option: "[[map]]", message }.into());
+    }
+    let allowed = Allowed::default();
     let flip = flip.flip()?;
     let log = Log::default();
-    let setup = Setup { address, layout, home, base, flip, verify: true, transaction_age, log };
+    let setup = Setup { address, layout, home, base, flip, verify: true, allowed, log };
     Ok((setup, job))
 }
 
@@ -182,14 +187,14 @@ async fn load(
 pub async fn run(
     address: Address,
     args: Args,
-    age: Duration,
+    allowed: Allowed,
     as_json: bool,
 ) -> anyhow::Result<ExitCode> {
     let task_options =
         options::JobArgs { config: args.config, jobs: args.jobs, ..options::JobArgs::default() };
     let (mut setup, job) = load(address, args.job, &task_options, &args.flip).await?;
     setup.verify = !args.no_verify;
-    setup.transaction_age = age;
+    setup.allowed = allowed;
     remember_routers(&setup, &job, &args.router).await?;
     let parallel = args.parallel.unwrap_or(usize::MAX);
     let wanted = Wanted {

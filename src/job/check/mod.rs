@@ -9,7 +9,8 @@
 //! says of itself; compare; measure the WAL rate over a second. Rights are tried where trying is
 //! harmless (`SET LOCAL session_replication_role`), since clouds grant what the catalogs deny.
 //!
-//! Nothing is written anywhere, so nothing survives a crash. A question that a server refuses to
+//! Nothing is written anywhere, so nothing survives a crash (expressions of a map are tried on a
+//! temporary table, which is rolled back). A question that a server refuses to
 //! answer becomes a warning, never the end of the check.
 //!
 //! Left out: free disk space, but for a target on this very machine (SQL does not show it; sizes
@@ -17,12 +18,15 @@
 //! verify is for).
 
 mod borders;
+mod brought;
 mod carried;
 mod disk;
 mod end;
+mod failover;
 mod finding;
 mod given;
 mod identity;
+mod mapped;
 mod objects;
 mod older;
 mod publication;
@@ -34,13 +38,18 @@ mod target;
 mod tools;
 mod traffic;
 mod two_phase;
+mod two_way;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::catalog::{self, Selection, Table};
 use crate::id::JobName;
+use crate::map::Map;
 use crate::pg::{self, Config, Session};
 
+use super::config::JobConfig;
+use super::failover::Failover;
 use super::reading::Wanted;
 use super::state::Phase;
 pub use carried::not_carried;
@@ -54,6 +63,10 @@ pub struct CheckOptions {
     pub job: JobName,
     /// Its tables.
     pub selection: Selection,
+    /// What becomes of its tables on the way.
+    pub map: Option<Arc<Map>>,
+    /// There is to be no way back.
+    pub one_way: bool,
     /// Large objects move with the tables.
     pub large_objects: bool,
     /// Decoder and transport, where they are not left to be chosen.
@@ -62,6 +75,14 @@ pub struct CheckOptions {
     pub streaming: bool,
     /// Prepared transactions are to be carried as such.
     pub two_phase: bool,
+    /// Whether slots are made such that standbys keep copies of them.
+    pub failover: Failover,
+    /// Applications are to write to both sides.
+    pub two_way: bool,
+    /// The target is a copy that somebody else made: nothing is made there, all has to be there.
+    pub brought: bool,
+    /// Tables that are altered on the source are on the target as well, by the stream.
+    pub alters: bool,
     /// Parallel copies: each needs a connection on both sides.
     pub copy_jobs: usize,
     /// Whether a way back will be armed, for which both sides need the rights of the other.
@@ -85,10 +106,16 @@ impl CheckOptions {
         CheckOptions {
             job,
             selection: Selection::default(),
+            map: None,
+            one_way: false,
             large_objects: true,
             wanted: Wanted::default(),
             streaming: false,
             two_phase: false,
+            failover: Failover::Auto,
+            two_way: false,
+            brought: false,
+            alters: false,
             copy_jobs: 4,
             reverse: true,
             copy_bytes_per_second: 50_000_000,
@@ -97,6 +124,13 @@ impl CheckOptions {
             transaction_age: Duration::from_secs(30),
             prepared_age: Duration::from_secs(3600),
         }
+    }
+
+    /// With a map there is no way back, and none of its rights is asked for.
+    pub fn with_map(&mut self, config: &JobConfig) {
+        self.map.clone_from(&config.map);
+        self.one_way = config.one_way;
+        self.reverse = config.map.is_none();
     }
 }
 
@@ -138,14 +172,22 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.rights().await?;
     check.reading().await?;
     check.two_phase().await?;
+    check.failover().await?;
+    check.two_way().await?;
     check.published().await?;
     check.tables().await?;
     check.identities().await?;
+    check.mapped().await?;
     check.objects().await?;
     check.carried().await?;
-    check.older().await?;
-    check.target().await?;
-    check.tools().await;
+    match options.brought {
+        true => check.brought().await?,
+        false => {
+            check.older().await?;
+            check.target().await?;
+            check.tools().await;
+        }
+    }
     check.traffic(start).await?;
     Ok(Report::new(check.findings))
 }

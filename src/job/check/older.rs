@@ -37,7 +37,7 @@ impl Check<'_> {
         }
         self.types(target).await?;
         let options = schema::Options::default();
-        let dump = schema::dump(&self.source.config, &self.options.selection, &options).await;
+        let dump = schema::dump(&self.source.config, &self.made(), &options).await;
         let fitted = dump.and_then(|dump| Ok(schema::fit(&dump, target)?));
         let fitted = match fitted {
             Ok(fitted) => fitted,

@@ -86,15 +86,16 @@ impl Check<'_> {
             true => owners(&mut self.source.session).await?,
             false => HashMap::new(),
         };
+        let selection = self.made();
         for (name, kind, is_partition) in relations(&mut self.target.session).await? {
             let is_table = matches!(kind.as_str(), "r" | "p");
-            let selection = &self.options.selection;
             let moves = match kind.as_str() {
                 "r" | "p" => selection.has_schema(&name),
                 "S" => selection.has_sequence(owners.get(&name)),
                 _ => !selection.tables_only,
             };
-            if moves && is_table && !is_partition && !ours.contains(&name) {
+            let alone = moves && is_table && !is_partition && !ours.contains(&name);
+            if alone && self.options.reverse {
                 // Its rows could not come along on the way back.
                 let message = format!(
                     "is on the target alone, and would refuse the way back: leave it out with \
@@ -141,9 +142,14 @@ impl Check<'_> {
         Ok(())
     }
 
-    async fn leftovers(&mut self, side: Side) -> pg::Result<Vec<Finding>> {
+    /// Of a copy that somebody else made, slot and publication were made first, and came along.
+    pub(super) async fn leftovers(&mut self, side: Side) -> pg::Result<Vec<Finding>> {
         let job = self.options.job.clone();
-        let names = [Stream::Forward, Stream::Reverse].map(|s| quote_literal(&job.object(s)));
+        let streams: &[Stream] = match self.options.brought {
+            true => &[Stream::Reverse],
+            false => &[Stream::Forward, Stream::Reverse],
+        };
+        let names: Vec<String> = streams.iter().map(|s| quote_literal(&job.object(*s))).collect();
         let sql = LEFTOVERS.replace("$names$", &names.join(","));
         let mut findings = Vec::new();
         for row in self.end(side).session.query(&sql).await? {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::log::Log;
 use super::store::{ClusterStore, TaskRow};
+use crate::cluster::guard::Allowed;
 use crate::cluster::{Address, Layout, Move};
 use crate::cutover::FenceKind;
 use crate::id::Stream;
@@ -65,6 +66,7 @@ impl Flip {
             unlogged: Unlogged::default(),
             leave_quarantined: false,
             dry_run: false,
+            one_way: false,
             mark: None,
         }
     }
@@ -85,8 +87,8 @@ pub struct Setup {
     pub flip: Flip,
     /// Compare all rows before a task cuts over.
     pub verify: bool,
-    /// Transactions that have been open for longer keep a task from starting.
-    pub transaction_age: Duration,
+    /// What is let pass when a task begins.
+    pub allowed: Allowed,
     /// Hears every statement.
     pub log: Log,
 }

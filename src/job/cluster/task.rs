@@ -182,8 +182,7 @@ impl Task {
             let beside = database::beside(config);
             let own = self.ready.moved.own_database && shards.is_none();
             let config = if own { &beside } else { config };
-            let age = self.setup.transaction_age;
-            found.extend(guard::on_node(node, config, shards, age).await?);
+            found.extend(guard::on_node(node, config, shards, self.setup.allowed).await?);
         }
         let errors = found.into_iter().filter(|finding| finding.level == Level::Error);
         let said: Vec<String> = errors

@@ -11,8 +11,9 @@
 //!   like the shards, as writes to them would act on the shards. Where a transaction that has been
 //!   open for longer than the wait holds the lock, nobody is made to queue behind us: it is left
 //!   alone, and asked again later.
-//! - *switch*: each of these transactions swaps the rows of `pg_dist_placement` and is prepared.
-//!   From then on the locks and the swap outlive our sessions, and the servers.
+//! - *ready*: each of these transactions swaps the rows of `pg_dist_placement`.
+//! - *switch*: each is prepared. From then on the locks and the swap outlive our sessions, and the
+//!   servers.
 //! - *release*, after the point of no return: COMMIT PREPARED on every node. Writers that waited
 //!   plan again, and find the shards on the other node: none of their statements fails.
 //! - *undo*: our sessions are ended, whatever they are at, then ROLLBACK PREPARED on every node.
@@ -190,6 +191,19 @@ impl Citus {
         }
     }
 
+    /// Swaps the placements in the transactions that hold the locks.
+    pub(super) async fn swap(&self) -> Result<()> {
+        let Some(mut flight) = self.take() else {
+            return Err(self.setup("was not held, so nothing can be swapped there"));
+        };
+        if !flight.prepared {
+            let (group, nodes) = (&flight.group, flight.nodes.iter_mut());
+            all(nodes.map(|node| node.swap(group))).await?;
+        }
+        self.keep(flight);
+        Ok(())
+    }
+
     /// Swaps the placements, as far as to be prepared.
     pub(super) async fn switch(&self) -> Result<()> {
         let Some(mut flight) = self.take() else {
@@ -197,7 +211,7 @@ impl Citus {
         };
         if !flight.prepared {
             let (group, nodes) = (&flight.group, flight.nodes.iter_mut());
-            all(nodes.map(|node| node.swap(group))).await?;
+            all(nodes.map(|node| node.prepare(group))).await?;
             flight.prepared = true;
         }
         self.keep(flight);
@@ -234,13 +248,18 @@ impl Flight {
         let deadline = Deadline::after(wait);
         let group = &self.group;
         all(self.nodes.iter_mut().map(|node| node.look_out(group, wait))).await?;
-        // The coordinator first, as Citus does it: two moves of one group then meet there.
-        let Some((coordinator, others)) = self.nodes.split_first_mut() else { return Ok(()) };
-        coordinator.lock(group, deadline.left()).await?;
-        let left = deadline.left();
-        all(others.iter_mut().map(|node| node.lock(group, left))).await?;
-        // Whoever makes a co-located table or a partition takes these locks as well.
-        group.is_whole(&mut coordinator.session).await
+        // On all nodes at once: no client has the lock on two of them, and of two moves of one
+        // group that meet crosswise the one that has a limit gives up.
+        let (left, strangers) = (deadline.left(), group.strangers());
+        let locking = self.nodes.iter_mut().enumerate().map(|(place, node)| {
+            // Whoever makes a co-located table or a partition takes the coordinator's lock as well.
+            let then = if place == 0 { strangers.as_str() } else { "" };
+            async move {
+                let rows = node.lock(group, left, then).await?;
+                group.refuse_strangers(node.session.peer(), &rows)
+            }
+        });
+        all(locking).await
     }
 
     async fn let_go(&mut self) -> Result<()> {

@@ -6,7 +6,7 @@ use super::shards::Group;
 use super::{END_WAIT, Error, LOOK, Result};
 use crate::clock::Deadline;
 use crate::id::quote_literal;
-use crate::pg::{self, Session};
+use crate::pg::{self, Row, Session};
 
 /// Longer than any flip holds writers; should our host fall silent before the swap is prepared, the
 /// server lets them go on after it.
@@ -28,11 +28,14 @@ pub(super) struct Node {
     known: bool,
     /// `lock_shard_metadata` is there.
     has_locks: bool,
+    /// The rows are swapped in the transaction that is open.
+    swapped: bool,
 }
 
 impl Node {
     pub(super) fn new(group: i32, session: Session, gid: String) -> Node {
-        Node { session, gid: format!("{gid}_{group}"), known: true, has_locks: true }
+        let gid = format!("{gid}_{group}");
+        Node { session, gid, known: true, has_locks: true, swapped: false }
     }
 
     fn wrong(&self, doing: &str) -> impl Fn(pg::Error) -> Error + use<> {
@@ -150,10 +153,16 @@ impl Node {
         Error::Held { peer, blockers: blockers.to_string() }
     }
 
-    /// Begins the transaction and takes the locks.
-    pub(super) async fn lock(&mut self, group: &Group, left: Duration) -> Result<()> {
+    /// Begins the transaction and takes the locks; gives what it answers to `then`, which is asked
+    /// in the same message, once they are held.
+    pub(super) async fn lock(
+        &mut self,
+        group: &Group,
+        left: Duration,
+        then: &str,
+    ) -> Result<Vec<Row>> {
         if !self.known {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let locks = match self.has_locks {
             // 7 is ExclusiveLock.
@@ -162,11 +171,13 @@ impl Node {
         };
         let sql = format!(
             "begin; set local lock_timeout = {}; set local idle_in_transaction_session_timeout = \
-             {SILENCE_MS}; {locks}; set local lock_timeout = 0",
+             {SILENCE_MS}; {locks}; set local lock_timeout = 0; {then}",
             left.as_millis().max(1)
         );
-        match self.session.execute(&sql).await {
-            Ok(_) => Ok(()),
+        self.swapped = false;
+        match self.session.query(&sql).await {
+            // The function that locks answers too: one column.
+            Ok(rows) => Ok(rows.into_iter().filter(|row| row.len() > 1).collect()),
             Err(error) if matches!(error.code(), Some("55P03" | "40P01")) => {
                 Err(self.held("transactions that write to these shards"))
             }
@@ -174,9 +185,9 @@ impl Node {
         }
     }
 
-    /// Swaps the rows and prepares the transaction.
+    /// Swaps the rows, which nobody sees yet.
     pub(super) async fn swap(&mut self, group: &Group) -> Result<()> {
-        if !self.known {
+        if !self.known || self.swapped {
             return Ok(());
         }
         let wrong = self.wrong("swapping placements");
@@ -195,8 +206,18 @@ impl Node {
                 group.from
             )));
         }
-        let prepare = format!("prepare transaction {}", quote_literal(&self.gid));
-        self.session.execute(&prepare).await.map_err(&wrong)?;
+        self.swapped = true;
+        Ok(())
+    }
+
+    /// Prepares the transaction with the swap in it.
+    pub(super) async fn prepare(&mut self, group: &Group) -> Result<()> {
+        self.swap(group).await?;
+        if self.known {
+            let wrong = self.wrong("preparing the swap of placements");
+            let prepare = format!("prepare transaction {}", quote_literal(&self.gid));
+            self.session.execute(&prepare).await.map_err(&wrong)?;
+        }
         Ok(())
     }
 

@@ -92,19 +92,25 @@ impl Group {
     }
 
     /// Co-located shards stay together: all of them are in the job.
-    pub(super) async fn is_whole(&self, coordinator: &mut Session) -> Result<()> {
+    async fn is_whole(&self, coordinator: &mut Session) -> Result<()> {
+        let rows = coordinator.query(&self.strangers()).await.map_err(wrong)?;
+        self.refuse_strangers(coordinator.peer(), &rows)
+    }
+
+    /// Asks for shards that are co-located with these and not of them.
+    pub(super) fn strangers(&self) -> String {
         let (colocation, least) = &self.kin;
-        if *colocation == 0 {
-            return Ok(());
-        }
         let least = least.as_deref().map_or("null".to_string(), quote_literal);
-        let sql = format!(
-            "{SHARDS} p.colocationid = {colocation} \
+        format!(
+            "{SHARDS} p.colocationid = {colocation} and p.colocationid <> 0 \
              and s.shardminvalue is not distinct from {least} \
              and s.shardid <> all ({}) order by s.shardid",
             self.array()
-        );
-        let rows = coordinator.query(&sql).await.map_err(wrong)?;
+        )
+    }
+
+    /// Of the answer to that.
+    pub(super) fn refuse_strangers(&self, peer: &str, rows: &[Row]) -> Result<()> {
         let others = rows.iter().map(read).collect::<crate::pg::Result<Vec<_>>>().map_err(wrong)?;
         if others.is_empty() {
             return Ok(());
@@ -112,7 +118,7 @@ impl Group {
         let names: Vec<String> =
             others.iter().map(|shard| format!("{} of {}", shard.id, shard.table)).collect();
         Err(Error::Setup {
-            peer: coordinator.peer().to_string(),
+            peer: peer.to_string(),
             detail: format!(
                 "shards {} are co-located with those of the job and not in it (made since, or \
                  left out): they have to move together, so begin a new job with all of them",

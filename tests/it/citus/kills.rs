@@ -14,7 +14,7 @@ const KILLS: usize = 4;
 const WITHIN_MS: u64 = 1500;
 
 /// Kills a server and starts it again.
-async fn restart(server: &Server) {
+pub async fn restart(server: &Server) {
     server.kill9().unwrap();
     tokio::time::sleep(Duration::from_millis(200)).await;
     server.resume().unwrap();

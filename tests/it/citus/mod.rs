@@ -9,6 +9,7 @@ mod cluster;
 mod kills;
 mod moves;
 mod plain;
+mod runs;
 mod stalls;
 
 use std::time::Duration;

@@ -86,6 +86,7 @@ impl Stage {
             target: config(1),
             scope: "these".to_string(),
             tables: self.relations().iter().map(name).collect(),
+            reads: false,
         }
     }
 
@@ -208,6 +209,30 @@ async fn a_group_goes_there_and_back_and_an_open_transaction_holds_up_the_switch
             }
         }
     }
+    // Given up, it leaves the target as it was found; shards would be in the way there.
+    let run = job.follow().await;
+    let canceled = job.done(&["cancel"]).await;
+    assert!(canceled.out.contains("dropped table public.orders_"), "{canceled:?}");
+    run.ended().await.expect_success();
+    let left = format!("select to_regclass('{orders}')");
+    assert_eq!(stage.citus.workers[1].psql("postgres", &left).unwrap(), "");
+    // What is turned on later is seen as soon as the stream is opened again.
+    let run = job.follow().await;
+    let source = &stage.citus.workers[0];
+    for value in ["on", "off"] {
+        source.configure(&[&format!("citus.enable_change_data_capture = {value}")]).unwrap();
+        source.reload().unwrap();
+        if value == "on" {
+            let cut = "select count(pg_terminate_backend(pid)) from pg_stat_replication";
+            source.psql("postgres", cut).unwrap();
+            support::until("the run has stopped", async || {
+                let said = job.status().await["error"].as_str().unwrap_or_default().to_string();
+                said.contains("citus.enable_change_data_capture is on")
+            })
+            .await;
+        }
+    }
+    assert_eq!(run.ended().await.code, Some(1));
     let run = job.follow().await;
     let keys = format!(
         "select count(*) from pg_constraint where conrelid = '{orders}'::regclass \

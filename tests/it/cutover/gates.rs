@@ -97,9 +97,9 @@ async fn of_two_cutovers_at_once_one_switches_and_the_other_is_told() {
             "fence",
             "barrier",
             "drain",
+            "sequences",
             // The data has an unlogged table.
             "rest",
-            "sequences",
             "seal",
             "switch",
             "point of no return",

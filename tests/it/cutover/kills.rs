@@ -24,6 +24,9 @@ const STEPS: [&str; 12] = [
     "switch",
 ];
 
+/// Of the latter those that are written down before others of their stretch begin.
+const TOGETHER: [&str; 5] = ["drain", "rest", "sequences", "seal", "switch"];
+
 fn steps() -> &'static [&'static str] {
     let all = std::env::var("WALFERRY_KILLS").is_ok();
     if all { &STEPS } else { &STEPS[1..5] }
@@ -39,6 +42,9 @@ async fn until_step(stage: &Stage, hook: &Hook, step: &str, lines: &str) {
         "select exists (select 1 from walferry.journal where id > {lines} and step = '{step}')"
     );
     support::until_sql(&mut home, &sql).await;
+    if TOGETHER.contains(&step) {
+        tokio::time::sleep(Duration::from_millis(fastrand::u64(0..60))).await;
+    }
 }
 
 async fn killed_and_repeated(stage: &Stage, load: &Load, hook: &Hook, command: &str, step: &str) {

@@ -6,6 +6,7 @@ mod gone;
 mod kills;
 mod modes;
 mod neighbours;
+mod reads;
 mod routes;
 mod silence;
 mod stragglers;
