@@ -7,7 +7,7 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo demo-kafka test fuzz decode-bench kill faults heartbeat maps matrix regress bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
+.PHONY: help demo demo-kafka test fuzz decode-bench kill faults failover heartbeat ddl maps matrix regress states two-way two-way-loop bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -20,10 +20,15 @@ help:
 	@echo "make kill-spool       kill -9 of run and of both servers through a spool [KILLS=200]"
 	@echo "make outage           the target away for ten minutes of writes [SECONDS=600]"
 	@echo "make latency          memory, spool and Kafka at 500 tx/s; large transactions by streaming"
-	@echo "make heartbeat        an idle database beside pgbench pins no WAL [SECONDS=600]"
+	@echo "make heartbeat        an idle database beside pgbench pins no WAL [SECONDS=600 MAJOR=15]"
+	@echo "make failover         a standby of the source takes over at random moments [PROMOTIONS=50]"
 	@echo "make maps [MAPS=1000]  random maps: by copy, by stream and by SQL the same"
+	@echo "make two-way          writers on both sides, conflicts counted from outside [SECONDS=600]"
+	@echo "make two-way-loop     of a million transactions none comes back [TRANSACTIONS=1000000]"
 	@echo "make faults           restarts and network faults in every phase"
 	@echo "make regress          PostgreSQL's own regression suite as the workload (a download first)"
+	@echo "make ddl              DDL of every class on three versions and two decoders [MAJORS='12 15 18']"
+	@echo "make states [TRANSACTIONS=1000000]  a reader of the target sees only states of the source"
 	@echo "make matrix [PAIRS=\"10-18 ...\"]  the whole job between any two of PostgreSQL 10 to 18"
 	@echo "make cutover-bench    stalls of writers through pgbouncer, release binary [ROUNDS=5]"
 	@echo "make stalls           stalls of writers while shards of Citus (where there is one) and plproxy move"
@@ -104,6 +109,10 @@ kill: setup
 kill-spool: setup
 	WALFERRY_SPOOL_KILLS=$(or $(KILLS),200) cargo test --locked --test it -- --nocapture spool::a_move_through
 
+# A standby of the source takes over, at so many random moments.
+failover: setup
+	WALFERRY_PROMOTIONS=$(or $(PROMOTIONS),50) cargo test --locked --test it -- --nocapture failover::promotions
+
 # The target away for ten minutes of writes, once with a spool and once with Kafka: the source's WAL
 # stays under the budget.
 outage: setup
@@ -124,15 +133,35 @@ faults: setup
 maps: setup
 	WALFERRY_MAPS=$(or $(MAPS),1000) cargo test --locked --test it -- --nocapture maps::random
 
+# Both sides written at once, five writes in a hundred to keys in common, with three kills.
+two-way: setup
+	WALFERRY_TWO_WAY=$(or $(SECONDS),600) cargo test --locked --test it -- \
+		--ignored --nocapture two_way::ten_minutes_of_both_sides
+
+two-way-loop: setup
+	WALFERRY_TRANSACTIONS=$(or $(TRANSACTIONS),1000000) cargo test --locked --test it -- \
+		--ignored --nocapture two_way::of_a_million_transactions
+
 # An idle database beside ten minutes of pgbench in the same server: WAL retained for it.
 heartbeat: setup
-	WALFERRY_HEARTBEAT=$(or $(SECONDS),600) cargo test --locked --test it -- \
+	WALFERRY_HEARTBEAT=$(or $(SECONDS),600) WALFERRY_MAJOR=$(or $(MAJOR),15) cargo test --locked --test it -- \
 		--ignored --nocapture heartbeat::an_idle_database_beside_pgbench
+
+# DDL of every class carried by event triggers and without, on each version and decoder.
+ddl:
+	@WALFERRY_TEST_MAJORS="$(or $(MAJORS),12 18)" sh tests/setup.sh test
+	WALFERRY_DDL="$(or $(MAJORS),12 15 18)" cargo test --locked --test it -- \
+		--ignored --nocapture ddl::every_version
 
 # The suite is fetched and built in the cache; the servers are those of the other tests.
 regress: setup
 	@suite=$$(sh tests/regress/fetch.sh) && WALFERRY_REGRESS=$$suite cargo test --locked --test it -- \
 		--ignored --nocapture --test-threads 1 regress::
+
+# A million transactions and 20 kills of the run; release binary.
+states: setup build
+	WALFERRY_TRANSACTIONS=$(or $(TRANSACTIONS),1000000) WALFERRY_BINARY=$(CURDIR)/target/release/walferry \
+		cargo test --locked --test it -- --nocapture states::
 
 # All majors are installed for it, 60 MB each.
 matrix:

@@ -21,6 +21,9 @@ use walferry::lsn::Lsn;
 use walferry::pg::{Config, Purpose, Session};
 use walferry::source::{self, Positions, Recorded, Stream, StreamOptions};
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 struct Scenario {
     ddl: &'static str,
     /// `:n` is the scale.
@@ -304,7 +307,6 @@ impl Bench {
             "sets" => Mode::Sets,
             _ => Mode::Auto,
         };
-        let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse().ok());
         // Sizes that are asked for do not grow.
         let tuning = &mut options.tuning;
         if let Some(bytes) = number("BATCH_BYTES") {
@@ -355,10 +357,13 @@ impl Bench {
         let from = Config::parse(&self.source.uri("postgres")).unwrap();
         let mut options = StreamOptions::new(slot, "bench", self.start_lsn, self.recorded.clone());
         if std::env::var("BULK").is_ok_and(|v| v == "0") {
-            options.bulk_bytes = None;
+            options.bulk.least_bytes = None;
         }
+        options.bulk.ahead = number("AHEAD") != Some(0);
+        options.pull_messages = number("PULL_MESSAGES").map(|count| count as u32);
         let stream = Stream::open(&from, options).await.unwrap();
-        let (mut queue, feed) = memory::queue(limit::BUFFER_BYTES);
+        let (mut queue, feed) =
+            memory::queue(number("BUFFER_BYTES").unwrap_or(limit::BUFFER_BYTES));
         let start_lsn = self.start_lsn;
         let reader = tokio::spawn(async move {
             let (positions, _) = watch::channel(Positions::default());
@@ -386,9 +391,26 @@ impl Bench {
     }
 }
 
+/// A variable of this bench.
+fn number(name: &str) -> Option<usize> {
+    std::env::var(name).ok().and_then(|v| v.parse().ok())
+}
+
 /// The row that ends every backlog.
 fn is_mark(change: &Change) -> bool {
     matches!(change, Change::Insert { relation, .. } if relation.name.name == "mark")
+}
+
+/// From now on peak memory is counted anew, where the kernel can.
+fn forget_peak() {
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
+/// Peak resident memory in MB.
+fn peak_mb() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.split_whitespace().next().unwrap().parse::<u64>().unwrap() >> 10
 }
 
 /// CPU seconds of this process.
@@ -415,11 +437,13 @@ async fn main() {
     for round in 0..rounds {
         for (way, times) in ways.iter().zip(&mut times) {
             let slot = slot(way, round);
+            forget_peak();
             let (took, cpu, sum) = match *way {
                 "native" => bench.native(&slot).await,
                 _ => bench.walferry(&slot, way).await,
             };
-            println!("{name} {way} round {round}: {:.2} s, cpu {cpu:.2}", took.as_secs_f64());
+            let (seconds, peak) = (took.as_secs_f64(), peak_mb());
+            println!("{name} {way} round {round}: {seconds:.2} s, cpu {cpu:.2}, peak {peak} MB");
             assert_eq!(end.get_or_insert(sum.clone()), &sum, "end states differ");
             times.push((took.as_secs_f64(), cpu));
         }
@@ -429,7 +453,4 @@ async fn main() {
         let (took, cpu) = times[times.len() / 2];
         println!("{name} x{scale} {way}: median {took:.2} s, own cpu {cpu:.2} s");
     }
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let peak = status.lines().find(|line| line.starts_with("VmHWM")).unwrap_or_default();
-    println!("{name} x{scale}: peak memory of all ways {peak}");
 }

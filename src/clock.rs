@@ -17,6 +17,16 @@ impl PgTimestamp {
         PgTimestamp(micros)
     }
 
+    /// Microseconds since 1970-01-01 UTC, as SQL's epoch counts.
+    pub fn unix_micros(self) -> i64 {
+        self.0.saturating_add(POSTGRES_EPOCH_SECONDS as i64 * 1_000_000)
+    }
+
+    /// From microseconds since 1970-01-01 UTC.
+    pub fn from_unix_micros(micros: i64) -> Self {
+        PgTimestamp(micros.saturating_sub(POSTGRES_EPOCH_SECONDS as i64 * 1_000_000))
+    }
+
     /// Seconds from `self` to this machine's now; never negative, so a source whose clock runs
     /// ahead of ours shows no lag rather than a negative one.
     pub fn seconds_ago(self) -> f64 {
@@ -40,8 +50,7 @@ impl PgTimestamp {
 
     /// The timestamp as `timestamptz` input text, exact to the microsecond, for SQL.
     pub fn to_sql(self) -> String {
-        let unix = self.0.saturating_add(POSTGRES_EPOCH_SECONDS as i64 * 1_000_000);
-        match jiff::Timestamp::from_microsecond(unix) {
+        match jiff::Timestamp::from_microsecond(self.unix_micros()) {
             Ok(timestamp) => timestamp.to_string(),
             Err(_) => "epoch".to_string(),
         }

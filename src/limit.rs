@@ -32,6 +32,18 @@ pub const BATCH_TRANSACTIONS_MAX: usize = 64_000;
 /// larger ones, and memory stays small.
 pub const PART_BYTES: usize = 4 << 20;
 
+/// Rows of a set that are written by one execution of its statement. More take the server longer
+/// each, as they outgrow its processor's memory; fewer pay for starting it.
+pub const SET_ROWS: usize = 8192;
+
+/// For so long what is counted of a stream may wait in the row of progress; a small batch would
+/// take twice as long with a statement for its counts.
+pub const COUNTERS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The target is asked no more often than this where its log stands: its WAL writer flushes every
+/// 200 ms.
+pub const POSITION_INTERVAL: Duration = Duration::from_millis(10);
+
 /// Batches on their way to the target at once: one that the server works on, and one behind it, so
 /// that neither side waits for the other. More would only be memory.
 pub const BATCHES_IN_FLIGHT: usize = 2;
@@ -43,6 +55,10 @@ pub const MESSAGE_BYTES: usize = (1 << 30) + (1 << 20);
 /// A backlog of so many bytes of log is worth a slot of its own, by which it is read in bulk;
 /// below, a stream is through before that is made.
 pub const BULK_BYTES: u64 = 16 << 20;
+
+/// A transaction of so many bytes of log is read in bulk, if it has committed. What comes of it is
+/// about as much again on the source's disk, beside what decoding puts there in any case.
+pub const BULK_TRANSACTION_BYTES: u64 = 2 << 30;
 
 /// How often the slot is told how far we are, at least. A third of the smallest sensible
 /// wal_sender_timeout (the default is 60 s), and often enough that retained WAL stays small.

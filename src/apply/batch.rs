@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 
 use super::error::{Error, Result};
+use super::growth::Limits;
 use crate::change::{Begin, Chunk, Commit, Ending, Item};
 use crate::limit;
 use crate::lsn::Lsn;
@@ -74,21 +75,6 @@ impl Batch {
     }
 }
 
-/// Bounds of a batch.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// A batch closes at this many bytes of changes.
-    pub bytes: usize,
-    /// A batch closes at this many source transactions.
-    pub transactions: usize,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Limits { bytes: limit::BATCH_BYTES, transactions: limit::BATCH_TRANSACTIONS }
-    }
-}
-
 /// Chunks taken from the feed and not yet given out: about one batch at most.
 #[derive(Debug)]
 pub(super) struct Batcher {
@@ -144,6 +130,11 @@ impl Batcher {
             _ => self.limits.bytes,
         };
         self.bytes >= bytes || self.queue.len() >= self.limits.transactions.max(1)
+    }
+
+    /// True if no chunk is here.
+    pub fn is_empty(&self) -> bool {
+        self.queue.is_empty()
     }
 
     /// True if what is at the front may not be applied yet.

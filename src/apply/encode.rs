@@ -48,11 +48,32 @@ const TEXT_OID: u32 = 25;
 /// Dimensions, whether there are NULLs, element type, length, lower bound.
 const HEADER_BYTES: usize = 20;
 
-/// The rows of one statement.
+/// Rows that one prepared statement writes, in pieces: a server copies each value some times, and
+/// does that in its memory, and in the processor's, where a piece is small.
 #[derive(Debug)]
 pub(super) struct Arrays {
-    /// For each column of the relation, its place among `arrays`.
+    /// For each column of the relation, its place among a piece's arrays.
     slots: Vec<Option<usize>>,
+    carriers: Vec<Carrier>,
+    pieces: Vec<Piece>,
+    most: Most,
+}
+
+/// What a piece may hold.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Most {
+    /// Rows.
+    pub rows: usize,
+    /// Bytes of all its arrays: one row more ends the piece.
+    pub bytes: usize,
+}
+
+/// All rows in one piece.
+pub(super) const WHOLE: Most = Most { rows: usize::MAX, bytes: usize::MAX };
+
+/// The rows of one execution.
+#[derive(Debug)]
+pub(super) struct Piece {
     arrays: Vec<Array>,
     rows: usize,
 }
@@ -69,38 +90,56 @@ pub(super) struct NoValue(pub usize);
 
 impl Arrays {
     /// No rows yet; `columns` of the relation are taken from each.
-    pub fn new(mapping: &Mapping, columns: &[usize]) -> Arrays {
+    pub fn new(mapping: &Mapping, columns: &[usize], most: Most) -> Arrays {
         let mut slots = vec![None; mapping.places.len()];
-        let mut arrays = Vec::with_capacity(columns.len());
-        for column in columns {
+        for (place, column) in columns.iter().enumerate() {
             if let Some(slot) = slots.get_mut(*column) {
-                *slot = Some(arrays.len());
+                *slot = Some(place);
             }
-            let carrier = mapping.carrier(*column);
-            let literal = matches!(carrier, Carrier::Literal | Carrier::None);
-            let out = if literal { vec![b'{'] } else { vec![0; HEADER_BYTES] };
-            arrays.push(Array { carrier, out });
         }
-        Arrays { slots, arrays, rows: 0 }
+        let carriers = columns.iter().map(|column| mapping.carrier(*column)).collect();
+        Arrays { slots, carriers, pieces: Vec::new(), most }
     }
 
+    /// Adds a row. On an error the arrays are of no more use.
+    pub fn push(&mut self, row: &Row) -> Result<(), NoValue> {
+        if self.pieces.last().is_none_or(|piece| piece.is_full(self.most)) {
+            let arrays = self.carriers.iter().map(|carrier| Array::new(*carrier)).collect();
+            self.pieces.push(Piece { arrays, rows: 0 });
+        }
+        let Some(piece) = self.pieces.last_mut() else { return Ok(()) };
+        for (column, (value, slot)) in row.values().zip(&self.slots).enumerate() {
+            let Some(array) = slot.and_then(|slot| piece.arrays.get_mut(slot)) else { continue };
+            match value {
+                Value::Text(text) => array.push(piece.rows, Some(text)).ok_or(NoValue(column))?,
+                Value::Null => array.push(piece.rows, None).ok_or(NoValue(column))?,
+                Value::Unchanged | Value::Binary(_) => return Err(NoValue(column)),
+            }
+        }
+        piece.rows += 1;
+        Ok(())
+    }
+
+    /// True if there are no rows.
+    pub fn is_empty(&self) -> bool {
+        self.pieces.is_empty()
+    }
+
+    /// What each execution is given. None is empty.
+    pub fn pieces(&mut self) -> impl Iterator<Item = &mut Piece> {
+        self.pieces.iter_mut()
+    }
+}
+
+impl Piece {
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// Adds a row. On an error the arrays are of no more use.
-    pub fn push(&mut self, row: &Row) -> Result<(), NoValue> {
-        for (column, (value, slot)) in row.values().zip(&self.slots).enumerate() {
-            let Some(array) = slot.and_then(|slot| self.arrays.get_mut(slot)) else { continue };
-            match value {
-                Value::Text(text) => array.push(self.rows, Some(text)).ok_or(NoValue(column))?,
-                Value::Null => array.push(self.rows, None).ok_or(NoValue(column))?,
-                Value::Unchanged | Value::Binary(_) => return Err(NoValue(column)),
-            }
-        }
-        self.rows += 1;
-        Ok(())
+    fn is_full(&self, most: Most) -> bool {
+        self.rows >= most.rows
+            || self.arrays.iter().map(|array| array.out.len()).sum::<usize>() >= most.bytes
     }
 
     /// The parameters, in the order of the columns given.
@@ -111,6 +150,12 @@ impl Arrays {
 }
 
 impl Array {
+    fn new(carrier: Carrier) -> Array {
+        let literal = matches!(carrier, Carrier::Literal | Carrier::None);
+        let out = if literal { vec![b'{'] } else { vec![0; HEADER_BYTES] };
+        Array { carrier, out }
+    }
+
     fn push(&mut self, index: usize, text: Option<&[u8]>) -> Option<()> {
         match (self.carrier, text) {
             (Carrier::Literal | Carrier::None, text) => {

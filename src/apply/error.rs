@@ -221,7 +221,7 @@ pub enum Error {
     /// Law 10 does not hold.
     #[error(
         "changes of {table} do not add up: {decoded} decoded, {applied} applied, {filtered} \
-         filtered, {quarantined} quarantined"
+         filtered, {quarantined} quarantined, {lost} lost in conflicts"
     )]
     Conservation {
         /// The table.
@@ -234,6 +234,49 @@ pub enum Error {
         filtered: u64,
         /// Changes set aside.
         quarantined: u64,
+        /// Changes that lost a conflict.
+        lost: u64,
+    },
+    /// A table of a job of two ways has no primary key that the stream identifies rows by.
+    #[error(
+        "table {table} takes no part in a job of two ways: its rows are not identified by a \
+         primary key. Add one on both sides, with REPLICA IDENTITY DEFAULT or FULL, or leave it \
+         out with --exclude"
+    )]
+    TwoWayWithoutKey {
+        /// The table.
+        table: QualifiedName,
+    },
+    /// TRUNCATE came through all the same.
+    #[error(
+        "a TRUNCATE of {table} cannot be held against what applications wrote on the other side: \
+         a trigger refuses it, which was dropped or disabled; end the job with walferry finish and \
+         begin it anew"
+    )]
+    TwoWayTruncate {
+        /// The first of its tables.
+        table: QualifiedName,
+    },
+    /// The decoder did not tell in time when a transaction committed.
+    #[error(
+        "transaction {xid} came in parts, and test_decoding tells only at the end when it \
+         committed, which settles conflicts: read the side by pgoutput or wal2json"
+    )]
+    TwoWayWithoutTime {
+        /// The transaction.
+        xid: u32,
+    },
+    /// A conflict, where nobody is to settle it.
+    #[error(
+        "conflict {kind}: {culprit} met what an application wrote on the other side. Go on with \
+         walferry run --two-way --on-conflict last-commit, source or target, which settles it and \
+         all that come, or mend one of the two rows"
+    )]
+    Conflict {
+        /// Its kind.
+        kind: &'static str,
+        /// The change that came.
+        culprit: Box<Culprit>,
     },
     /// The stream or our own bookkeeping broke a promise.
     #[error("{0}")]
@@ -254,6 +297,15 @@ impl Faulty for Error {
 }
 
 impl Error {
+    /// The SQLSTATE of the server's refusal, if it is one.
+    pub(super) fn code(&self) -> Option<&str> {
+        match self {
+            Error::Pg(error) => error.code(),
+            Error::Refused { source, .. } => source.code(),
+            _ => None,
+        }
+    }
+
     /// Its table is parked because of it.
     pub(super) fn parked(&self) -> Error {
         Error::Again(format!("{self}; its table is parked, see walferry quarantine list"))

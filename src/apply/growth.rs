@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use super::batch::Limits;
+use crate::limit;
 
 /// A full batch that took less may be followed by one several times as large.
 const QUICK: Duration = Duration::from_millis(150);
@@ -17,6 +17,21 @@ const STEP: usize = 4;
 
 /// After a full batch that took longer, the next is half as large.
 const SLOW: Duration = Duration::from_millis(1000);
+
+/// Bounds of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// A batch closes at this many bytes of changes.
+    pub bytes: usize,
+    /// A batch closes at this many source transactions.
+    pub transactions: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits { bytes: limit::BATCH_BYTES, transactions: limit::BATCH_TRANSACTIONS }
+    }
+}
 
 /// The bounds in force, between the smallest and the largest.
 #[derive(Clone, Copy, Debug)]

@@ -9,8 +9,9 @@
 //!    the source is quiet, so that a change is on the target after one round trip, large when it is
 //!    busy. `batch` decides, and cannot do I/O.
 //! 3. `admit` decides and counts what of it is written. `writer` makes one request of that: BEGIN,
-//!    the changes, one statement for all counters, progress, COMMIT, and the question where the
-//!    target's log stands; one Sync. A full batch is sent behind the one that is under way.
+//!    the changes, progress with the counts beside it, COMMIT; one Sync. Once a second counts are
+//!    entered in their table (`count`), and now and then the target is asked where its log stands.
+//!    A full batch is sent behind the one that is under way (`flight`).
 //! 4. The answers are held against the request: every statement met the rows it had to, COMMIT said
 //!    COMMIT. Positions go out by a watch channel.
 //!
@@ -55,6 +56,8 @@
 //! they can. `altered` brings source tables that were altered and target tables together; `carried`
 //! runs DDL that the source has captured.
 //!
+//! `conflict` is the other way to write: to a target that applications write to as well.
+//!
 //! Left out on purpose: several target sessions.
 //!
 //! [`Item::Idle`]: crate::change::Item::Idle
@@ -63,10 +66,12 @@ mod admit;
 pub mod altered;
 mod batch;
 mod carried;
+pub mod conflict;
 mod count;
 mod durable;
 mod encode;
 mod error;
+mod flight;
 mod growth;
 mod lines;
 mod native;
@@ -94,13 +99,15 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-pub use batch::Limits;
+pub use count::BOOKS;
 pub use error::{Culprit, Error, Result};
+pub use growth::Limits;
 pub use parking::{OnRowError, Reason};
 pub use progress::{ProgressKind, begin_at, durable_progress, forget};
 
 use altered::{Alter, Known};
 use batch::Batcher;
+use conflict::Settler;
 use durable::Durable;
 use growth::Growth;
 use progress::Progress;
@@ -118,7 +125,10 @@ use crate::pg::{self, Config, Purpose, Session};
 pub const DDL: &str = "do $$ begin if pg_catalog.to_regnamespace('walferry') is null then \
      create schema walferry; end if; end $$; \
      create table if not exists walferry.progress (\
-     stream text primary key, end_lsn pg_lsn not null); \
+     stream text primary key, end_lsn pg_lsn not null, counts text); \
+     do $$ begin if not exists (select from pg_catalog.pg_attribute where attname = 'counts' \
+     and attrelid = 'walferry.progress'::regclass and not attisdropped) then \
+     alter table walferry.progress add column counts text; end if; end $$; \
      create table if not exists walferry.stream_table (\
      stream text, schema text, name text, decoded bigint not null, applied bigint not null, \
      filtered bigint not null, quarantined bigint not null, primary key (stream, schema, name)); \
@@ -155,6 +165,9 @@ pub const MESSAGE_PREFIX: &str = "walferry";
 /// Asks where the target's log stands and how much of it is flushed.
 const POSITION: &str =
     "select pg_catalog.pg_current_wal_insert_lsn(), pg_catalog.pg_current_wal_flush_lsn()";
+
+/// Source transactions that are settled before positions are told.
+const SETTLED_AT_ONCE: usize = 64;
 
 /// Tells whether a table's changes are written.
 pub type TableFilter = Arc<dyn Fn(&QualifiedName) -> bool + Send + Sync>;
@@ -215,6 +228,18 @@ pub struct Tuning {
     pub copy_inserts: bool,
     /// Values of sets travel in their binary form, where they have one.
     pub binary_values: bool,
+    /// A small batch is sent behind another that is under way, not only a full one.
+    pub eager: bool,
+    /// Rows of a set that go by one unique column are looked up by the array of its values, not by
+    /// a join.
+    pub delete_by_array: bool,
+    /// Of a set so many rows, and a megabyte of them, go to the target in one execution; 0 for all.
+    pub set_rows: usize,
+    /// For how long counts may wait beside progress before they are entered in their table; zero
+    /// writes that with every batch.
+    pub counters_interval: Duration,
+    /// How often the target is asked where its log stands; zero asks with every batch.
+    pub position_interval: Duration,
 }
 
 impl Default for Tuning {
@@ -229,6 +254,11 @@ impl Default for Tuning {
             in_flight_max: limit::BATCHES_IN_FLIGHT,
             copy_inserts: true,
             binary_values: true,
+            eager: true,
+            delete_by_array: true,
+            set_rows: limit::SET_ROWS,
+            counters_interval: limit::COUNTERS_INTERVAL,
+            position_interval: limit::POSITION_INTERVAL,
         }
     }
 }
@@ -263,6 +293,8 @@ pub struct Options {
     pub on_row_error: OnRowError,
     /// Who says what becomes of tables that were altered; `None`: what does not fit is an error.
     pub alter: Option<Arc<dyn Alter>>,
+    /// Applications write to the target as well.
+    pub two_way: Option<conflict::TwoWay>,
 }
 
 impl Options {
@@ -280,6 +312,7 @@ impl Options {
             tuning: Tuning::default(),
             on_row_error: OnRowError::default(),
             alter: None,
+            two_way: None,
         }
     }
 }
@@ -321,9 +354,12 @@ pub struct Applier {
     /// When the target was done with the last batch.
     landed_at: Instant,
     in_flight_max: usize,
+    eager: bool,
     /// What was under way has been canceled, for a shutdown.
     canceled: bool,
     durable: Durable,
+    /// When the target was last made to flush its log.
+    flushed_at: Instant,
     applied: Applied,
     on_message: Option<MessageHook>,
     on_row_error: OnRowError,
@@ -332,6 +368,8 @@ pub struct Applier {
     known: Known,
     /// When parked tables were looked at last.
     parked_at: Instant,
+    /// Where applications write to the target as well, who settles conflicts.
+    settler: Option<Settler>,
 }
 
 impl Applier {
@@ -339,7 +377,14 @@ impl Applier {
     ///
     /// The session asks the server to notice within about 25 s when this process or the network is
     /// gone, so that the claim is free again for a successor.
-    pub async fn connect(config: &Config, options: Options) -> Result<Applier> {
+    pub async fn connect(config: &Config, mut options: Options) -> Result<Applier> {
+        if options.two_way.is_some() {
+            // They are written one by one, and somebody waits to hear how far. What is rolled back
+            // must not wait among counts.
+            let limits = &mut options.tuning.limits;
+            limits.transactions = limits.transactions.min(SETTLED_AT_ONCE);
+            options.tuning.counters_interval = Duration::ZERO;
+        }
         let config = match &config.application_name {
             Some(_) => config.clone(),
             None => config.clone().with_application_name("walferry apply"),
@@ -354,6 +399,10 @@ impl Applier {
             Some(_) => altered::known(&mut session, &options.stream).await?,
             None => Known::new(),
         };
+        let settler = match options.two_way {
+            Some(two_way) => Some(Settler::open(&mut session, two_way, &options.stream).await?),
+            None => None,
+        };
         Ok(Applier {
             session,
             progress,
@@ -364,8 +413,10 @@ impl Applier {
             growth: Growth::new(options.tuning.limits, options.tuning.limits_max),
             landed_at: Instant::now(),
             in_flight_max: options.tuning.in_flight_max.max(1),
+            eager: options.tuning.eager,
             canceled: false,
             durable: Durable::new(progress_lsn),
+            flushed_at: Instant::now(),
             applied: Applied {
                 applied_lsn: progress_lsn,
                 durable_lsn: progress_lsn,
@@ -377,6 +428,7 @@ impl Applier {
             alter: options.alter,
             known,
             parked_at: Instant::now(),
+            settler,
         })
     }
 

@@ -18,10 +18,10 @@
 
 use std::time::Duration;
 
+use super::count::Entry;
 use super::error::{Error, Result};
 use super::statement::GUARD_PREFIX;
-use super::{DDL, refused};
-use crate::change::Commit;
+use super::{DDL, count, refused};
 use crate::clock::Deadline;
 use crate::id::quote_literal;
 use crate::lsn::Lsn;
@@ -46,6 +46,9 @@ pub(super) struct Progress {
 
 /// Name of the prepared statement that records progress.
 const RECORD: &str = "walferry_progress";
+
+/// And of the one that changes the counts beside it as well.
+const RECORD_COUNTS: &str = "walferry_progress_counts";
 
 /// Name of the prepared statement that marks a transaction whose end is not known yet.
 const MARK: &str = "walferry_mark";
@@ -108,21 +111,34 @@ impl Progress {
         }
     }
 
-    /// Makes the row, if there is none, and the statements that write it.
+    /// Makes the row, if there is none, enters what is counted beside it in its table, and prepares
+    /// the statements that write it.
     async fn prepare(&self, session: &mut Session) -> Result<()> {
         let mut pipeline = Pipeline::new();
+        let stream = quote_literal(&self.stream);
+        pipeline.once("begin");
         pipeline.once(&format!(
-            "insert into walferry.progress (stream, end_lsn) values ({}, '0/0') \
-             on conflict (stream) do nothing",
-            quote_literal(&self.stream)
+            "insert into walferry.progress (stream, end_lsn) values ({stream}, '0/0') \
+             on conflict (stream) do nothing"
         ));
-        let sql = format!(
-            "with u as (update walferry.progress set end_lsn = $2::pg_lsn \
-             where stream = $1::text and end_lsn = $3::pg_lsn returning 1) \
-             select case when pg_catalog.count(*) = 1 then 1 \
-             else pg_catalog.concat('{GUARD_PREFIX}', pg_catalog.count(*))::int end from u"
-        );
-        pipeline.parse(RECORD, &sql, &[]);
+        // The row first: it may be the transaction's tag.
+        let waiting = format!("where stream = {stream} and counts is not null");
+        pipeline.once(&format!("update walferry.progress set end_lsn = end_lsn {waiting}"));
+        pipeline.once(&count::enter_waiting(&stream));
+        pipeline.once(&format!("update walferry.progress set counts = null {waiting}"));
+        pipeline.once("commit");
+        // A batch that a predecessor left in the server's socket knows of counts that are entered
+        // now, and must fail as it does where progress has moved.
+        let counts = (", counts = $4::text", " and (counts is null) = $5::bool");
+        for (name, (set, guard)) in [(RECORD, ("", "")), (RECORD_COUNTS, counts)] {
+            let sql = format!(
+                "with u as (update walferry.progress set end_lsn = $2::pg_lsn{set} \
+                 where stream = $1::text and end_lsn = $3::pg_lsn{guard} returning 1) \
+                 select case when pg_catalog.count(*) = 1 then 1 \
+                 else pg_catalog.concat('{GUARD_PREFIX}', pg_catalog.count(*))::int end from u"
+            );
+            pipeline.parse(name, &sql, &[]);
+        }
         let mark = "update walferry.progress set end_lsn = end_lsn where stream = $1::text";
         pipeline.parse(MARK, mark, &[]);
         session.exchange(pipeline, |_| {}).await.map_err(no_state)
@@ -138,13 +154,19 @@ impl Progress {
         pipeline.run(MARK, [Some(self.stream.as_bytes())].into_iter());
     }
 
-    /// Adds the statement, one, that moves progress from `previous_lsn` to the commit's end when
-    /// the target transaction commits. An origin's position must not be set before the transaction
-    /// is certain to commit next: it would stay with the session.
-    pub fn record(&self, pipeline: &mut Pipeline, previous_lsn: Lsn, commit: &Commit) {
-        let end_lsn = commit.end_lsn.to_string();
-        let params = [self.stream.clone(), end_lsn, previous_lsn.to_string()];
-        pipeline.run(RECORD, params.iter().map(|p| Some(p.as_bytes())));
+    /// Adds the statement, one, that moves progress from `previous_lsn` to `end_lsn` when the
+    /// target transaction commits, with the counts that `entry` leaves beside it.
+    pub fn record(&self, pipeline: &mut Pipeline, previous_lsn: Lsn, end_lsn: Lsn, entry: &Entry) {
+        let (end_lsn, previous_lsn) = (end_lsn.to_string(), previous_lsn.to_string());
+        let params = [&*self.stream, &*end_lsn, &*previous_lsn].map(|p| Some(p.as_bytes()));
+        match entry.beside() {
+            None => pipeline.run(RECORD, params.into_iter()),
+            Some((waited, counts)) => {
+                let is_null = if waited { "f" } else { "t" };
+                let more = [counts, Some(is_null)].map(|p| p.map(str::as_bytes));
+                pipeline.run(RECORD_COUNTS, params.into_iter().chain(more));
+            }
+        }
     }
 
     /// Reads progress and has the target flush its log up to it, so that every commit of this
@@ -192,7 +214,8 @@ async fn denied(session: &mut Session, error: pg::Error) -> Error {
 
 fn no_state(error: pg::Error) -> Error {
     match error.code() {
-        Some("3F000" | "42P01") => Error::NoState { ddl: DDL, source: Box::new(error) },
+        // A column that an earlier version's table has not is made by the same.
+        Some("3F000" | "42P01" | "42703") => Error::NoState { ddl: DDL, source: Box::new(error) },
         _ => error.into(),
     }
 }
@@ -244,7 +267,9 @@ pub async fn forget(session: &mut Session, stream: &str) -> Result<()> {
     }
     super::prepared::roll_back_all(session, stream).await?;
     super::parking::forget(session, stream).await?;
-    for table in ["progress", "stream_table", "stream_fallback", "prepared"] {
+    let two_way = ["stream_lost", "two_way", "two_way_applied"];
+    let tables = ["progress", "stream_table", "stream_fallback", "prepared"];
+    for table in tables.into_iter().chain(two_way) {
         let there = format!("select pg_catalog.to_regclass('walferry.{table}') is not null");
         if session.query_one(&there, &[]).await?.bool(0)? {
             let sql = format!("delete from walferry.{table} where stream = $1");

@@ -228,6 +228,7 @@ impl Routes {
             return Err(Error::NoTable { table: name.clone() });
         };
         table.takes_copy &= self.tuning.copy_inserts;
+        table.deletes_by_array = self.tuning.delete_by_array;
         match table.kind.as_str() {
             "r" | "p" => {}
             // REFRESH MATERIALIZED VIEW CONCURRENTLY decodes as changes of the view

@@ -35,8 +35,13 @@ impl Writer {
         Ok(())
     }
 
-    /// True for a bare INSERT, whose tag must be looked at.
-    fn row(&mut self, request: &mut Request, begin: &Begin, change: &Change) -> Result<bool> {
+    /// Adds the statement of one change. True for a bare INSERT, whose tag must be looked at.
+    pub(super) fn row(
+        &mut self,
+        request: &mut Request,
+        begin: &Begin,
+        change: &Change,
+    ) -> Result<bool> {
         let route = relations(change).next().and_then(|r| self.routes.get_mut(r));
         let Some(route) = route else {
             return Err(Error::Broken("a change without a route".to_string()));

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use super::batch::{Batch, Work};
+use super::count::Entry;
 use super::error::Result;
 use super::release::TURN;
 use super::{Applied, Applier, POSITION};
@@ -14,17 +15,20 @@ use crate::clock::PgTimestamp;
 use crate::lsn::Lsn;
 use crate::pg::{Pipeline, Reply};
 
-/// With nothing to do, how often the target is asked how much of its log is flushed.
-const FLUSH_POLL: Duration = Duration::from_millis(50);
+/// With nothing to do for so long after a batch, the target is made to flush its log, so that the
+/// slot may be told. Not at once, as the next transaction would wait for that; and while batches
+/// come they ask how far the target's WAL writer is, which flushes every 200 ms.
+const QUIET: Duration = Duration::from_millis(20);
 
-/// After so many questions the flush is asked for. The target's WAL writer runs every 200 ms, and
-/// may stop just short of the position noted if somebody else's open transaction wrote the last of
-/// it.
-const FLUSH_POLLS_MAX: u32 = 6;
+/// And no more often than this.
+const FLUSH_GAP: Duration = Duration::from_millis(50);
 
 /// How often progress is recorded for idleness alone. The slot advances no sooner, so an idle table
 /// beside a busy one pins a second of WAL more, for one small commit a second.
 const RECORD_INTERVAL: Duration = Duration::from_secs(1);
+
+/// So many changes under way, and more, are not followed closely.
+const SMALL_STEPS: usize = 64;
 
 /// Commits not known to be durable; beyond that the flush is asked for even when busy.
 const PENDING_MAX: usize = 1024;
@@ -52,7 +56,6 @@ impl Applier {
     ) -> Result<()> {
         self.publish(positions);
         let mut ended = false;
-        let mut polls = 0;
         loop {
             let (stopping, under_way) = (*shutdown.borrow_and_update(), self.writer.in_flight());
             if stopping && under_way == 0 {
@@ -67,27 +70,30 @@ impl Applier {
                 self.land_all().await?;
                 self.try_parked().await?;
             }
-            // While a batch is under way only a full one is sent after it: whatever is less may as
-            // well grow.
-            let room = match under_way {
-                0 => true,
-                count => count < self.in_flight_max && !self.batcher.wants_more(),
-            };
-            let work = if room && !stopping { self.batcher.take(hold_lsn) } else { None };
+            let work = if stopping { None } else { self.next_work(hold_lsn) };
+            if work.is_none() && under_way > 0 && !stopping {
+                let landed = self.arrived_or_fed(&mut feed, &mut ended, &mut shutdown).await?;
+                if !landed {
+                    continue;
+                }
+            }
             if work.is_some() || under_way > 0 {
                 let stopped = match self.work(work, &mut shutdown).await {
                     Ok(stopped) => stopped,
                     Err(error) => return Err(self.park_row(error).await),
                 };
                 self.publish(positions);
-                polls = 0;
                 if stopped {
                     break;
                 }
                 continue;
             }
             self.record_passed(false).await?;
+            self.enter_counts(false).await?;
             self.note_hold(hold_lsn).await?;
+            if self.flush_due().is_some_and(|due| due <= Instant::now()) {
+                self.force_flush().await?;
+            }
             self.publish(positions);
             if ended && !self.batcher.is_held(hold_lsn) {
                 break;
@@ -99,15 +105,55 @@ impl Applier {
                 },
                 () = changed(&mut hold) => {}
                 () = changed(&mut shutdown) => {}
-                () = tokio::time::sleep(FLUSH_POLL), if self.durable.pending() > 0 => {
-                    polls += 1;
-                    self.poll_flush(polls).await?;
-                }
-                () = tokio::time::sleep(RECORD_INTERVAL), if self.has_passed() => {}
+                () = at(self.flush_due()) => {}
+                () = tokio::time::sleep(RECORD_INTERVAL),
+                    if self.has_passed() || self.writer.books.is_waiting() => {}
                 () = tokio::time::sleep(TURN), if self.has_parks() => {}
             }
         }
         self.finish(positions).await
+    }
+
+    /// What is to be done now, if anything is. Behind a batch under way another is sent if it is
+    /// full, or follows closely; idleness waits its turn.
+    fn next_work(&mut self, hold_lsn: Option<Lsn>) -> Option<Work> {
+        let room = match self.writer.in_flight() {
+            0 => true,
+            count if count >= self.in_flight_max || self.batcher.is_empty() => false,
+            _ => self.follows_closely() || !self.batcher.wants_more(),
+        };
+        if room { self.batcher.take(hold_lsn) } else { None }
+    }
+
+    /// Waits until the oldest batch under way is over, and gives true; or, where another may follow
+    /// it closely, until there is something for that.
+    async fn arrived_or_fed<F: Feed>(
+        &mut self,
+        feed: &mut F,
+        ended: &mut bool,
+        shutdown: &mut watch::Receiver<bool>,
+    ) -> Result<bool> {
+        let room = self.writer.in_flight() < self.in_flight_max && self.batcher.wants_more();
+        let listens = room && !*ended && self.follows_closely();
+        tokio::select! {
+            biased;
+            item = feed.pop(), if listens => {
+                match item {
+                    Some(item) => self.batcher.push(item)?,
+                    None => *ended = true,
+                }
+                Ok(false)
+            }
+            arrived = self.writer.arrived(&mut self.session) => arrived.map(|()| true),
+            () = changed(shutdown) => Ok(false),
+        }
+    }
+
+    /// True where batches are so small that the next is sent at once, behind the one under way,
+    /// and the server need not wait for us between them. Larger ones may as well grow meanwhile:
+    /// they cost less the fewer they are.
+    fn follows_closely(&self) -> bool {
+        self.eager && self.writer.in_flight_steps() < SMALL_STEPS && !self.batcher.is_open()
     }
 
     /// Takes what is there, without waiting.
@@ -146,11 +192,10 @@ impl Applier {
                 return Ok(false);
             }
             Some(Work::Idle(lsn)) => {
+                // A busy source tells after each transaction how far its log is. What was written
+                // is not flushed for that: the next transaction would wait for it.
                 self.land_all().await?;
                 self.passed(lsn);
-                if self.durable.pending() > 0 {
-                    self.force_flush().await?;
-                }
                 self.record_passed(false).await?;
                 return Ok(false);
             }
@@ -175,6 +220,9 @@ impl Applier {
     /// Sends a batch, or waits for one.
     async fn write(&mut self, batch: Option<Batch>) -> Result<()> {
         let Some(mut batch) = batch else { return self.land().await };
+        if self.settler.is_some() {
+            return self.settle(batch).await;
+        }
         // What is sent behind must not be taken back with it, nor find it half done.
         let alone = *batch.ending() != Ending::Commit;
         if alone {
@@ -208,16 +256,18 @@ impl Applier {
         self.applied.rows += landed.rows;
         self.applied.fallbacks += u64::from(landed.fell_back);
         let Some(commit) = landed.batch.commit else { return Ok(()) };
-        match landed.position {
-            None => self.passed(commit.end_lsn),
-            Some((insert_lsn, flush_lsn)) => {
+        match landed.committed {
+            false => self.passed(commit.end_lsn),
+            true => {
                 self.progress_lsn = commit.end_lsn;
                 self.applied.applied_lsn = commit.end_lsn;
                 self.applied.last_end_lsn = commit.end_lsn;
                 self.applied.commit_time = Some(commit.commit_time);
                 self.applied.transactions += landed.batch.transactions();
-                self.durable.committed(commit.end_lsn, insert_lsn);
-                self.durable.flushed(flush_lsn);
+                self.durable.committed(commit.end_lsn);
+                if let Some((insert_lsn, flush_lsn)) = landed.position {
+                    self.durable.stands(insert_lsn, flush_lsn);
+                }
             }
         }
         if let Some(hook) = &self.on_message {
@@ -230,7 +280,7 @@ impl Applier {
     }
 
     /// Nothing is to be written below `lsn`.
-    fn passed(&mut self, lsn: Lsn) {
+    pub(super) fn passed(&mut self, lsn: Lsn) {
         self.applied.applied_lsn = lsn.max(self.applied.applied_lsn);
     }
 
@@ -264,7 +314,8 @@ impl Applier {
         mut pipeline: Pipeline,
         commit: &Commit,
     ) -> Result<()> {
-        self.progress.record(&mut pipeline, self.progress_lsn, commit);
+        let end_lsn = commit.end_lsn;
+        self.progress.record(&mut pipeline, self.progress_lsn, end_lsn, &Entry::Nothing);
         pipeline.once("commit");
         pipeline.once(POSITION);
         let mut position = None;
@@ -276,10 +327,27 @@ impl Applier {
             })
             .await?;
         self.progress_lsn = commit.end_lsn;
-        let (insert_lsn, flush_lsn) = position.unwrap_or((Lsn(u64::MAX), Lsn::ZERO));
-        self.durable.committed(commit.end_lsn, insert_lsn);
-        self.durable.flushed(flush_lsn);
+        self.durable.committed(end_lsn);
+        if let Some((insert_lsn, flush_lsn)) = position {
+            self.durable.stands(insert_lsn, flush_lsn);
+        }
         Ok(())
+    }
+
+    /// Enters what is counted beside progress in its table, if it has waited long enough or is
+    /// `due` now. Nothing may be under way.
+    async fn enter_counts(&mut self, due: bool) -> Result<()> {
+        let books = &mut self.writer.books;
+        if !(due || books.is_due()) || !books.is_waiting() || self.batcher.is_open() {
+            return Ok(());
+        }
+        let entry = books.close();
+        let mut pipeline = Pipeline::new();
+        pipeline.once("begin");
+        self.progress.record(&mut pipeline, self.progress_lsn, self.progress_lsn, &entry);
+        self.writer.count(&mut pipeline, &entry);
+        pipeline.once("commit");
+        Ok(self.session.exchange(pipeline, |_| {}).await?)
     }
 
     /// Answers a hold once everything below it is applied, and makes that durable.
@@ -296,22 +364,19 @@ impl Applier {
         Ok(())
     }
 
-    async fn poll_flush(&mut self, polls: u32) -> Result<()> {
-        // Inside an open transaction the answer is as good.
-        if polls >= FLUSH_POLLS_MAX {
-            return self.force_flush().await;
-        }
-        let row = self.session.query_one(POSITION, &[]).await?;
-        self.durable.flushed(row.lsn(1)?);
-        Ok(())
+    /// When the target is to be made to flush, if all goes on being quiet. Keeping progress in a
+    /// table, a flush is a commit, which an open transaction has no room for: what is pending stays
+    /// so until that ends.
+    fn flush_due(&self) -> Option<Instant> {
+        let due = (self.landed_at + QUIET).max(self.flushed_at + FLUSH_GAP);
+        (self.durable.pending() > 0 && !self.batcher.is_open()).then_some(due)
     }
 
     async fn force_flush(&mut self) -> Result<()> {
-        // Keeping progress in a table, the flush is a commit, which an open transaction has no room
-        // for; what is pending stays so until that transaction ends.
         if !self.batcher.is_open() {
             self.progress.flush(&mut self.session).await?;
             self.durable.flushed_all();
+            self.flushed_at = Instant::now();
         }
         Ok(())
     }
@@ -324,6 +389,11 @@ impl Applier {
             self.writer.abandon();
         }
         self.record_passed(true).await?;
+        // Not after a batch that was cut off, which is among what is counted: the next applier
+        // enters what waits.
+        if !self.canceled {
+            self.enter_counts(true).await?;
+        }
         self.progress.flush(&mut self.session).await?;
         self.durable.flushed_all();
         self.publish(positions);
@@ -345,6 +415,14 @@ impl Applier {
 async fn changed<T>(receiver: &mut watch::Receiver<T>) {
     if receiver.changed().await.is_err() {
         pending::<()>().await;
+    }
+}
+
+/// Ready then; never for `None`.
+async fn at(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => pending().await,
     }
 }
 

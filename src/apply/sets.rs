@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::admit::{Step, relations};
 use super::batch::Batch;
-use super::encode::{Arrays, Carrier, NoValue};
+use super::encode::{Arrays, Carrier, Most, NoValue, Piece, WHOLE};
 use super::error::Result;
 use super::lines::Lines;
 use super::plan::{self, Copies, Entry, Net, Rules};
@@ -24,6 +24,19 @@ const TABLE_CHANGES_MIN: usize = 4;
 
 /// Fewer rows than this do not go into a table by COPY, which takes longer to start.
 const COPY_ROWS_MIN: usize = 32;
+
+/// Of the rows of a set, so many bytes go into one execution: a fourth of work_mem's default,
+/// beyond which a server writes them to a file first.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// What of a set is done how.
+#[derive(Clone, Copy)]
+struct Measure {
+    /// So many new rows at least go by COPY.
+    copied_min: usize,
+    /// What goes into one execution.
+    most: Most,
+}
 
 /// The steps of each table, tables in the order of their first mention: a table described anew
 /// within the batch has two entries, and the older description comes first.
@@ -69,11 +82,14 @@ enum Inserts {
 
 impl Inserts {
     /// No rows yet, of so many.
-    fn new(mapping: &Mapping, copied_min: usize, rows: usize) -> Inserts {
+    fn new(mapping: &Mapping, measure: Measure, rows: usize) -> Inserts {
         let table = &mapping.table;
-        match rows >= copied_min && table.takes_copy && !table.counts_inserts {
+        match rows >= measure.copied_min && table.takes_copy && !table.counts_inserts {
             true => Inserts::Lines(Lines::new(mapping)),
-            false => Inserts::Arrays(Arrays::new(mapping, &mapping.written().collect::<Vec<_>>())),
+            false => {
+                let columns: Vec<usize> = mapping.written().collect();
+                Inserts::Arrays(Arrays::new(mapping, &columns, measure.most))
+            }
         }
     }
 
@@ -125,20 +141,26 @@ impl Writer {
             let chosen = || places.iter().filter_map(|at| steps.get(*at));
             let route = self.routes.get_mut(&relation);
             let few = !self.always_sets && places.len() < TABLE_CHANGES_MIN;
-            let copied_min = if self.always_sets { 1 } else { COPY_ROWS_MIN };
+            let measure = Measure {
+                copied_min: if self.always_sets { 1 } else { COPY_ROWS_MIN },
+                most: match self.set_rows {
+                    0 => WHOLE,
+                    rows => Most { rows, bytes: PIECE_BYTES },
+                },
+            };
             if let Some(route) = route
                 && let Some(mapping) = &route.mapping
                 && !(few && mapping.locator != Locator::Whole)
                 && let Some(folded) =
                     fold(route, mapping, || chosen().filter_map(|step| Some(step.of(batch)?.1)))
             {
-                if let Ok(sets) = folded.encode(mapping, copied_min) {
+                if let Ok(sets) = folded.encode(mapping, measure) {
                     write(request, &mut self.names, route, sets, None);
                     continue;
                 }
                 // Some value has no binary form.
                 let plain = mapping.plain();
-                if let Ok(sets) = folded.encode(&plain, copied_min) {
+                if let Ok(sets) = folded.encode(&plain, measure) {
                     write(request, &mut self.names, route, sets, Some(&plain));
                     continue;
                 }
@@ -196,13 +218,13 @@ fn fold<'a, I: Iterator<Item = &'a Change> + Clone>(
 }
 
 impl Folded<'_> {
-    /// Encoded, so many new rows at least going by COPY.
-    fn encode(&self, mapping: &Mapping, copied_min: usize) -> std::result::Result<Sets, NoValue> {
+    /// Encoded.
+    fn encode(&self, mapping: &Mapping, measure: Measure) -> std::result::Result<Sets, NoValue> {
         match self {
-            Folded::Keyed(keys, entries) => encode_keyed(mapping, copied_min, keys, entries),
-            Folded::Whole(entries) => encode_whole(mapping, copied_min, entries),
+            Folded::Keyed(keys, entries) => encode_keyed(mapping, measure, keys, entries),
+            Folded::Whole(entries) => encode_whole(mapping, measure, entries),
             Folded::Inserts(rows) => {
-                let mut inserts = Inserts::new(mapping, copied_min, rows.len());
+                let mut inserts = Inserts::new(mapping, measure, rows.len());
                 rows.iter().try_for_each(|row| inserts.push(row))?;
                 Ok(Sets::Inserts(inserts))
             }
@@ -212,14 +234,14 @@ impl Folded<'_> {
 
 fn encode_keyed(
     mapping: &Mapping,
-    copied_min: usize,
+    measure: Measure,
     keys: &[usize],
     entries: &[Entry<'_>],
 ) -> std::result::Result<Sets, NoValue> {
     let columns: Vec<usize> = mapping.written().collect();
-    let mut deletes = Arrays::new(mapping, keys);
+    let mut deletes = Arrays::new(mapping, keys, measure.most);
     let comes = |e: &&Entry<'_>| matches!(e.net, Net::Insert(_) | Net::Replace(_));
-    let mut inserts = Inserts::new(mapping, copied_min, entries.iter().filter(comes).count());
+    let mut inserts = Inserts::new(mapping, measure, entries.iter().filter(comes).count());
     let mut updates: Vec<Updates> = Vec::new();
     for entry in entries {
         match &entry.net {
@@ -236,7 +258,7 @@ fn encode_keyed(
                     Some(place) => place,
                     None => {
                         let set: Vec<usize> = is_set(&columns, keys, image).collect();
-                        let arrays = Arrays::new(mapping, &[keys, &set].concat());
+                        let arrays = Arrays::new(mapping, &[keys, &set].concat(), measure.most);
                         updates.push(Updates { set, arrays });
                         updates.len() - 1
                     }
@@ -266,13 +288,14 @@ fn is_set<'a>(
 
 fn encode_whole(
     mapping: &Mapping,
-    copied_min: usize,
+    measure: Measure,
     entries: &[Copies<'_>],
 ) -> std::result::Result<Sets, NoValue> {
     let columns: Vec<usize> = mapping.written().collect();
-    let mut deletes = Arrays::new(mapping, &columns);
+    // By one pass over the table, however many they are.
+    let mut deletes = Arrays::new(mapping, &columns, WHOLE);
     let coming = entries.iter().map(|e| e.inserted).sum();
-    let mut inserts = Inserts::new(mapping, copied_min, coming);
+    let mut inserts = Inserts::new(mapping, measure, coming);
     for entry in entries {
         (0..entry.deleted).try_for_each(|_| deletes.push(&entry.row))?;
         (0..entry.inserted).try_for_each(|_| inserts.push(&entry.row))?;
@@ -350,7 +373,7 @@ impl Desk<'_> {
         }
     }
 
-    /// Adds one statement over arrays; none for no rows.
+    /// Adds one statement for each piece of the arrays; none for no rows.
     fn run(
         &mut self,
         key: Vec<u8>,
@@ -358,18 +381,19 @@ impl Desk<'_> {
         guarded: bool,
         sql: impl FnOnce(&Mapping) -> String,
     ) {
-        if arrays.rows() > 0 {
-            let name = self.name(key, sql);
-            bind(self.request, &name, arrays, guarded);
+        if arrays.is_empty() {
+            return;
+        }
+        let name = self.name(key, sql);
+        for piece in arrays.pieces() {
+            bind(self.request, &name, piece, guarded);
         }
     }
 
     /// Adds the DELETE by whole rows. It is planned anew each time, as the best way depends on how
     /// many rows there are, and by what the session forbids otherwise.
     fn search(&mut self, deletes: &mut Arrays) {
-        if deletes.rows() == 0 {
-            return;
-        }
+        let Some(deletes) = deletes.pieces().next() else { return };
         self.request.aside(&search_plans(true));
         self.request.pipeline.parse("", &setwise::delete_whole(self.mapping), &[]);
         bind(self.request, "", deletes, true);
@@ -389,10 +413,10 @@ fn search_plans(whole: bool) -> String {
     )
 }
 
-fn bind(request: &mut Request, name: &str, arrays: &mut Arrays, guarded: bool) {
-    let rows = arrays.rows();
+fn bind(request: &mut Request, name: &str, piece: &mut Piece, guarded: bool) {
+    let rows = piece.rows();
     let expected = rows.to_string();
-    let mut params: Vec<Param<'_>> = arrays.params().collect();
+    let mut params: Vec<Param<'_>> = piece.params().collect();
     if guarded {
         params.push(Param::Text(Some(expected.as_bytes())));
     }

@@ -16,6 +16,8 @@ pub(super) struct Table {
     pub counts_inserts: bool,
     /// Rows may come by COPY: nothing filters them by policies.
     pub takes_copy: bool,
+    /// Rows that go by one unique column are looked up by the array of its values.
+    pub deletes_by_array: bool,
     /// A trigger or rule fires in this session on a change of the table or a partition: it may
     /// depend on the order of changes.
     pub acts: bool,
@@ -109,6 +111,7 @@ impl Table {
             acts: row.bool(4)?,
             owned: row.bool(5)?,
             takes_copy: row.bool(6)?,
+            deletes_by_array: true,
             key,
             columns,
         }))

@@ -1,4 +1,4 @@
-//! One batch in one round trip: BEGIN, rows, counters, progress, COMMIT, where the log stands.
+//! One batch in one round trip: BEGIN, rows, counts, progress, COMMIT, where the log stands.
 //!
 //! # Set order and row order
 //! A batch is written as sets where that pays (`sets`), else one statement a change (`rows`). Both
@@ -9,12 +9,13 @@
 //! needs no proof that it will do.
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::admit::{self, Admitted, relations};
 use super::batch::Batch;
-use super::count::{self, Counts};
+use super::count::{self, Books, Counts, Entry};
 use super::error::{self, Culprit, Error, Result};
+use super::flight::{Flight, deliver, falls_back, has_rows};
 use super::prepared::Prepared;
 use super::progress::Progress;
 use super::request::{Replies, Request, Role};
@@ -25,7 +26,7 @@ use super::{Message, Mode, Options};
 use crate::fault::{Fault, Faulty};
 use crate::id::QualifiedName;
 use crate::lsn::Lsn;
-use crate::pg::{self, Event, Pipeline, Session};
+use crate::pg::{self, Pipeline, Session};
 
 /// Prepared statements kept on the server; beyond that all are dropped and made again as needed.
 /// Columns left out of an UPDATE by TOAST, and NULLs under REPLICA IDENTITY FULL, multiply them.
@@ -42,8 +43,11 @@ pub(super) struct Landed {
     pub batch: Batch,
     /// Row changes of the batch.
     pub rows: u64,
-    /// After COMMIT: where the target's log stood, and how much of it was flushed. `None` if the
-    /// batch had nothing to write, or its transaction is still open.
+    /// It has committed a target transaction. Not if it had nothing to write, or if that
+    /// transaction is still open.
+    pub committed: bool,
+    /// After COMMIT: where the target's log stood, and how much of it was flushed. `None` if that
+    /// was not asked.
     pub position: Option<(Lsn, Lsn)>,
     /// Set order was refused, and row order taken.
     pub fell_back: bool,
@@ -59,6 +63,8 @@ pub(super) struct Writer {
     pub(super) mode: Mode,
     /// However few changes there are.
     pub(super) always_sets: bool,
+    /// See [`super::Tuning::set_rows`].
+    pub(super) set_rows: usize,
     pub(super) routes: Routes,
     pub(super) names: Names,
     /// Of the target transaction under way, to be handed on once it is committed.
@@ -66,33 +72,16 @@ pub(super) struct Writer {
     /// Batches sent and not landed, oldest first.
     flights: VecDeque<Flight>,
     pub(super) prepared: Prepared,
+    pub(super) books: Books,
+    /// When the target was asked last where its log stands, and how often it is to be.
+    asked_at: Instant,
+    asked_every: Duration,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Order {
     Rows,
     Sets,
-}
-
-/// A batch with all that is decided before it is written, and what came back.
-#[derive(Debug)]
-struct Flight {
-    batch: Batch,
-    admitted: Admitted,
-    /// Parameters of the counters' statement, if there is anything to count.
-    counts: Option<Vec<String>>,
-    previous_lsn: Lsn,
-    /// The target transaction begins, and ends, with this batch.
-    opens: bool,
-    commits: bool,
-    /// It is a prepared transaction that the target has already: only its books are missing.
-    there: bool,
-    request: Request,
-    replies: Replies,
-    failure: Option<pg::Error>,
-    sent_at: Instant,
-    /// All has been answered.
-    over: bool,
 }
 
 impl Writer {
@@ -102,7 +91,7 @@ impl Writer {
         pipeline.parse("walferry_begin", "begin", &[]);
         pipeline.parse("walferry_commit", "commit", &[]);
         pipeline.parse("walferry_position", super::POSITION, &[]);
-        pipeline.parse("walferry_counts", count::UPSERT, &[]);
+        pipeline.parse("walferry_counts", &count::upsert(), &[]);
         pipeline.parse("walferry_fallback", count::FALLBACK, &[]);
         match session.exchange(pipeline, |_| {}).await {
             Err(error) if matches!(error.code(), Some("3F000" | "42P01")) => {
@@ -114,17 +103,26 @@ impl Writer {
             stream: options.stream.clone(),
             mode: options.tuning.mode,
             always_sets: options.tuning.mode == Mode::Sets,
+            set_rows: options.tuning.set_rows,
             routes: Routes::open(session, options).await?,
             names: Names::default(),
             messages: Vec::new(),
             flights: VecDeque::new(),
             prepared: Prepared::read(session, &options.stream).await?,
+            books: Books::new(options.tuning.counters_interval),
+            asked_at: Instant::now(),
+            asked_every: options.tuning.position_interval,
         })
     }
 
     /// How many batches are under way.
     pub fn in_flight(&self) -> usize {
         self.flights.len()
+    }
+
+    /// How many changes are under way.
+    pub fn in_flight_steps(&self) -> usize {
+        self.flights.iter().map(|flight| flight.admitted.steps.len()).sum()
     }
 
     /// True if the batch needs nothing of the target before it is sent.
@@ -187,8 +185,9 @@ impl Writer {
         self.prepared.landed(&flight.batch);
         let messages =
             if flight.batch.commit.is_some() { flight.admitted.messages } else { Vec::new() };
-        let sent_at = flight.sent_at;
-        Ok(Some(Landed { batch: flight.batch, rows, position, fell_back, messages, sent_at }))
+        let (committed, sent_at) = (flight.commits, flight.sent_at);
+        let batch = flight.batch;
+        Ok(Some(Landed { batch, rows, committed, position, fell_back, messages, sent_at }))
     }
 
     /// Waits for whatever is under way and forgets it.
@@ -200,12 +199,17 @@ impl Writer {
         Ok(())
     }
 
-    /// The oldest batch under way, once it is over.
-    async fn arrival(&mut self, session: &mut Session) -> Result<Option<Flight>> {
+    /// Waits until the oldest batch under way is over. Cancel-safe.
+    pub async fn arrived(&mut self, session: &mut Session) -> Result<()> {
         while self.flights.front().is_some_and(|f| !f.over) {
             let event = session.next_event().await?;
             deliver(&mut self.flights, event);
         }
+        Ok(())
+    }
+
+    async fn arrival(&mut self, session: &mut Session) -> Result<Option<Flight>> {
+        self.arrived(session).await?;
         Ok(self.flights.pop_front())
     }
 
@@ -276,15 +280,21 @@ impl Writer {
         }
         let opens = batch.opens && (has_rows(&batch) || batch.prepares().is_some()) && !there;
         let commits = batch.commit.is_some() && (opens || !batch.opens || there);
-        let counts = if commits { self.counts()? } else { None };
+        let entry = if commits { self.enter()? } else { Entry::Nothing };
+        // One that took long is worth to be known durable; of many short ones, one now and then.
+        let asks = commits && (batch.full || self.asked_at.elapsed() >= self.asked_every);
+        if asks {
+            self.asked_at = Instant::now();
+        }
         Ok(Flight {
             batch,
             admitted,
-            counts,
+            entry,
             previous_lsn,
             opens,
             commits,
             there,
+            asks,
             request: Request::default(),
             replies: Replies::default(),
             failure: None,
@@ -293,15 +303,24 @@ impl Writer {
         })
     }
 
-    /// Takes the books of the target transaction under way.
-    fn counts(&mut self) -> Result<Option<Vec<String>>> {
+    /// Takes the counts of the target transaction under way into the books.
+    pub(super) fn enter(&mut self) -> Result<Entry> {
         let counts: Vec<(&QualifiedName, Counts)> = self.routes.counts().into_iter().collect();
         for (table, counts) in &counts {
             counts.check(table)?;
         }
-        let params = (!counts.is_empty()).then(|| count::upsert_params(&counts));
+        let entry = self.books.enter(&counts);
         self.routes.reset_counts();
-        Ok(params)
+        Ok(entry)
+    }
+
+    /// Adds the statement that enters counts in their table, if the entry has some. True if it has.
+    pub fn count(&self, pipeline: &mut Pipeline, entry: &Entry) -> bool {
+        let Entry::Table { params, .. } = entry else { return false };
+        let params = params.iter().map(|p| p.as_bytes());
+        let params = std::iter::once(self.stream.as_bytes()).chain(params).map(Some);
+        pipeline.run("walferry_counts", params);
+        true
     }
 
     fn order(&self, admitted: &Admitted) -> Order {
@@ -350,24 +369,24 @@ impl Writer {
         }
         if let (true, Some(commit)) = (flight.commits, &flight.batch.commit) {
             self.prepared.prepare(&mut request, &flight.batch, flight.there);
-            if let Some(counts) = &flight.counts {
-                let counts = counts.iter().map(|p| p.as_bytes());
-                let params = std::iter::once(self.stream.as_bytes()).chain(counts).map(Some);
-                request.pipeline.run("walferry_counts", params);
+            if self.count(&mut request.pipeline, &flight.entry) {
                 request.roles.push(Role::Aside);
             }
             if !recorded {
-                progress.record(&mut request.pipeline, flight.previous_lsn, commit);
+                let (pipeline, previous_lsn) = (&mut request.pipeline, flight.previous_lsn);
+                progress.record(pipeline, previous_lsn, commit.end_lsn, &flight.entry);
                 request.roles.push(Role::Progress);
             }
             request.run("walferry_commit", Role::Commit);
-            request.run("walferry_position", Role::Position);
+            if flight.asks {
+                request.run("walferry_position", Role::Position);
+            }
         }
         Ok(request)
     }
 
     /// Drops prepared statements that no route uses, or all of them if there are too many.
-    fn forget_discarded(&mut self, request: &mut Request) {
+    pub(super) fn forget_discarded(&mut self, request: &mut Request) {
         if self.names.prepared > PREPARED_MAX {
             self.routes.forget_statements();
         }
@@ -460,7 +479,8 @@ fn head(
     }
     match &flight.batch.commit {
         Some(commit) => {
-            progress.record(&mut request.pipeline, flight.previous_lsn, commit);
+            let (pipeline, previous_lsn) = (&mut request.pipeline, flight.previous_lsn);
+            progress.record(pipeline, previous_lsn, commit.end_lsn, &flight.entry);
             request.roles.push(Role::Progress);
         }
         None => {
@@ -469,32 +489,4 @@ fn head(
         }
     }
     Ok(flight.batch.commit.is_some())
-}
-
-/// A target transaction is worth its while for row changes, filtered ones included as they are
-/// counted, and for one that goes on in the next batch. Empty transactions and messages only move
-/// the position.
-fn has_rows(batch: &Batch) -> bool {
-    let mut changes = batch.chunks.iter().flat_map(|c| &c.changes);
-    batch.commit.is_none() || changes.any(|c| relations(c).next().is_some())
-}
-
-/// Whether row order may succeed where this refused set order: not where the connection is the
-/// cause, or somebody who cancels, or what is not a change of the batch.
-fn falls_back(error: &pg::Error, flight: &Flight) -> bool {
-    let roles = &flight.request.roles;
-    let answered = error.server().is_some_and(|e| e.code != "57014");
-    let of_set = roles.iter().any(|r| matches!(r, Role::Set { .. }))
-        && matches!(flight.replies.failed(roles), Some(Role::Set { .. } | Role::Step { .. }));
-    answered && of_set && !error.is_closed() && error.fault() != Fault::Retry
-}
-
-/// Gives an event to the oldest batch that is not over.
-fn deliver(flights: &mut VecDeque<Flight>, event: Event) {
-    let Some(flight) = flights.iter_mut().find(|f| !f.over) else { return };
-    match event {
-        Event::Reply(reply) => flight.replies.take(&flight.request.roles, reply),
-        Event::Failed(error) => flight.failure = flight.failure.take().or(Some(error)),
-        Event::Over => flight.over = true,
-    }
 }

@@ -40,6 +40,10 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     wanted.wanted = config.wanted.clone();
     wanted.streaming = config.streaming.is_some();
     wanted.two_phase = config.two_phase;
+    wanted.failover = config.failover;
+    wanted.two_way = config.two_way.is_some();
+    wanted.brought = options.brought;
+    wanted.alters = config.ddl.is_some();
     wanted.with_map(&config);
     let report = check::run(&config.source, &config.target, wanted).await?;
     if args.json {

@@ -1,12 +1,15 @@
-//! Options for jobs that follow for days: what is done when rows are refused, when tables are
-//! altered, and when nobody writes.
+//! Options for jobs that follow for days: where changes wait, what is done when rows are refused,
+//! when tables are altered, when both sides are written, and when nobody writes.
 
 use std::time::Duration;
 
-use super::options::JobArgs;
+use super::options::{JobArgs, buffer, on_off, size};
 use crate::apply::OnRowError;
-use crate::config::{self, parse_duration};
+use crate::apply::conflict::Policy as Settling;
+use crate::buffer::durable::KafkaProperties;
+use crate::config::{self, File, parse_duration};
 use crate::job::heartbeat::HeartbeatOptions;
+use crate::job::place::{BufferOptions, SPOOL_BYTES, STREAMING_BYTES, StreamingOptions};
 use crate::schema::policy::Policy;
 
 /// Between beats, where only their statement was given.
@@ -50,6 +53,35 @@ impl JobArgs {
         }
     }
 
+    /// `--two-way` and `--on-conflict`: only what the streams bring whole, and to both sides alike.
+    pub(super) fn two_way(&self, file: &File) -> Result<Option<Settling>, config::Error> {
+        let value = |message| config::Error::Value { option: "--two-way", message };
+        let in_file = file.on_conflict.as_deref().map(str::parse).transpose().map_err(value)?;
+        let given = self.on_conflict.or(in_file);
+        if !(self.two_way || file.two_way) {
+            return match given {
+                None => Ok(None),
+                Some(_) => Err(value("is what --on-conflict is for: give both".to_string())),
+            };
+        }
+        let quarantine = file.on_row_error.as_deref() == Some("quarantine")
+            || self.on_row_error == Some(OnRowError::Quarantine);
+        let asks = |switch: &Option<String>| switch.as_deref() == Some("on");
+        let others = [
+            ("--two-phase on", asks(&self.two_phase) || asks(&file.two_phase)),
+            ("--publication", self.publication.is_some() || file.publication.is_some()),
+            ("--tables-only", self.tables_only || file.tables_only),
+            ("[[map]]", !file.map.is_empty()),
+            ("--ddl", self.ddl.is_some() || file.ddl.is_some()),
+            ("--on-row-error quarantine", quarantine),
+            ("--one-way", self.one_way || file.one_way),
+        ];
+        match others.iter().find(|(_, asked)| *asked) {
+            Some((other, _)) => Err(value(format!("does not go with {other}"))),
+            None => Ok(Some(given.unwrap_or_default())),
+        }
+    }
+
     /// `--heartbeat` and `--heartbeat-sql`.
     pub(super) fn heartbeat(
         &self,
@@ -64,5 +96,33 @@ impl JobArgs {
             return Err(value(format!("is at least {HEARTBEAT_MIN:?}")));
         }
         Ok(given.map(|interval| HeartbeatOptions { interval, sql }))
+    }
+
+    /// Where changes wait. `in_file`: buffer, limit and budget of walferry.toml.
+    pub(super) fn buffering(
+        &self,
+        in_file: (Option<String>, Option<String>, Option<String>),
+        kafka: KafkaProperties,
+    ) -> Result<BufferOptions, config::Error> {
+        let (kind, limit, budget) = in_file;
+        let limit = size("--spool-limit", self.spool_limit.clone().or(limit))?;
+        Ok(BufferOptions {
+            kind: self.buffer.clone().or(kind).as_deref().map(buffer).transpose()?,
+            spool_bytes: limit.unwrap_or(SPOOL_BYTES),
+            wal_budget_bytes: size("--wal-budget", self.wal_budget.clone().or(budget))?,
+            kafka,
+        })
+    }
+
+    /// `--streaming` and `--streaming-limit`.
+    pub(super) fn streaming(
+        &self,
+        in_file: Option<String>,
+        limit: Option<String>,
+    ) -> Result<Option<StreamingOptions>, config::Error> {
+        let limit = size("--streaming-limit", self.streaming_limit.clone().or(limit))?;
+        let wanted = on_off("--streaming", self.streaming.clone().or(in_file), false)?;
+        let limit_bytes = limit.unwrap_or(STREAMING_BYTES);
+        Ok(wanted.then_some(StreamingOptions { limit_bytes }))
     }
 }

@@ -9,12 +9,14 @@
 //! they run the job themselves for as long as they need it (`job::ask`).
 
 mod apply;
+mod brought;
 mod cancel;
 mod capture;
 mod check;
 mod cluster;
 mod cutover;
 mod demo;
+mod failover;
 mod finish;
 mod lasting;
 mod mapping;
@@ -24,6 +26,7 @@ mod quarantine;
 mod reads;
 mod rollback;
 mod run;
+mod slot;
 mod status;
 mod verify;
 
@@ -56,6 +59,8 @@ pub enum Command {
     Demo(demo::Args),
     /// Say what stands in the way, each with the SQL that mends it
     Check(check::Args),
+    /// Make slot and publication first, for a copy that you make yourself
+    Slot(slot::Args),
     /// Plan, make the schema, copy, catch up and follow; the same command resumes
     Run(run::Args),
     /// The half of run that only reads the source, into a Kafka topic, on a host of its own
@@ -112,6 +117,7 @@ pub async fn run(cli: Cli) -> ExitCode {
     let outcome = match cli.command {
         Command::Demo(args) => demo::run(args).await,
         Command::Check(args) => check::run(args).await,
+        Command::Slot(args) => slot::run(args).await,
         Command::Run(args) => run::run(args).await,
         Command::Capture(args) => capture::run(args).await,
         Command::Apply(args) => apply::run(args).await,

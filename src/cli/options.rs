@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::brought::{self, BroughtArgs};
+use super::failover::FailoverArgs;
 use super::mapping;
+use crate::apply::conflict::Policy as Settling;
 use crate::apply::{Mode, OnRowError, Tuning};
 use crate::buffer::durable::KafkaProperties;
 use crate::config::{self, File, parse_duration, parse_size};
@@ -13,17 +16,15 @@ use crate::copy::Freeze;
 use crate::decode::Plugin;
 use crate::id::JobName;
 use crate::job::opening::Half;
-use crate::job::place::{
-    Buffer, BufferOptions, KafkaPlace, SPOOL_BYTES, STREAMING_BYTES, StreamingOptions,
-};
+use crate::job::place::{Buffer, KafkaPlace};
 use crate::job::reading::Wanted;
 use crate::job::routes::RouteSecrets;
 use crate::job::store::JobOptions;
 use crate::job::{self, Bulk, JobConfig};
-use crate::limit::BULK_BYTES;
 use crate::pg::Config;
 use crate::schema::policy::Policy;
 use crate::secret::SecretString;
+use crate::source::BulkOptions;
 
 /// Name of a job that was not given one.
 const DEFAULT_NAME: &str = "main";
@@ -59,6 +60,9 @@ pub struct JobArgs {
     /// Whether large objects move: copy or leave [default: copy, but leave with --include]
     #[arg(long, value_name = "WHAT")]
     pub large_objects: Option<String>,
+    /// A copy that somebody else made.
+    #[command(flatten)]
+    pub own_copy: BroughtArgs,
     /// Tables copied, and indexes built, at the same time [default: 4]
     #[arg(short, long, value_name = "N")]
     pub jobs: Option<usize>,
@@ -128,6 +132,15 @@ pub struct JobArgs {
     /// stream; a slot read so once is read so for ever [default: off, they arrive at their commit]
     #[arg(long, value_name = "on|off")]
     pub two_phase: Option<String>,
+    /// Applications write to both sides from the moment that the target is level (phase following)
+    #[arg(long)]
+    pub two_way: bool,
+    /// Who wins where both sides change a row at the same time: last-commit, source, target, or
+    /// error, which stops [default: last-commit]
+    #[arg(long, value_name = "WHO", value_parser = str::parse::<Settling>)]
+    pub on_conflict: Option<Settling>,
+    #[command(flatten)]
+    pub standbys: FailoverArgs,
 }
 
 impl JobArgs {
@@ -179,8 +192,9 @@ impl JobArgs {
     /// The same between these ends.
     pub fn between(&self, file: File, source: Config, target: Config) -> anyhow::Result<JobConfig> {
         let (tuning, bulk) = (tuning(self.apply, &file)?, bulk(&file));
-        let map = mapping::read(&file)?;
-        let kafka = kafka_properties(&file)?;
+        let (map, kafka) = (mapping::read(&file)?, kafka_properties(&file)?);
+        let (brought, from_lsn) = self.own_copy.read(&file)?;
+        let two_way = self.two_way(&file)?;
         let job = self.job_name(file.name)?;
         let given = |own: &[String], file: Vec<String>| {
             if own.is_empty() { file } else { own.to_vec() }
@@ -188,6 +202,7 @@ impl JobArgs {
         let publication = self.publication.clone().or(file.publication);
         let options = JobOptions {
             publication: publication.clone(),
+            two_way: two_way.is_some(),
             map: map.as_ref().map(|map| map.digest().to_string()),
             include: given(&self.include, file.include),
             exclude: given(&self.exclude, file.exclude),
@@ -196,6 +211,7 @@ impl JobArgs {
             leave_large_objects: leaves_large_objects(
                 self.large_objects.clone().or(file.large_objects),
             )?,
+            brought,
         };
         refuse_typos(&options)?;
         let wanted = Wanted {
@@ -220,43 +236,34 @@ impl JobArgs {
             jobs: self.jobs.or(file.jobs).unwrap_or(4).max(1),
             owners: !(self.no_owner || file.no_owner),
             slot_timeout: Duration::from_secs(3600),
-            buffer: BufferOptions {
-                kind: self.buffer.clone().or(file.buffer).as_deref().map(buffer).transpose()?,
-                spool_bytes: size("--spool-limit", self.spool_limit.clone().or(file.spool_limit))?
-                    .unwrap_or(SPOOL_BYTES),
-                wal_budget_bytes: size(
-                    "--wal-budget",
-                    self.wal_budget.clone().or(file.wal_budget),
-                )?,
-                kafka,
-            },
+            buffer: self.buffering((file.buffer, file.spool_limit, file.wal_budget), kafka)?,
+            two_way,
             two_phase,
             on_row_error: self.on_row_error(file.on_row_error, two_phase)?,
             ddl,
             streaming: self.streaming(file.streaming, file.streaming_limit)?,
             tuning,
             heartbeat: self.heartbeat(file.heartbeat, file.heartbeat_sql)?,
+            from_lsn,
             half: Half::Both,
+            failover: self.standbys.failover(file.failover)?,
+            after_failover: self.standbys.after(file.after_failover)?,
             secrets: secrets(&file.cutover.route)?,
-            bulk_bytes: match file.tuning.bulk_bytes {
-                None => Some(BULK_BYTES),
-                some => some.filter(|bytes| *bytes > 0),
-            },
+            backlog: backlog(&file.tuning),
             bulk,
             map,
             one_way: self.one_way || file.one_way,
         })
     }
+}
 
-    fn streaming(
-        &self,
-        in_file: Option<String>,
-        limit: Option<String>,
-    ) -> Result<Option<StreamingOptions>, config::Error> {
-        let limit = size("--streaming-limit", self.streaming_limit.clone().or(limit))?;
-        let wanted = on_off("--streaming", self.streaming.clone().or(in_file), false)?;
-        let limit_bytes = limit.unwrap_or(STREAMING_BYTES);
-        Ok(wanted.then_some(StreamingOptions { limit_bytes }))
+/// What `[tuning]` says of reading in bulk.
+fn backlog(tuning: &config::Tuning) -> BulkOptions {
+    let default = BulkOptions::default();
+    BulkOptions {
+        least_bytes: tuning.bulk_bytes.or(default.least_bytes).filter(|bytes| *bytes > 0),
+        ahead: tuning.bulk_ahead.unwrap_or(default.ahead),
+        transaction_bytes: tuning.bulk_transaction_bytes.unwrap_or(default.transaction_bytes),
     }
 }
 
@@ -268,10 +275,10 @@ fn refuse_typos(options: &JobOptions) -> anyhow::Result<()> {
         return Err(config::Error::Value { option: "--tables-only", message }.into());
     }
     mapping::refuse_others(options)?;
-    Ok(())
+    Ok(brought::refuse_others(options)?)
 }
 
-fn on_off(
+pub(super) fn on_off(
     option: &'static str,
     given: Option<String>,
     default: bool,
@@ -300,7 +307,7 @@ fn leaves_large_objects(given: Option<String>) -> Result<bool, config::Error> {
 }
 
 /// Reads `--buffer`.
-fn buffer(text: &str) -> Result<Buffer, config::Error> {
+pub(super) fn buffer(text: &str) -> Result<Buffer, config::Error> {
     match text.split_once(':') {
         None if text == "memory" => Ok(Buffer::Memory),
         None if text == "spool" => Ok(Buffer::Spool(state_dir())),
@@ -373,7 +380,10 @@ fn state_dir() -> PathBuf {
     given.or_else(home).unwrap_or_default().join("walferry")
 }
 
-fn size(option: &'static str, text: Option<String>) -> Result<Option<u64>, config::Error> {
+pub(super) fn size(
+    option: &'static str,
+    text: Option<String>,
+) -> Result<Option<u64>, config::Error> {
     let read = text.map(|text| parse_size(&text)).transpose();
     read.map_err(|message| config::Error::Value { option, message })
 }
@@ -399,6 +409,12 @@ fn tuning(apply: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
     }
     tuning.copy_inserts = sizes.copy_inserts.unwrap_or(tuning.copy_inserts);
     tuning.binary_values = sizes.binary_values.unwrap_or(tuning.binary_values);
+    tuning.eager = sizes.eager_batches.unwrap_or(tuning.eager);
+    tuning.delete_by_array = sizes.delete_by_array.unwrap_or(tuning.delete_by_array);
+    tuning.set_rows = sizes.set_rows.unwrap_or(tuning.set_rows);
+    let millis = |given: Option<u64>, default| given.map_or(default, Duration::from_millis);
+    tuning.counters_interval = millis(sizes.counters_ms, tuning.counters_interval);
+    tuning.position_interval = millis(sizes.positions_ms, tuning.position_interval);
     tuning.in_flight_max = sizes.batches_in_flight.unwrap_or(tuning.in_flight_max).max(1);
     Ok(tuning)
 }

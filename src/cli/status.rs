@@ -92,6 +92,7 @@ fn show(status: &Status) {
     }
     show_stream("forward", &status.positions);
     show_fallbacks(status.fallbacks);
+    show_conflicts(status.conflicts, "target");
     show_tables(&status.tables);
     for table in &status.parked {
         println!("parked   {}, {} changes: {}", table.table, table.changes, table.error);
@@ -102,6 +103,7 @@ fn show(status: &Status) {
     if let Some(reverse) = &status.reverse {
         show_stream("reverse", &reverse.positions);
         show_fallbacks(reverse.fallbacks);
+        show_conflicts(reverse.conflicts, "source");
         show_tables(&reverse.tables);
     }
 }
@@ -147,6 +149,12 @@ fn show_spool(row: &StreamRow) {
     );
 }
 
+fn show_conflicts(conflicts: i64, side: &str) {
+    if conflicts > 0 {
+        println!("         {conflicts} conflicts on record, in walferry.conflict on the {side}");
+    }
+}
+
 fn show_fallbacks(batches: i64) {
     if batches > 0 {
         println!("         {batches} batches refused as sets, and written in row order");
@@ -158,19 +166,20 @@ fn show_tables(tables: &[TableStatus]) {
         return;
     }
     println!(
-        "  {:<40} {:>8} {:>12} {:>12} {:>12} {:>10} {:>6}",
-        "table", "copy", "rows copied", "decoded", "applied", "filtered", "aside"
+        "  {:<40} {:>8} {:>12} {:>12} {:>12} {:>10} {:>6} {:>6}",
+        "table", "copy", "rows copied", "decoded", "applied", "filtered", "aside", "lost"
     );
     for table in tables {
         println!(
-            "  {:<40} {:>8} {:>12} {:>12} {:>12} {:>10} {:>6}",
+            "  {:<40} {:>8} {:>12} {:>12} {:>12} {:>10} {:>6} {:>6}",
             table.name,
             table.copy_state,
             print::count(table.rows_copied.unsigned_abs()),
             print::count(table.decoded.unsigned_abs()),
             print::count(table.applied.unsigned_abs()),
             print::count(table.filtered.unsigned_abs()),
-            table.quarantined
+            table.quarantined,
+            table.lost
         );
     }
 }

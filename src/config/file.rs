@@ -28,6 +28,10 @@ pub struct File {
     pub tables_only: bool,
     /// `--large-objects`.
     pub large_objects: Option<String>,
+    /// `--initial-copy`.
+    pub initial_copy: Option<String>,
+    /// `--from-lsn`.
+    pub from_lsn: Option<String>,
     /// `--jobs`.
     pub jobs: Option<usize>,
     /// `--buffer`.
@@ -42,6 +46,14 @@ pub struct File {
     pub streaming_limit: Option<String>,
     /// `--two-phase`.
     pub two_phase: Option<String>,
+    /// `--failover`.
+    pub failover: Option<String>,
+    /// `--after-failover`.
+    pub after_failover: Option<String>,
+    /// `--two-way`.
+    pub two_way: bool,
+    /// `--on-conflict`.
+    pub on_conflict: Option<String>,
     /// `--apply`.
     pub apply: Option<String>,
     /// `--on-row-error`.
@@ -138,8 +150,24 @@ pub struct Tuning {
     pub copy_inserts: Option<bool>,
     /// Values of sets travel in their binary form, where they have one.
     pub binary_values: Option<bool>,
+    /// A small batch is sent behind another that is under way, not only a full one.
+    pub eager_batches: Option<bool>,
+    /// Rows of a set that go by one unique column are looked up by the array of its values.
+    pub delete_by_array: Option<bool>,
+    /// Of a set so many rows go to the target in one execution; 0 for all.
+    pub set_rows: Option<usize>,
+    /// For so many milliseconds counts of a stream may wait in the row of its progress; 0 writes
+    /// their table with every batch.
+    pub counters_ms: Option<u64>,
+    /// The target is asked every so many milliseconds where its log stands; 0 with every batch.
+    pub positions_ms: Option<u64>,
     /// A backlog of so many bytes of log is read in bulk before it is streamed; 0 for never.
     pub bulk_bytes: Option<u64>,
+    /// The source decodes a chunk of a backlog while the one before is taken.
+    pub bulk_ahead: Option<bool>,
+    /// A committed transaction of up to so many bytes of log is read in bulk; 0 leaves large ones
+    /// to the stream.
+    pub bulk_transaction_bytes: Option<u64>,
     /// Small tables that are copied, given indexes and analyzed together; 1 is each by itself.
     pub bundle_tables: Option<usize>,
     /// Whether tables copied whole are written frozen.

@@ -10,7 +10,7 @@ pub mod file;
 pub mod size;
 
 pub use duration::parse_duration;
-pub use file::{File, load};
+pub use file::{File, Tuning, load};
 pub use size::parse_size;
 
 /// The options could not be put together; exit code 2.

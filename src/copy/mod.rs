@@ -35,7 +35,8 @@
 //!
 //! - `parts`: pure; what is copied in which pieces. - `store`: the table of parts. - `format`: text
 //!   or binary. - `run`: workers. - `transfer`: what one transaction brings. - `again`: unlogged
-//!   tables, once more at a switch. - `progress`: counters. - `error`.
+//!   tables, once more at a switch. - `refill`: tables that are in doubt. - `progress`: counters.
+//!   - `error`.
 
 mod again;
 pub mod error;
@@ -43,6 +44,7 @@ mod family;
 pub mod format;
 pub mod parts;
 pub mod progress;
+pub mod refill;
 pub mod run;
 pub mod snapshot;
 pub mod store;

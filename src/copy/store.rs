@@ -25,7 +25,13 @@ pub const DDL: &str = "create table if not exists walferry.table_copy (\
      'pg_current_snapshot() under which the part was read, the slot''s own included'; \
      comment on column walferry.table_copy.filenode is \
      'pg_relation_filenode() on the source, for tables of several parts: ctids mean nothing \
-     in another'";
+     in another'; \
+     create table if not exists walferry.table_refill (\
+     job text not null, schema text not null, name text not null, reason text not null, \
+     begun_at timestamptz not null default now(), judged_at timestamptz, \
+     missing int8, extra int8, different int8, primary key (job, schema, name)); \
+     comment on table walferry.table_refill is \
+     'tables compared with the source after a loss, and by how many rows they differed'";
 
 /// A stored part.
 #[derive(Clone, Debug)]
@@ -103,7 +109,7 @@ pub(super) fn insert_sql(job: &str, parts: &[Part]) -> String {
     )
 }
 
-fn is_table(job: &str, table: &QualifiedName) -> String {
+pub(super) fn is_table(job: &str, table: &QualifiedName) -> String {
     format!(
         "job = {} and schema = {} and name = {}",
         quote_literal(job),

@@ -24,6 +24,7 @@ pub mod pgbouncer;
 pub mod proxy;
 pub mod server;
 mod stalls;
+mod standby;
 mod template;
 pub mod transactions;
 pub mod writer;

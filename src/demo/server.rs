@@ -51,8 +51,8 @@ const SETTINGS: &str = "listen_addresses = '127.0.0.1'\nwal_level = logical\n\
 /// process is killed.
 #[derive(Debug)]
 pub struct Server {
-    bin: PathBuf,
-    dir: PathBuf,
+    pub(super) bin: PathBuf,
+    pub(super) dir: PathBuf,
     port: u16,
     /// Holds the port for us while the server is down.
     _port_claim: TcpListener,
@@ -87,22 +87,8 @@ impl Server {
         self.configure(&["output_plugin_libraries = 'pgoutput, test_decoding, wal2json'"])
     }
 
-    /// A standby of this server, streaming from it, taking read-only sessions. Needs pg_basebackup
-    /// beside the server's binaries (Debian's packages have it). Blocks.
-    pub fn standby(&self, settings: &[&str]) -> io::Result<Server> {
-        let standby = Self::claim(&self.bin)?;
-        run_as_postgres(&self.bin.join("pg_basebackup"), &standby.dir, |c| {
-            c.args(["-R", "-X", "stream", "-c", "fast", "-N", "-d"]).arg(self.uri("postgres"));
-            c.arg("-D").arg(standby.data_dir());
-        })?;
-        standby.configure_place()?;
-        standby.configure(settings)?;
-        standby.resume()?;
-        Ok(standby)
-    }
-
     /// A directory, a port and a guard; no cluster yet.
-    fn claim(bin: &Path) -> io::Result<Server> {
+    pub(super) fn claim(bin: &Path) -> io::Result<Server> {
         let dir = std::env::temp_dir().join(format!("walferry-{:016x}", fastrand::u64(..)));
         std::fs::create_dir_all(&dir)?;
         own(&dir)?;
@@ -186,7 +172,7 @@ impl Server {
         std::fs::write(&path, text)
     }
 
-    fn configure_place(&self) -> io::Result<()> {
+    pub(super) fn configure_place(&self) -> io::Result<()> {
         let sockets = self.dir.display();
         self.configure(&[
             &format!("port = {}", self.port),
@@ -311,7 +297,7 @@ impl Server {
         lines.next() == Some(&pid.to_string()) && matches!(lines.nth(6), Some("ready" | "standby"))
     }
 
-    fn failure(&self, what: &str) -> io::Error {
+    pub(super) fn failure(&self, what: &str) -> io::Error {
         let log = self.log();
         let tail: Vec<&str> = log.lines().rev().take(20).collect();
         let tail: Vec<&str> = tail.into_iter().rev().collect();

@@ -4,6 +4,7 @@
 use super::ability::{Abilities, Ability};
 use super::lease;
 use super::run::{JobConfig, Report};
+use super::seam::Seam;
 use super::state::{Event, step};
 use super::store::{DDL_BOTH, JobRow, Store, ensure};
 use super::{Error, Result};
@@ -46,6 +47,11 @@ pub(super) async fn admit(
             planned: row.options.to_string(),
         });
     }
+    if let (Some(given), Some(begun)) = (config.from_lsn, row.slot_lsn)
+        && given != begun
+    {
+        return Err(Seam::Begun { given, begun }.into());
+    }
     config.same_map(&row)?;
     Ok(false)
 }
@@ -58,6 +64,9 @@ pub(super) async fn make_tables(
 ) -> Result<()> {
     let on_target = async {
         store.ensure(&[apply::DDL, copy::DDL, schema::DDL, schema::ASIDE_DDL]).await?;
+        if config.two_way.is_some() {
+            store.ensure(&[apply::conflict::DDL]).await?;
+        }
         let system = system_of(&mut store.session).await?;
         Ok::<_, super::Error>((system, Ability::probe(&mut store.session).await?))
     };
@@ -80,7 +89,11 @@ pub(super) async fn make_tables(
 /// Tables on the source, where the way back keeps its progress.
 pub(super) async fn make_source_tables(config: &JobConfig, source: &mut Session) -> Result<()> {
     let canary = canary::ddl(&config.job);
-    ensure(source, &[DDL_BOTH, &canary, apply::DDL, schema::ASIDE_DDL]).await
+    ensure(source, &[DDL_BOTH, &canary, apply::DDL, schema::ASIDE_DDL]).await?;
+    match config.two_way {
+        Some(_) => ensure(source, &[apply::conflict::DDL]).await,
+        None => Ok(()),
+    }
 }
 
 /// True if schema walferry is there for us, or we may make it.
@@ -97,10 +110,15 @@ pub(super) fn schema_grant(role: &str) -> String {
     format!("CREATE SCHEMA walferry AUTHORIZATION {};", quote_ident(role))
 }
 
-/// What tells one cluster, and one of its histories, from another: `identifier/timeline`.
+/// What tells one cluster, and one of its histories, from another: `identifier/timeline`. The
+/// timeline is that of the log being written: the control file learns of a promotion only at the
+/// next checkpoint.
 pub(super) async fn system_of(session: &mut Session) -> Result<String> {
-    let sql = "select s.system_identifier || '/' || c.timeline_id \
-               from pg_catalog.pg_control_system() s, pg_catalog.pg_control_checkpoint() c";
+    let sql = "select s.system_identifier || '/' || \
+           case when pg_catalog.pg_is_in_recovery() then c.timeline_id \
+             else ('x' || pg_catalog.left(pg_catalog.pg_walfile_name( \
+               pg_catalog.pg_current_wal_flush_lsn()), 8))::bit(32)::int end \
+         from pg_catalog.pg_control_system() s, pg_catalog.pg_control_checkpoint() c";
     Ok(session.query_one(sql, &[]).await?.string(0)?)
 }
 

@@ -25,7 +25,7 @@ use crate::clock::Deadline;
 use crate::cutover::barrier;
 use crate::id::Stream;
 use crate::lsn::Lsn;
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{Config, Purpose, Session, SlotKind};
 use crate::source::{
     ExportedSnapshot, HeldSlot, Order, Place, StreamOptions, Transport, slot, snapshot,
 };
@@ -117,7 +117,7 @@ async fn hold_and_export(client: &mut Client, line: &Line, deadline: Deadline) -
     let options = slot::CreateOptions {
         name,
         plugin: "pgoutput".to_string(),
-        temporary: true,
+        kind: SlotKind::Temporary,
         wait: deadline.left(),
     };
     let mut watcher = Session::connect(from, Purpose::Sql).await?;

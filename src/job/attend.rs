@@ -51,12 +51,16 @@ impl Runner {
         }
         self.reads_due = row.reads.is_some().then(|| Deadline::after(Duration::ZERO));
         self.keep_heartbeat(phase).await?;
+        self.keep_looking(phase).await?;
         self.validate_beside().await?;
         self.refresh_beside().await?;
         let mut probes = Probes::default();
         loop {
             if *self.stop.borrow() {
                 return Ok(None);
+            }
+            if let Some(loss) = self.lost_stream().await? {
+                return self.refill(loss).await.map(Some);
             }
             self.check_streams()?;
             self.busy.store(false, Ordering::SeqCst);
@@ -69,6 +73,7 @@ impl Runner {
             }
             if phase == Phase::CatchingUp && self.is_level() {
                 self.build_rest().await?;
+                self.open_two_way().await?;
                 return Ok(Some(Event::CaughtUp));
             }
             let due = match until {
@@ -176,6 +181,8 @@ impl Runner {
             Ok(_) if request.dry_run => {
                 self.let_go();
                 let proven = self.fly(request.stream(), &request).await;
+                let phase = self.row().await?.phase;
+                self.keep_looking(phase).await?;
                 let proven = proven.map(|(outcome, left)| outcome_value(&outcome, &left));
                 Ok(Flipping::Answer(proven.map_err(|error| error.to_string())))
             }

@@ -4,6 +4,7 @@
 //! Every drop is idempotent, so a clean-up that was cut short is done again by the same command.
 //! The home schema goes last, as it holds the memory of what is still to be done.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use super::admit::accept_systems;
@@ -11,9 +12,9 @@ use super::flip::{context, stream_of};
 use super::lease::Lease;
 use super::place::Place;
 use super::run::JobConfig;
-use super::state::{Event, Phase, step};
+use super::state::{Event, Phase};
 use super::store::{JobRow, Store};
-use super::{Result, lease};
+use super::{Result, lease, two_way};
 use crate::cluster::shard;
 use crate::cutover::{self, seal};
 use crate::id::{JobName, Stream};
@@ -22,10 +23,12 @@ use crate::source::{publication, slot};
 use crate::{apply, schema};
 
 /// Tables of the home database with the column that names the job, the job's own row last.
-const HOME_TABLES: [(&str, &str); 8] = [
+const HOME_TABLES: [(&str, &str); 10] = [
     ("table_copy", "job"),
+    ("table_refill", "job"),
     ("schema_step", "job"),
     ("schema_dump", "job"),
+    ("source_object", "job"),
     ("large_object", "job"),
     ("stream", "job"),
     ("journal", "job"),
@@ -80,9 +83,9 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
     let phase = match (row.phase, event) {
         // A clean-up that was cut short is taken up again.
         (Phase::Finished, Event::FinishAsked) => Phase::Finished,
-        (phase, event) => {
+        (_, event) => {
             super::reads::refuse_end(&row, ending)?;
-            step(phase, event)?.0
+            two_way::ended(&row, event)?
         }
     };
     let mut source = None;
@@ -104,6 +107,7 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
     }
     let mut dropped = Vec::new();
     let mut recycled = None;
+    two_way::part(source.as_mut(), &mut store.session, &config.job).await?;
     let left_side = config.left_side(&row, event);
     if let Some(session) = &mut source {
         if left_side == Some(Stream::Forward) {
@@ -186,6 +190,7 @@ pub(super) async fn drop_objects(
     let mut validating = Session::connect(side, Purpose::Sql).await?;
     schema::validate(&mut validating, job.as_str()).await?;
     publication::drop(session, &name).await?;
+    two_way::remove(session, job, &HashMap::new()).await?;
     apply::forget(session, &job.object(reads.opposite())).await?;
     seal::remove(session, job).await?;
     Ok(())

@@ -4,17 +4,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::copying::Bulk;
+use super::failover::{AfterFailover, Failover};
 use super::heartbeat::HeartbeatOptions;
 use super::opening::Half;
 use super::place::{BufferOptions, StreamingOptions};
 use super::reading::Wanted;
 use super::routes::RouteSecrets;
 use super::store::JobOptions;
-use crate::apply::{OnRowError, Tuning};
+use crate::apply::{OnRowError, Tuning, conflict};
 use crate::id::JobName;
+use crate::lsn::Lsn;
 use crate::map::Map;
 use crate::pg::Config;
 use crate::schema::policy::Policy;
+use crate::source::BulkOptions;
 
 /// What a job is, apart from its state.
 #[derive(Clone, Debug)]
@@ -52,12 +55,20 @@ pub struct JobConfig {
     pub ddl: Option<Policy>,
     /// Keep the source's log moving, and measure lag by that.
     pub heartbeat: Option<HeartbeatOptions>,
+    /// Applications write to both sides, and who wins a conflict.
+    pub two_way: Option<conflict::Policy>,
+    /// `--from-lsn`: where the copy that the target is stands, exclusive.
+    pub from_lsn: Option<Lsn>,
     /// Passwords of routes.
     pub secrets: RouteSecrets,
     /// Whether the forward stream is read by this process, or by another into a topic.
     pub half: Half,
-    /// See [`crate::source::StreamOptions::bulk_bytes`].
-    pub bulk_bytes: Option<u64>,
+    /// What of a backlog is read in bulk.
+    pub backlog: BulkOptions,
+    /// Whether slots are made such that standbys keep copies of them.
+    pub failover: Failover,
+    /// What is done where a side has lost what the stream needs.
+    pub after_failover: AfterFailover,
     /// What becomes of its tables on the way.
     pub map: Option<Arc<Map>>,
     /// There is to be no way back.

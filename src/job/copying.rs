@@ -47,20 +47,31 @@ impl Default for Bulk {
 impl Runner {
     /// Copies what is not yet copied and builds what is not yet built.
     pub(super) async fn copy(&mut self) -> Result<Event> {
+        if let Some(event) = self.unbroken(self.spool.is_none()).await? {
+            return Ok(event);
+        }
         self.capture_forward().await?;
+        if self.config.options.brought {
+            return self.complete_copy().await;
+        }
         let tables = self.copied_tables().await?;
         let progress = Arc::new(CopyProgress::new(&tables));
         self.say(Notice::Copying(progress.clone()));
-        let (config, job) = (&self.config, self.config.job.as_str());
+        let config = self.config.clone();
         let options = copy::Options {
             jobs: config.jobs,
             bundle_tables: config.bulk.bundle_tables,
             freeze: config.bulk.freeze,
-            ..copy::Options::new(config.source.clone(), config.target.clone(), job)
+            ..copy::Options::new(config.source.clone(), config.target.clone(), config.job.as_str())
         };
         loop {
             let (holder, snapshots) = self.snapshot().await?;
-            let outcome = copy::run(&options, &tables, &snapshots, &progress).await;
+            let judged = self.judge(&tables, &snapshots).await;
+            let outcome = match judged {
+                Ok(()) => copy::run(&options, &tables, &snapshots, &progress).await,
+                Err(Error::Copy(error)) => Err(error),
+                Err(error) => return Err(error),
+            };
             drop(holder);
             match outcome {
                 Ok(()) => break,
@@ -79,6 +90,17 @@ impl Runner {
         if copy::visibility(&mut self.store.session, job).await?.is_empty() {
             self.build_rest().await?;
         }
+        Ok(Event::CopyDone)
+    }
+
+    /// What has no position in the log and so no seam: unlogged tables, which recovery empties, and
+    /// large objects, of which whatever differs is copied.
+    async fn complete_copy(&mut self) -> Result<Event> {
+        let mut unlogged = self.tables_with_rows(&self.config.source).await?;
+        unlogged.retain(|table| table.unlogged && table.kind == TableKind::Plain);
+        let (source, target) = (&self.config.source, &self.config.target);
+        copy::Again::prepare(source, target, unlogged).await?.run().await?;
+        self.copy_large_objects().await?;
         Ok(Event::CopyDone)
     }
 

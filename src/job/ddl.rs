@@ -34,6 +34,12 @@ create table if not exists walferry.job (
     slot_lsn pg_lsn, armed boolean not null default false, flip jsonb,
     abilities jsonb not null, reading jsonb not null default '{}', spool jsonb, reads jsonb,
     created_at timestamptz not null default now(), updated_at timestamptz not null default now());
+do $do$ begin
+    if not exists (select from pg_catalog.pg_attribute
+            where attrelid = 'walferry.job'::regclass and attname = 'timelines') then
+        alter table walferry.job add column timelines jsonb not null default '{}';
+    end if;
+end $do$;
 create table if not exists walferry.schema_dump (
     job text primary key, pre text not null, post text not null);
 create table if not exists walferry.stream (

@@ -8,9 +8,9 @@ use super::cleanup::{CleanedUp, Ending, clean_up};
 use super::client::Client;
 use super::lease::{self, Lease};
 use super::run::{JobConfig, Notice, Report};
-use super::state::{Phase, step};
+use super::state::Phase;
 use super::store::Store;
-use super::{Gone, Result};
+use super::{Gone, Result, two_way};
 use crate::clock::Deadline;
 use crate::pg::Session;
 
@@ -22,7 +22,7 @@ pub async fn end(config: &JobConfig, ending: Ending, report: &Report) -> Result<
     // Refused before the runner is disturbed.
     let ended = matches!(row.phase, Phase::Finished | Phase::Canceled);
     if !ended {
-        step(row.phase, ending.event)?;
+        two_way::ended(&row, ending.event)?;
         super::reads::refuse_end(&row, ending)?;
     }
     let lease = take_lease(config, report).await?;

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use super::gone::{Gone, hung};
 use super::mapped;
-use super::state::Refused;
 use crate::buffer::{durable, spool};
 use crate::fault::{Fault, Faulty};
 use crate::id::{QualifiedName, quote_ident};
@@ -52,7 +51,7 @@ pub enum Error {
     Pattern(#[from] catalog::PatternError),
     /// A command that does not fit the phase.
     #[error(transparent)]
-    Refused(#[from] Refused),
+    Refused(#[from] super::state::Refused),
     /// Check found errors.
     #[error("not ready: {0} (walferry check lists all, each with what mends it)")]
     NotReady(String),
@@ -173,8 +172,8 @@ pub enum Error {
     /// The slot was told of positions that only the spool or topic had, and it has them no more.
     #[error(
         "slot {slot} was told {confirmed_lsn}, the target has only {progress_lsn}, and {place} \
-         {held}: the changes between are nowhere any more. {mend}, or start over with walferry \
-         cancel and walferry run, which copies every table again"
+         {held}: the changes between are nowhere any more. {mend}, or walferry run \
+         --after-failover refill, or walferry cancel and run, which copies every table again"
     )]
     SpoolLost {
         /// The slot.
@@ -461,6 +460,9 @@ pub enum Error {
     /// A runner, an asker or a server that is gone, or is said to be.
     #[error(transparent)]
     Gone(#[from] Gone),
+    /// A target that is a copy, and where it stands.
+    #[error(transparent)]
+    Seam(#[from] super::Seam),
     /// A command failed in the runner, which said why.
     #[error("{0}")]
     Remote(String),

@@ -124,6 +124,7 @@ impl Runner {
         let row = self.row().await?;
         let event = Event::FlipAsked(request.stream());
         super::state::step(row.phase, event)?;
+        self.refuse_switch(row.phase)?;
         self.config.secrets.routes(&request.routes)?;
         super::reads::refuse_shared(row.reads.as_ref(), &request.routes)?;
         request.fence.parse::<FenceKind>()?;
@@ -162,7 +163,7 @@ impl Runner {
     }
 
     /// A new slot never meets old progress (law 4): both are made here, after both were dropped.
-    async fn make_reverse(&mut self, wait: Duration) -> Result<()> {
+    pub(super) async fn make_reverse(&mut self, wait: Duration) -> Result<()> {
         let name = self.config.job.object(Stream::Reverse);
         let tables = self.tables(&self.config.target).await?;
         // Publishing may wait for locks.
@@ -192,15 +193,16 @@ impl Runner {
         let reading = self.choose_reading(Stream::Reverse, &tables).await?;
         publish(&mut target, &name, &tables, &reading).await?;
         let mut maker = Session::connect(&self.config.target, Purpose::Sql).await?;
-        let options = slot::CreateOptions { wait, ..self.slot_options(&name, &reading) };
+        let options = slot::CreateOptions { wait, ..self.slot_options(&name, &reading, &target) };
         let waiting = self.tell_blockers();
         let lsn = slot::create_plain(&mut maker, &mut target, &options, waiting).await?;
         let kind = self.row().await?.abilities.source.progress();
         apply::begin_at(&mut source, &name, kind, lsn).await?;
+        self.store.set_system(Stream::Reverse, &admit::system_of(&mut target).await?).await?;
         Ok(())
     }
 
-    async fn follow_reverse_now(&mut self) -> Result<()> {
+    pub(super) async fn follow_reverse_now(&mut self) -> Result<()> {
         if self.reverse.is_none() && self.config.map.is_none() {
             let pipe = self.pipe(Stream::Reverse, Some(HashMap::new())).await?;
             self.reverse = Some(pipe);
@@ -288,6 +290,7 @@ impl Runner {
         }
         self.refuse_new_tables(flip).await?;
         self.stop_validating().await;
+        self.stop_looking().await;
         let mut plan = self.flight_plan(flip, request).await?;
         let left = self.left_behind(&plan, request).await?;
         let row = self.row().await?;
@@ -382,13 +385,13 @@ impl Runner {
         // All that was written there until now has been seen and counted.
         self.drain_home(Stream::Forward).await?;
         let mut source = Session::control(&self.config.source).await?;
-        let row = source
-            .query_opt(
-                "select sum(filtered) over (), schema || '.' || name from walferry.stream_table \
-                 where stream = $1 and filtered > 0 and schema <> 'walferry' limit 1",
-                &[Some(&self.config.job.object(Stream::Reverse))],
-            )
-            .await?;
+        let sql = format!(
+            "select sum(filtered) over (), schema || '.' || name from ({}) as books \
+             where filtered > 0 and schema <> 'walferry' limit 1",
+            apply::BOOKS
+        );
+        let stream = self.config.job.object(Stream::Reverse);
+        let row = source.query_opt(&sql, &[Some(&stream)]).await?;
         let Some(row) = row else { return Ok(()) };
         Err(cutover::Error::RogueWrites { changes: row.parse(0)?, table: row.string(1)? }.into())
     }

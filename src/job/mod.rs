@@ -4,7 +4,8 @@
 //! them, keeps the job's state in the home database (the target), and sees to it that exactly one
 //! process runs it.
 //!
-//! - `state`: the pure step function. `store`, `ddl`: its tables. `lease`: one runner at a time.
+//! - `state`: the pure step function. `store`, `ddl`, `options`: its tables. `lease`: one runner at
+//!   a time.
 //! - `admit`: who may run it. `place`: where changes wait. `run`: the runner, a loop of step and
 //!   execute. `prepare`: check, publication, slot, tables. `copying`: rows, then indexes and
 //!   constraints. `streams`: starting and stopping them. `pipeline`: one stream, kept going;
@@ -18,9 +19,12 @@
 //!   rest of their database. `reading`: how each side is read; `published`: by which publication of
 //!   others. `heartbeat`: lag while nobody writes. `validating`: foreign keys that came back at a
 //!   switch. `rest`: what no stream carries. `left`: what is left behind at a flip.
-//! - `altering`: tables that are altered meanwhile. `quarantine`: what is kept aside, and what
-//!   becomes of it.
-//! - `gone`: what is said of runners and servers that are.
+//! - `altering`: tables that are altered meanwhile; `silent`: what of that no stream shows.
+//!   `quarantine`: what is kept aside, and what becomes of it. `nudging`: WAL that is let go.
+//! - `brought`: a target that is a copy of somebody else's; `reserve`: what is made before it, and
+//!   `seam`: where it stands.
+//! - `two_way`: both sides written at once. `failover`: a source, or a target, whose standby took
+//!   over. `gone`: what is said of runners and servers that are.
 //! - `client`: commands from other processes; `ask`: the same, with a runner of one's own where
 //!   none is alive; `ending`: finish and cancel, whoever runs the job. `align`: both sides held at
 //!   one point; `comparing`: and compared there. `status`: what people and scripts see.
@@ -37,6 +41,7 @@ mod alone;
 mod altering;
 pub mod ask;
 mod attend;
+mod brought;
 pub mod capturing;
 pub mod check;
 pub mod cleanup;
@@ -48,6 +53,7 @@ mod copying;
 mod ddl;
 pub mod ending;
 pub mod error;
+pub mod failover;
 mod flip;
 mod gone;
 pub mod heartbeat;
@@ -56,7 +62,9 @@ pub mod lease;
 mod left;
 mod mapped;
 mod newcomers;
+mod nudging;
 pub mod opening;
+mod options;
 pub mod pipeline;
 pub mod place;
 mod positions;
@@ -67,14 +75,18 @@ pub mod reading;
 pub mod reads;
 pub mod recycle;
 pub mod remains;
+pub mod reserve;
 pub mod rest;
 pub mod routes;
 pub mod run;
+mod seam;
+mod silent;
 mod spooling;
 pub mod state;
 pub mod status;
 pub mod store;
 mod streams;
+mod two_way;
 mod validating;
 mod vigil;
 
@@ -84,6 +96,7 @@ pub use error::Error;
 pub use flip::FlipRequest;
 pub use gone::Gone;
 pub use run::{Notice, Runner, Until};
+pub use seam::Seam;
 pub use state::Phase;
 
 /// Result with this room's error.

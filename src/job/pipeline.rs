@@ -9,18 +9,18 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::Result;
 use super::ability::Ability;
 use super::error::Error;
+use super::failover::{is_loss, record_timeline};
 use super::mapped;
 use super::opening::{Half, SpoolOptions};
-use super::spooling;
+use super::{Result, nudging, spooling};
 use crate::apply::altered::Alter;
 use crate::apply::{self, Applied, Applier, OnRowError, Tuning};
 use crate::buffer::memory;
@@ -34,8 +34,8 @@ use crate::id::{JobName, QualifiedName, Stream};
 use crate::limit;
 use crate::lsn::Lsn;
 use crate::map::Map;
-use crate::pg::Config;
-use crate::source::{self, Followed, Positions, Recorded, StreamOptions, Transport};
+use crate::pg::{Config, Session};
+use crate::source::{self, BulkOptions, Followed, Positions, Recorded, StreamOptions, Transport};
 
 /// Decides whether a table is part of the stream. Asked once for each description of it.
 pub type TableFilter = Arc<dyn Fn(&QualifiedName) -> bool + Send + Sync>;
@@ -77,6 +77,11 @@ pub struct PipeOptions {
     pub transport: Transport,
     /// The read side's server and slot, as recorded when the slot was made.
     pub recorded: Recorded,
+    /// The timeline of the read side that was gone on with last; as recorded, unless a standby took
+    /// over since.
+    pub timeline: Arc<AtomicU32>,
+    /// Where the job's tables are.
+    pub home: Config,
     /// Which tables are applied.
     pub tables: TableFilter,
     /// What the role may do on the side that is written.
@@ -100,8 +105,10 @@ pub struct PipeOptions {
     pub alter: Option<Arc<dyn Alter>>,
     /// What becomes of the changes between the buffer and the applier.
     pub map: Option<Arc<Map>>,
-    /// See [`StreamOptions::bulk_bytes`].
-    pub bulk_bytes: Option<u64>,
+    /// Applications write to both sides, and who wins a conflict.
+    pub two_way: Option<apply::conflict::Policy>,
+    /// What of a backlog is read in bulk.
+    pub backlog: BulkOptions,
 }
 
 /// Both ways of keeping a stream going, through memory and through a spool, open their ends by
@@ -122,6 +129,12 @@ impl PipeOptions {
             alter: self.alter.clone(),
             progress: self.ability.progress(),
             replica_role: self.ability.replica_role,
+            two_way: self.two_way.map(|policy| apply::conflict::TwoWay {
+                policy,
+                stream: self.stream,
+                opposite: self.job.object(self.stream.opposite()),
+                other: self.from.clone(),
+            }),
             ..apply::Options::new(self.job.object(self.stream).as_str())
         };
         Ok(Applier::connect(&self.to, wanted).await?)
@@ -154,6 +167,8 @@ impl PipeOptions {
         }
         let name = self.job.object(self.stream);
         let opposite = self.job.object(self.stream.opposite());
+        let before = self.timeline.load(Ordering::SeqCst);
+        let recorded = Recorded { timeline: before, ..self.recorded.clone() };
         let wanted = StreamOptions {
             // Not origin 'none' at the server: an application's own transactions may carry an
             // origin (it may itself be fed by a subscription), and would be left out without a
@@ -164,12 +179,20 @@ impl PipeOptions {
             publications: self.publications.clone(),
             plain_numbers: self.plain_numbers,
             confirmed_lsn,
-            bulk_bytes: self.bulk_bytes,
+            bulk: self.backlog,
             spill: self.spill(),
             two_phase: self.two_phase && self.transport == Transport::Stream,
-            ..StreamOptions::new(&name, &name, start_lsn, self.recorded.clone())
+            ..StreamOptions::new(&name, &name, start_lsn, recorded)
         };
-        Ok(source::Reader::open(&self.from, self.transport, wanted).await?)
+        let reader = source::Reader::open(&self.from, self.transport, wanted).await?;
+        let timeline = reader.timeline();
+        if timeline != before {
+            let mut home = Session::control(&self.home).await?;
+            record_timeline(&mut home, &self.job, &self.stream.to_string(), timeline).await?;
+            self.timeline.store(timeline, Ordering::SeqCst);
+            tracing::info!(stream = %self.stream, timeline, "a standby has taken over");
+        }
+        Ok(reader)
     }
 }
 
@@ -189,9 +212,18 @@ pub struct Pipe {
     /// Which ends are in this process.
     pub half: Half,
     allowed: watch::Sender<Option<Visibility>>,
-    fatal: watch::Receiver<Option<String>>,
+    fatal: watch::Receiver<Option<Fatal>>,
     stop: watch::Sender<bool>,
     task: Task<()>,
+    _nudging: Option<Task<()>>,
+}
+
+/// What ended a stream.
+#[derive(Clone, Debug)]
+struct Fatal {
+    message: String,
+    /// Something is lost, which a refill mends.
+    loss: bool,
 }
 
 /// A task that ends with whoever holds this.
@@ -228,6 +260,7 @@ impl Pipe {
         let (spool_tx, spool) = watch::channel(SpoolState::default());
         let spool = options.spool.is_some().then_some(spool);
         let half = options.spool.as_ref().map_or(Half::Both, |spool| spool.half);
+        let _nudging = (half != Half::Apply).then(|| nudging::start(&options));
         let ends = Ends {
             applied: applied_tx,
             positions: positions_tx,
@@ -245,10 +278,23 @@ impl Pipe {
             if let Err(error) = outcome {
                 // Told by whoever looks after the stream.
                 tracing::info!(stream = %options.stream, %error, "stream stopped");
-                let _ = fatal_tx.send(Some(error.to_string()));
+                let loss = is_loss(&error);
+                let _ = fatal_tx.send(Some(Fatal { message: error.to_string(), loss }));
             }
         }));
-        Pipe { applied, positions, hold, trouble, spool, half, allowed, fatal, stop, task }
+        Pipe {
+            applied,
+            positions,
+            hold,
+            trouble,
+            spool,
+            half,
+            allowed,
+            fatal,
+            stop,
+            task,
+            _nudging,
+        }
     }
 
     /// Lets a pipe with a spool apply, from where the written side stands. Nothing changes if it
@@ -270,7 +316,12 @@ impl Pipe {
 
     /// The error that ended the stream, if one did.
     pub fn fatal(&self) -> Option<String> {
-        self.fatal.borrow().clone()
+        self.fatal.borrow().as_ref().map(|fatal| fatal.message.clone())
+    }
+
+    /// The same, if it says what is lost.
+    pub fn lost(&self) -> Option<String> {
+        self.fatal.borrow().as_ref().filter(|fatal| fatal.loss).map(|f| f.message.clone())
     }
 
     /// Stops at the next batch boundary, or at once after `patience`: a server that is silent or a

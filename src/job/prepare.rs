@@ -4,7 +4,7 @@
 //! after the dump is in the stream, where it is noticed. The slot's snapshot stays open for the
 //! copy; a run that comes later reads under a fresh one.
 
-use super::admit::may_have_tables;
+use super::admit::{may_have_tables, system_of};
 use super::reading::{Reading, Wanted, choose, refuse_blind, refuse_garbled};
 use super::run::{JobConfig, Notice, Report, Runner, published};
 use super::state::Event;
@@ -28,6 +28,9 @@ impl Runner {
 
     /// Publication, slot, dump, pre-data. Every part finds out whether it was done before.
     pub(super) async fn make_schema(&mut self) -> Result<Event> {
+        if self.config.options.brought {
+            return self.take_copy().await;
+        }
         let name = self.config.job.object(Stream::Forward);
         let tables = self.tables(&self.config.source).await?;
         let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
@@ -62,6 +65,7 @@ impl Runner {
                 let selection = self.selection_by_dump()?;
                 let dump = schema::dump(&self.config.source, &selection, &options).await?;
                 let dump = self.fitted(dump, source.major_version())?;
+                self.remember_objects(&mut source).await?;
                 self.store.save_dump(&dump.pre, &dump.post).await?;
                 dump
             }
@@ -85,7 +89,7 @@ impl Runner {
 
     /// DDL may be captured where all of it is wanted, in a job of all tables, and where nothing
     /// that it makes on the target acts on rows.
-    async fn may_capture(&mut self, source: &mut Session) -> Result<bool> {
+    pub(super) async fn may_capture(&mut self, source: &mut Session) -> Result<bool> {
         let options = &self.config.options;
         let chosen = self.selection.tables_only
             || self.config.map.is_some()
@@ -98,16 +102,19 @@ impl Runner {
     }
 
     /// After the dump, which has all that was there before.
-    async fn capture_ddl(
+    pub(super) async fn capture_ddl(
         &mut self,
         source: &mut Session,
         name: &str,
         reading: &Reading,
     ) -> Result<()> {
-        let publication = (reading.plugin()? == Plugin::Pgoutput).then_some(name);
-        let said = match schema::captured::install(source, &self.config.job, publication).await? {
-            true => "DDL of the source is captured by an event trigger",
-            false => "the role may make no event trigger: DDL is told from the stream alone",
+        // Others tell a table by the catalog of now, which may be far ahead of what was captured.
+        let said = match reading.plugin()? == Plugin::Pgoutput {
+            false => "only pgoutput goes with event triggers: DDL is told from the stream alone",
+            true => match schema::captured::install(source, &self.config.job, Some(name)).await? {
+                true => "DDL of the source is captured by an event trigger",
+                false => "the role may make no event trigger: DDL is told from the stream alone",
+            },
         };
         self.say(Notice::Said(said.to_string()));
         Ok(())
@@ -171,7 +178,7 @@ impl Runner {
             super::place::remove(place, name).await?;
         }
         self.say(Notice::Said("creating the replication slot".to_string()));
-        let options = self.slot_options(name, reading);
+        let options = self.slot_options(name, reading, source);
         let waiting = self.tell_blockers();
         let lsn = match reading.transport()? {
             Transport::Stream => {
@@ -186,6 +193,7 @@ impl Runner {
         };
         let kind = self.row().await?.abilities.target.progress();
         apply::begin_at(&mut self.store.session, name, kind, lsn).await?;
+        self.store.set_system(Stream::Forward, &system_of(source).await?).await?;
         self.store.set_slot_lsn(lsn).await?;
         Ok(())
     }
@@ -228,25 +236,35 @@ impl Runner {
         Ok(chosen.reading)
     }
 
-    /// How this job makes a slot.
-    pub(super) fn slot_options(&self, name: &str, reading: &Reading) -> slot::CreateOptions {
+    /// How this job makes a slot on a side.
+    pub(super) fn slot_options(
+        &self,
+        name: &str,
+        reading: &Reading,
+        side: &Session,
+    ) -> slot::CreateOptions {
         slot::CreateOptions {
             name: name.to_string(),
             plugin: reading.decoder.clone(),
-            temporary: false,
+            kind: self.config.failover.kind(side.major_version(), self.config.two_phase),
             wait: self.config.slot_timeout,
         }
     }
 
     /// Says whom a slot's creation waits for, each one once.
     pub(super) fn tell_blockers(&self) -> impl FnMut(&[Blocker]) + use<> {
-        let report = self.report.clone();
-        let mut told = std::collections::HashSet::new();
-        move |blockers: &[Blocker]| {
-            for blocker in blockers {
-                if told.insert((blocker.pid, blocker.xid)) {
-                    report(Notice::Said(format!("the slot waits for {blocker}")));
-                }
+        tell_blockers(&self.report)
+    }
+}
+
+/// Says whom a slot's creation waits for, each one once.
+pub(super) fn tell_blockers(report: &Report) -> impl FnMut(&[Blocker]) + use<> {
+    let report = report.clone();
+    let mut told = std::collections::HashSet::new();
+    move |blockers: &[Blocker]| {
+        for blocker in blockers {
+            if told.insert((blocker.pid, blocker.xid)) {
+                report(Notice::Said(format!("the slot waits for {blocker}")));
             }
         }
     }
@@ -279,6 +297,10 @@ pub(super) async fn check_ready(
     options.sample_only_for_limit = true;
     options.streaming = config.streaming.is_some();
     options.two_phase = config.two_phase;
+    options.failover = config.failover;
+    options.two_way = config.two_way.is_some();
+    options.brought = config.options.brought;
+    options.alters = config.ddl.is_some();
     options.with_map(config);
     let mut found = check::run(&config.source, &config.target, options.clone()).await?;
     while found.findings.iter().any(|finding| finding.code == "unreachable") {
@@ -289,8 +311,16 @@ pub(super) async fn check_ready(
         Session::connect(&config.target, Purpose::Sql).await?;
         found = check::run(&config.source, &config.target, options.clone()).await?;
     }
+    refuse_errors(found.findings.iter(), report)
+}
+
+/// Tells warnings; errors are one error.
+pub(super) fn refuse_errors<'a>(
+    findings: impl Iterator<Item = &'a check::Finding>,
+    report: &Report,
+) -> Result<()> {
     let mut errors = Vec::new();
-    for finding in &found.findings {
+    for finding in findings {
         match finding.level {
             check::Level::Error => errors.push(format!("{finding}")),
             check::Level::Warning => report(Notice::Said(format!("warning: {finding}"))),

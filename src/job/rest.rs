@@ -143,7 +143,7 @@ impl Runner {
         }
         let job = self.config.job.as_str();
         let there = large::count(home).await?;
-        if there > 0 {
+        if there > 0 && !self.config.options.brought {
             let mut source = Session::connect(&self.config.source, Purpose::Sql).await?;
             if large::count(&mut source).await? == 0 {
                 return Ok(false);

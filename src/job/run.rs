@@ -17,10 +17,11 @@ use super::flip::FlipRequest;
 use super::heartbeat::Heartbeat;
 use super::lease::{self, Holder};
 use super::opening::Half;
-use super::pipeline::Pipe;
+use super::pipeline::{Pipe, Task};
 use super::place::Chosen;
 use super::rest::Refreshing;
 use super::routes::Late;
+use super::silent::Silent;
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobRow, Store};
 use super::streams::STREAM_PATIENCE;
@@ -90,8 +91,12 @@ pub struct Runner {
     pub(super) selection: Selection,
     pub(super) forward: Option<Pipe>,
     pub(super) reverse: Option<Pipe>,
+    /// Forgets what a job of two ways needs no more.
+    pub(super) keeper: Option<Task<()>>,
     /// Beats on the source while the forward stream flows.
     pub(super) heartbeat: Option<Heartbeat>,
+    /// Looks at what no stream shows.
+    pub(super) silent: Option<Silent>,
     /// Whether the reverse stream applies more than canaries: true once applications are on the
     /// target.
     pub(super) reverse_open: Arc<AtomicBool>,
@@ -280,7 +285,9 @@ impl Runner {
             selection,
             forward: None,
             reverse: None,
+            keeper: None,
             heartbeat: None,
+            silent: None,
             reverse_open: Arc::new(AtomicBool::new(false)),
             flying,
             asked: None,
@@ -351,6 +358,9 @@ impl Runner {
             Command::MakeSchema => Some(self.make_schema().await?),
             Command::Copy => Some(self.copy().await?),
             Command::FollowForward => {
+                if let Some(event) = self.unbroken(false).await? {
+                    return Ok(Some(event));
+                }
                 self.silence_written().await?;
                 self.follow_forward().await?
             }

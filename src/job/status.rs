@@ -9,7 +9,8 @@ use super::reading::Reading;
 use super::reads::ReadRecord;
 use super::state::Phase;
 use super::store::{Store, StreamRow};
-use super::{Result, lease};
+use super::{Result, lease, two_way};
+use crate::apply;
 use crate::apply::parked::{self, Parked};
 use crate::id::{JobName, Stream};
 use crate::lsn::Lsn;
@@ -30,7 +31,7 @@ pub struct TableStatus {
     pub bytes_copied: i64,
     /// `todo`, `copying` or `done`.
     pub copy_state: String,
-    /// Changes decoded (law 10: decoded = applied + filtered + quarantined).
+    /// Changes decoded (law 10: decoded = applied + filtered + quarantined + lost).
     pub decoded: i64,
     /// Changes applied.
     pub applied: i64,
@@ -38,6 +39,8 @@ pub struct TableStatus {
     pub filtered: i64,
     /// Changes set aside.
     pub quarantined: i64,
+    /// Changes not written, as what an application wrote on the other side won (`--two-way`).
+    pub lost: i64,
 }
 
 /// The reverse stream's part.
@@ -53,6 +56,8 @@ pub struct ReverseStatus {
     pub tables: Vec<TableStatus>,
     /// Batches that were refused as sets, and written in row order.
     pub fallbacks: i64,
+    /// Conflicts on record on the source (`--two-way`).
+    pub conflicts: i64,
 }
 
 /// All of it, as `status --json` prints it.
@@ -81,6 +86,8 @@ pub struct Status {
     pub tables: Vec<TableStatus>,
     /// Batches that were refused as sets, and written in row order.
     pub fallbacks: i64,
+    /// Conflicts on record on the target (`--two-way`).
+    pub conflicts: i64,
     /// Tables whose changes are kept aside.
     pub parked: Vec<Parked>,
     /// The reverse stream, once armed.
@@ -164,10 +171,12 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
             refresh(&name, spooled, &mut store.session, &mut positions).await?;
         }
         let counted = ask(&mut source, async |source: &mut Session| {
-            Ok((counters(source, &name).await?, fallbacks(source, &name).await?))
+            let tables = counters(source, &name).await?;
+            let conflicts = two_way::conflicts(source, &name).await?;
+            Ok((tables, fallbacks(source, &name).await?, conflicts))
         });
-        let (tables, fallbacks) = counted.await.unwrap_or_default();
-        Some(ReverseStatus { reading: readings.reverse, positions, tables, fallbacks })
+        let (tables, fallbacks, conflicts) = counted.await.unwrap_or_default();
+        Some(ReverseStatus { reading: readings.reverse, positions, tables, fallbacks, conflicts })
     } else {
         None
     };
@@ -187,6 +196,7 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
         positions,
         tables,
         fallbacks: forward_fallbacks,
+        conflicts: two_way::conflicts(&mut store.session, &name).await?,
         parked,
         reverse,
         reads: row.reads,
@@ -253,16 +263,17 @@ async fn counters(session: &mut Session, stream: &str) -> Result<Vec<TableStatus
     if !session.query_one(there, &[]).await?.bool(0)? {
         return Ok(Vec::new());
     }
-    let rows = session
-        .query_params(
-            "select schema || '.' || name, decoded, applied, filtered, quarantined \
-             from walferry.stream_table where stream = $1 and schema <> 'walferry' order by 1",
-            &[Some(stream)],
-        )
-        .await?;
+    let sql = format!(
+        "select schema || '.' || name, decoded, applied, filtered, quarantined \
+         from ({}) as books where schema <> 'walferry' order by 1",
+        apply::BOOKS
+    );
+    let rows = session.query_params(&sql, &[Some(stream)]).await?;
+    let lost = two_way::lost(session, stream).await?;
     rows.iter()
         .map(|row| {
             Ok(TableStatus {
+                lost: lost.get(row.str(0)?).copied().unwrap_or(0),
                 name: row.string(0)?,
                 decoded: row.parse(1)?,
                 applied: row.parse(2)?,

@@ -11,12 +11,12 @@ use super::ability::Abilities;
 pub use super::ddl::DDL_BOTH;
 use super::ddl::DDL_HOME;
 use super::error::Error;
+pub use super::options::JobOptions;
 use super::place::Place;
 pub use super::positions::StreamRow;
 use super::reads::ReadRecord;
 use super::state::Phase;
-use crate::catalog::{PatternError, Selection};
-use crate::id::JobName;
+use crate::id::{JobName, Stream};
 use crate::lsn::Lsn;
 use crate::pg::{Row, Session};
 
@@ -47,73 +47,23 @@ pub struct JobRow {
     pub reads: Option<ReadRecord>,
     /// Where the job's changes wait, if not in memory.
     pub spool: Option<Place>,
+    /// The timelines that the streams have gone on with, where a standby took over.
+    pub timelines: Timelines,
     /// What the roles could do when the job was made, which decides how each side is written.
     pub abilities: Abilities,
 }
 
-/// What a job was planned with; a resume must not silently differ.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct JobOptions {
-    /// `--include`.
-    pub include: Vec<String>,
-    /// `--exclude`.
-    pub exclude: Vec<String>,
-    /// `--schema-only`.
-    pub schema_only: Vec<String>,
-    /// `--large-objects leave`.
-    #[serde(default)]
-    pub leave_large_objects: bool,
-    /// `--publication`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub publication: Option<String>,
-    /// `--tables-only`.
-    #[serde(default)]
-    pub tables_only: bool,
-    /// What tells its map from any other, if it has one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub map: Option<String>,
-}
-
-impl JobOptions {
-    /// They belong to no table: like pg_dump, a job of some tables only does not take them along.
-    pub fn moves_large_objects(&self) -> bool {
-        self.include.is_empty() && !self.leave_large_objects
-    }
-
-    /// The tables meant, as far as their names tell.
-    pub fn patterns(&self) -> std::result::Result<Selection, PatternError> {
-        let mut selection = Selection::parse(&self.include, &self.exclude, &self.schema_only)?;
-        selection.tables_only = self.tables_only;
-        Ok(selection)
-    }
-
-    /// The tables meant, knowing the partitions on this session's server.
-    pub async fn selection(&self, session: &mut Session) -> Result<Selection> {
-        Ok(self.patterns()?.with_partitions(session).await?)
-    }
-}
-
-/// As on the command line.
-impl std::fmt::Display for JobOptions {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let lists = [
-            ("--include", &self.include),
-            ("--exclude", &self.exclude),
-            ("--schema-only", &self.schema_only),
-        ];
-        let given = lists.iter().flat_map(|(option, list)| list.iter().map(move |p| (option, p)));
-        let mut given: Vec<String> = given.map(|(option, p)| format!("{option} '{p}'")).collect();
-        if self.leave_large_objects {
-            given.push("--large-objects leave".to_string());
-        }
-        if self.tables_only {
-            given.push("--tables-only".to_string());
-        }
-        given.extend(self.publication.iter().map(|name| format!("--publication '{name}'")));
-        given.extend(self.map.iter().map(|digest| format!("the [[map]] of digest {digest}")));
-        f.write_str(if given.is_empty() { "none" } else { "" })?;
-        f.write_str(&given.join(" "))
-    }
+/// By stream, the timeline of the side that it reads; `None` where it is that of the slot's making.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Timelines {
+    /// Of the source; set by whoever reads the slot, once all it has in hand is from before the
+    /// fork.
+    pub forward: Option<u32>,
+    /// Of the target, likewise.
+    pub reverse: Option<u32>,
+    /// Of the source; set once all that the copy has seen is from before the fork.
+    pub copied: Option<u32>,
 }
 
 /// What a flip needs to be undone or finished by another process.
@@ -203,7 +153,9 @@ impl Store {
     /// The job's row, `None` where there is no such job or no tables.
     pub async fn load(&mut self) -> Result<Option<JobRow>> {
         let sql = "select phase, error, source_system, target_system, source, target, options, \
-             slot_lsn, armed, flip, abilities, spool, reads from walferry.job where name = $1";
+             slot_lsn, armed, flip, abilities, spool, reads, \
+             coalesce(pg_catalog.to_jsonb(j) ->> 'timelines', '{}') \
+             from walferry.job j where name = $1";
         match self.session.query_opt(sql, &[Some(self.job.as_str())]).await {
             Ok(row) => row.as_ref().map(read_job).transpose(),
             // No such table, or no such schema.
@@ -282,6 +234,22 @@ impl Store {
     /// Stores what stopped the job, `None` to forget it.
     pub async fn set_error(&mut self, error: Option<&str>) -> Result<()> {
         self.set("error", error).await
+    }
+
+    /// Stores which server a stream's slot was made on, and on which timeline.
+    pub async fn set_system(&mut self, stream: Stream, system: &str) -> Result<()> {
+        let column = match stream {
+            Stream::Forward => "source_system",
+            Stream::Reverse => "target_system",
+        };
+        let sql = format!(
+            "update walferry.job set {column} = $2, timelines = timelines - $3::text \
+             where name = $1"
+        );
+        let stream = stream.to_string();
+        let params = [Some(self.job.as_str()), Some(system), Some(&*stream)];
+        self.session.query_params(&sql, &params).await?;
+        Ok(())
     }
 
     /// Stores the slot's consistent point.
@@ -489,6 +457,8 @@ fn read_job(row: &Row) -> Result<JobRow> {
         flip: flip.map_err(|e| Error::State(format!("walferry.job.flip: {e}")))?,
         reads: reads.map_err(|e| Error::State(format!("walferry.job.reads: {e}")))?,
         spool: spool.map_err(|e| Error::State(format!("walferry.job.spool: {e}")))?,
+        timelines: serde_json::from_str(row.str(13)?)
+            .map_err(|e| Error::State(format!("walferry.job.timelines: {e}")))?,
         abilities: serde_json::from_str(row.str(10)?)
             .map_err(|e| Error::State(format!("walferry.job.abilities: {e}")))?,
     })

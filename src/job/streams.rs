@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use super::Result;
@@ -15,7 +15,7 @@ use super::place::Place;
 use super::prepare::stored_reading;
 use super::run::{JobConfig, Runner};
 use super::state::{Event, Phase};
-use super::store::Store;
+use super::store::{JobRow, Store};
 use crate::apply::OnRowError;
 use crate::apply::altered::Alter;
 use crate::buffer::spool::Spill;
@@ -25,6 +25,7 @@ use crate::id::{QualifiedName, Stream};
 use crate::limit::CATALOG_WAIT;
 use crate::lsn::Lsn;
 use crate::pg::{Config, Session};
+use crate::source::Recorded;
 
 /// A stream that has not reached a batch boundary by then is cut off, as a crash would.
 pub(super) const STREAM_PATIENCE: Duration = Duration::from_millis(1500);
@@ -81,12 +82,13 @@ impl Runner {
             (Phase::CuttingOver, Some(flip)) => {
                 flip.flip == "reverse" || self.switch_had_begun(flip).await?
             }
-            _ => false,
+            _ => self.config.two_way.is_some(),
         };
         self.reverse_open.store(open, Ordering::SeqCst);
         if row.armed && self.reverse.is_none() {
             self.reverse = Some(self.pipe(Stream::Reverse, Some(HashMap::new())).await?);
         }
+        self.keep_two_way().await?;
         Ok(None)
     }
 
@@ -126,11 +128,11 @@ pub(super) async fn pipe_options(
     let row = store.load_existing().await?;
     let reading = stored_reading(config, store, stream).await?;
     let readings = store.load_readings().await?;
-    let own = config.job.object(stream);
-    let (from, to, system) = match stream {
-        Stream::Forward => (&config.source, &config.target, row.source_system),
-        Stream::Reverse => (&config.target, &config.source, row.target_system),
+    let (from, to, ability) = match stream {
+        Stream::Forward => (&config.source, &config.target, row.abilities.target),
+        Stream::Reverse => (&config.target, &config.source, row.abilities.source),
     };
+    let (recorded, timeline) = server_of(config, &row, stream, &reading.decoder);
     // A partition made since is of a published table, or it would not be in the stream: only
     // tables known to be left out are filtered, the rest must be applied or refused by name.
     let left_out = left_out(from, selection).await?;
@@ -139,10 +141,6 @@ pub(super) async fn pipe_options(
         "walferry" => *table == canary,
         _ => !left_out.contains(table),
     });
-    let ability = match stream {
-        Stream::Forward => row.abilities.target,
-        Stream::Reverse => row.abilities.source,
-    };
     Ok(PipeOptions {
         job: config.job.clone(),
         stream,
@@ -152,8 +150,10 @@ pub(super) async fn pipe_options(
         transport: reading.transport()?,
         plain_numbers: config.wanted.plain_numbers,
         followed: Arc::new(readings.tables(stream)),
-        publications: readings.publications(stream, &own),
-        recorded: recorded(from, system.as_deref(), &reading.decoder),
+        publications: readings.publications(stream, &config.job.object(stream)),
+        timeline: Arc::new(AtomicU32::new(timeline)),
+        home: config.target.clone(),
+        recorded,
         tables,
         ability,
         visibility: None,
@@ -184,8 +184,20 @@ pub(super) async fn pipe_options(
         },
         alter: alter(config, stream).await?,
         map: config.map.clone().filter(|_| stream == Stream::Forward),
-        bulk_bytes: config.bulk_bytes,
+        two_way: config.two_way,
+        backlog: config.backlog,
     })
+}
+
+/// The server that a stream reads as it was when the slot was made, and its timeline now.
+fn server_of(config: &JobConfig, row: &JobRow, stream: Stream, decoder: &str) -> (Recorded, u32) {
+    let (side, system, timeline) = match stream {
+        Stream::Forward => (&config.source, &row.source_system, row.timelines.forward),
+        Stream::Reverse => (&config.target, &row.target_system, row.timelines.reverse),
+    };
+    let recorded = recorded(side, system.as_deref(), decoder);
+    let timeline = timeline.unwrap_or(recorded.timeline);
+    (recorded, timeline)
 }
 
 /// On the way back nobody is asked: what does not fit stops it.

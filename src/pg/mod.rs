@@ -39,7 +39,7 @@ pub use config::{Config, Host};
 pub use copy::{CopyChunk, CopyIn, CopyOut, Filled};
 pub use error::{Error, ServerError};
 pub use pipeline::{Event, Param, Pipeline, Reply};
-pub use replication::{CreatedSlot, ReplicationMessage};
+pub use replication::{CreatedSlot, ReplicationMessage, SlotKind};
 pub use row::Row;
 pub use session::{Notification, Purpose, Session};
 pub use witness::{Heard, Witness};

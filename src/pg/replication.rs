@@ -23,6 +23,19 @@ pub struct CreatedSlot {
     pub snapshot_name: String,
 }
 
+/// How long a slot lives, and where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotKind {
+    /// As long as the session that makes it.
+    Temporary,
+    /// Until it is dropped.
+    Permanent,
+    /// Likewise, and standbys that synchronize slots keep a copy of it: 17 and on.
+    ///
+    /// <https://www.postgresql.org/docs/current/logicaldecoding-explanation.html#LOGICALDECODING-REPLICATION-SLOTS-SYNCHRONIZATION>
+    Failover,
+}
+
 /// One message of the stream.
 #[derive(Debug)]
 pub enum ReplicationMessage {
@@ -54,11 +67,15 @@ impl Session {
         &mut self,
         name: &str,
         plugin: &str,
-        temporary: bool,
+        kind: SlotKind,
     ) -> Result<CreatedSlot> {
-        let kind = if temporary { "TEMPORARY " } else { "" };
+        let (temporary, exporting) = match kind {
+            SlotKind::Temporary => ("TEMPORARY ", "EXPORT_SNAPSHOT"),
+            SlotKind::Permanent => ("", "EXPORT_SNAPSHOT"),
+            SlotKind::Failover => ("", "(SNAPSHOT 'export', FAILOVER)"),
+        };
         let sql = format!(
-            "CREATE_REPLICATION_SLOT {} {kind}LOGICAL {} EXPORT_SNAPSHOT",
+            "CREATE_REPLICATION_SLOT {} {temporary}LOGICAL {} {exporting}",
             quote_ident(name),
             quote_ident(plugin)
         );

@@ -29,12 +29,13 @@ const FUNCTION: &str = "
 create or replace function {function}() returns event_trigger
 language plpgsql security definer as $capture$
 declare
-    -- No operator may be looked up before the caller's own search_path is out of the way.
-    before text;
-    counted text[];
-    place int;
-    rewrite text;
-    made record;
+    -- No type or operator may be looked up before the caller's own search_path is out of the way:
+    -- this is compiled, and begins to run, under it.
+    before pg_catalog.text;
+    counted pg_catalog.text[];
+    place pg_catalog.int4;
+    rewrite pg_catalog.text;
+    made pg_catalog.record;
 begin
     before := pg_catalog.current_setting('search_path');
     perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
@@ -73,7 +74,10 @@ begin
         for made in select c.objid from pg_event_trigger_ddl_commands() c
             join pg_class r on r.oid = c.objid
             where c.command_tag = 'CREATE TABLE' and c.object_type = 'table'
-                and r.relpersistence = 'p' and not r.relispartition
+                and r.relpersistence = 'p'
+                -- Before 13 a publication lists leaves, not trees.
+                and case when current_setting('server_version_num')::int < 130000
+                    then r.relkind = 'r' else not r.relispartition end
         loop
             execute format('alter publication %I add table only %s', {publication},
                 made.objid::regclass);

@@ -34,6 +34,7 @@
 //!
 //! - `lex`, `script`, `plan`, `pack`: pure; tokens, statements, order, company. `altered`: what
 //!   became of a table that is followed, pure too. `captured`: DDL by an event trigger.
+//!   `silent`: what no stream shows.
 //! - `depend`: views of the source.
 //! - `dump`, `pre`, `post`, `aside`, `sequence`: the steps above. - `error`: what can go wrong.
 
@@ -53,6 +54,7 @@ pub mod pre;
 pub mod refresh;
 pub mod script;
 pub mod sequence;
+pub mod silent;
 
 pub use aside::{
     ASIDE_DDL, Acting, building_acting, restore, restoring, set_aside, setting_aside, together,
@@ -70,8 +72,10 @@ pub use sequence::set_sequences;
 /// Result with this room's error.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// This room's table in the home database; schema `walferry` has to exist. May be run again.
+/// This room's tables in the home database; schema `walferry` has to exist. May be run again.
 pub const DDL: &str = "create table if not exists walferry.schema_step (\
      job text not null, id text not null, \
      done_at timestamptz not null default pg_catalog.clock_timestamp(), \
-     primary key (job, id))";
+     primary key (job, id)); \
+     create table if not exists walferry.source_object (\
+     job text, key text, definition text not null, primary key (job, key))";

@@ -30,10 +30,16 @@ pub enum Class {
     NewTable,
     /// ALTER TYPE ... ADD VALUE.
     EnumLabel,
+    /// An index of a table that is followed.
+    Index,
+    /// A constraint of one, NOT NULL among them.
+    Constraint,
+    /// A column's default.
+    Default,
 }
 
 /// As on the command line.
-const CLASSES: [(&str, Class); 7] = [
+const CLASSES: [(&str, Class); 10] = [
     ("add-column", Class::AddColumn),
     ("drop-column", Class::DropColumn),
     ("rename-column", Class::RenameColumn),
@@ -41,6 +47,9 @@ const CLASSES: [(&str, Class); 7] = [
     ("new-partition", Class::NewPartition),
     ("new-table", Class::NewTable),
     ("enum-label", Class::EnumLabel),
+    ("index", Class::Index),
+    ("constraint", Class::Constraint),
+    ("default", Class::Default),
 ];
 
 /// `--ddl`.

@@ -8,16 +8,23 @@
 //!    it. The job's own slot stays where it is: it is told what is durable, and nothing else (law
 //!    1).
 //! 2. Chunks are taken with `pg_logical_slot_get_binary_changes`, which moves the mark behind
-//!    them. The source decodes from the mark's restart_lsn for each, so they grow; the first is
-//!    small, that the target has something to do.
-//! 3. This ends when little is left, and earlier where it does not pay: when a chunk of log had no
-//!    end of a transaction in it (a large one had better be sent piece by piece), or when the
-//!    source decodes too much again for each.
-//! 4. The mark is dropped, and the job's slot streamed from the end of what was read: the server
+//!    them. Nothing of one is sent before the source has decoded all of it. So two marks take
+//!    turns (`hand`): one is read ahead while what the other gave is applied. The source decodes
+//!    from the mark's restart_lsn for each, so they grow; the first is small, that the target has
+//!    something to do.
+//! 3. A chunk of log in which no transaction ended is followed by one that is long enough for
+//!    most; the source keeps what comes of it in a temporary file. If that has no end either, or
+//!    there is no room for it, the walsender sends that transaction piece by piece.
+//! 4. This ends when little is left, and earlier where it does not pay: see 3, and when the source
+//!    decodes too much again for each chunk. Before it does, the target gets a moment to take what
+//!    it was given: the walsender decodes once more what the slot was not told of, and a busy
+//!    machine has better things to do.
+//! 5. The marks are dropped, and the job's slot streamed from the end of what was read: the server
 //!    passes over what committed before. No record is missed between, and none comes twice.
 //!
-//! Where it cannot be (before 12, on a standby, without a free slot), the stream begins at once.
-//! Nothing survives a crash, and nothing has to: the mark is no promise to anybody.
+//! Where it cannot be (before 12, on a standby, without a free slot), the stream begins at once;
+//! without a second free slot, nothing is read ahead. Nothing survives a crash, and nothing has to:
+//! a mark is no promise to anybody.
 //!
 //! <https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION>
 
@@ -25,50 +32,64 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::fetch::{Ends, fetch, push};
+use super::fetch::{Taking, Watch, now, push};
+use super::hand::{Hand, Maker, Order, Outcome, Reading, copy, mark_name, set};
 use super::intake::Intake;
 use super::options::{Spoken, plugin_options};
-use super::peek::{Chunks, Peeks, Starts};
+use super::peek::{Chunks, Peeks};
 use super::{End, Result, StreamOptions, slot};
 use crate::change::Sink;
 use crate::decode::Plugin;
 use crate::id::quote_literal;
 use crate::lsn::Lsn;
-use crate::pg::Session;
+use crate::pg::{self, Config, Session};
 
-/// Bytes of log of the first chunk, and of any.
-const CHUNK_WAL: (u64, u64) = (64 << 20, 256 << 20);
-
-/// More than this is not decoded again for each chunk.
-const AGAIN_BYTES: u64 = 1 << 30;
+/// Bytes of log of the first chunk, and of any but those for a large transaction.
+const CHUNK_WAL: (u64, u64) = (16 << 20, 256 << 20);
 
 /// The job's slot is told what is durable no more often than this, nor in more than a twentieth of
 /// the time: the server decodes for it.
 const ADVANCE_GAP: Duration = Duration::from_secs(10);
 
+/// So long the target may take for what it was given before the stream begins.
+const SETTLE: Duration = Duration::from_secs(1);
+
 /// A backlog to be read so.
 #[derive(Debug)]
 pub(super) struct Bulk {
-    /// Name of the temporary slot.
+    /// Name of the first temporary slot.
     mark: String,
-    peeks: Peeks,
+    maker: Maker,
     slot: Peeks,
-    starts: Starts,
-    /// Where the mark stands: exclusive end of what was read.
+    /// Exclusive end of what was read.
     read_lsn: Lsn,
+    /// End of the last transaction of it.
+    came_lsn: Lsn,
     confirmed_lsn: Lsn,
     /// So much is left to the stream.
     rest_bytes: u64,
     chunks: Chunks,
-    chunk_bytes: u64,
+    wal_bytes: u64,
+    /// The last chunk had no end of a transaction, and the next is to find it.
+    stretched: bool,
+    /// A second hand reads ahead.
+    ahead: bool,
     advance_at: Instant,
 }
 
-/// How the mark stands after a chunk.
-enum Went {
-    On,
-    /// It is for the stream to go on.
-    Over,
+/// Hands that have nothing to do.
+#[derive(Default)]
+struct Idle {
+    /// It read the last chunk: its mark stands where reading goes on.
+    last: Option<Hand>,
+    other: Option<Hand>,
+}
+
+/// How a chunk ended.
+enum Taken {
+    /// It is through; the next one may be under way.
+    Whole { count: u32, bytes: u64, next: Option<Reading> },
+    /// The reader is to end.
     End(End),
 }
 
@@ -76,13 +97,14 @@ impl Bulk {
     /// Makes the mark; `None` where the backlog is short, or where this cannot be done. The session
     /// is a replication session of the slot's database, which has ended at `flush_lsn`.
     pub async fn begin(
+        config: &Config,
         session: &mut Session,
         options: &StreamOptions,
         spoken: Spoken,
         confirmed_lsn: Lsn,
         flush_lsn: Lsn,
     ) -> Result<Option<Bulk>> {
-        let Some(least_bytes) = options.bulk_bytes else { return Ok(None) };
+        let Some(least_bytes) = options.bulk.least_bytes else { return Ok(None) };
         let backlog_bytes = flush_lsn.0.saturating_sub(options.start_lsn.0);
         let may = spoken.plugin == Plugin::Pgoutput && !options.two_phase;
         if !may || session.major_version() < 12 || backlog_bytes < least_bytes.max(1) {
@@ -94,7 +116,7 @@ impl Bulk {
         if slot::is_two_phase(session, &options.slot).await? {
             return Ok(None);
         }
-        let mark = format!("walferry_bulk_{:08x}", fastrand::u32(..));
+        let mark = mark_name();
         match make(session, options, &mark, confirmed_lsn).await {
             Ok(()) => {}
             Err(error) if error.is_closed() => return Err(error.into()),
@@ -103,20 +125,21 @@ impl Bulk {
                 return Ok(None);
             }
         }
-        let wanted = StreamOptions { spill: None, ..options.clone() };
-        let wanted = plugin_options(spoken, session.major_version(), &wanted);
-        let peeks = |slot: &str| Peeks::new(slot, spoken.plugin, session.major_version(), &wanted);
         tracing::debug!(slot = options.slot, mark, backlog_bytes, "reading in bulk");
+        let major = session.major_version();
+        let wanted = plugin_options(spoken, major, options);
         Ok(Some(Bulk {
-            peeks: peeks(&mark),
-            slot: peeks(&options.slot),
-            starts: Starts::of(session, spoken.plugin),
+            slot: Peeks::new(&options.slot, spoken.plugin, major, &wanted),
+            maker: Maker { config: config.clone(), options: options.clone(), spoken },
             mark,
             read_lsn: options.start_lsn,
+            came_lsn: options.start_lsn,
             confirmed_lsn,
             rest_bytes: least_bytes / 4,
-            chunks: Chunks::of(options.pull_messages),
-            chunk_bytes: CHUNK_WAL.0,
+            chunks: Chunks::ahead(options.pull_messages),
+            wal_bytes: CHUNK_WAL.0,
+            stretched: false,
+            ahead: options.bulk.ahead,
             advance_at: Instant::now() + ADVANCE_GAP,
         }))
     }
@@ -126,85 +149,205 @@ impl Bulk {
         self.confirmed_lsn
     }
 
-    /// The job's options, of the slot that is held while this goes on.
-    pub fn options(&self, options: &StreamOptions) -> StreamOptions {
-        StreamOptions { slot: self.mark.clone(), ..options.clone() }
-    }
-
-    /// Reads until the stream had better go on, or the reader is to end.
+    /// Reads until the stream had better go on, and gives the session back for it; or why the
+    /// reader is to end.
     pub async fn run<S: Sink>(
         &mut self,
-        session: &mut Session,
+        session: Session,
         intake: &mut Intake<'_, S>,
-        ends: &mut Ends,
-    ) -> Result<Option<End>> {
+        watch: &mut Watch,
+    ) -> Result<std::result::Result<Session, End>> {
+        let first = self.maker.hand(session, self.mark.clone(), true);
+        let mut idle = Idle::default();
+        let mut settled = false;
+        let mut reading = self.start(Some(first), None);
         loop {
-            match self.chunk(session, intake, ends).await? {
-                Went::On => self.advance(session, ends).await?,
-                Went::End(end) => return Ok(Some(end)),
-                Went::Over => break,
-            }
+            let begun = Instant::now();
+            let (count, bytes, next) =
+                match self.take(&mut reading, &mut idle, intake, watch).await? {
+                    Taken::Whole { count, bytes, next } => (count, bytes, next),
+                    Taken::End(end) => return Ok(Err(end)),
+                };
+            let (hand, outcome) = reading.end().await?;
+            let goes_on = match outcome {
+                Outcome::Read { read_lsn } => {
+                    (idle.other, idle.last) = (idle.last.take().or(idle.other.take()), hand);
+                    settled = false;
+                    self.chunks.learn(false, begun.elapsed(), bytes);
+                    if let Some(end) = self.reached(read_lsn, intake, watch).await {
+                        return Ok(Err(end));
+                    }
+                    self.advance(&mut idle, watch).await?;
+                    count > 0 && self.unstretch() || self.stretch()
+                }
+                Outcome::Alone => {
+                    self.ahead = false;
+                    true
+                }
+                Outcome::Little if !settled => {
+                    idle.give_back(hand);
+                    settled = true;
+                    if let Some(end) = self.settle(intake, watch).await {
+                        return Ok(Err(end));
+                    }
+                    true
+                }
+                Outcome::Little | Outcome::Costly => {
+                    idle.give_back(hand);
+                    false
+                }
+            };
+            reading = match next {
+                Some(next) => next,
+                None if goes_on => self.start(idle.last.take(), None),
+                None => break,
+            };
         }
-        let drop =
-            format!("select pg_catalog.pg_drop_replication_slot({})", quote_literal(&self.mark));
-        ends.link.bounded(session.query(&drop)).await?;
-        ends.link.bounded(session.execute("reset work_mem")).await?;
-        Ok(None)
+        idle.into_session().await.map(Ok)
     }
 
-    async fn chunk<S: Sink>(
-        &mut self,
-        session: &mut Session,
-        intake: &mut Intake<'_, S>,
-        ends: &mut Ends,
-    ) -> Result<Went> {
-        let asked = session.query("select pg_catalog.pg_current_wal_flush_lsn()");
-        let rows = ends.link.bounded(asked).await?;
-        let flush_lsn = rows.first().map_or(Ok(Lsn::ZERO), |row| row.lsn(0))?;
-        let left_bytes = flush_lsn.0.saturating_sub(self.read_lsn.0);
-        if left_bytes <= self.rest_bytes || !self.starts.take() {
-            return Ok(Went::Over);
-        }
-        let (begun, limit) = (Instant::now(), self.chunks.messages());
-        let upto_lsn = flush_lsn.min(Lsn(self.read_lsn.0.saturating_add(self.chunk_bytes)));
-        let sql = self.peeks.taking(upto_lsn, limit);
-        let (count, bytes) = match fetch(session, &sql, intake, ends, self.confirmed_lsn).await? {
-            Ok(received) => received,
-            Err(end) => return Ok(Went::End(end)),
+    /// Asks for the next chunk, from where `from` stands.
+    fn start(&mut self, hand: Option<Hand>, from: Option<&str>) -> Reading {
+        let wal_bytes = self.wal_bytes;
+        self.wal_bytes = (wal_bytes.saturating_mul(3)).min(CHUNK_WAL.1.max(wal_bytes));
+        let order = Order {
+            from: from.map(str::to_string),
+            messages: self.chunks.rise(),
+            wal_bytes,
+            rest_bytes: self.rest_bytes,
         };
-        self.chunks.learn(count >= limit, begun.elapsed(), bytes);
-        self.chunk_bytes = (self.chunk_bytes * 2).min(CHUNK_WAL.1);
-        let status = ends.link.bounded(slot::status(session, &self.mark)).await?;
-        let Some(status) = status else { return Ok(Went::Over) };
-        // The server stops at the end of a record: all that committed before has come.
-        self.read_lsn = status.confirmed_flush_lsn.unwrap_or(self.read_lsn).max(self.read_lsn);
+        Reading::start(hand, &self.maker, order)
+    }
+
+    /// After a chunk without an end: true if a longer one may have it.
+    fn stretch(&mut self) -> bool {
+        let transaction_bytes = self.maker.options.bulk.transaction_bytes;
+        if std::mem::replace(&mut self.stretched, true) || self.wal_bytes >= transaction_bytes {
+            return false;
+        }
+        self.wal_bytes = transaction_bytes;
+        true
+    }
+
+    /// After a chunk with an end. True.
+    fn unstretch(&mut self) -> bool {
+        if std::mem::take(&mut self.stretched) {
+            self.wal_bytes = CHUNK_WAL.1;
+        }
+        true
+    }
+
+    /// Takes all pieces of a chunk. With the first of them the next chunk is asked for.
+    async fn take<S: Sink>(
+        &mut self,
+        reading: &mut Reading,
+        idle: &mut Idle,
+        intake: &mut Intake<'_, S>,
+        watch: &mut Watch,
+    ) -> Result<Taken> {
+        let mut taking = Taking::data();
+        let mut next = None;
+        loop {
+            let piece = match now(reading.pieces.recv()).await {
+                Some(piece) => piece,
+                None => {
+                    intake.publish(intake.decoded_lsn(), self.confirmed_lsn);
+                    tokio::select! {
+                        biased;
+                        end = watch.end() => return Ok(Taken::End(end)),
+                        piece = reading.pieces.recv() => piece,
+                    }
+                }
+            };
+            let Some(piece) = piece else { break };
+            // The source has decoded the whole chunk before it sends the first row of it.
+            intake.warned(piece.warnings).await?;
+            if let Some(end) = taking.take(piece.rows, intake, watch, self.confirmed_lsn).await? {
+                return Ok(Taken::End(end));
+            }
+            if self.ahead && next.is_none() && taking.count() > 0 {
+                self.unstretch();
+                next = Some(self.start(idle.any(), Some(&reading.mark)));
+            }
+        }
+        if taking.is_untouched() {
+            return Ok(Taken::Whole { count: 0, bytes: 0, next });
+        }
+        let (count, bytes) = taking.end(intake)?;
+        Ok(Taken::Whole { count, bytes, next })
+    }
+
+    /// Everything below has been received.
+    async fn reached<S: Sink>(
+        &mut self,
+        read_lsn: Lsn,
+        intake: &mut Intake<'_, S>,
+        watch: &mut Watch,
+    ) -> Option<End> {
+        self.read_lsn = self.read_lsn.max(read_lsn);
+        // Idle positions behind it become durable a second later only.
+        self.came_lsn = self.came_lsn.max(intake.buffered_lsn());
         if let Some(idle) = intake.idle(self.read_lsn)
-            && let Some(end) = push(intake, &mut ends.watch, idle, self.confirmed_lsn).await
+            && let Some(end) = push(intake, watch, idle, self.confirmed_lsn).await
         {
-            return Ok(Went::End(end));
+            return Some(end);
         }
         intake.publish(intake.decoded_lsn(), self.confirmed_lsn);
-        let again_bytes = self.read_lsn.0.saturating_sub(status.restart_lsn.unwrap_or(Lsn::ZERO).0);
-        let pays = count > 0 && again_bytes < AGAIN_BYTES;
-        Ok(if pays { Went::On } else { Went::Over })
+        None
+    }
+
+    /// Waits a moment for the target.
+    async fn settle<S: Sink>(
+        &mut self,
+        intake: &mut Intake<'_, S>,
+        watch: &mut Watch,
+    ) -> Option<End> {
+        intake.publish(intake.decoded_lsn(), self.confirmed_lsn);
+        let settling = watch.until_durable(self.came_lsn);
+        tokio::time::timeout(SETTLE, settling).await.unwrap_or(None)
     }
 
     /// Tells the job's slot what is durable, so that the source may let go of its log.
-    async fn advance(&mut self, session: &mut Session, ends: &Ends) -> Result<()> {
-        let durable_lsn = ends.watch.durable_lsn();
+    async fn advance(&mut self, idle: &mut Idle, watch: &Watch) -> Result<()> {
+        let durable_lsn = watch.durable_lsn();
+        let Some(hand) = idle.last.as_mut() else { return Ok(()) };
         if Instant::now() < self.advance_at || durable_lsn <= self.confirmed_lsn {
             return Ok(());
         }
         let begun = Instant::now();
-        let (sql, pid) = (self.slot.advance(durable_lsn), session.process_id());
-        tokio::select! {
-            biased;
-            advanced = session.query(&sql) => advanced?,
-            silent = ends.link.until_dead(pid) => return Err(silent),
-        };
+        hand.advance(&self.slot.advance(durable_lsn)).await?;
         self.confirmed_lsn = durable_lsn;
         self.advance_at = Instant::now() + ADVANCE_GAP.max(begun.elapsed() * 20);
         Ok(())
+    }
+}
+
+impl Idle {
+    /// A hand to read ahead with; `None` if one is to be made.
+    fn any(&mut self) -> Option<Hand> {
+        self.other.take().or_else(|| self.last.take())
+    }
+
+    /// Takes one that has not read.
+    fn give_back(&mut self, hand: Option<Hand>) {
+        match self.last {
+            None => self.last = hand,
+            Some(_) => self.other = hand.or(self.other.take()),
+        }
+    }
+
+    /// Lets go of all marks; gives the session that came first.
+    async fn into_session(self) -> Result<Session> {
+        let mut session = None;
+        for mut hand in [self.last, self.other].into_iter().flatten() {
+            hand.drop_mark().await?;
+            if hand.is_first {
+                hand.session.execute("reset work_mem").await?;
+                session = Some(hand.session);
+            }
+        }
+        let lost = || pg::Error::Result("the first of the hands is lost".to_string());
+        Ok(session.ok_or_else(lost)?)
     }
 }
 
@@ -214,20 +357,13 @@ async fn make(
     options: &StreamOptions,
     mark: &str,
     confirmed_lsn: Lsn,
-) -> crate::pg::Result<()> {
-    let (slot, name) = (quote_literal(&options.slot), quote_literal(mark));
-    let copy = format!("select pg_catalog.pg_copy_logical_replication_slot({slot}, {name}, true)");
-    session.query(&copy).await?;
+) -> pg::Result<()> {
+    set(session).await?;
+    copy(session, &options.slot, mark).await?;
     if options.start_lsn > confirmed_lsn {
-        let start_lsn = options.start_lsn;
-        let sql = format!("select pg_catalog.pg_replication_slot_advance({name}, '{start_lsn}')");
+        let (start_lsn, mark) = (options.start_lsn, quote_literal(mark));
+        let sql = format!("select pg_catalog.pg_replication_slot_advance({mark}, '{start_lsn}')");
         session.query(&sql).await?;
-    }
-    // A chunk that fits does not go through a temporary file.
-    session.execute("set work_mem = '64MB'").await?;
-    if session.major_version() >= 14 {
-        // Not every platform of a server can do it, and refuses then.
-        let _ = session.execute("set client_connection_check_interval = '5s'").await;
     }
     Ok(())
 }

@@ -80,7 +80,7 @@ pub async fn check_system(
 /// The same on an ordinary session. What another timeline forked off is in a file that only a
 /// superuser reads, or said on a replication connection; who has neither cannot know that nothing
 /// was lost, and is refused.
-async fn check_system_by_sql(
+pub async fn check_system_by_sql(
     session: &mut Session,
     config: &Config,
     recorded: &Recorded,
@@ -139,6 +139,38 @@ async fn fork(session: &mut Session, timeline: u32, from: u32) -> Result<Lsn> {
     let rows = session.query(&format!("TIMELINE_HISTORY {timeline}")).await?;
     let content = rows.first().and_then(|row| row.bytes(1)).cloned().unwrap_or_default();
     Ok(fork_in(&String::from_utf8_lossy(&content), from).unwrap_or(Lsn::ZERO))
+}
+
+/// Where a server that is on `timeline` left the timeline `from`, which is the exclusive end of the
+/// last record of it that the server has; `None` if it never was on it. `session` is an ordinary
+/// one of that server; the history comes by a replication connection, or, where none is let in,
+/// from the file itself, which a superuser may read.
+///
+/// <https://www.postgresql.org/docs/current/continuous-archiving.html#BACKUP-TIMELINES>
+pub async fn left_at(
+    config: &Config,
+    session: &mut Session,
+    timeline: u32,
+    from: u32,
+) -> Result<Option<Lsn>> {
+    if timeline <= from {
+        return Ok(None);
+    }
+    let refused = match Session::connect(config, Purpose::Replication).await {
+        Ok(mut asked) => {
+            let fork_lsn = fork(&mut asked, timeline, from).await?;
+            return Ok(Some(fork_lsn).filter(|lsn| lsn.is_valid()));
+        }
+        Err(error) => error,
+    };
+    let sql = format!("select pg_catalog.pg_read_file('pg_wal/{timeline:08X}.history')");
+    match session.query(&sql).await {
+        Ok(rows) => {
+            let content = rows.first().map(|row| row.string(0)).transpose()?.unwrap_or_default();
+            Ok(fork_in(&content, from))
+        }
+        Err(_) => Err(refused.into()),
+    }
 }
 
 /// A history file has one line for each timeline left: its number, where, and why.
@@ -204,11 +236,12 @@ pub async fn check_continuity_by_sql(
     slot: &str,
     recorded: &Recorded,
     progress_lsn: Lsn,
-) -> Result<SlotStatus> {
-    check_system_by_sql(session, config, recorded, progress_lsn).await?;
+) -> Result<(System, SlotStatus)> {
+    let system = check_system_by_sql(session, config, recorded, progress_lsn).await?;
     let status = super::slot::status(session, slot).await?;
     check_slot(slot, status.as_ref(), recorded, progress_lsn)?;
-    status.ok_or(Error::SlotMissing { slot: slot.to_string(), progress_lsn })
+    let status = status.ok_or(Error::SlotMissing { slot: slot.to_string(), progress_lsn })?;
+    Ok((system, status))
 }
 
 #[cfg(test)]
@@ -235,6 +268,8 @@ mod tests {
             confirmed_flush_lsn: Some(Lsn(100)),
             wal_status: Some("reserved".to_string()),
             invalidation_reason: None,
+            temporary: false,
+            failover: false,
             retained_bytes: 0,
         }
     }
@@ -263,6 +298,8 @@ mod tests {
         assert!(matches!(check(Some(lost)), Error::SlotLost { .. }));
         let removed = SlotStatus { restart_lsn: None, wal_status: None, ..status() };
         assert!(matches!(check(Some(removed)), Error::SlotLost { .. }));
+        let unsynced = SlotStatus { temporary: true, ..status() };
+        assert!(check(Some(unsynced)).to_string().contains("in sync"));
         let reason = Some("idle_timeout".to_string());
         let idle = SlotStatus { invalidation_reason: reason, ..status() };
         assert!(check(Some(idle)).to_string().contains("idle_timeout"));

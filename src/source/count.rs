@@ -1,6 +1,6 @@
 //! The reader's half of law 10: how many changes of each table were decoded, and how many filtered.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::change::{Change, Chunk, Relation};
@@ -19,7 +19,41 @@ pub struct TableCount {
 /// one set can outlive many connections; what comes again after a reconnect is counted again.
 #[derive(Clone, Debug, Default)]
 pub struct Counters {
-    tables: Arc<Mutex<HashMap<QualifiedName, TableCount>>>,
+    books: Arc<Mutex<Books>>,
+}
+
+/// Descriptions whose counters are found without their names: a transaction's changes are of a few
+/// tables in turn, and looking a name up costs as much as decoding a row.
+const KNOWN: usize = 32;
+
+#[derive(Debug, Default)]
+struct Books {
+    places: HashMap<QualifiedName, usize>,
+    counts: Vec<TableCount>,
+    /// The last that were met, with their places.
+    known: VecDeque<(Arc<Relation>, usize)>,
+}
+
+impl Books {
+    fn add(&mut self, relation: &Arc<Relation>, count: u64, filtered: bool) {
+        let known = self.known.iter().find(|(known, _)| Arc::ptr_eq(known, relation));
+        let place = known.map(|(_, place)| *place).unwrap_or_else(|| self.meet(relation));
+        if let Some(table) = self.counts.get_mut(place) {
+            table.decoded += count;
+            table.filtered += if filtered { count } else { 0 };
+        }
+    }
+
+    fn meet(&mut self, relation: &Arc<Relation>) -> usize {
+        let next = self.counts.len();
+        let place = *self.places.entry(relation.name.clone()).or_insert(next);
+        if place == next {
+            self.counts.push(TableCount::default());
+        }
+        self.known.truncate(KNOWN - 1);
+        self.known.push_front((relation.clone(), place));
+        place
+    }
 }
 
 impl Counters {
@@ -30,22 +64,16 @@ impl Counters {
 
     /// The counts now.
     pub fn tables(&self) -> HashMap<QualifiedName, TableCount> {
-        self.tables.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let books = self.books.lock().unwrap_or_else(PoisonError::into_inner);
+        let counted = |(name, place): (&QualifiedName, &usize)| {
+            books.counts.get(*place).map(|count| (name.clone(), *count))
+        };
+        books.places.iter().filter_map(counted).collect()
     }
 
     pub(super) fn add(&self, chunk: &Chunk, filtered: bool) {
-        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut add = |relation: &Relation, count: u64| {
-            // Two steps, as `entry` would clone the name each time.
-            if !tables.contains_key(&relation.name) {
-                tables.insert(relation.name.clone(), TableCount::default());
-            }
-            if let Some(table) = tables.get_mut(&relation.name) {
-                table.decoded += count;
-                table.filtered += if filtered { count } else { 0 };
-            }
-        };
-        // Changes of one table mostly stand together: look the table up once a run, not once a row.
+        let mut books = self.books.lock().unwrap_or_else(PoisonError::into_inner);
+        // Changes of one table mostly stand together: the table is looked up once a run.
         let mut run: Option<(&Arc<Relation>, u64)> = None;
         for change in &chunk.changes {
             let relation = match change {
@@ -53,7 +81,7 @@ impl Counters {
                 | Change::Update { relation, .. }
                 | Change::Delete { relation, .. } => relation,
                 Change::Truncate { relations, .. } => {
-                    relations.iter().for_each(|relation| add(relation, 1));
+                    relations.iter().for_each(|relation| books.add(relation, 1, filtered));
                     continue;
                 }
                 Change::Message { .. } => continue,
@@ -61,14 +89,14 @@ impl Counters {
             run = match run {
                 Some((last, count)) if Arc::ptr_eq(last, relation) => Some((last, count + 1)),
                 Some((last, count)) => {
-                    add(last, count);
+                    books.add(last, count, filtered);
                     Some((relation, 1))
                 }
                 None => Some((relation, 1)),
             };
         }
         if let Some((last, count)) = run {
-            add(last, count);
+            books.add(last, count, filtered);
         }
     }
 }

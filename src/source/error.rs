@@ -106,8 +106,9 @@ pub enum Error {
     /// No such slot where progress says there must be one.
     #[error(
         "slot {slot} does not exist, but the target has applied up to {progress_lsn}: it was \
-         dropped, or lost in a failover, and the changes since cannot be had any more; start over \
-         with walferry cancel and walferry run"
+         dropped, or lost in a failover, and the changes since cannot be had any more; \
+         walferry run --after-failover refill makes a new slot and reads again what differs, \
+         walferry cancel and walferry run start over"
     )]
     SlotMissing {
         /// The slot.
@@ -119,8 +120,9 @@ pub enum Error {
     #[error(
         "slot {slot} is confirmed up to {confirmed_lsn}, but the target durably has only \
          {progress_lsn}: it was dropped and made again, or advanced, by someone else, and the \
-         changes in between cannot be had any more; start over with walferry cancel and \
-         walferry run"
+         changes in between cannot be had any more (a target that was restored, or whose standby \
+         took over, may lack them too); walferry run --after-failover refill makes a new slot and \
+         reads again what differs, walferry cancel and walferry run start over"
     )]
     SlotAhead {
         /// The slot.
@@ -133,9 +135,9 @@ pub enum Error {
     /// The server removed WAL that the slot needs.
     #[error(
         "slot {slot} was invalidated by the server ({reason}), confirmed up to {confirmed_lsn} \
-         with the target at {progress_lsn}; WAL it needs is gone: start over with walferry cancel \
-         and walferry run, with more room (alter system set max_slot_wal_keep_size = -1; \
-         select pg_reload_conf())"
+         with the target at {progress_lsn}; WAL it needs is gone (more room: alter system set \
+         max_slot_wal_keep_size = -1; select pg_reload_conf()); walferry run --after-failover \
+         refill makes a new slot and reads again what differs"
     )]
     SlotLost {
         /// The slot.
@@ -203,7 +205,8 @@ pub enum Error {
     #[error(
         "{peer} is on timeline {found_timeline}, the job began on {expected_timeline}, and \
          history forked at {fork_lsn} while the target has {progress_lsn}: the target holds \
-         transactions that this server lost; start over with walferry cancel and walferry run"
+         transactions that this server lost; walferry run --after-failover refill makes a new slot \
+         and reads again what differs"
     )]
     AnotherTimeline {
         /// The server.
@@ -220,8 +223,8 @@ pub enum Error {
     /// The server's WAL ends before what the target holds.
     #[error(
         "{peer} has written WAL up to {flush_lsn} only, but the target holds it up to \
-         {progress_lsn}: it was restored from a backup or lost its end; start over with walferry \
-         cancel and walferry run"
+         {progress_lsn}: it was restored from a backup or lost its end; walferry run \
+         --after-failover refill makes a new slot and reads again what differs"
     )]
     Behind {
         /// The server.
@@ -317,6 +320,21 @@ pub enum Error {
         /// How long.
         seconds: f64,
     },
+}
+
+impl Error {
+    /// True if the source or the target has lost what the stream needs, and trying again does not
+    /// bring it back.
+    pub fn is_loss(&self) -> bool {
+        matches!(
+            self,
+            Error::SlotMissing { .. }
+                | Error::SlotAhead { .. }
+                | Error::SlotLost { .. }
+                | Error::AnotherTimeline { .. }
+                | Error::Behind { .. }
+        )
+    }
 }
 
 impl Faulty for Error {

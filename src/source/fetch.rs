@@ -8,6 +8,7 @@ use std::future::Future;
 use std::task::Poll;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::intake::Intake;
@@ -20,7 +21,7 @@ use crate::lsn::Lsn;
 use crate::pg::{self, Session};
 
 /// Rows are taken over together up to about so many bytes, which then live as long as any of them.
-const PIECE_BYTES: usize = 64 << 10;
+pub(super) const PIECE_BYTES: usize = 64 << 10;
 
 /// Whoever may end the reading, besides its own end.
 pub(super) struct Ends {
@@ -42,8 +43,7 @@ pub(super) async fn fetch<S: Sink>(
     confirmed_lsn: Lsn,
 ) -> Result<std::result::Result<(u32, u64), End>> {
     let Ends { watch, link, canceled } = ends;
-    let mut rows = Rows::default();
-    let (mut count, mut bytes) = (0_u32, 0_u64);
+    let mut taking = Taking::default();
     let pid = session.process_id();
     // A backend that decodes does not notice that we are gone. It may say nothing before its end.
     canceled.arm();
@@ -69,27 +69,72 @@ pub(super) async fn fetch<S: Sink>(
         // The server has decoded the whole chunk before it sends the first row of it.
         intake.warned(copy.take_warnings()).await?;
         let Some(piece) = piece else { break };
-        bytes += piece.len() as u64;
-        rows.feed(piece);
-        while let Some(message) = rows.next()? {
-            count = count.saturating_add(1);
-            let mut item = Some(intake.message(message.data, message.lsn).await?);
+        if let Some(end) = taking.take(piece, intake, watch, confirmed_lsn).await? {
+            return Ok(Err(end));
+        }
+    }
+    canceled.disarm();
+    taking.end(intake).map(Ok)
+}
+
+/// The answer so far.
+#[derive(Debug, Default)]
+pub(super) struct Taking {
+    rows: Rows,
+    count: u32,
+    bytes: u64,
+}
+
+impl Taking {
+    /// Of an answer that has the messages alone.
+    pub fn data() -> Taking {
+        Taking { rows: Rows::data(), ..Taking::default() }
+    }
+
+    /// True while nothing has come.
+    pub fn is_untouched(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// Messages so far.
+    pub fn count(&self) -> u32 {
+        self.count
+    }
+
+    /// Pushes what the messages of a piece come to; or gives why the reader is to end.
+    pub async fn take<S: Sink>(
+        &mut self,
+        piece: Bytes,
+        intake: &mut Intake<'_, S>,
+        watch: &mut Watch,
+        confirmed_lsn: Lsn,
+    ) -> Result<Option<End>> {
+        self.bytes += piece.len() as u64;
+        self.rows.feed(piece);
+        while let Some(message) = self.rows.next()? {
+            self.count = self.count.saturating_add(1);
+            let lsn = message.lsn.unwrap_or_else(|| intake.decoded_lsn());
+            let mut item = Some(intake.message(message.data, lsn).await?);
             while let Some(said) = item {
                 if let Some(said) = said
                     && let Some(end) = push(intake, watch, said, confirmed_lsn).await
                 {
-                    return Ok(Err(end));
+                    return Ok(Some(end));
                 }
                 item = intake.more().await?;
             }
         }
+        Ok(None)
     }
-    canceled.disarm();
-    if !rows.is_complete() || intake.in_transaction() {
-        let message = "the answer of the slot ended too early".to_string();
-        return Err(pg::Error::Result(message).into());
+
+    /// Number of messages and bytes, if nothing is missing.
+    pub fn end<S: Sink>(self, intake: &Intake<'_, S>) -> Result<(u32, u64)> {
+        if !self.rows.is_complete() || intake.in_transaction() {
+            let message = "the answer of the slot ended too early".to_string();
+            return Err(pg::Error::Result(message).into());
+        }
+        Ok((self.count, self.bytes))
     }
-    Ok(Ok((count, bytes)))
 }
 
 /// Hands the item to the sink; meanwhile nothing is read, and the server waits.
@@ -124,7 +169,7 @@ pub(super) async fn push<S: Sink>(
 }
 
 /// What the future gives without waiting, if it does.
-async fn now<F: Future>(future: F) -> Option<F::Output> {
+pub(super) async fn now<F: Future>(future: F) -> Option<F::Output> {
     tokio::pin!(future);
     std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
         Poll::Ready(output) => Poll::Ready(Some(output)),

@@ -9,7 +9,7 @@ use crate::clock::PgTimestamp;
 use crate::decode::wal2json::{self, Numbers};
 use crate::decode::{Plugin, test_decoding};
 use crate::id::quote_ident;
-use crate::limit::{BULK_BYTES, SILENCE};
+use crate::limit::{BULK_BYTES, BULK_TRANSACTION_BYTES, SILENCE};
 use crate::lsn::Lsn;
 use crate::pg;
 
@@ -49,9 +49,8 @@ pub struct StreamOptions {
     /// Have a server that can (pgoutput, 15 and on) give prepared transactions at their PREPARE. A
     /// slot that was read so once is read so for ever.
     pub two_phase: bool,
-    /// A backlog of so many bytes of log or more is read in bulk before it is streamed; `None`
-    /// for never.
-    pub bulk_bytes: Option<u64>,
+    /// What is read in bulk before it is streamed.
+    pub bulk: BulkOptions,
     /// Where transactions in progress wait for their end: with it, a server that can is asked to
     /// send them (pgoutput, 14 and on, by the replication protocol).
     pub spill: Option<Arc<dyn Spill>>,
@@ -59,6 +58,25 @@ pub struct StreamOptions {
     pub pull_messages: Option<u32>,
     /// Where decoded and filtered changes are counted.
     pub counters: Counters,
+}
+
+/// What of a backlog is read in bulk, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BulkOptions {
+    /// A backlog of so many bytes of log or more; `None` for never.
+    pub least_bytes: Option<u64>,
+    /// The source decodes a chunk while the one before is taken, by a second session and slot.
+    pub ahead: bool,
+    /// A transaction of up to about so many bytes of log; 0 leaves those that are longer than a
+    /// chunk to the stream. The source keeps what is decoded of it in a temporary file.
+    pub transaction_bytes: u64,
+}
+
+impl Default for BulkOptions {
+    fn default() -> Self {
+        let (least_bytes, transaction_bytes) = (Some(BULK_BYTES), BULK_TRANSACTION_BYTES);
+        BulkOptions { least_bytes, ahead: true, transaction_bytes }
+    }
 }
 
 impl StreamOptions {
@@ -78,7 +96,7 @@ impl StreamOptions {
             followed: Arc::default(),
             plain_numbers: false,
             two_phase: false,
-            bulk_bytes: Some(BULK_BYTES),
+            bulk: BulkOptions::default(),
             spill: None,
             pull_messages: None,
             counters: Counters::new(),

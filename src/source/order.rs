@@ -24,7 +24,7 @@ use super::snapshot::{self, ExportedSnapshot};
 use super::{Result, StreamOptions, slot};
 use crate::change::Snapshot;
 use crate::lsn::Lsn;
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{Config, Purpose, Session, SlotKind};
 
 /// A temporary slot that knows in which order transactions commit from its consistent point on.
 #[derive(Debug)]
@@ -59,7 +59,7 @@ impl Order {
         let made = slot::CreateOptions {
             name: options.slot.clone(),
             plugin: options.recorded.plugin.clone(),
-            temporary: true,
+            kind: SlotKind::Temporary,
             wait,
         };
         loop {

@@ -40,9 +40,13 @@ impl Peeks {
         )
     }
 
-    /// The same, and makes what was read the slot's confirmed position.
+    /// The same, the messages alone, and makes what was read the slot's confirmed position.
     pub fn taking(&self, upto_lsn: Lsn, limit: u32) -> String {
-        self.sql(upto_lsn, limit).replace("pg_logical_slot_peek_", "pg_logical_slot_get_")
+        let Peeks { slot, binary, options, .. } = self;
+        format!(
+            "copy (select data from pg_catalog.pg_logical_slot_get_{binary}changes(\
+             {slot}, '{upto_lsn}', {limit}, {options})) to stdout (format binary)"
+        )
     }
 
     /// Reads one record, so that the plugin has looked at its options.
@@ -216,6 +220,9 @@ pub(super) struct Chunks {
 /// small ones are 50 MB on the source, and take it half a second, for which the target may be idle.
 const MESSAGES: (u32, u32) = (20_000, 500_000);
 
+/// 25,000 are decoded in 16 ms.
+const AHEAD_MESSAGES: u32 = 25_000;
+
 /// Bytes that a chunk may take in the source's memory and temporary files, unless a single
 /// transaction is larger.
 const CHUNK_BYTES: u64 = 128 << 20;
@@ -227,6 +234,22 @@ impl Chunks {
     /// Always so many; by default 100,000 at first.
     pub fn of(messages: Option<u32>) -> Self {
         Chunks { messages: messages.unwrap_or(100_000), fixed: messages.is_some() }
+    }
+
+    /// The same for chunks that are asked for before the last one is through: the first is small,
+    /// as nobody has anything to do before it comes.
+    pub fn ahead(messages: Option<u32>) -> Self {
+        Chunks { messages: messages.unwrap_or(AHEAD_MESSAGES), fixed: messages.is_some() }
+    }
+
+    /// What to ask for now; three times as many next time. Where that is too many, it is
+    /// [learned](Chunks::learn) a chunk later.
+    pub fn rise(&mut self) -> u32 {
+        let messages = self.messages;
+        if !self.fixed {
+            self.messages = (messages.saturating_mul(3)).min(MESSAGES.1);
+        }
+        messages
     }
 
     /// The most messages to ask for now.
@@ -342,6 +365,17 @@ mod tests {
             chunks.learn(true, Duration::from_secs(1), CHUNK_BYTES * 3);
         }
         assert_eq!(chunks.messages(), MESSAGES.0);
+    }
+
+    #[test]
+    fn chunks_read_ahead_rise_by_themselves_and_a_large_one_halves_the_next() {
+        let mut chunks = Chunks::ahead(None);
+        let asked: Vec<u32> = (0..4).map(|_| chunks.rise()).collect();
+        assert_eq!(asked, [25_000, 75_000, 225_000, MESSAGES.1]);
+        chunks.learn(false, Duration::from_secs(1), CHUNK_BYTES * 3);
+        assert_eq!(chunks.rise(), MESSAGES.1 / 2);
+        let mut fixed = Chunks::ahead(Some(7));
+        assert_eq!([fixed.rise(), fixed.rise()], [7, 7]);
     }
 
     #[test]

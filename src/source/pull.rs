@@ -27,7 +27,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::continuity::check_continuity_by_sql;
+use super::continuity::{System, check_continuity_by_sql};
 use super::fetch::{Ends, Watch, fetch, push};
 use super::intake::Intake;
 use super::link::Link;
@@ -59,6 +59,7 @@ pub struct Pull {
     config: Config,
     session: Session,
     options: StreamOptions,
+    timeline: u32,
     spoken: Spoken,
     peeks: Peeks,
     starts: Starts,
@@ -70,19 +71,24 @@ async fn connect(
     config: &Config,
     options: &StreamOptions,
     progress_lsn: Lsn,
-) -> Result<(Session, SlotStatus)> {
+) -> Result<(Session, System, SlotStatus)> {
     let mut session = Session::connect(config, Purpose::Sql).await?;
     let (name, recorded) = (options.slot.as_str(), &options.recorded);
-    let status =
+    let (system, status) =
         check_continuity_by_sql(&mut session, config, name, recorded, progress_lsn).await?;
     // A chunk that fits does not go through a temporary file.
     session.execute("set work_mem = '64MB'").await?;
     session.pass_unknown_bytes().await?;
     session.keep_warnings();
-    Ok((session, status))
+    Ok((session, system, status))
 }
 
 impl Pull {
+    /// The server's timeline, which continues the recorded one.
+    pub fn timeline(&self) -> u32 {
+        self.timeline
+    }
+
     /// Connects, checks that server and slot are the recorded ones and not beyond `start_lsn`,
     /// and takes the slot from a backend that an earlier runner of ours left.
     ///
@@ -94,7 +100,7 @@ impl Pull {
     /// slot in use and a lost connection are `Retry`.
     pub async fn open(config: &Config, options: StreamOptions) -> Result<Pull> {
         let (name, start_lsn) = (options.slot.as_str(), options.start_lsn);
-        let (mut session, status) = connect(config, &options, start_lsn).await?;
+        let (mut session, system, status) = connect(config, &options, start_lsn).await?;
         if status.active_pid.is_some() {
             slot::free(&mut session, name, FREE_WAIT).await?;
         }
@@ -115,8 +121,8 @@ impl Pull {
         let mut starts = Starts::of(&session, spoken.plugin);
         starts.take();
         let confirmed_lsn = status.confirmed_flush_lsn.unwrap_or(Lsn::ZERO);
-        let config = config.clone();
-        Ok(Pull { config, session, options, spoken, peeks, starts, confirmed_lsn })
+        let (config, timeline) = (config.clone(), system.timeline);
+        Ok(Pull { config, session, options, timeline, spoken, peeks, starts, confirmed_lsn })
     }
 
     /// Reads until told to stop, pushing items in log order.
@@ -313,7 +319,7 @@ impl<S: Sink> Puller<'_, S> {
         // Whatever answers now has to be the same server with the same slot (law 4).
         let progress_lsn = self.ends.watch.durable_lsn().max(self.confirmed_lsn);
         let connecting = connect(self.ends.link.config(), &self.options, progress_lsn);
-        let (session, _) = self.ends.link.bounded(connecting).await?;
+        let (session, ..) = self.ends.link.bounded(connecting).await?;
         self.ends.canceled = Canceled::of(&session);
         self.starts = Starts::of(&session, self.plugin);
         self.starts.take();

@@ -74,6 +74,16 @@ impl Reader {
         })
     }
 
+    /// The server's timeline: the recorded one, or one that continues it (a standby was promoted).
+    /// It has to be recorded before anything of what is read is kept, as positions beyond the fork
+    /// are the new timeline's.
+    pub fn timeline(&self) -> u32 {
+        match self {
+            Reader::Stream(stream) => stream.timeline(),
+            Reader::Pull(pull) => pull.timeline(),
+        }
+    }
+
     /// See [`Stream::run`] and [`Pull::run`].
     pub async fn run<S: Sink>(
         self,

@@ -1,5 +1,5 @@
-//! Rows of `COPY (select lsn, xid, data ...) TO STDOUT (FORMAT binary)`, cut from the pieces that
-//! arrive. Pure.
+//! Rows of `COPY (select lsn, xid, data ...) TO STDOUT (FORMAT binary)`, or of `select data`, cut
+//! from the pieces that arrive. Pure.
 //!
 //! <https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.3.55.9.4>
 
@@ -14,8 +14,8 @@ const SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0";
 /// One message of the plugin.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Message {
-    /// Where it stands.
-    pub lsn: Lsn,
+    /// Where it stands; `None` where that was not asked for.
+    pub lsn: Option<Lsn>,
     /// The plugin's bytes; not copied.
     pub data: Bytes,
 }
@@ -24,11 +24,18 @@ pub(super) struct Message {
 #[derive(Debug, Default)]
 pub(super) struct Rows {
     left: Bytes,
+    /// There is no other column.
+    data_only: bool,
     begun: bool,
     ended: bool,
 }
 
 impl Rows {
+    /// Of messages alone.
+    pub fn data() -> Rows {
+        Rows { data_only: true, ..Rows::default() }
+    }
+
     /// Adds what has arrived.
     pub fn feed(&mut self, piece: Bytes) {
         if self.left.is_empty() {
@@ -60,7 +67,8 @@ impl Rows {
                 self.ended = true;
                 self.next()
             }
-            3 => self.row(),
+            1 if self.data_only => self.data_row(),
+            3 if !self.data_only => self.row(),
             _ => Err(malformed()),
         }
     }
@@ -94,7 +102,20 @@ impl Rows {
             return Ok(None);
         }
         self.left.advance(HEAD);
-        Ok(Some(Message { lsn, data: self.left.split_to(len) }))
+        Ok(Some(Message { lsn: Some(lsn), data: self.left.split_to(len) }))
+    }
+
+    /// data: any, after its length.
+    fn data_row(&mut self) -> pg::Result<Option<Message>> {
+        const HEAD: usize = 2 + 4;
+        let Some(mut head) = self.left.get(..HEAD) else { return Ok(None) };
+        head.advance(2);
+        let len = usize::try_from(head.get_i32()).map_err(|_| malformed())?;
+        if self.left.len() - HEAD < len {
+            return Ok(None);
+        }
+        self.left.advance(HEAD);
+        Ok(Some(Message { lsn: None, data: self.left.split_to(len) }))
     }
 }
 
@@ -108,15 +129,17 @@ mod tests {
     use bytes::BufMut;
     use proptest::prelude::*;
 
-    fn copy(messages: &[(u64, &[u8])]) -> Bytes {
+    fn copy(messages: &[(u64, &[u8])], data_only: bool) -> Bytes {
         let mut out = BytesMut::from(SIGNATURE);
         out.put_u64(0);
         for (lsn, data) in messages {
-            out.put_i16(3);
-            out.put_i32(8);
-            out.put_u64(*lsn);
-            out.put_i32(4);
-            out.put_u32(7);
+            out.put_i16(if data_only { 1 } else { 3 });
+            if !data_only {
+                out.put_i32(8);
+                out.put_u64(*lsn);
+                out.put_i32(4);
+                out.put_u32(7);
+            }
             out.put_i32(data.len() as i32);
             out.put_slice(data);
         }
@@ -125,24 +148,27 @@ mod tests {
     }
 
     fn read(rows: &mut Rows) -> Vec<(u64, Vec<u8>)> {
-        let next = || rows.next().unwrap().map(|m| (m.lsn.0, m.data.to_vec()));
+        let next = || rows.next().unwrap().map(|m| (m.lsn.map_or(0, |l| l.0), m.data.to_vec()));
         std::iter::from_fn(next).collect()
     }
 
     #[test]
     fn rows_come_out_wherever_the_pieces_are_cut() {
         let messages: [(u64, &[u8]); 3] = [(16, b"one"), (32, b""), (48, b"three")];
-        let whole = copy(&messages);
-        for cut in 0..=whole.len() {
-            let mut rows = Rows::default();
-            rows.feed(whole.slice(..cut));
-            let mut seen = read(&mut rows);
-            assert_eq!(rows.is_complete(), cut == whole.len(), "{cut}");
-            rows.feed(whole.slice(cut..));
-            seen.extend(read(&mut rows));
-            let wanted: Vec<_> = messages.iter().map(|(lsn, d)| (*lsn, d.to_vec())).collect();
-            assert_eq!(seen, wanted, "{cut}");
-            assert!(rows.is_complete());
+        for data_only in [false, true] {
+            let whole = copy(&messages, data_only);
+            for cut in 0..=whole.len() {
+                let mut rows = Rows { data_only, ..Rows::default() };
+                rows.feed(whole.slice(..cut));
+                let mut seen = read(&mut rows);
+                assert_eq!(rows.is_complete(), cut == whole.len(), "{cut}");
+                rows.feed(whole.slice(cut..));
+                seen.extend(read(&mut rows));
+                let lsn = |lsn: u64| if data_only { 0 } else { lsn };
+                let wanted: Vec<_> = messages.iter().map(|(l, d)| (lsn(*l), d.to_vec())).collect();
+                assert_eq!(seen, wanted, "{cut}");
+                assert!(rows.is_complete());
+            }
         }
     }
 
@@ -150,9 +176,10 @@ mod tests {
         #[test]
         fn any_bytes_are_rows_or_refused(
             begun in any::<bool>(),
+            data_only in any::<bool>(),
             data in proptest::collection::vec(any::<u8>(), 0..200),
         ) {
-            let mut rows = Rows { begun, ..Rows::default() };
+            let mut rows = Rows { begun, data_only, ..Rows::default() };
             rows.feed(Bytes::from(data));
             while let Ok(Some(_)) = rows.next() {}
         }

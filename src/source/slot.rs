@@ -13,7 +13,7 @@ use std::time::Duration;
 use crate::clock::Deadline;
 use crate::id::quote_literal;
 use crate::lsn::Lsn;
-use crate::pg::{self, CancelHandle, CreatedSlot, Row, Session};
+use crate::pg::{self, CancelHandle, CreatedSlot, Row, Session, SlotKind};
 
 use super::{Error, Result};
 
@@ -108,8 +108,8 @@ pub struct CreateOptions {
     pub name: String,
     /// `pgoutput`, `wal2json`, `test_decoding`.
     pub plugin: String,
-    /// Gone with the session that makes it.
-    pub temporary: bool,
+    /// How long it lives, and where.
+    pub kind: SlotKind,
     /// Give up after this.
     pub wait: Duration,
 }
@@ -130,7 +130,7 @@ pub async fn create(
     on_wait: impl FnMut(&[Blocker]),
 ) -> Result<HeldSlot> {
     let maker = Maker::of(&replication);
-    let making = replication.create_slot(&options.name, &options.plugin, options.temporary);
+    let making = replication.create_slot(&options.name, &options.plugin, options.kind);
     let CreatedSlot { consistent_lsn, snapshot_name } =
         maker.watch(making, watcher, &options.name, options.wait, on_wait).await?;
     Ok(HeldSlot { session: replication, consistent_lsn, snapshot_name })
@@ -145,11 +145,16 @@ pub async fn create_plain(
     options: &CreateOptions,
     on_wait: impl FnMut(&[Blocker]),
 ) -> Result<Lsn> {
+    let kind = match options.kind {
+        SlotKind::Temporary => "true",
+        SlotKind::Permanent => "false",
+        // Not two-phase: the reader's first START_REPLICATION says so.
+        SlotKind::Failover => "false, false, true",
+    };
     let sql = format!(
-        "select lsn from pg_catalog.pg_create_logical_replication_slot({}, {}, {})",
+        "select lsn from pg_catalog.pg_create_logical_replication_slot({}, {}, {kind})",
         quote_literal(&options.name),
         quote_literal(&options.plugin),
-        options.temporary
     );
     let maker = Maker::of(session);
     let making = async {
@@ -335,6 +340,10 @@ pub struct SlotStatus {
     pub wal_status: Option<String>,
     /// Why it was invalidated, from 17 on.
     pub invalidation_reason: Option<String>,
+    /// Gone with the session that made it, or made by a standby and not in sync yet.
+    pub temporary: bool,
+    /// Standbys that synchronize slots keep it too. Never before 17.
+    pub failover: bool,
     /// Bytes of WAL kept for it.
     pub retained_bytes: u64,
 }
@@ -355,6 +364,9 @@ pub(super) async fn is_two_phase(session: &mut Session, slot: &str) -> Result<bo
 impl SlotStatus {
     /// Why the server will not send from it any more, if so.
     pub fn lost_reason(&self) -> Option<&str> {
+        if self.temporary {
+            return Some("temporary: a standby was promoted before it had it in sync");
+        }
         if let Some(reason) = &self.invalidation_reason {
             return Some(reason);
         }
@@ -380,7 +392,8 @@ pub async fn status(session: &mut Session, name: &str) -> Result<Option<SlotStat
              case when (pg_catalog.to_jsonb(s) ->> 'conflicting')::bool then 'conflicting' end), \
            coalesce(greatest(pg_catalog.pg_wal_lsn_diff( \
              case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_replay_lsn() \
-               else pg_catalog.pg_current_wal_lsn() end, s.restart_lsn), 0), 0)::int8 \
+               else pg_catalog.pg_current_wal_lsn() end, s.restart_lsn), 0), 0)::int8, \
+           s.temporary, coalesce((pg_catalog.to_jsonb(s) ->> 'failover')::bool, false) \
          from pg_catalog.pg_replication_slots s where s.slot_name = {}",
         quote_literal(name)
     );
@@ -396,6 +409,8 @@ pub async fn status(session: &mut Session, name: &str) -> Result<Option<SlotStat
         wal_status: row.opt(6)?.map(str::to_string),
         invalidation_reason: row.opt(7)?.map(str::to_string),
         retained_bytes: row.parse(8)?,
+        temporary: row.bool(9)?,
+        failover: row.bool(10)?,
     }))
 }
 

@@ -10,12 +10,10 @@ use tokio::sync::watch;
 
 use super::bulk::Bulk;
 use super::continuity::{check_slot, check_system};
-use super::fetch::{Ends, Watch};
+use super::fetch::Watch;
 use super::intake::{Intake, Publisher};
-use super::link::Link;
 use super::options::{Spoken, plugin_options};
 use super::pace::Pace;
-use super::peek::Canceled;
 use super::{End, Error, Positions, Result, StreamOptions, slot};
 use crate::change::{Item, Sink, SinkClosed};
 use crate::limit::FEEDBACK_INTERVAL;
@@ -37,8 +35,9 @@ pub struct Stream {
     options: StreamOptions,
     spoken: Spoken,
     interval: Duration,
+    timeline: u32,
     /// What is read before replication is started.
-    bulk: Option<Bulk>,
+    bulk: Option<Box<Bulk>>,
 }
 
 impl Stream {
@@ -61,11 +60,14 @@ impl Stream {
         session.keep_warnings();
         let mut spoken = options.spoken()?;
         let bulk =
-            Bulk::begin(&mut session, &options, spoken, confirmed_lsn, system.flush_lsn).await?;
+            Bulk::begin(config, &mut session, &options, spoken, confirmed_lsn, system.flush_lsn)
+                .await?;
         if bulk.is_none() {
             start(&mut session, &options, &mut spoken, start_lsn).await?;
         }
-        Ok(Stream { config: config.clone(), session, options, spoken, interval, bulk })
+        let bulk = bulk.map(Box::new);
+        let (config, timeline) = (config.clone(), system.timeline);
+        Ok(Stream { config, session, options, spoken, interval, timeline, bulk })
     }
 
     /// Reads until told to stop, pushing items in log order.
@@ -86,13 +88,10 @@ impl Stream {
         let mut intake =
             Intake::new(&self.config, self.spoken, &self.options, false, sink, positions);
         if let Some(mut bulk) = self.bulk.take() {
-            let mut ends = Ends {
-                watch: Watch { durable: durable.clone(), stop: stop.clone() },
-                link: Link::of(self.config.clone(), &bulk.options(&self.options)),
-                canceled: Canceled::of(&self.session),
-            };
-            if let Some(end) = bulk.run(&mut self.session, &mut intake, &mut ends).await? {
-                return Ok(end);
+            let mut watch = Watch { durable: durable.clone(), stop: stop.clone() };
+            match bulk.run(self.session, &mut intake, &mut watch).await? {
+                Ok(session) => self.session = session,
+                Err(end) => return Ok(end),
             }
             confirmed_lsn = confirmed_lsn.max(bulk.confirmed_lsn());
             let durable_lsn = *durable.borrow();
@@ -123,6 +122,11 @@ impl Stream {
         }
         reader.publish();
         Ok(end)
+    }
+
+    /// The server's timeline, which continues the recorded one.
+    pub fn timeline(&self) -> u32 {
+        self.timeline
     }
 
     /// True if there is a backlog that is read in bulk before the stream begins.

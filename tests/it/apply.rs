@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use walferry::apply::{Applied, Applier, DDL, Error, Limits, Mode, Options, ProgressKind, Result};
+use walferry::apply::{
+    Applied, Applier, BOOKS, DDL, Error, Limits, Mode, Options, ProgressKind, Result,
+};
 use walferry::change::{
     Begin, Change, Chunk, Column, Commit, Feed, Item, OldRow, Relation, ReplicaIdentity, Row,
     RowBuilder, Value,
@@ -246,10 +248,10 @@ async fn rows(session: &mut Session, sql: &str) -> String {
 /// `applied/filtered` of a table, having checked that the books balance.
 async fn counts(session: &mut Session, name: &str) -> String {
     let sql = format!(
-        "select decoded = applied + filtered + quarantined, applied, filtered \
-         from walferry.stream_table where stream = '{STREAM}' and name = '{name}'"
+        "select decoded = applied + filtered + quarantined, applied, filtered from ({BOOKS}) as b \
+         where name = '{name}'"
     );
-    let row = session.query_one(&sql, &[]).await.unwrap();
+    let row = session.query_one(&sql, &[Some(STREAM)]).await.unwrap();
     assert!(row.bool(0).unwrap(), "the books of {name} do not balance");
     format!("{}/{}", row.str(1).unwrap(), row.str(2).unwrap())
 }

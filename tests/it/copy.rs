@@ -10,7 +10,7 @@ use walferry::copy::{
 };
 use walferry::demo::server::Server;
 use walferry::fault::{Fault, Faulty};
-use walferry::pg::{Config, Purpose, Session};
+use walferry::pg::{Config, Purpose, Session, SlotKind};
 
 use crate::support;
 
@@ -429,7 +429,7 @@ async fn peerdb_1750_and_pgcopydb_720_a_lost_snapshot_costs_no_finished_table_an
     fill(&pair, 6_000);
     pair.source("insert into public.whole select generate_series(1, 200000)");
     let mut slot = Session::connect(&pair.config("source"), Purpose::Replication).await.unwrap();
-    let made = slot.create_slot("s", "test_decoding", true).await.unwrap();
+    let made = slot.create_slot("s", "test_decoding", SlotKind::Temporary).await.unwrap();
     let snapshot = SnapshotSource::Slot { name: made.snapshot_name.clone() };
     let mut options = pair.options(1 << 20);
     options.jobs = 1;

@@ -1,13 +1,15 @@
 //! `--ddl`: tables of the source that are altered while they are followed.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use walferry::demo::binaries::client;
 use walferry::demo::compare::compare;
+use walferry::demo::pgbouncer::PgBouncer;
 use walferry::demo::server::Server;
 use walferry::demo::writer::{Options, Writer, create_schema};
 
-use crate::support::job::{Ends, conserved};
+use crate::support::job::{Ends, conserved, route_of};
 use crate::support::{Walferry, until_within};
 
 const TABLES: &str = "create type mood as enum ('sad', 'glad'); \
@@ -85,6 +87,52 @@ const ALTERED: &[&str] = &[
     "alter table log add column note text default 'x'; insert into log values (3, 3), (4, 14)",
     "alter table item rename d to dd; alter table item add column f timestamptz default now(); \
      update item set dd = 3 where id = 7; truncate feel",
+];
+
+/// The same where each is alone: a textual decoder tells columns by the catalog, and so what is
+/// altered in the middle of a transaction too late.
+const ALONE: &[&str] = &[
+    "alter table item add column c text",
+    "insert into item values (201, 'behind', 1, 'c')",
+    "alter table item add column d int not null default 7",
+    "update item set c = 'all' where id <= 10",
+    "insert into item values (202, 'twice', 1, 'c', 9)",
+    "alter table item rename note to remark",
+    "update item set remark = 'renamed' where id = 3",
+    "alter table item alter amount type bigint",
+    "update item set amount = 9876543210 where id = 4",
+    "alter table item alter remark type varchar(200), add column e numeric(4,1) default 1.5",
+    "update item set remark = repeat('long ', 30) where id = 5",
+    "alter table item drop column c",
+    "delete from item where id = 6",
+    "create table log_2 partition of log for values from (10) to (20)",
+    "insert into log values (2, 15), (1, 2)",
+    "alter table log add column note text default 'x'",
+    "insert into log values (3, 3), (4, 14)",
+    "alter table item rename d to dd",
+    "alter table item add column f timestamptz default now()",
+    "update item set dd = 3 where id = 7",
+];
+
+/// What no row shows.
+const SILENT: &[&str] = &[
+    "create index item_amount on item (amount)",
+    "create unique index concurrently item_remark on item (remark, id)",
+    "alter table item add constraint positive check (amount >= 0) not valid",
+    "alter table item validate constraint positive",
+    "alter table item add constraint item_pair unique (id, amount)",
+    "alter table item alter remark set default 'none', alter amount set default 5",
+    "alter table item alter remark set not null",
+    "create index on log (day)",
+    "alter table feel add constraint feel_item foreign key (id) references item (id) not valid",
+    "alter table log add constraint log_day check (day >= 0)",
+    "create index item_expr on item (lower(remark)) where amount > 5",
+    "alter table feel add constraint feel_one exclude using btree (id with =)",
+    "drop index item_amount",
+    "alter table item drop constraint item_pair",
+    "create table log_3 partition of log for values from (20) to (30)",
+    "alter table other add constraint other_big check (n < 1000000)",
+    "alter table item drop constraint positive, add constraint positive check (amount > -5)",
 ];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -251,7 +299,10 @@ const CAPTURED: &[&str] = &[
 
 /// pg_dump's word on a side, without what is ours and what it makes up each time.
 fn dumped(server: &Server) -> String {
-    let dump = std::process::Command::new(server.bin_dir().join("pg_dump"))
+    let own = server.bin_dir().join("pg_dump");
+    // Which reads servers of all versions.
+    let newest = || client("pg_dump").unwrap();
+    let dump = std::process::Command::new(if own.exists() { own } else { newest() })
         .args(["--schema-only", "--exclude-schema=walferry", "--no-publications"])
         .arg(server.uri("app"))
         .output()
@@ -263,6 +314,8 @@ fn dumped(server: &Server) -> String {
             && !line.starts_with("--")
             && !line.contains("walferry_")
             && !line.contains("capture_main")
+            && !line.starts_with("SET ")
+            && !line.starts_with("SELECT pg_catalog.set_config")
     };
     text.lines().filter(ours).filter(|l| !l.trim().is_empty()).collect::<Vec<_>>().join("\n")
 }
@@ -327,4 +380,185 @@ async fn what_an_event_trigger_captures_is_run_at_its_place_once_through_kills()
         before.0.diff(&after.0).into_iter().filter(ours).collect::<Vec<_>>(),
         Vec::<String>::new()
     );
+}
+
+/// Both sides hold the same rows of the tables that are followed, and pg_dump says the same of them.
+async fn equal(ends: &Ends) {
+    let found = compare(&ends.source_uri(), &ends.target_uri()).await.unwrap();
+    let rows = found.differences.iter().filter(|line| !line.starts_with("sequence "));
+    assert_eq!(rows.collect::<Vec<_>>(), Vec::<&String>::new());
+    let (source, target) = (dumped(&ends.source), dumped(&ends.target));
+    let differing = source.lines().zip(target.lines()).find(|(a, b)| a != b);
+    assert_eq!(differing, None);
+    assert_eq!(source.lines().count(), target.lines().count());
+}
+
+/// Of [`ALTERED`] and [`SILENT`].
+const PARTITIONS: [&str; 2] = [
+    "create table log_2 partition of log for values from (10) to (20)",
+    "create table log_3 partition of log for values from (20) to (30)",
+];
+
+/// What is found by comparing catalogs is found within two looks, a few seconds apart.
+const ALIKE: Duration = Duration::from_secs(60);
+
+/// A cell: everything is altered under a writer and kill -9, and then the job goes there and back.
+async fn goes_there_and_back(major: u32, decoder: &str, capture: bool) {
+    let ends = Ends::start(major, major);
+    create_schema(&ends.source_uri(), 1).await.unwrap();
+    ends.source.psql("app", TABLES).unwrap();
+    // Before 13 a partition is published by itself, and a new one is a table that is not followed.
+    let early = if major < 13 && !capture { PARTITIONS } else { ["", ""] };
+    ends.source.psql("app", &early.join(";")).unwrap();
+    let pooler = PgBouncer::start(&ends.source, &["app"]).unwrap();
+    let policy = if capture { "apply" } else { "apply,no-capture" };
+    let arguments = ["run", "--ddl", policy, "--decoder", decoder];
+    let mut run = following(&ends, &arguments).await;
+    let options = Options { tx_per_second: Some(60.0), ..Options::new(&pooler.uri("app")) };
+    let writer = Writer::start(options).await.unwrap();
+    let texts: Vec<&str> = match (capture, decoder) {
+        (true, _) => CAPTURED.to_vec(),
+        (false, "pgoutput") => ALTERED.iter().chain(SILENT).copied().collect(),
+        _ => ALONE.iter().chain(SILENT).copied().collect(),
+    };
+    let done = |sql: &&str| early.iter().fold(sql.to_string(), |sql, made| sql.replace(made, ""));
+    let mut texts: Vec<String> = texts.iter().map(done).collect();
+    if !capture {
+        let last = [
+            "alter type mood add value 'odd' before 'glad'",
+            "insert into feel values (1, 'odd'), (2, 'glad')",
+            "insert into log (id, day) values (9, 9), (8, 12), (7, 25)",
+        ];
+        texts.extend(last.map(str::to_string));
+    }
+    for (turn, sql) in texts.iter().enumerate() {
+        ends.source.psql("app", sql).unwrap_or_else(|e| panic!("{sql}: {e}"));
+        if turn % 8 == 3 {
+            tokio::time::sleep(Duration::from_millis(fastrand::u64(0..400))).await;
+            run.kill9().await;
+            run = ends.spawn(&arguments);
+        }
+        // What is altered again before its first row has come through cannot be told any more.
+        if !capture {
+            arrived(&ends, &mut run).await;
+        }
+    }
+    arrived(&ends, &mut run).await;
+    let begun = Instant::now();
+    loop {
+        assert!(!run.has_ended(), "the run ended: {}", run.so_far());
+        let (source, target) = (dumped(&ends.source), dumped(&ends.target));
+        if source == target {
+            break;
+        }
+        let differing = source.lines().zip(target.lines()).find(|(a, b)| a != b);
+        assert!(begun.elapsed() < ALIKE, "{differing:?}\n{}", run.so_far());
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    nothing_parked(&ends).await;
+    for command in ["cutover", "rollback"] {
+        ends.done(&[command, "--route", &route_of(&pooler)]).await;
+        assert!(writer.committed_more(20).await, "the writer is stuck");
+        ends.done(&["verify"]).await;
+    }
+    let report = writer.stop().await;
+    assert_eq!((report.failed_statements, report.failed_connects), (0, 0), "{:?}", report.errors);
+    ends.done(&["verify"]).await;
+    ends.done(&["finish"]).await;
+    let _ = run.ended().await;
+    equal(&ends).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn on_18_and_without_event_triggers_the_rest_is_found_by_comparing_catalogs() {
+    goes_there_and_back(18, "pgoutput", false).await;
+}
+
+/// `make ddl`: every version and decoder, both ways.
+#[ignore = "three versions, two decoders, both ways"]
+#[tokio::test(flavor = "multi_thread")]
+async fn every_version_and_decoder_carries_every_class_both_ways() {
+    let majors = std::env::var("WALFERRY_DDL").unwrap_or("12 15 18".to_string());
+    let mut failed = Vec::new();
+    for major in majors.split_whitespace().map(|major| major.parse::<u32>().unwrap()) {
+        // Event triggers go with pgoutput only.
+        for (decoder, captures) in
+            [("pgoutput", &[false, true][..]), ("test_decoding", &[false][..])]
+        {
+            for capture in captures.iter().copied() {
+                let begun = Instant::now();
+                let cell =
+                    format!("{major} {decoder} {}", if capture { "captured" } else { "told" });
+                let task = tokio::spawn(goes_there_and_back(major, decoder, capture));
+                let outcome = task.await.map_err(|error| error.to_string());
+                println!("ddl: {cell} {:.1?}: {outcome:?}", begun.elapsed());
+                failed.extend(outcome.err().map(|_| cell));
+            }
+        }
+    }
+    assert_eq!(failed, Vec::<String>::new());
+}
+
+/// Whoever may alter a table of his own must not get to run anything as the owner of the event
+/// trigger's function, whatever lies in his search_path: types (the function is compiled under it),
+/// operators, functions, tables.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_lies_in_the_search_path_is_not_run_by_the_event_trigger() {
+    let ends = two_servers().await;
+    let mut run = following(&ends, &["run", "--ddl", "apply"]).await;
+    let evil = "create role mallory login; create schema evil authorization mallory; \
+        create table public.taken (by_whom text, what text); \
+        grant insert on public.taken to public; create table evil.mine (id int primary key); \
+        alter table evil.mine owner to mallory";
+    // Roles are a server's.
+    ends.target.psql("app", "create role mallory").unwrap();
+    ends.source.psql("app", evil).unwrap();
+    let mut mallory = crate::support::session_as(&ends.source, "mallory", "app").await;
+    let grab = |returns: &str, arguments: &str, gives: &str, name: &str| {
+        format!(
+            "create function evil.{name}({arguments}) returns {returns} language plpgsql as $f$ \
+             begin if current_user <> 'mallory' then \
+               insert into public.taken values (current_user, '{name}'); end if; \
+             return {gives}; end $f$"
+        )
+    };
+    let text = "pg_catalog.text";
+    for sql in [
+        grab("pg_catalog.bool", "v pg_catalog.text", "true", "checked"),
+        format!("create domain evil.text as {text} check (evil.checked(value))"),
+        format!("create domain evil.record as {text} check (evil.checked(value))"),
+        "create domain evil.int4 as pg_catalog.int4 check (evil.checked(value::pg_catalog.text))".to_string(),
+        grab(text, "v pg_catalog.text", "pg_catalog.current_setting(v)", "current_setting"),
+        grab(
+            text,
+            "a pg_catalog.text, b pg_catalog.text, c pg_catalog.bool",
+            "pg_catalog.set_config(a, b, c)",
+            "set_config",
+        ),
+        grab("pg_catalog.bool", "a pg_catalog.text, b pg_catalog.text", "a operator(pg_catalog.=) b", "same"),
+        "create operator evil.= (leftarg = pg_catalog.text, rightarg = pg_catalog.text, function = evil.same)".to_string(),
+        "create operator evil.~~ (leftarg = pg_catalog.text, rightarg = pg_catalog.text, function = evil.same)".to_string(),
+        "create temp table pg_class (oid oid, relpersistence \"char\", relispartition bool)".to_string(),
+    ] {
+        mallory.execute(&sql).await.unwrap_or_else(|e| panic!("{sql}: {e}"));
+    }
+    // A session that has not called the function yet compiles it under this path.
+    let mut mallory = crate::support::session_as(&ends.source, "mallory", "app").await;
+    for sql in [
+        // What walferry itself alters is not captured.
+        "set application_name = 'mallory'",
+        "set search_path = evil, pg_temp, pg_catalog",
+        "alter table evil.mine add column a pg_catalog.int4",
+        "create table evil.more (id pg_catalog.int8)",
+        "drop table evil.more",
+        "insert into evil.mine values (1, 2)",
+    ] {
+        mallory.execute(sql).await.unwrap_or_else(|e| panic!("{sql}: {e}"));
+    }
+    let path = mallory.query("show search_path").await.unwrap();
+    assert_eq!(path[0].str(0).unwrap(), "evil, pg_temp, pg_catalog");
+    assert_eq!(ends.source.psql("app", "select * from taken").unwrap(), "");
+    arrived(&ends, &mut run).await;
+    assert_eq!(ends.target.psql("app", "select * from evil.mine").unwrap(), "1|2");
+    assert_eq!(ends.target.psql("app", "select * from taken").unwrap(), "");
 }

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 mod apply;
+mod brought;
+mod bulk;
 mod catalog;
 mod check;
 mod citus;
@@ -11,6 +13,7 @@ mod copy;
 mod cutover;
 mod ddl;
 mod decode;
+mod failover;
 mod faults;
 mod fidelity;
 mod heartbeat;
@@ -33,8 +36,10 @@ mod route;
 mod schema;
 mod source;
 mod spool;
+mod states;
 mod stories;
 mod support;
 mod support_works;
 mod test_decoding;
+mod two_way;
 mod verify;

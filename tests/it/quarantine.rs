@@ -14,14 +14,16 @@ use crate::support::{Walferry, until_within};
 
 const RUN: &[&str] = &["run", "--on-row-error", "quarantine"];
 
-/// An application's tables, and one whose rows the target will refuse.
+/// One whose rows the target will refuse, and one that goes on.
+const ITEM: &str = "create table item (id int primary key, note text, amount int); \
+    insert into item select i, 'row ' || i, i from generate_series(1, 100) i; \
+    create table other (id int primary key)";
+
+/// An application's tables, and these.
 async fn two_servers() -> Ends {
     let ends = Ends::start(15, 15);
     create_schema(&ends.source_uri(), 1).await.unwrap();
-    let item = "create table item (id int primary key, note text, amount int); \
-                insert into item select i, 'row ' || i, i from generate_series(1, 100) i; \
-                create table other (id int primary key)";
-    ends.source.psql("app", item).unwrap();
+    ends.source.psql("app", ITEM).unwrap();
     ends
 }
 
@@ -181,4 +183,49 @@ async fn what_is_kept_is_dropped_one_by_one_or_whole_and_a_switch_may_leave_it()
     let _ = run.ended().await;
     let two_phase = ["run", "--on-row-error", "quarantine", "--two-phase", "on"];
     assert_eq!(ends.walferry(&two_phase).await.code, Some(2));
+}
+
+/// Kept through a kill, and written once it can be, in whatever way changes come and are marked.
+async fn is_kept_and_goes_once_it_can(ends: &Ends, arguments: &[&str]) {
+    let mut run = ends.spawn(arguments);
+    ends.until_phase(&mut run, "following").await;
+    ends.target.psql("app", "insert into item values (1000, 'rogue', 1)").unwrap();
+    let refused = "begin; update item set amount = 0 where id = 50; insert into other values (1); \
+                   insert into item values (1000, 'ours', 2); delete from item where id = 51; commit";
+    ends.source.psql("app", refused).unwrap();
+    arrived(ends, 90).await;
+    run.kill9().await;
+    let run = ends.spawn(arguments);
+    let more = "update item set note = 'then' where id in (50, 1000); insert into other values (2)";
+    ends.source.psql("app", more).unwrap();
+    arrived(ends, 100).await;
+    let there = [50, 51, 1000].map(|id| item(&ends.target, id));
+    assert_eq!(there, ["row 50|0", "row 51|51", "rogue|1"]);
+    assert_eq!(quarantined(ends).await, 4);
+    let tables = list(ends).await;
+    assert_eq!(tables[0]["rows"][0]["new"]["note"], "ours", "{tables}");
+    ends.target.psql("app", "delete from item where id = 1000").unwrap();
+    ends.done(&["quarantine", "retry", "public.item"]).await;
+    arrived(ends, 101).await;
+    assert_eq!(quarantined(ends).await, 0);
+    ends.done(&["verify"]).await;
+    same_rows(ends).await;
+    ends.done(&["cancel"]).await;
+    let _ = run.ended().await;
+}
+
+#[cfg(feature = "kafka")]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_row_that_came_through_a_topic_is_kept_and_goes_once_it_can() {
+    let ends = Ends::start(15, 15).with_kafka(&crate::support::job::broker().address());
+    ends.source.psql("app", ITEM).unwrap();
+    is_kept_and_goes_once_it_can(&ends, RUN).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_row_of_a_managed_source_is_kept_and_goes_once_it_can() {
+    let ends = crate::rights::roles::managed((15, 15)).await;
+    let given = format!("{ITEM}; grant select on item, other to mover");
+    ends.source.psql("app", &given).unwrap();
+    is_kept_and_goes_once_it_can(&ends, &[RUN, &["--no-owner"]].concat()).await;
 }

@@ -23,6 +23,7 @@ fn mapping(identity: ReplicaIdentity, kind: &str, key: &[&str]) -> Mapping {
         kind: kind.to_string(),
         counts_inserts: false,
         takes_copy: true,
+        deletes_by_array: true,
         acts: false,
         owned: true,
         key: key.iter().map(|k| k.to_string()).collect(),

@@ -233,7 +233,7 @@ impl Check<'_> {
         let (selection, moves) = (&self.options.selection, self.options.large_objects);
         let found = not_carried(&mut self.source.session, Side::Source, selection, moves).await;
         self.take(Side::Source, "what is not carried", found)?;
-        if moves && self.begun.is_none() {
+        if moves && self.begun.is_none() && !self.options.brought {
             let there = large::count(&mut self.target.session).await;
             let here = large::count(&mut self.source.session).await?;
             let found = there.map(|count| occupied(count, here).into_iter().collect());

@@ -160,7 +160,7 @@ impl Check<'_> {
         let schema = (!there).then(|| format!("CREATE SCHEMA walferry AUTHORIZATION {role};"));
         let tables = format!(
             "SET ROLE {role};\n{};\nCREATE TABLE IF NOT EXISTS walferry.progress \
-             (stream text PRIMARY KEY, end_lsn pg_lsn NOT NULL);\nRESET ROLE;",
+             (stream text PRIMARY KEY, end_lsn pg_lsn NOT NULL, counts text);\nRESET ROLE;",
             canary::ddl(&self.options.job)
         );
         schema.into_iter().chain([tables]).collect()

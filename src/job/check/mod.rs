@@ -18,9 +18,11 @@
 //! verify is for).
 
 mod borders;
+mod brought;
 mod carried;
 mod disk;
 mod end;
+mod failover;
 mod finding;
 mod given;
 mod identity;
@@ -36,6 +38,7 @@ mod target;
 mod tools;
 mod traffic;
 mod two_phase;
+mod two_way;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,6 +49,7 @@ use crate::map::Map;
 use crate::pg::{self, Config, Session};
 
 use super::config::JobConfig;
+use super::failover::Failover;
 use super::reading::Wanted;
 use super::state::Phase;
 pub use carried::not_carried;
@@ -71,6 +75,14 @@ pub struct CheckOptions {
     pub streaming: bool,
     /// Prepared transactions are to be carried as such.
     pub two_phase: bool,
+    /// Whether slots are made such that standbys keep copies of them.
+    pub failover: Failover,
+    /// Applications are to write to both sides.
+    pub two_way: bool,
+    /// The target is a copy that somebody else made: nothing is made there, all has to be there.
+    pub brought: bool,
+    /// Tables that are altered on the source are on the target as well, by the stream.
+    pub alters: bool,
     /// Parallel copies: each needs a connection on both sides.
     pub copy_jobs: usize,
     /// Whether a way back will be armed, for which both sides need the rights of the other.
@@ -100,6 +112,10 @@ impl CheckOptions {
             wanted: Wanted::default(),
             streaming: false,
             two_phase: false,
+            failover: Failover::Auto,
+            two_way: false,
+            brought: false,
+            alters: false,
             copy_jobs: 4,
             reverse: true,
             copy_bytes_per_second: 50_000_000,
@@ -156,15 +172,22 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.rights().await?;
     check.reading().await?;
     check.two_phase().await?;
+    check.failover().await?;
+    check.two_way().await?;
     check.published().await?;
     check.tables().await?;
     check.identities().await?;
     check.mapped().await?;
     check.objects().await?;
     check.carried().await?;
-    check.older().await?;
-    check.target().await?;
-    check.tools().await;
+    match options.brought {
+        true => check.brought().await?,
+        false => {
+            check.older().await?;
+            check.target().await?;
+            check.tools().await;
+        }
+    }
     check.traffic(start).await?;
     Ok(Report::new(check.findings))
 }

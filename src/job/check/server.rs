@@ -34,7 +34,8 @@ impl Check<'_> {
             self.findings.extend(room.filter(|f| !begun || f.code == "wal-level"));
             self.findings.extend(timeouts(end));
             self.findings.extend(truncate(end, self.options.reverse));
-            if end.facts.in_recovery {
+            // A copy that still recovers has a finding of its own.
+            if end.facts.in_recovery && !(self.options.brought && end.side == Side::Target) {
                 let message = "is a standby: connect to the primary (add \
                      target_session_attrs=read-write to the connection string to find it)";
                 let name = end.facts.dbname.clone();

@@ -142,9 +142,14 @@ impl Check<'_> {
         Ok(())
     }
 
-    async fn leftovers(&mut self, side: Side) -> pg::Result<Vec<Finding>> {
+    /// Of a copy that somebody else made, slot and publication were made first, and came along.
+    pub(super) async fn leftovers(&mut self, side: Side) -> pg::Result<Vec<Finding>> {
         let job = self.options.job.clone();
-        let names = [Stream::Forward, Stream::Reverse].map(|s| quote_literal(&job.object(s)));
+        let streams: &[Stream] = match self.options.brought {
+            true => &[Stream::Reverse],
+            false => &[Stream::Forward, Stream::Reverse],
+        };
+        let names: Vec<String> = streams.iter().map(|s| quote_literal(&job.object(*s))).collect();
         let sql = LEFTOVERS.replace("$names$", &names.join(","));
         let mut findings = Vec::new();
         for row in self.end(side).session.query(&sql).await? {

@@ -41,6 +41,10 @@ impl Check<'_> {
                 let options = self.options;
                 let found = transactions(self.end(side), options).await;
                 self.take(side, "transactions", found)?;
+                if options.brought && side == Side::Target {
+                    // What came along is to be ended in one way only.
+                    continue;
+                }
                 let found = prepared(self.end(side), options).await;
                 self.take(side, "prepared transactions", found)?;
             }
@@ -53,7 +57,7 @@ impl Check<'_> {
         }
         let end = Sample::take(&mut self.source).await?;
         self.forecast(start.rate(&end));
-        if self.begun.is_none() {
+        if self.begun.is_none() && !self.options.brought {
             let found = super::disk::room(&self.target, self.bytes_to_copy().1).await;
             self.findings.extend(found);
         }

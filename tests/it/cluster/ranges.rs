@@ -138,9 +138,6 @@ async fn groups_of_partitions_are_switched_one_after_the_other_under_writers_of_
     let found = stage.router.psql("app", "select id from t where id > 0").unwrap();
     let found: BTreeSet<u64> = found.lines().map(|id| id.parse().unwrap()).collect();
     assert_eq!(put, found);
-    let rows = "select coalesce(sum(n_live_tup), 0) from pg_stat_user_tables \
-         where schemaname = 'public' and relname like 'part_%'";
-    assert_eq!(stage.nodes[0].psql("app", rows).unwrap(), "0", "nothing is left on the old node");
     for group in 0..groups {
         let sql = format!(
             "select option_value from pg_foreign_server, pg_options_to_table(srvoptions) \
@@ -150,6 +147,10 @@ async fn groups_of_partitions_are_switched_one_after_the_other_under_writers_of_
         assert_eq!(port, stage.nodes[1].port().to_string());
     }
     if std::env::var("WALFERRY_RANGES").is_ok() {
+        // The old tables of a listed cluster stay where they are.
+        let drop = "do $$ declare t text; begin for t in select tablename from pg_tables \
+             where schemaname = 'public' loop execute 'drop table public.' || t; end loop; end $$";
+        stage.nodes[0].psql("app", drop).unwrap();
         let at_once = stage.moved(&stage.address("bulk", "b", 1), "b", "a").await;
         let times = one_by_one.as_secs_f64() / at_once.as_secs_f64();
         println!(

@@ -3,7 +3,7 @@
 mod aside;
 mod managed;
 mod objects;
-mod roles;
+pub mod roles;
 mod textual;
 
 use walferry::demo::writer::Writer;

@@ -11,7 +11,7 @@ use walferry::decode::Plugin;
 use walferry::demo::server::{Server, StopMode};
 use walferry::limit::CHUNK_BYTES;
 use walferry::lsn::Lsn;
-use walferry::pg::{Config, Purpose, Session};
+use walferry::pg::{Config, Purpose, Session, SlotKind};
 use walferry::source::{
     self, CreateOptions, Recorded, StreamOptions, Transport, publication, slot,
 };
@@ -122,7 +122,7 @@ impl Rig {
             let options = CreateOptions {
                 name: slot_of(way),
                 plugin: way.0.to_string(),
-                temporary: false,
+                kind: SlotKind::Permanent,
                 wait: PATIENCE,
             };
             let made = slot::create_plain(&mut maker, &mut sql, &options, |_| {}).await;

@@ -6,7 +6,7 @@ use walferry::change::{Chunk, Item};
 use walferry::fault::{Fault, Faulty};
 use walferry::limit::{CHUNK_BYTES, CHUNK_CHANGES};
 use walferry::pg::{Config, Purpose, Session};
-use walferry::source::{End, Error, Stream, StreamOptions};
+use walferry::source::{BulkOptions, End, Error, Stream, StreamOptions};
 
 use super::rig::{Proxy, Reader, Rig, SLOT, is_mark, shown, soon};
 
@@ -366,17 +366,23 @@ async fn what_is_read_in_bulk_is_what_is_streamed() {
     rig.mark().await;
     let confirmed_lsn = rig.confirmed().await;
     let mut seen: Vec<Vec<Chunk>> = Vec::new();
-    for (bulk_bytes, pull_messages) in
-        [(None, None), (Some(1), None), (Some(1), Some(100)), (Some(1 << 20), Some(3000))]
-    {
-        let options = StreamOptions { bulk_bytes, pull_messages, ..rig.options() };
+    for (least_bytes, ahead, pull_messages) in [
+        (None, true, None),
+        (Some(1), true, None),
+        (Some(1), false, None),
+        (Some(1), true, Some(100)),
+        (Some(1), false, Some(500)),
+        (Some(1 << 20), true, Some(3000)),
+    ] {
+        let bulk = BulkOptions { least_bytes, ahead, ..BulkOptions::default() };
+        let options = StreamOptions { bulk, pull_messages, ..rig.options() };
         let opened = Stream::open(&rig.config, options.clone()).await.unwrap();
-        assert_eq!(opened.is_behind(), bulk_bytes.is_some());
+        assert_eq!(opened.is_behind(), least_bytes.is_some());
         drop(opened);
         let mut reader = Reader::start(&rig.config, options, BUFFER).await;
         let begun = Instant::now();
         seen.push(reader.until_mark().await);
-        println!("bulk {bulk_bytes:?}: {:?}", begun.elapsed());
+        println!("bulk {least_bytes:?}, ahead {ahead}: {:?}", begun.elapsed());
         reader.end().await.unwrap();
     }
     assert!(seen[0].len() > 3000, "{}", seen[0].len());
@@ -385,7 +391,8 @@ async fn what_is_read_in_bulk_is_what_is_streamed() {
     // What the target has already is passed over, though the slot has it.
     let end_lsn = |at: usize| seen[0][at].commit.unwrap().end_lsn;
     let start_lsn = end_lsn(1500);
-    let bulk = StreamOptions { bulk_bytes: Some(1), pull_messages: Some(500), ..rig.options() };
+    let bulk = BulkOptions { least_bytes: Some(1), ..BulkOptions::default() };
+    let bulk = StreamOptions { bulk, pull_messages: Some(500), ..rig.options() };
     let mut reader = Reader::start(&rig.config, StreamOptions { start_lsn, ..bulk }, BUFFER).await;
     assert_eq!(reader.until_mark().await, seen[0][1501..]);
     reader.end().await.unwrap();
@@ -407,8 +414,8 @@ async fn between_bulk_and_stream_nothing_is_lost_and_nothing_comes_twice() {
     let insert = "insert into public.t (v) values ('x')";
     let many = format!("do $$ begin for i in 1..3000 loop {insert}; commit; end loop; end $$");
     rig.sql.execute(&many).await.unwrap();
-    let options =
-        StreamOptions { bulk_bytes: Some(1000), pull_messages: Some(300), ..rig.options() };
+    let bulk = BulkOptions { least_bytes: Some(1000), ..BulkOptions::default() };
+    let options = StreamOptions { bulk, pull_messages: Some(300), ..rig.options() };
     let mut reader = Reader::start(&rig.config, options, BUFFER).await;
     let mut writer = Session::connect(&rig.config, Purpose::Sql).await.unwrap();
     let writing = tokio::spawn(async move {
@@ -428,4 +435,44 @@ async fn between_bulk_and_stream_nothing_is_lost_and_nothing_comes_twice() {
     let ids: Vec<String> = (1..=4500).map(|id| format!("I t ({id},x)")).collect();
     assert_eq!(fast, ids.iter().collect::<Vec<_>>());
     reader.end().await.unwrap();
+}
+
+/// One that has committed and is longer than any chunk is read in bulk all the same, or streamed where
+/// that is not wanted, or where there is no room for it on the source.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_transaction_read_in_bulk_is_the_one_that_is_streamed() {
+    let ddl = "create table public.t (id int primary key, v text)";
+    let mut rig = Rig::new(&["autovacuum = off"], ddl, &["t"]).await;
+    if rig.sql.major_version() < 12 {
+        return; // No copies of slots.
+    }
+    // Some 75 MB of log, and more on the source than it keeps in memory.
+    let write = "insert into public.t select i, repeat('x', 450) from generate_series(1, 150000) i";
+    rig.sql.execute(write).await.unwrap();
+    rig.sql.execute("delete from public.t where id <= 10").await.unwrap();
+    rig.mark().await;
+    let streaming = "select count(*) from pg_stat_replication where state <> 'startup'";
+    let limits = [("-1", 2 << 30), ("-1", 0), ("1MB", 2 << 30)];
+    let mut seen: Option<Vec<Chunk>> = None;
+    for (temp_file_limit, transaction_bytes) in limits {
+        let set = format!("alter role postgres set temp_file_limit = '{temp_file_limit}'");
+        rig.sql.execute(&set).await.unwrap();
+        let bulk = BulkOptions { least_bytes: Some(1), transaction_bytes, ..Default::default() };
+        let options = StreamOptions { bulk, ..rig.options() };
+        let mut reader = Reader::start(&rig.config, options, 1 << 20).await;
+        let first = loop {
+            match reader.pop().await {
+                Item::Chunk(chunk) if !chunk.changes.is_empty() => break chunk,
+                _ => {}
+            }
+        };
+        let is_streamed = transaction_bytes == 0 || temp_file_limit != "-1";
+        rig.wait_for(streaming, if is_streamed { "1" } else { "0" }).await;
+        let mut chunks = vec![first];
+        chunks.append(&mut reader.until_mark().await);
+        reader.end().await.unwrap();
+        let changes: usize = chunks.iter().map(|chunk| chunk.changes.len()).sum();
+        assert_eq!(changes, 150_010);
+        assert!(*seen.get_or_insert_with(|| chunks.clone()) == chunks, "they differ");
+    }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use walferry::change::{Chunk, Ending, Item};
 use walferry::demo::server::Server;
 use walferry::pg::{Purpose, Session};
-use walferry::source::{self, StreamOptions, Transport, slot};
+use walferry::source::{self, BulkOptions, StreamOptions, Transport, slot};
 
 use super::rig::{Reader, Rig, is_mark, soon};
 
@@ -89,7 +89,7 @@ async fn a_slot_that_tells_of_prepare_is_streamed_and_nothing_else() {
         slot: "two".to_string(),
         start_lsn,
         confirmed_lsn: start_lsn,
-        bulk_bytes: Some(1),
+        bulk: BulkOptions { least_bytes: Some(1), ..BulkOptions::default() },
         ..rig.options()
     };
     let refused = source::Reader::open(&rig.config, Transport::Pull, options.clone()).await;

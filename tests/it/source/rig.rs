@@ -12,7 +12,7 @@ use walferry::change::{Change, Chunk, Item, Relation};
 use walferry::demo::server::Server;
 use walferry::id::QualifiedName;
 use walferry::lsn::Lsn;
-use walferry::pg::{Config, Purpose, Session};
+use walferry::pg::{Config, Purpose, Session, SlotKind};
 use walferry::source::{
     self, Blocker, CreateOptions, End, HeldSlot, Positions, Recorded, StreamOptions, Transport,
     publication, slot,
@@ -112,7 +112,8 @@ impl Rig {
 }
 
 pub fn create_options(name: &str, wait: Duration) -> CreateOptions {
-    CreateOptions { name: name.to_string(), plugin: "pgoutput".to_string(), temporary: false, wait }
+    let (name, plugin) = (name.to_string(), "pgoutput".to_string());
+    CreateOptions { name, plugin, kind: SlotKind::Permanent, wait }
 }
 
 pub async fn make_slot(config: &Config, watcher: &mut Session, name: &str) -> HeldSlot {

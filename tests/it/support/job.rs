@@ -47,6 +47,11 @@ impl Ends {
         for server in [&source, &target] {
             server.psql("postgres", "create database app").unwrap();
         }
+        Ends::between(source, target)
+    }
+
+    /// Of servers that have a database `app`.
+    pub fn between(source: Server, target: Server) -> Ends {
         let (source_via, target_via) = (source.uri("app"), target.uri("app"));
         let name = format!("walferry-it-{}-{:x}", std::process::id(), fastrand::u64(..));
         let spool_dir = std::env::temp_dir().join(name);

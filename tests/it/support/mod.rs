@@ -22,7 +22,12 @@ pub fn server() -> Server {
 
 /// A session of the superuser.
 pub async fn session(server: &Server, dbname: &str) -> Session {
-    let config = Config::parse(&server.uri(dbname)).unwrap();
+    session_as(server, "postgres", dbname).await
+}
+
+/// A session of any role.
+pub async fn session_as(server: &Server, role: &str, dbname: &str) -> Session {
+    let config = Config::parse(&server.uri_as(role, dbname)).unwrap();
     Session::connect(&config, Purpose::Sql).await.unwrap()
 }
 

@@ -1,0 +1,121 @@
+//! Round trips of a transaction under way, and what an error of one is about.
+
+use super::Settler;
+use super::judge::{Local, Op};
+use super::look::LastWriter;
+use super::settle::{Candidate, Frame, bytes};
+use crate::apply::Applier;
+use crate::apply::admit::relations;
+use crate::apply::error::{Error, Result, advice, said};
+use crate::apply::request::{Request, Role};
+use crate::apply::rows::culprit;
+use crate::change::{Change, OldRow};
+use crate::fault::{Fault, Faulty};
+use crate::pg::{self, Reply};
+
+/// What came back: rows and tag of each statement.
+pub(super) struct Answers {
+    pub rows: Vec<Vec<pg::Row>>,
+    pub tags: Vec<String>,
+}
+
+impl Applier {
+    /// Locks the rows of a group in order, behind what `request` has to write before, and tells who
+    /// wrote each last.
+    pub(super) async fn look(
+        &mut self,
+        settler: &mut Settler,
+        frame: &Frame<'_>,
+        mut request: Request,
+        group: &[Candidate<'_>],
+    ) -> Result<Vec<Local>> {
+        let first = request.roles.len();
+        for candidate in group {
+            let plan = settler.plan(&candidate.relation)?;
+            let away = candidate.op == Op::Delete
+                || matches!(candidate.change, Change::Update { old: Some(OldRow::Key(_)), .. });
+            let look = if away { &plan.look_away } else { &plan.look };
+            request.pipeline.run(look, bytes(&candidate.key));
+            request.roles.push(Role::Aside);
+        }
+        let answers = self.ask(frame, request).await?;
+        let mut missing = Request::default();
+        let mut found = Vec::new();
+        for (n, candidate) in group.iter().enumerate() {
+            let row = answers.rows.get(first + n).and_then(|rows| rows.first());
+            let last = row.map(|row| LastWriter::read(row, 0)).transpose()?;
+            if last.is_none() {
+                let gone = &settler.plan(&candidate.relation)?.gone;
+                missing.pipeline.run(gone, bytes(&candidate.key));
+                missing.roles.push(Role::Aside);
+            }
+            found.push(last);
+        }
+        let mut gone = Vec::new();
+        if !missing.roles.is_empty() {
+            gone = self.ask(frame, missing).await?.rows;
+        }
+        let (mut gone, mut locals) = (gone.into_iter(), Vec::new());
+        let commit_time = frame.incoming.commit_time;
+        for last in found {
+            locals.push(match last {
+                Some(last) => Local::Row(settler.rival(last, commit_time).await?),
+                None => match gone.next().and_then(|rows| rows.into_iter().next()) {
+                    None => Local::Missing,
+                    Some(row) => {
+                        let last = LastWriter::read(&row, 0)?;
+                        Local::Gone(settler.rival(last, commit_time).await?)
+                    }
+                },
+            });
+        }
+        Ok(locals)
+    }
+
+    /// One round trip.
+    pub(super) async fn ask(&mut self, frame: &Frame<'_>, request: Request) -> Result<Answers> {
+        let mut answers = Answers { rows: vec![Vec::new()], tags: Vec::new() };
+        if request.roles.is_empty() {
+            return Ok(answers);
+        }
+        let outcome = self.session.exchange(request.pipeline, |reply| match reply {
+            Reply::Row(row) => {
+                if let Some(rows) = answers.rows.last_mut() {
+                    rows.push(row);
+                }
+            }
+            Reply::Done(tag) => {
+                answers.tags.push(tag);
+                answers.rows.push(Vec::new());
+            }
+        });
+        let Err(error) = outcome.await else {
+            answers.rows.pop();
+            return Ok(answers);
+        };
+        let failed = request.roles.get(answers.tags.len()).copied();
+        if error.is_closed() || error.fault() == Fault::Retry {
+            return Err(error.into());
+        }
+        if failed == Some(Role::Progress) {
+            return Err(self.progress.explain(&mut self.session, error).await);
+        }
+        Err(self.named(frame, failed, error))
+    }
+
+    /// The error with the row that it is about.
+    fn named(&self, frame: &Frame<'_>, failed: Option<Role>, error: pg::Error) -> Error {
+        let Some(server) = error.server() else { return error.into() };
+        let Some(Role::Step { at, .. }) = failed else { return error.into() };
+        let step = frame.admitted.steps.get(at).and_then(|step| step.of(frame.part));
+        let Some((_, change)) = step else { return error.into() };
+        let route = relations(change).next().and_then(|r| self.writer.routes.get(r));
+        let Some(route) = route else { return error.into() };
+        Error::Refused {
+            culprit: Box::new(culprit(route, frame.begin, change, 0)),
+            said: said(server),
+            advice: advice(&server.code),
+            source: Box::new(error),
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! A batch on its way to the target and back.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use super::admit::{Admitted, relations};
+use super::batch::Batch;
+use super::count::Entry;
+use super::request::{Replies, Request, Role};
+use crate::fault::{Fault, Faulty};
+use crate::lsn::Lsn;
+use crate::pg::{self, Event};
+
+/// A batch with all that is decided before it is written, and what came back.
+#[derive(Debug)]
+pub(super) struct Flight {
+    pub batch: Batch,
+    pub admitted: Admitted,
+    /// What its target transaction does to the books.
+    pub entry: Entry,
+    /// Progress before it.
+    pub previous_lsn: Lsn,
+    /// The target transaction begins, and ends, with this batch.
+    pub opens: bool,
+    pub commits: bool,
+    /// It is a prepared transaction that the target has already: only its books are missing.
+    pub there: bool,
+    /// It asks where the target's log stands.
+    pub asks: bool,
+    pub request: Request,
+    pub replies: Replies,
+    pub failure: Option<pg::Error>,
+    pub sent_at: Instant,
+    /// All has been answered.
+    pub over: bool,
+}
+
+/// A target transaction is worth its while for row changes, filtered ones included as they are
+/// counted, and for one that goes on in the next batch. Empty transactions and messages only move
+/// the position.
+pub(super) fn has_rows(batch: &Batch) -> bool {
+    let mut changes = batch.chunks.iter().flat_map(|c| &c.changes);
+    batch.commit.is_none() || changes.any(|c| relations(c).next().is_some())
+}
+
+/// Whether row order may succeed where this refused set order: not where the connection is the
+/// cause, or somebody who cancels, or what is not a change of the batch.
+pub(super) fn falls_back(error: &pg::Error, flight: &Flight) -> bool {
+    let roles = &flight.request.roles;
+    let answered = error.server().is_some_and(|e| e.code != "57014");
+    let of_set = roles.iter().any(|r| matches!(r, Role::Set { .. }))
+        && matches!(flight.replies.failed(roles), Some(Role::Set { .. } | Role::Step { .. }));
+    answered && of_set && !error.is_closed() && error.fault() != Fault::Retry
+}
+
+/// Gives an event to the oldest batch that is not over.
+pub(super) fn deliver(flights: &mut VecDeque<Flight>, event: Event) {
+    let Some(flight) = flights.iter_mut().find(|f| !f.over) else { return };
+    match event {
+        Event::Reply(reply) => flight.replies.take(&flight.request.roles, reply),
+        Event::Failed(error) => flight.failure = flight.failure.take().or(Some(error)),
+        Event::Over => flight.over = true,
+    }
+}

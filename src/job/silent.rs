@@ -1,0 +1,273 @@
+//! `--ddl` without event triggers: indexes, constraints, NOT NULL and defaults, which no stream
+//! shows ([`crate::schema::silent`]), looked for beside the stream and made as the policy says.
+//!
+//! A look at the source is of now, and the target is behind. So what a look has found waits until
+//! the target has applied what was there by then; and it is done only if the next look finds it
+//! still so, as rows that come meanwhile may not fit what is gone again. What the target refuses is
+//! tried again with the next look, and said once.
+//!
+//! What the source had is kept in `walferry.source_object`, first as it was when the schema was
+//! copied, and moved on one by one in the transaction that does it. So each is done once, through
+//! any crash.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::pipeline::Task;
+use super::run::{Notice, Report, Runner};
+use super::state::Phase;
+use super::{Error, Result};
+use crate::apply::Applied;
+use crate::catalog::Selection;
+use crate::id::Stream;
+use crate::limit::CATALOG_WAIT;
+use crate::lsn::Lsn;
+use crate::pg::{CancelHandle, Config, Purpose, Session};
+use crate::schema::captured;
+use crate::schema::policy::{Action, Policy};
+use crate::schema::silent::{Change, Key, Look, Objects, Todo, changes, look, todo};
+
+/// Between two looks.
+const TURN: Duration = Duration::from_secs(5);
+
+/// While something that was found waits to be seen again.
+const SOON: Duration = Duration::from_secs(1);
+
+/// Such a statement does not queue for a lock in front of the stream for longer.
+const LOCK_TIMEOUT: &str = "set lock_timeout = '5s'";
+
+/// Looks that are taken for as long as this lives.
+pub(super) struct Silent {
+    _task: Task<()>,
+    statement: Arc<Mutex<Option<CancelHandle>>>,
+}
+
+struct Watcher {
+    source: Config,
+    target: Config,
+    selection: Selection,
+    job: String,
+    stream: String,
+    policy: Policy,
+    report: Report,
+    applied: watch::Receiver<Applied>,
+    /// The look before, and where the source's log stood then.
+    seen: Option<(Look, Lsn)>,
+    said: HashSet<String>,
+    statement: Arc<Mutex<Option<CancelHandle>>>,
+}
+
+impl Watcher {
+    async fn watch(mut self) {
+        loop {
+            let pause = match self.turn().await {
+                Ok(true) => SOON,
+                Ok(false) => TURN,
+                Err(error) => {
+                    tracing::debug!(%error, "catalogs could not be compared");
+                    TURN
+                }
+            };
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// True if something was found that waits.
+    async fn turn(&mut self) -> Result<bool> {
+        let mut source = Session::control(&self.source).await?.with_patience(CATALOG_WAIT);
+        let now = look(&mut source, &self.selection).await?;
+        // Read after it: what was seen had committed before.
+        let lsn = source.query_one("select pg_catalog.pg_current_wal_insert_lsn()", &[]).await?;
+        let lsn = lsn.lsn(0)?;
+        let mut target = Session::connect(&self.target, Purpose::Sql).await?;
+        let known = load(&mut target, &self.job).await?;
+        let Some((before, seen_lsn)) = self.seen.take() else {
+            let waits = known != now.objects;
+            self.seen = Some((now, lsn));
+            return Ok(waits);
+        };
+        if self.applied.borrow().applied_lsn < seen_lsn {
+            let waits = known != now.objects;
+            self.seen = Some((before, seen_lsn));
+            return Ok(waits);
+        }
+        let still = |change: &Change| before.objects.get(&change.key) == change.now.as_ref();
+        let found: Vec<Change> = changes(&known, &now.objects);
+        let (ripe, fresh): (Vec<Change>, Vec<Change>) = found.into_iter().partition(still);
+        for change in &ripe {
+            self.carry(&mut target, change, &now).await?;
+        }
+        self.seen = Some((now, lsn));
+        Ok(!fresh.is_empty())
+    }
+
+    async fn carry(&mut self, target: &mut Session, change: &Change, here: &Look) -> Result<()> {
+        let there = look(target, &self.selection).await?;
+        let statements = match todo(change, here, &there) {
+            Todo::Nothing => {
+                return store(target, &self.job, change).await;
+            }
+            Todo::Wait => return Ok(()),
+            Todo::Differs => {
+                let key = &change.key;
+                self.say(format!(
+                    "warning: {} of {}.{} was changed on the source, and is another one on the \
+                     target: it is left alone",
+                    key.name, key.schema, key.table
+                ));
+                return Ok(());
+            }
+            Todo::Run(statements) => statements,
+        };
+        let sql = statements.join("; ");
+        if self.policy.of(change.key.kind.class()) != Action::Apply {
+            self.say(format!("warning: the stream is silent about it, run on the target: {sql}"));
+            return Ok(());
+        }
+        let handle = target.cancel_handle();
+        *self.statement.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle);
+        let ran = run(target, &self.job, &self.stream, change, &statements).await;
+        self.statement.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match ran {
+            Ok(()) => {
+                (self.report)(Notice::Said(format!("the source has it, made here: {sql}")));
+                Ok(())
+            }
+            Err(Error::Pg(error)) if error.is_closed() => Err(error.into()),
+            Err(error) => {
+                self.say(format!("warning: tried again with the next look: {sql}: {error}"));
+                Ok(())
+            }
+        }
+    }
+
+    fn say(&mut self, text: String) {
+        if self.said.insert(text.clone()) {
+            (self.report)(Notice::Said(text));
+        }
+    }
+}
+
+/// One change, in one transaction with what is remembered of it.
+async fn run(
+    target: &mut Session,
+    job: &str,
+    stream: &str,
+    change: &Change,
+    statements: &[String],
+) -> Result<()> {
+    target.execute(LOCK_TIMEOUT).await?;
+    target.execute("begin").await?;
+    let work = async {
+        for sql in statements {
+            target.execute(sql).await?;
+        }
+        let Key { schema, table, .. } = &change.key;
+        let sql = "insert into walferry.altered (stream, schema, name, sql) \
+             values ($1, $2, $3, $4)";
+        let all = statements.join("; ");
+        target.query_params(sql, &[Some(stream), Some(schema), Some(table), Some(&all)]).await?;
+        store(target, job, change).await?;
+        target.execute("commit").await?;
+        Ok(())
+    };
+    let worked: Result<()> = work.await;
+    if worked.is_err() && target.in_transaction() {
+        target.execute("rollback").await?;
+    }
+    worked
+}
+
+fn key_text(key: &Key) -> Result<String> {
+    serde_json::to_string(key).map_err(|e| Error::State(e.to_string()))
+}
+
+async fn store(target: &mut Session, job: &str, change: &Change) -> Result<()> {
+    let key = key_text(&change.key)?;
+    let Some(now) = &change.now else {
+        let sql = "delete from walferry.source_object where job = $1 and key = $2";
+        target.query_params(sql, &[Some(job), Some(&key)]).await?;
+        return Ok(());
+    };
+    let sql = "insert into walferry.source_object (job, key, definition) values ($1, $2, $3) \
+         on conflict (job, key) do update set definition = excluded.definition";
+    target.query_params(sql, &[Some(job), Some(&key), Some(now)]).await?;
+    Ok(())
+}
+
+async fn load(target: &mut Session, job: &str) -> Result<Objects> {
+    let sql = "select key, definition from walferry.source_object where job = $1";
+    let mut objects = Objects::new();
+    for row in target.query_params(sql, &[Some(job)]).await? {
+        let key = serde_json::from_str(row.str(0)?)
+            .map_err(|e| Error::State(format!("walferry.source_object: {e}")))?;
+        objects.insert(key, row.string(1)?);
+    }
+    Ok(objects)
+}
+
+impl Runner {
+    /// Keeps what the source has as its schema is copied. `from` is the source, or a copy of it
+    /// that somebody else made.
+    pub(super) async fn remember_objects(&mut self, from: &mut Session) -> Result<()> {
+        let objects = look(from, &self.selection).await?.objects;
+        let mut all = Vec::with_capacity(objects.len());
+        for (key, definition) in &objects {
+            all.push((key_text(key)?, definition));
+        }
+        let all = serde_json::to_string(&all).map_err(|e| Error::State(e.to_string()))?;
+        let sql = "with gone as (delete from walferry.source_object where job = $1) \
+             insert into walferry.source_object (job, key, definition) \
+             select $1, o ->> 0, o ->> 1 from pg_catalog.jsonb_array_elements($2::jsonb) o \
+             on conflict (job, key) do update set definition = excluded.definition";
+        let job = self.config.job.as_str();
+        self.store.session.query_params(sql, &[Some(job), Some(&all)]).await?;
+        Ok(())
+    }
+
+    /// Looks while the forward stream is followed, if DDL is wanted and no event trigger tells it.
+    pub(super) async fn keep_looking(&mut self, phase: Phase) -> Result<()> {
+        let (Some(policy), Some(pipe)) = (self.config.ddl, &self.forward) else { return Ok(()) };
+        // Under other names nothing could be held against the source.
+        if phase != Phase::Following || self.silent.is_some() || self.config.map.is_some() {
+            return Ok(());
+        }
+        let applied = pipe.applied.clone();
+        if policy.captures() {
+            let mut source = Session::control(&self.config.source).await?;
+            if captured::is_installed(&mut source, &self.config.job).await? {
+                return Ok(());
+            }
+        }
+        let statement = Arc::new(Mutex::new(None));
+        let watcher = Watcher {
+            source: self.config.source.clone(),
+            target: self.config.target.clone(),
+            selection: self.selection.clone(),
+            job: self.config.job.to_string(),
+            stream: self.config.job.object(Stream::Forward),
+            policy,
+            report: self.report.clone(),
+            applied,
+            seen: None,
+            said: HashSet::new(),
+            statement: statement.clone(),
+        };
+        let _task = Task(tokio::spawn(watcher.watch()));
+        self.silent = Some(Silent { _task, statement });
+        Ok(())
+    }
+
+    /// Before a flip: ends a statement in its server too, which would keep its locks.
+    pub(super) async fn stop_looking(&mut self) {
+        let Some(silent) = self.silent.take() else { return };
+        let handle = silent.statement.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(silent);
+        if let Some(handle) = handle {
+            let _ = handle.cancel().await;
+        }
+    }
+}

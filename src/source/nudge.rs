@@ -1,0 +1,167 @@
+//! Has the server let go of WAL that a slot's reader has long confirmed.
+//!
+//! WAL is kept from a slot's restart_lsn on. That moves only at records of running transactions:
+//! there the decoder writes its snapshot down, and begins again from it once the reader has
+//! confirmed what lies behind. A server logs such a record every 15 seconds and at checkpoints, and
+//! a transaction that is running at one holds it at the record before. So a slot keeps what all
+//! databases of its server wrote in twice that time, however idle its own is and however prompt its
+//! reader.
+//!
+//! 1. Look at what is confirmed and kept all the same.
+//! 2. Once that is [`STEP_BYTES`], and as much was logged since the last time, have one more record
+//!    logged: by pg_log_standby_snapshot() from 16 on, where the role may; else by making a
+//!    temporary slot, which begins with just that, and dropping it. The slot would go on to wait
+//!    for transactions that run; that is cut short, as the record is in the log by then.
+//!
+//! Nothing waits for any of this, and without it more WAL is kept, no more.
+//!
+//! <https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-SNAPSHOT-SYNCHRONIZATION>,
+//! <https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION>
+
+use crate::id::quote_literal;
+use crate::lsn::Lsn;
+use crate::pg::{self, Session};
+
+/// Bytes of log between two records that are asked for. Two such steps are kept, and what comes in
+/// between two looks.
+pub const STEP_BYTES: u64 = 16 << 20;
+
+/// SQLSTATEs of a slot's creation that got as far as to wait for somebody's transaction: lock
+/// timeout, statement timeout.
+const CUT_SHORT: [&str; 2] = ["55P03", "57014"];
+
+/// max_replication_slots.
+const NO_SLOT_FREE: &str = "53400";
+
+/// Of one slot.
+#[derive(Debug)]
+pub struct Nudge {
+    slot: String,
+    plugin: String,
+    /// Where the log ended at the last.
+    nudged_lsn: Lsn,
+    way: Option<Way>,
+    /// A refusal was told.
+    told: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Function,
+    Slot,
+    /// The server refuses both.
+    Neither,
+}
+
+/// What came of a look.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Nudged {
+    /// There was no need.
+    No,
+    /// The server logged a record.
+    Yes,
+    /// It refuses, for this reason; told once.
+    Refused(String),
+}
+
+impl Nudge {
+    /// For a slot of this name, with its output plugin.
+    pub fn new(slot: &str, plugin: &str) -> Nudge {
+        Nudge {
+            slot: slot.to_string(),
+            plugin: plugin.to_string(),
+            nudged_lsn: Lsn::ZERO,
+            way: None,
+            told: false,
+        }
+    }
+
+    /// Looks once, and has a record logged where that helps. `session` is an ordinary session of
+    /// the slot's database, used for this alone: it is given short timeouts. Takes a few seconds at
+    /// most.
+    ///
+    /// Errors: what the wire gives; look again with a new session then.
+    pub async fn look(&mut self, session: &mut Session) -> pg::Result<Nudged> {
+        if self.way == Some(Way::Neither) {
+            return Ok(Nudged::No);
+        }
+        // On a standby the log is the primary's to write.
+        let sql = format!(
+            "select coalesce(pg_catalog.pg_wal_lsn_diff( \
+               s.confirmed_flush_lsn, s.restart_lsn), 0)::int8, \
+             case when not pg_catalog.pg_is_in_recovery() \
+               then pg_catalog.pg_current_wal_insert_lsn() end \
+             from pg_catalog.pg_replication_slots s where s.slot_name = {}",
+            quote_literal(&self.slot)
+        );
+        let rows = session.query(&sql).await?;
+        let Some(row) = rows.first() else { return Ok(Nudged::No) };
+        let (kept, end): (i64, Option<Lsn>) = (row.parse(0)?, row.parse_opt(1)?);
+        let Some(end_lsn) = end else { return Ok(Nudged::No) };
+        if !due(kept, end_lsn, self.nudged_lsn) {
+            return Ok(Nudged::No);
+        }
+        self.nudged_lsn = end_lsn;
+        self.nudge(session).await
+    }
+
+    async fn nudge(&mut self, session: &mut Session) -> pg::Result<Nudged> {
+        let way = *self.way.get_or_insert(match session.major_version() {
+            16.. => Way::Function,
+            _ => Way::Slot,
+        });
+        let mut refused = String::new();
+        if way == Way::Function {
+            match session.query("select pg_catalog.pg_log_standby_snapshot()").await {
+                Ok(_) => return Ok(Nudged::Yes),
+                Err(error) if error.is_closed() => return Err(error),
+                Err(error) => refused = format!("{error}; "),
+            }
+        }
+        let sql = format!(
+            "select pg_catalog.pg_drop_replication_slot(s.slot_name) \
+             from pg_catalog.pg_create_logical_replication_slot({}, {}, true) s",
+            quote_literal(&format!("walferry_nudge_{:08x}", fastrand::u32(..))),
+            quote_literal(&self.plugin)
+        );
+        session.execute("set lock_timeout = '100ms'; set statement_timeout = '2s'").await?;
+        match session.query(&sql).await {
+            Err(error) if error.is_closed() => return Err(error),
+            Err(error) if error.code().is_some_and(|code| CUT_SHORT.contains(&code)) => {}
+            Err(error) => {
+                // A slot may come free; a right does not come by itself.
+                if error.code() != Some(NO_SLOT_FREE) {
+                    self.way = Some(Way::Neither);
+                }
+                let told = std::mem::replace(&mut self.told, true);
+                let refusal = Nudged::Refused(format!("{refused}{error}"));
+                return Ok(if told { Nudged::No } else { refusal });
+            }
+            Ok(_) => {}
+        }
+        self.way = Some(Way::Slot);
+        Ok(Nudged::Yes)
+    }
+}
+
+/// `kept` bytes are confirmed and in the log all the same.
+fn due(kept: i64, end_lsn: Lsn, nudged_lsn: Lsn) -> bool {
+    u64::try_from(kept).is_ok_and(|kept| kept >= STEP_BYTES)
+        && end_lsn.bytes_since(nudged_lsn) >= STEP_BYTES
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_due_once_a_step_is_kept_and_a_step_was_logged_since_the_last() {
+        let (step, kept) = (STEP_BYTES, STEP_BYTES as i64);
+        assert!(due(kept, Lsn(step), Lsn::ZERO));
+        assert!(!due(kept - 1, Lsn(step), Lsn::ZERO));
+        // Somebody's transaction holds the slot where it is: one record a step, not one a look.
+        assert!(!due(kept * 9, Lsn(10 * step), Lsn(9 * step + 1)));
+        assert!(due(kept * 9, Lsn(10 * step), Lsn(9 * step)));
+        assert!(!due(-1, Lsn(step), Lsn::ZERO));
+    }
+}
