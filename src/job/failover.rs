@@ -31,9 +31,10 @@ use crate::catalog::{Table, TableKind};
 use crate::copy::refill::{Found, Verdict};
 use crate::copy::{SnapshotSource, refill};
 use crate::id::{JobName, QualifiedName, Stream};
+use crate::lsn::Lsn;
 use crate::pg::{Config, Purpose, Session, SlotKind};
-use crate::source::continuity::{check_slot, check_system, check_system_by_sql};
-use crate::source::{Transport, slot};
+use crate::source::continuity::{Recorded, System, check_slot, check_system, check_system_by_sql};
+use crate::source::{self, Transport, slot};
 use crate::{apply, verify};
 
 /// The first version whose standbys keep copies of logical slots.
@@ -155,15 +156,14 @@ impl Runner {
         let system = row.source_system.as_deref();
         let mut recorded = recorded(source, system, &reading.decoder);
         recorded.timeline = row.timelines.copied.unwrap_or(recorded.timeline);
-        let found = match reading.transport()? {
-            Transport::Stream => {
-                let mut session = Session::connect(source, Purpose::Replication).await?;
-                check_system(&mut session, &recorded, seen_lsn).await?
+        let transport = reading.transport()?;
+        let found = match check(source, transport, &recorded, seen_lsn).await {
+            // A snapshot's position may lie past what was flushed then, and all that it sees does
+            // not: on its own timeline a source that has less has lost nothing by that.
+            Err(source::Error::Behind { .. }) => {
+                check(source, transport, &recorded, Lsn::ZERO).await?
             }
-            Transport::Pull => {
-                let mut session = Session::connect(source, Purpose::Sql).await?;
-                check_system_by_sql(&mut session, source, &recorded, seen_lsn).await?
-            }
+            found => found?,
         };
         if slot_too {
             let progress_lsn = apply::durable_progress(home, &name).await?;
@@ -259,6 +259,25 @@ impl Runner {
             self.say(Notice::Said(line));
         }
         Ok(())
+    }
+}
+
+/// The recorded server, with all its history up to `seen_lsn`.
+async fn check(
+    source: &Config,
+    transport: Transport,
+    recorded: &Recorded,
+    seen_lsn: Lsn,
+) -> source::Result<System> {
+    match transport {
+        Transport::Stream => {
+            let mut session = Session::connect(source, Purpose::Replication).await?;
+            check_system(&mut session, recorded, seen_lsn).await
+        }
+        Transport::Pull => {
+            let mut session = Session::connect(source, Purpose::Sql).await?;
+            check_system_by_sql(&mut session, source, recorded, seen_lsn).await
+        }
     }
 }
 
