@@ -65,9 +65,12 @@ pub async fn is_due(session: &mut Session, job: &str) -> Result<bool> {
 /// A position past all that the snapshots of finished tables see, `0/0` where the slot's own was
 /// enough: a source whose history forked off before has not got what was copied.
 pub async fn seen_lsn(session: &mut Session, job: &str) -> Result<Lsn> {
-    let sql = "select coalesce(max(snapshot_lsn), '0/0') from walferry.table_copy \
-         where job = $1 and state = 'done'";
-    Ok(session.query_one(sql, &[Some(job)]).await?.lsn(0)?)
+    // There is no max(pg_lsn) before 13.
+    let sql = "select snapshot_lsn from walferry.table_copy \
+         where job = $1 and state = 'done' and snapshot_lsn is not null \
+         order by snapshot_lsn desc limit 1";
+    let row = session.query_opt(sql, &[Some(job)]).await?;
+    Ok(row.map(|row| row.lsn(0)).transpose()?.unwrap_or(Lsn::ZERO))
 }
 
 /// Takes these tables out of doubt, all in one transaction: equal ones are done, others are to be
