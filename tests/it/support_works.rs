@@ -40,28 +40,25 @@ async fn two_servers_have_different_system_identifiers() {
 
 #[tokio::test]
 async fn every_installed_major_starts_and_takes_the_writer() {
-    for major in 10..=18 {
-        if !binaries::is_installed(major) {
-            continue;
-        }
-        let server = Server::start(
-            &Server::bin_of(major).unwrap(),
-            &["fsync = on", "synchronous_commit = off"],
-        )
-        .unwrap();
-        let mut session = support::session(&server, "postgres").await;
-        assert_eq!(session.major_version(), major);
-        let row = session.query_one("show fsync", &[]).await.unwrap();
-        assert_eq!(row.str(0).unwrap(), "on");
-        let uri = server.uri("postgres");
-        writer::create_schema(&uri, 1).await.unwrap();
-        let writer = Writer::start(writer::Options::new(&uri)).await.unwrap();
-        assert!(writer.committed_more(300).await);
-        let report = writer.stop().await;
-        assert_eq!(report.errors, Default::default(), "PostgreSQL {major}");
-        let inventory = Inventory::take(&uri).await;
-        assert_eq!(inventory.diff(&Inventory::take(&uri).await), Vec::<String>::new());
-    }
+    let installed = (10..=18).filter(|major| binaries::is_installed(*major));
+    futures_util::future::join_all(installed.map(starts_and_takes_the_writer)).await;
+}
+
+async fn starts_and_takes_the_writer(major: u32) {
+    let settings = ["fsync = on", "synchronous_commit = off"];
+    let server = Server::start(&Server::bin_of(major).unwrap(), &settings).unwrap();
+    let mut session = support::session(&server, "postgres").await;
+    assert_eq!(session.major_version(), major);
+    let row = session.query_one("show fsync", &[]).await.unwrap();
+    assert_eq!(row.str(0).unwrap(), "on");
+    let uri = server.uri("postgres");
+    writer::create_schema(&uri, 1).await.unwrap();
+    let writer = Writer::start(writer::Options::new(&uri)).await.unwrap();
+    assert!(writer.committed_more(300).await);
+    let report = writer.stop().await;
+    assert_eq!(report.errors, Default::default(), "PostgreSQL {major}");
+    let inventory = Inventory::take(&uri).await;
+    assert_eq!(inventory.diff(&Inventory::take(&uri).await), Vec::<String>::new());
 }
 
 #[tokio::test]

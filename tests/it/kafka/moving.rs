@@ -54,7 +54,7 @@ async fn kill_9_of_walferry_broker_and_servers_at_random_moments_ends_exact() {
     let (ends, writer) = moving(&broker.address(), 100.0).await;
     let read = |name| std::env::var(name).ok().and_then(|n| n.parse().ok());
     let seed = read("WALFERRY_SEED").unwrap_or_else(|| fastrand::u64(..));
-    let kills = read("WALFERRY_KILLS").unwrap_or(16);
+    let kills = read("WALFERRY_KILLS").unwrap_or(8);
     println!("WALFERRY_SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let mut run = ends.spawn(&["run"]);

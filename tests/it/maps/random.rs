@@ -1,7 +1,7 @@
 //! Random maps of random tables, copied and then followed: the target is the map applied by SQL,
 //! after the copy and after the stream, and verify agrees.
 //!
-//! `WALFERRY_MAPS` says how many maps (20 without), `WALFERRY_SEED` repeats a run.
+//! `WALFERRY_MAPS` says how many maps (10 without), `WALFERRY_SEED` repeats a run.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -499,7 +499,7 @@ async fn execute(uri: &str, sql: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn any_map_gives_the_same_by_copy_by_stream_and_by_sql() {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
-    let maps = number("WALFERRY_MAPS").unwrap_or(20) as usize;
+    let maps = number("WALFERRY_MAPS").unwrap_or(10) as usize;
     let seed = number("WALFERRY_SEED").unwrap_or_else(|| fastrand::u64(..));
     println!("seed {seed}, {maps} maps, key of {} bytes", KEY.len());
     let mut rng = fastrand::Rng::with_seed(seed);

@@ -162,9 +162,14 @@ impl Ends {
         }
     }
 
-    /// Once the writer goes on: switched, with everything it wrote on both sides.
+    /// Once the writer goes on and the stream has caught up with it: switched, with everything it
+    /// wrote on both sides.
     pub async fn switch_exactly(&self, writer: Writer) {
         assert!(writer.committed_more(50).await, "the writer is stuck");
+        super::until_within(Duration::from_secs(60), "the stream", async || {
+            self.status().await["lag_bytes"].as_u64().is_some_and(|lag| lag < 1 << 20)
+        })
+        .await;
         self.done(&["cutover"]).await;
         let report = writer.stop().await;
         self.done(&["verify"]).await;
