@@ -92,7 +92,7 @@ impl Applier {
             self.enter_counts(false).await?;
             self.note_hold(hold_lsn).await?;
             if self.flush_due().is_some_and(|due| due <= Instant::now()) {
-                self.force_flush().await?;
+                self.see_flushed().await?;
             }
             self.publish(positions);
             if ended && !self.batcher.is_held(hold_lsn) {
@@ -364,12 +364,23 @@ impl Applier {
         Ok(())
     }
 
-    /// When the target is to be made to flush, if all goes on being quiet. Keeping progress in a
-    /// table, a flush is a commit, which an open transaction has no room for: what is pending stays
-    /// so until that ends.
+    /// When the target is to be made to flush, if all goes on being quiet.
     fn flush_due(&self) -> Option<Instant> {
         let due = (self.landed_at + QUIET).max(self.flushed_at + FLUSH_GAP);
-        (self.durable.pending() > 0 && !self.batcher.is_open()).then_some(due)
+        (self.durable.pending() > 0).then_some(due)
+    }
+
+    /// Has the target flush what is committed. Keeping progress in a table, a flush is a commit,
+    /// which an open transaction has no room for; then it is asked how far its WAL writer is. A
+    /// buffer that is full waits for nothing else, maybe with the rest of this transaction.
+    async fn see_flushed(&mut self) -> Result<()> {
+        if !self.batcher.is_open() {
+            return self.force_flush().await;
+        }
+        let row = self.session.query_one(POSITION, &[]).await?;
+        self.durable.stands(row.lsn(0)?, row.lsn(1)?);
+        self.flushed_at = Instant::now();
+        Ok(())
     }
 
     async fn force_flush(&mut self) -> Result<()> {
