@@ -93,8 +93,22 @@ impl<D: Disk> Log<D> {
             numbers.pop();
         }
         log.load(&numbers)?;
+        log.drop_rests()?;
         log.durable_lsn = log.end_lsn;
         Ok(log)
+    }
+
+    /// Removes a head that has only the rest of a transaction, as a crash in [`Self::release`]
+    /// leaves it. If that was no crash, what follows begins later than it is to be read from, which
+    /// is seen.
+    fn drop_rests(&mut self) -> Result<()> {
+        while self.segments.front().is_some_and(|front| front.inside) {
+            self.remove_front()?;
+            if self.segments.is_empty() {
+                (self.end_lsn, self.open) = (Lsn::ZERO, false);
+            }
+        }
+        Ok(())
     }
 
     fn numbers(&self) -> Result<Vec<u64>> {
@@ -334,25 +348,36 @@ impl<D: Disk> Log<D> {
     }
 
     /// Removes whole segments from the head that end at or below `lsn`, which is durable on the
-    /// target. The one being written stays until it is full, unless `all`. Gives how many went.
+    /// target. One that ends inside a transaction goes with those that have the rest of it. The one
+    /// being written stays until it is full, unless `all`. Gives how many went.
     pub fn release(&mut self, lsn: Lsn, all: bool) -> Result<usize> {
-        let mut removed = 0;
-        while let Some(front) = self.segments.front() {
-            let written = self.segments.len() == 1 && self.current.is_some();
-            let stays = written && !all && front.bytes < self.segment_bytes;
+        let last = self.segments.len().checked_sub(1);
+        let mut go = 0;
+        for (index, segment) in self.segments.iter().enumerate() {
+            let written = Some(index) == last && self.current.is_some();
+            let stays = written && !all && segment.bytes < self.segment_bytes;
             // A log that is opened again counts the segments from the one that is there.
-            if stays || front.open || front.end_lsn > lsn {
+            if stays || segment.end_lsn > lsn {
                 break;
             }
-            let number = front.number;
-            if written {
-                self.current = None;
+            if !segment.open {
+                go = index + 1;
             }
-            self.remove_file(number)?;
-            self.segments.pop_front();
-            removed += 1;
         }
-        Ok(removed)
+        for _ in 0..go {
+            self.remove_front()?;
+        }
+        Ok(go)
+    }
+
+    fn remove_front(&mut self) -> Result<()> {
+        let Some(number) = self.segments.front().map(|front| front.number) else { return Ok(()) };
+        if self.segments.len() == 1 {
+            self.current = None;
+        }
+        self.remove_file(number)?;
+        self.segments.pop_front();
+        Ok(())
     }
 
     fn remove_file(&mut self, number: u64) -> Result<()> {

@@ -204,11 +204,14 @@ impl Shared {
         }
     }
 
-    /// True if the segment may be removed already: the target has all of it.
+    /// True if the segment may be removed already: the target has all of it, and of a transaction
+    /// that goes on in others.
     pub fn is_released(&self, number: u64) -> bool {
         let state = self.state();
-        let found = state.segments.iter().find(|segment| segment.number == number);
-        found.is_none_or(|segment| !segment.open && segment.end_lsn <= state.release_lsn)
+        let mut below = state.segments.iter().skip_while(|segment| segment.number < number);
+        let gone = below.clone().next().is_none_or(|segment| segment.number > number);
+        let whole = below.find(|segment| !segment.open || segment.end_lsn > state.release_lsn);
+        gone || whole.is_some_and(|segment| segment.end_lsn <= state.release_lsn)
     }
 
     pub fn sink_gone(&self) {
