@@ -92,7 +92,7 @@ impl Admitted {
         change: &Change,
         at: (usize, usize),
     ) -> Result<bool> {
-        let Some(relation) = relations(change).next() else {
+        let Some(relation) = change.relations().first() else {
             return Err(Error::Broken("a row of no table".to_string()));
         };
         let kept = self.keeps(routes, begin, relation, at);
@@ -179,16 +179,4 @@ fn count(route: &mut Route, begin: &Begin, shut: bool, parked: bool) -> Fate {
     }
     route.counts.applied += 1;
     Fate::Written
-}
-
-/// The tables a change touches.
-pub(super) fn relations(change: &Change) -> impl Iterator<Item = &Arc<Relation>> {
-    let (one, many): (Option<&Arc<Relation>>, &[Arc<Relation>]) = match change {
-        Change::Insert { relation, .. }
-        | Change::Update { relation, .. }
-        | Change::Delete { relation, .. } => (Some(relation), &[]),
-        Change::Truncate { relations, .. } => (None, relations),
-        Change::Message { .. } => (None, &[]),
-    };
-    one.into_iter().chain(many)
 }

@@ -21,7 +21,6 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use super::admit::relations;
 use super::batch::Batch;
 use super::error::{Culprit, Error, Result};
 use super::parking::{self, Noted, Park, Reason};
@@ -219,7 +218,8 @@ impl Applier {
             let first = if chunk.number == 0 { 0 } else { next };
             next = first + chunk.changes.len() as u64;
             for (change_at, change) in chunk.changes.iter().enumerate() {
-                let mut unknown = relations(change).filter(|r| self.writer.routes.get(r).is_none());
+                let mut unknown =
+                    change.relations().iter().filter(|r| self.writer.routes.get(r).is_none());
                 if let Some(relation) = unknown.next() {
                     return Some(Place {
                         chunk: chunk_at,

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use super::admit::{Admitted, relations};
+use super::admit::Admitted;
 use super::batch::Batch;
 use super::count::Entry;
 use super::request::{Replies, Request, Role};
@@ -40,7 +40,7 @@ pub(super) struct Flight {
 /// the position.
 pub(super) fn has_rows(batch: &Batch) -> bool {
     let mut changes = batch.chunks.iter().flat_map(|c| &c.changes);
-    batch.commit.is_none() || changes.any(|c| relations(c).next().is_some())
+    batch.commit.is_none() || changes.any(|c| !c.relations().is_empty())
 }
 
 /// Whether row order may succeed where this refused set order: not where the connection is the

@@ -1,7 +1,7 @@
 //! One statement a change, in the order of the stream: always right, and what a batch falls back
 //! to.
 
-use super::admit::{Step, relations};
+use super::admit::Step;
 use super::batch::Batch;
 use super::error::{Culprit, Error, Result};
 use super::request::{Request, Role};
@@ -42,7 +42,7 @@ impl Writer {
         begin: &Begin,
         change: &Change,
     ) -> Result<bool> {
-        let route = relations(change).next().and_then(|r| self.routes.get_mut(r));
+        let route = change.relations().first().and_then(|r| self.routes.get_mut(r));
         let Some(route) = route else {
             return Err(Error::Broken("a change without a route".to_string()));
         };

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::admit::{Step, relations};
+use super::admit::Step;
 use super::batch::Batch;
 use super::encode::{Arrays, Carrier, Most, NoValue, Piece, WHOLE};
 use super::error::Result;
@@ -119,7 +119,7 @@ impl Writer {
         for (at, step) in steps.iter().enumerate() {
             match (step, step.of(batch)) {
                 (Step::Row(..), Some((_, change))) => {
-                    relations(change).for_each(|relation| tables.add(relation, at));
+                    change.relations().iter().for_each(|relation| tables.add(relation, at));
                 }
                 _ => {
                     self.tables(request, batch, steps, std::mem::take(&mut tables))?;

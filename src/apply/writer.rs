@@ -11,7 +11,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::admit::{self, Admitted, relations};
+use super::admit::{self, Admitted};
 use super::batch::Batch;
 use super::count::{self, Books, Counts, Entry};
 use super::error::{self, Culprit, Error, Result};
@@ -23,6 +23,7 @@ use super::routing::{Names, Routes};
 use super::rows::culprit;
 use super::statement::GUARD_PREFIX;
 use super::{Message, Mode, Options};
+use crate::change::Change;
 use crate::fault::{Fault, Faulty};
 use crate::id::QualifiedName;
 use crate::lsn::Lsn;
@@ -127,14 +128,15 @@ impl Writer {
 
     /// True if the batch needs nothing of the target before it is sent.
     pub fn knows(&self, batch: &Batch) -> bool {
-        let mut relations = batch.chunks.iter().flat_map(|c| &c.changes).flat_map(relations);
+        let mut relations =
+            batch.chunks.iter().flat_map(|c| &c.changes).flat_map(Change::relations);
         relations.all(|relation| self.routes.get(relation).is_some())
     }
 
     /// Asks the target about tables of the batch that are new. Nothing may be under way.
     pub async fn meet(&mut self, session: &mut Session, batch: &Batch) -> Result<()> {
         self.routes.retire();
-        for relation in batch.chunks.iter().flat_map(|c| &c.changes).flat_map(relations) {
+        for relation in batch.chunks.iter().flat_map(|c| &c.changes).flat_map(Change::relations) {
             self.routes.ensure(session, relation).await?;
         }
         Ok(())
@@ -453,7 +455,7 @@ impl Writer {
     fn culprit(&self, flight: &Flight, at: usize) -> Option<Culprit> {
         let step = flight.admitted.steps.get(at)?;
         let (chunk, change) = step.of(&flight.batch)?;
-        let route = self.routes.get(relations(change).next()?)?;
+        let route = self.routes.get(change.relations().first()?)?;
         Some(culprit(route, &chunk.begin, change, step.ordinal(&flight.admitted)))
     }
 }

@@ -76,6 +76,17 @@ pub enum Change {
 }
 
 impl Change {
+    /// The tables it touches; none for a message.
+    pub fn relations(&self) -> &[Arc<Relation>] {
+        match self {
+            Change::Insert { relation, .. }
+            | Change::Update { relation, .. }
+            | Change::Delete { relation, .. } => std::slice::from_ref(relation),
+            Change::Truncate { relations, .. } => relations,
+            Change::Message { .. } => &[],
+        }
+    }
+
     /// About how much memory the change holds, in bytes: payload and bookkeeping.
     pub fn bytes(&self) -> usize {
         let payload = match self {

@@ -185,15 +185,22 @@ async fn tell_passwords(
              --route again"
         );
     }
-    if !asker.is_own() && secrets.any(&request.routes)? {
-        let letters = asker.ask("letter_box", &Value::Null, LETTER_WAIT).await?;
-        request.letter = secrets.letter(&request.routes, print::text(&letters, "/address"))?;
-    }
+    request.letter = letter(asker, &request.routes).await?;
     Ok(())
 }
 
+/// The routes' passwords for a runner elsewhere, readable by it alone.
+pub async fn letter(asker: &mut Asker, routes: &[String]) -> anyhow::Result<Option<String>> {
+    let secrets = asker.config().secrets.clone();
+    if asker.is_own() || !secrets.any(routes)? {
+        return Ok(None);
+    }
+    let letters = asker.ask("letter_box", &Value::Null, LETTER_WAIT).await?;
+    Ok(secrets.letter(routes, print::text(&letters, "/address"))?)
+}
+
 /// A runner that is alive answers at its next turn.
-pub const LETTER_WAIT: Duration = Duration::from_secs(60);
+const LETTER_WAIT: Duration = Duration::from_secs(60);
 
 /// Clients that were led over by a route are led back by it, unless others are given.
 fn choose_routes(

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::cutover::{FlipArgs, LETTER_WAIT, milliseconds};
+use super::cutover::{FlipArgs, letter, milliseconds};
 use super::options::{JobArgs, learn};
 use super::print;
 use crate::config;
@@ -46,11 +46,7 @@ pub async fn lead(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Res
         (false, Some(reads)) => reads.routes.clone(),
         _ => request.routes.clone(),
     };
-    let secrets = asker.config().secrets.clone();
-    if !asker.is_own() && secrets.any(&routes)? {
-        let letters = asker.ask("letter_box", &Value::Null, LETTER_WAIT).await?;
-        request.letter = secrets.letter(&routes, print::text(&letters, "/address"))?;
-    }
+    request.letter = letter(&mut asker, &routes).await?;
     let wait = Duration::from_millis(request.timeout_ms + request.max_lag_ms) + SLACK;
     let answer = asker.ask("reads", &serde_json::to_value(&request)?, wait).await;
     let own = asker.is_own();

@@ -48,7 +48,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::change::{Change, Chunk, Feed, Item, Relation, Sink};
-use crate::map::{self, Map};
+use crate::map::Map;
 use crate::pg::{Config, Purpose, Session};
 
 pub use error::Error;
@@ -116,7 +116,7 @@ impl Reshaper {
         }
         for item in &items {
             if let Item::Chunk(chunk) = item {
-                for relation in chunk.changes.iter().flat_map(relations) {
+                for relation in chunk.changes.iter().flat_map(Change::relations) {
                     self.learn(relation).await?;
                 }
             }
@@ -159,7 +159,7 @@ impl Reshaper {
                 restart_identity: *restart_identity,
             }));
         }
-        let outline = relations(change).next().and_then(|relation| self.outline(relation));
+        let outline = change.relations().first().and_then(|relation| self.outline(relation));
         match outline {
             None => Ok(Reshaped::Done(change.clone())),
             Some(outline) => reshape(outline, change, images),
@@ -212,22 +212,6 @@ impl Reshaper {
     }
 }
 
-fn relations(change: &Change) -> impl Iterator<Item = &Arc<Relation>> {
-    let (one, many): (Option<&Arc<Relation>>, &[Arc<Relation>]) = match change {
-        Change::Insert { relation, .. }
-        | Change::Update { relation, .. }
-        | Change::Delete { relation, .. } => (Some(relation), &[]),
-        Change::Truncate { relations, .. } => (None, relations),
-        Change::Message { .. } => (None, &[]),
-    };
-    one.into_iter().chain(many)
-}
-
 fn address(relation: &Arc<Relation>) -> usize {
     Arc::as_ptr(relation).addr()
-}
-
-/// True for a table whose changes [`Reshaper`] left out.
-pub fn is_left_out(table: &crate::id::QualifiedName) -> bool {
-    map::is_left_out(table)
 }

@@ -5,7 +5,6 @@ use super::judge::{Local, Op};
 use super::look::LastWriter;
 use super::settle::{Candidate, Frame, bytes};
 use crate::apply::Applier;
-use crate::apply::admit::relations;
 use crate::apply::error::{Error, Result, advice, said};
 use crate::apply::request::{Request, Role};
 use crate::apply::rows::culprit;
@@ -109,7 +108,7 @@ impl Applier {
         let Some(Role::Step { at, .. }) = failed else { return error.into() };
         let step = frame.admitted.steps.get(at).and_then(|step| step.of(frame.part));
         let Some((_, change)) = step else { return error.into() };
-        let route = relations(change).next().and_then(|r| self.writer.routes.get(r));
+        let route = change.relations().first().and_then(|r| self.writer.routes.get(r));
         let Some(route) = route else { return error.into() };
         Error::Refused {
             culprit: Box::new(culprit(route, frame.begin, change, 0)),

@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::judge::{Act, Incoming, Kind, Local, Op, Policy, Rival, Verdict, judge};
 use super::look::{LastWriter, shown};
 use super::{Settler, unique::Hit};
-use crate::apply::admit::{self, Admitted, Step, relations};
+use crate::apply::admit::{self, Admitted, Step};
 use crate::apply::batch::Batch;
 use crate::apply::error::{Error, Result};
 use crate::apply::flight::has_rows;
@@ -251,7 +251,7 @@ impl Applier {
             {
                 return Err(Error::TwoWayTruncate { table: relation.name.clone() });
             }
-            let Some(relation) = relations(change).next().cloned() else { continue };
+            let Some(relation) = change.relations().first().cloned() else { continue };
             let op = match change {
                 Change::Insert { .. } => Op::Insert,
                 Change::Update { .. } => Op::Update,

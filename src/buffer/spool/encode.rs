@@ -129,7 +129,7 @@ fn write_chunk(chunk: &Chunk, described: &mut Described, out: &mut Vec<u8>) {
         out.put_i64(commit.commit_time.0);
     }
     let mut new = Vec::new();
-    for relation in chunk.changes.iter().flat_map(relations) {
+    for relation in chunk.changes.iter().flat_map(Change::relations) {
         if let (id, true) = described.id(relation) {
             new.push((id, relation));
         }
@@ -141,16 +141,6 @@ fn write_chunk(chunk: &Chunk, described: &mut Described, out: &mut Vec<u8>) {
     out.put_u32(chunk.changes.len() as u32);
     for change in &chunk.changes {
         write_change(change, described, out);
-    }
-}
-
-fn relations(change: &Change) -> &[Arc<Relation>] {
-    match change {
-        Change::Insert { relation, .. }
-        | Change::Update { relation, .. }
-        | Change::Delete { relation, .. } => std::slice::from_ref(relation),
-        Change::Truncate { relations, .. } => relations,
-        Change::Message { .. } => &[],
     }
 }
 
