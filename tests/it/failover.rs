@@ -110,7 +110,10 @@ async fn a_promoted_standby_of_17_is_followed_from_its_copy_of_the_slot() {
     ends.until_phase(&mut run, "following").await;
     let slot = "select count(*) from pg_replication_slots \
          where slot_name = 'walferry_main_forward' and synced and not temporary and failover";
-    until_within(Duration::from_secs(30), "the slot's copy", || async {
+    // The worker that copies slots sleeps longer each time it finds nothing new, up to 30 s: a reload
+    // wakes it (slotsync.c, wait_for_slot_activity).
+    until_within(Duration::from_secs(60), "the slot's copy", || async {
+        standby.reload().unwrap();
         standby.psql("app", slot).unwrap() == "1"
     })
     .await;
