@@ -102,10 +102,16 @@ impl Nudge {
             return Ok(Nudged::No);
         }
         self.nudged_lsn = end_lsn;
-        self.nudge(session).await
+        self.ask(session).await
     }
 
-    async fn nudge(&mut self, session: &mut Session) -> pg::Result<Nudged> {
+    /// Has a record logged now. `session` as for [`Nudge::look`], and of a primary.
+    ///
+    /// Errors: as there.
+    pub async fn ask(&mut self, session: &mut Session) -> pg::Result<Nudged> {
+        if self.way == Some(Way::Neither) {
+            return Ok(Nudged::No);
+        }
         let way = *self.way.get_or_insert(match session.major_version() {
             16.. => Way::Function,
             _ => Way::Slot,
