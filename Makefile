@@ -50,7 +50,7 @@ demo-kafka:
 
 # Servers of tests live in memory where there is enough of it.
 test: setup check-style
-	TMPDIR=$$(sh tests/scratch.sh) cargo test --locked --all-targets
+	TMPDIR=$$(sh tests/scratch.sh) cargo test --locked --all-targets --no-fail-fast
 
 # Two rounds more than the default test, and the binary that users run.
 cutover-bench: build
