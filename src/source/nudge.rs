@@ -14,8 +14,8 @@
 //!    for transactions that run; that is cut short, as the record is in the log by then.
 //!
 //! Making a slot has the server decode what is logged until it is consistent, and flush. Beside a
-//! database that is idle nobody feels it; under 2,000 transactions a second in our own each time cost
-//! the stream some 40 ms, seven times in twenty seconds. There a slot is made only once
+//! database that is idle nobody feels it; under 2,000 transactions a second in our own each time
+//! cost the stream some 40 ms, seven times in twenty seconds. There a slot is made only once
 //! [`BUSY_STEP_BYTES`] are kept, which the server's own records seldom let it come to.
 //!
 //! Nothing waits for any of this, and without it more WAL is kept, no more.
