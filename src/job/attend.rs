@@ -112,7 +112,7 @@ impl Runner {
     fn check_streams(&mut self) -> Result<()> {
         // A way back that does not work yet is no reason to stop following: the next cutover
         // starts it again, and is refused for as long as it does not work.
-        let idle = !self.reverse_open.load(Ordering::SeqCst);
+        let idle = self.gate.is_shut();
         if let Some(message) = self.reverse.as_ref().and_then(Pipe::fatal)
             && idle
         {
@@ -161,9 +161,15 @@ impl Runner {
 
     /// A cutover or rollback is asked for: what has to be so before it begins.
     async fn hear_flip(&mut self, asked: &client::Asked) -> Result<Flipping> {
-        let request: FlipRequest =
+        let mut request: FlipRequest =
             serde_json::from_value(asked.args.clone()).map_err(|e| Error::State(e.to_string()))?;
         self.take_letter(request.letter.as_deref());
+        match self.choose_group(&mut request).await {
+            Err(error) if keeps_running(&error) => {
+                return Ok(Flipping::Answer(Err(error.to_string())));
+            }
+            chosen => chosen?,
+        }
         // Arming may wait for long transactions, and views take long to be refreshed.
         let home = self.config.target.clone();
         let armed = tokio::select! {

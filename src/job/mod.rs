@@ -11,8 +11,10 @@
 //!   constraints. `streams`: starting and stopping them. `pipeline`: one stream, kept going;
 //!   `spooling`: one through a spool. `attend`: what a runner does while it follows: commands,
 //!   `positions`. `vigil`: the lease, and servers that fall silent. `flip`: arming the way back,
-//!   and the choreography; `journal`: its journal. `routes`: its routes, and those that are gone.
-//!   `reads`: clients that only read, led before the writes.
+//!   and the choreography; `request`: as it is asked for; `journal`: its journal.
+//!   `routes`: its routes, and those that are gone.
+//!   `reads`: clients that only read, led before the writes. `groups`: tables switched group by
+//!   group; `owners`: which side each is on.
 //!   `cleanup`: finish and cancel; `recycle`: where the old side's tables go; `remains`: cleaning
 //!   one side where the other is gone.
 //! - `ability`: what the roles may do, and so how each side is written. `alone`: tables without the
@@ -56,6 +58,7 @@ pub mod error;
 pub mod failover;
 mod flip;
 mod gone;
+pub mod groups;
 pub mod heartbeat;
 mod journal;
 pub mod lease;
@@ -65,6 +68,7 @@ mod newcomers;
 mod nudging;
 pub mod opening;
 mod options;
+pub mod owners;
 pub mod pipeline;
 pub mod place;
 mod positions;
@@ -75,6 +79,7 @@ pub mod reading;
 pub mod reads;
 pub mod recycle;
 pub mod remains;
+mod request;
 pub mod reserve;
 pub mod rest;
 pub mod routes;
