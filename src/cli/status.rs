@@ -8,6 +8,7 @@ use super::print;
 use crate::fault::{Fault, Faulty};
 use crate::job::place::Place;
 use crate::job::reads::ReadState;
+use crate::job::standby_status::StandbyStatus;
 use crate::job::status::{self, Status, TableStatus};
 use crate::job::store::StreamRow;
 
@@ -95,6 +96,12 @@ fn show(status: &Status) {
         };
         println!("{place}; its loss would cost {}", spool.loss);
     }
+    for standby in &status.standbys {
+        let StandbyStatus { standby, state, slot_lsn, said, age_seconds } = standby;
+        let at = slot_lsn.as_ref().map(|lsn| format!(", slot at {lsn}")).unwrap_or_default();
+        let said = said.as_ref().map(|said| format!(": {said}")).unwrap_or_default();
+        println!("standby  {standby} {state}{at} ({age_seconds:.0} s ago){said}");
+    }
     show_stream("forward", &status.positions);
     show_fallbacks(status.fallbacks);
     show_conflicts(status.conflicts, "target");
@@ -104,6 +111,9 @@ fn show(status: &Status) {
         if let Some(sql) = &table.awaited {
             println!("         waits for: {sql}");
         }
+    }
+    for sql in &status.awaited {
+        println!("awaited  on the target, as no stream shows it: {sql}");
     }
     if let Some(reverse) = &status.reverse {
         show_stream("reverse", &reverse.positions);

@@ -126,6 +126,14 @@ async fn seals(
     Ok(seals)
 }
 
+/// True if a switch has left this side shut to writers.
+pub async fn is_shut(session: &mut Session, job: &JobName) -> Result<bool> {
+    if !seals(session, job, SHUT, None).await?.is_empty() {
+        return Ok(true);
+    }
+    database::noted(session, job, "and opened_at is null").await
+}
+
 /// A lock wait cancels an autovacuum in the way only after deadlock_timeout (1 s), which is longer
 /// than a short try waits. Only superusers may shorten it; gives false for others.
 pub async fn hasten(session: &mut Session) -> bool {

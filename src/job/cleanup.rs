@@ -14,7 +14,7 @@ use super::request::context_of;
 use super::run::JobConfig;
 use super::state::{Event, Phase};
 use super::store::{JobRow, Store};
-use super::{Result, lease, two_way};
+use super::{Result, lease, standby_status, two_way};
 use crate::cluster::shard;
 use crate::cutover::{self, seal};
 use crate::id::{JobName, Stream};
@@ -23,14 +23,16 @@ use crate::source::{publication, slot};
 use crate::{apply, schema};
 
 /// Tables of the home database with the column that names the job, the job's own row last.
-const HOME_TABLES: [(&str, &str); 11] = [
+const HOME_TABLES: [(&str, &str); 13] = [
     ("table_copy", "job"),
     ("table_refill", "job"),
     ("schema_step", "job"),
     ("schema_dump", "job"),
     ("source_object", "job"),
+    ("awaited", "job"),
     ("large_object", "job"),
     ("stream", "job"),
+    ("standby", "job"),
     ("journal", "job"),
     ("ownership", "job"),
     ("command", "job"),
@@ -117,6 +119,7 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
         drop_objects(session, &config.source, &config.job, Stream::Forward, &mut dropped).await?;
     }
     let home = &mut store.session;
+    standby_status::clean_up(config, &row, home, &mut dropped, &mut left).await?;
     if left_side == Some(Stream::Reverse) {
         recycled = config.recycle(home).await?;
     }

@@ -69,6 +69,9 @@ create table if not exists walferry.ownership (
 create table if not exists walferry.large_object (
     job text not null, side text not null, snapshot_xmin bigint, objects bigint,
     primary key (job, side));
+create table if not exists walferry.standby (
+    job text not null, standby text not null, state text not null, slot_lsn pg_lsn, said text,
+    looked_at timestamptz not null default clock_timestamp(), primary key (job, standby));
 create table if not exists walferry.command (
     id bigint generated always as identity primary key, job text not null, verb text not null,
     args jsonb not null, state text not null default 'queued', result jsonb, error text,

@@ -226,6 +226,8 @@ impl Runner {
         }
         self.stop_validating().await;
         self.stop_looking().await;
+        // It is another side that has to be shut then, or other tables of it.
+        self.sealed = None;
         let mut plan = self.flight_plan(flip, request).await?;
         let left = match request.group {
             None => self.left_behind(&plan, request).await?,

@@ -22,6 +22,7 @@ use super::place::Chosen;
 use super::rest::Refreshing;
 use super::routes::Late;
 use super::silent::Silent;
+use super::standbys::Standbys;
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobRow, Store};
 use super::streams::STREAM_PATIENCE;
@@ -96,6 +97,10 @@ pub struct Runner {
     pub(super) keeper: Option<Task<()>>,
     /// Beats on the source while the forward stream flows.
     pub(super) heartbeat: Option<Heartbeat>,
+    /// Keeps slots on standbys of the source.
+    pub(super) standbys: Option<Standbys>,
+    /// With the side that is not live, while that is known to be shut.
+    pub(super) sealed: Option<Session>,
     /// Looks at what no stream shows.
     pub(super) silent: Option<Silent>,
     /// What the reverse stream applies beside canaries: tables that applications write to on the
@@ -288,6 +293,8 @@ impl Runner {
             reverse: None,
             keeper: None,
             heartbeat: None,
+            standbys: None,
+            sealed: None,
             silent: None,
             gate: Arc::default(),
             flying,
@@ -357,7 +364,10 @@ impl Runner {
         Ok(match command {
             Command::Check => Some(self.check().await?),
             Command::MakeSchema => Some(self.make_schema().await?),
-            Command::Copy => Some(self.copy().await?),
+            Command::Copy => {
+                self.keep_standbys();
+                Some(self.copy().await?)
+            }
             Command::FollowForward => {
                 if let Some(event) = self.unbroken(false).await? {
                     return Ok(Some(event));
