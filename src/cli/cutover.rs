@@ -127,7 +127,7 @@ pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Res
     tokio::spawn(stop_on_signal(stop));
     let routeless = request.routes.is_empty();
     let answer = match args.groups {
-        Some(groups) => ask_groups(stream, groups, args, &request, &mut asker, &mut stopping).await,
+        Some(groups) => ask_groups(groups, args, &request, &mut asker, &mut stopping).await,
         None => ask(&request, &mut asker, &mut stopping).await,
     };
     let own = asker.is_own();
@@ -189,7 +189,6 @@ async fn ask(
 /// The same for one group after the other; gives the last one's outcome, with those of all. Groups
 /// before one that cannot be switched stay switched.
 async fn ask_groups(
-    stream: Stream,
     groups: u32,
     args: &FlipArgs,
     request: &FlipRequest,
@@ -208,16 +207,17 @@ async fn ask_groups(
         last = ask(&request, asker, stopping).await.map_err(|error| {
             error.context(format!("group {number} of {groups}; those before it are switched"))
         })?;
-        let outcome = json!({ "group": number, "fenced_ms": last["fenced_ms"],
-            "switched_lsn": last["switched_lsn"], "retries": last["retries"],
-            "tables": last["tables"], "phase": last["phase"] });
+        let of = |key: &str| last.get(key).cloned().unwrap_or_default();
+        let outcome = json!({ "group": number, "fenced_ms": of("fenced_ms"),
+            "switched_lsn": of("switched_lsn"), "retries": of("retries"),
+            "tables": of("tables"), "phase": of("phase") });
         if !args.json {
-            let (_, held) = (ends_of(stream), print::number(&outcome, "/fenced_ms"));
+            let held = print::number(&outcome, "/fenced_ms");
             let tables = print::number(&outcome, "/tables");
             println!("{number:>6} of {groups}  {tables:>6} tables  {held:>8.1} ms");
         }
+        let is_last = of("phase") != json!("split");
         outcomes.push(outcome);
-        let is_last = last["phase"] != json!("split");
         if is_last || args.dry_run {
             break;
         }

@@ -148,8 +148,11 @@ impl Runner {
             Ok((outcome, left)) => {
                 let row = self.row().await?;
                 let mut value = outcome_value(&outcome, &left);
-                value["phase"] = row.phase.to_string().into();
-                value["tables"] = request.group.as_ref().map(|group| group.tables.len()).into();
+                if let Some(object) = value.as_object_mut() {
+                    let tables = request.group.as_ref().map(|group| group.tables.len());
+                    object.insert("phase".to_string(), row.phase.to_string().into());
+                    object.insert("tables".to_string(), tables.into());
+                }
                 self.answer_flip(Ok(value)).await?;
                 self.late = row.flip.filter(|flip| !flip.released).map(|_| Late::release());
                 match row.phase {

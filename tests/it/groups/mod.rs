@@ -259,7 +259,11 @@ async fn moved(partitions: usize, in_groups: Option<usize>) -> (Duration, Durati
     let writers = Writers::start(&router, uris, 4, Duration::from_millis(5));
     let (begun, hook) = (Instant::now(), router.route());
     let mut run = ends.spawn(&["run"]);
-    ends.until_phase(&mut run, "following").await;
+    let phase = "select phase from walferry.job";
+    while ends.target.psql("app", phase).ok().as_deref() != Some("following") {
+        assert!(!run.has_ended(), "{}", run.so_far());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
     let (following, many) = (begun.elapsed(), in_groups.unwrap_or(1).to_string());
     let mut command = vec!["cutover", "--json", "--lock-timeout", "50ms", "--route", &hook];
     if in_groups.is_some() {
