@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::gone::{Gone, hung};
-use super::mapped;
+use super::{mapped, reshard};
 use crate::buffer::{durable, spool};
 use crate::fault::{Fault, Faulty};
 use crate::id::{QualifiedName, quote_ident};
@@ -40,6 +40,9 @@ pub enum Error {
     /// The job's map.
     #[error(transparent)]
     Mapped(#[from] mapped::Error),
+    /// Several sources and targets.
+    #[error(transparent)]
+    Reshard(#[from] reshard::Error),
     /// Large objects, likewise.
     #[error(transparent)]
     Large(#[from] large::Error),
@@ -491,6 +494,7 @@ impl Faulty for Error {
             Error::Cutover(error) => error.fault(),
             Error::Verify(error) => error.fault(),
             Error::Mapped(error) => error.fault(),
+            Error::Reshard(error) => error.fault(),
             Error::Large(error) => error.fault(),
             Error::Cluster(cluster::read::Error::Pg(error)) => error.fault(),
             Error::LeaseLost => Fault::Retry,

@@ -76,6 +76,7 @@ pub mod reads;
 pub mod recycle;
 pub mod remains;
 pub mod reserve;
+pub mod reshard;
 pub mod rest;
 pub mod routes;
 pub mod run;
