@@ -7,7 +7,7 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo demo-kafka test fuzz decode-bench kill faults failover heartbeat ddl maps matrix regress states two-way two-way-loop bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
+.PHONY: help demo demo-kafka test fuzz decode-bench kill faults failover heartbeat ddl maps matrix regress states two-way two-way-loop n-to-m bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -24,6 +24,7 @@ help:
 	@echo "make failover         a standby of the source takes over at random moments [PROMOTIONS=50]"
 	@echo "make maps [MAPS=1000]  random maps: by copy, by stream and by SQL the same"
 	@echo "make two-way          writers on both sides, conflicts counted from outside [SECONDS=600]"
+	@echo "make n-to-m           3 sources to 5 targets by each hash, kills in every phase"
 	@echo "make two-way-loop     of a million transactions none comes back [TRANSACTIONS=1000000]"
 	@echo "make faults           restarts and network faults in every phase"
 	@echo "make regress          PostgreSQL's own regression suite as the workload (a download first)"
@@ -137,6 +138,10 @@ maps: setup
 two-way: setup
 	WALFERRY_TWO_WAY=$(or $(SECONDS),600) cargo test --locked --test it -- \
 		--ignored --nocapture two_way::ten_minutes_of_both_sides
+
+# Three sources to five targets, walferry and a target killed in every phase.
+n-to-m: setup
+	WALFERRY_PATIENCE=600 cargo test --locked --test it -- --ignored --nocapture reshard::three_sources
 
 two-way-loop: setup
 	WALFERRY_TRANSACTIONS=$(or $(TRANSACTIONS),1000000) cargo test --locked --test it -- \

@@ -10,7 +10,7 @@ use super::family::Families;
 use super::parts::{SMALL_BYTES, bundle, order, part_bytes, parts, weight};
 use super::snapshot::import;
 use super::store::{self, Stored, filenode, is_uneven, is_whole};
-use super::transfer::{Item, Origin, transfer};
+use super::transfer::{Item, Origin, connect_target, transfer};
 use super::{CopyProgress, Error, Format, Result, SnapshotSource, format};
 use crate::catalog::{Selection, Table, TableKind, tables};
 use crate::fault::{Fault, Faulty};
@@ -184,18 +184,6 @@ async fn open_target(config: &Config) -> Result<Target> {
     let tables = tables(&mut session, &everything).await?;
     let tables = tables.into_iter().map(|table| (table.name.clone(), table)).collect();
     Ok(Target { session, tables, replica })
-}
-
-/// A session that writes. Commits do not wait for the disk: the mark of a part is in the same
-/// transaction as its rows, so a crash of the server loses both or neither.
-pub(super) async fn connect_target(config: &Config) -> Result<(Session, bool)> {
-    let mut session = Session::connect(config, Purpose::Sql).await?;
-    session.execute("set synchronous_commit = off").await?;
-    match session.execute("set session_replication_role = replica").await {
-        Ok(_) => Ok((session, true)),
-        Err(error) if error.code() == Some("42501") => Ok((session, false)),
-        Err(error) => Err(Error::Pg(error)),
-    }
 }
 
 /// Cuts and stores the tables that are not stored yet, after a look that they are empty there.

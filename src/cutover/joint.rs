@@ -7,9 +7,10 @@
 //! the home database, and what it says holds for every side.
 //!
 //! ```text
-//! gates ─▶ fence each source ─▶ barriers ─▶ drain each stream ─▶ flush ─▶ seal ─▶ switch ─▶ no return
-//!              (all or none)                seal's triggers,     each     each
-//!                                           sequences            target   source
+//! gates ─▶ fence each source ─▶ barriers ─▶ drain each stream ─▶ flush ─▶ seal ─▶ switch
+//!              (all or none)                seal's triggers,     each     each      │
+//!                                           sequences            target   source    ▼
+//!                                                                              no return
 //! ```
 //!
 //! Fences are of locks; a source whose writers cannot be stopped in one try has all others let go,

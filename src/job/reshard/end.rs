@@ -9,6 +9,7 @@ use super::store::{Stage, Store};
 use super::{Error, Reshard, tables};
 use crate::cutover::seal;
 use crate::job::cleanup::{self, Ending};
+use crate::job::pipeline::Task;
 use crate::job::run::Report;
 use crate::job::state::Event;
 use crate::job::{self, Notice, Result, ending};
@@ -44,6 +45,7 @@ async fn end(reshard: &Reshard, tell: &Tell, event: Event) -> Result<Ended> {
     let mut pairs = reshard.pairs(&layout)?;
     pairs.sort_by_key(|pair| std::cmp::Reverse(pair.target));
     let (lease, mut store) = run::take_lease(reshard, STOP_WAIT).await?;
+    let keeping = Task(tokio::spawn(run::keep(lease)));
     admit(reshard, &mut store, &pairs, event).await?;
     let mut ended = Ended::default();
     for source in &reshard.sources {
@@ -62,7 +64,7 @@ async fn end(reshard: &Reshard, tell: &Tell, event: Event) -> Result<Ended> {
         end_pair(pair, event, tell, &mut ended).await?;
     }
     store.delete().await?;
-    drop(lease);
+    drop(keeping);
     for side in reshard.sources.iter().chain(&reshard.targets) {
         let mut session = Session::control(side).await?;
         if is_there(&mut session).await? {
@@ -79,7 +81,9 @@ async fn admit(reshard: &Reshard, store: &mut Store, pairs: &[Pair], event: Even
     let row = store.load_existing().await?;
     let (name, stage) = (reshard.name.to_string(), row.stage.to_string());
     match (row.stage, event) {
-        (Stage::Switched, Event::FinishAsked) if Reshard::is_settled(row.flip.clone()) => Ok(()),
+        (Stage::Switched, Event::FinishAsked) if Reshard::settled(row.flip.clone()).is_some() => {
+            Ok(())
+        }
         (Stage::Switched, Event::FinishAsked) => reshard.settle(store, pairs, row.flip).await,
         (Stage::Switched, _) => {
             let why = "walferry reshard finish ends it";

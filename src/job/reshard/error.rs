@@ -84,8 +84,8 @@ pub enum Error {
     },
     /// A table has rows before it begins.
     #[error(
-        "on target {number} ({peer}): table {table} has rows, and nobody could tell them from those \
-         that are brought: empty it, or reshard to another database"
+        "on target {number} ({peer}): table {table} has rows, and nobody could tell them from \
+         those that are brought: empty it, or reshard to another database"
     )]
     HasRows {
         /// From 1.
@@ -100,7 +100,8 @@ pub enum Error {
     Answer(String),
     /// Nobody answered.
     #[error(
-        "the runner did not answer within {seconds} s: walferry reshard status shows where it stands"
+        "the runner did not answer within {seconds} s: walferry reshard status shows where it \
+         stands"
     )]
     Silent {
         /// How long was waited.

@@ -20,6 +20,9 @@ use crate::route;
 /// How long a route may take to let clients through before it is tried again.
 const RELEASE_WAIT: Duration = Duration::from_secs(30);
 
+/// Streams that have just begun anew are still connecting.
+const FLOW_WAIT: Duration = Duration::from_secs(10);
+
 /// A cutover as asked for.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Wanted {
@@ -126,6 +129,7 @@ impl Reshard {
             let problem = "tables or columns of the sources changed since it began".to_string();
             return Err(super::layout::unfit(problem));
         }
+        pairs.until_flowing(FLOW_WAIT).await;
         let mut plan = self.plan(pairs, layout, wanted)?;
         let record = Record::new(wanted);
         if !wanted.dry_run {
@@ -205,9 +209,11 @@ impl Reshard {
         store.set_stage(Stage::Switched, &json!(record)).await
     }
 
-    /// Is it past the point of no return, with nothing left to do?
-    pub(super) fn is_settled(flip: Option<Value>) -> bool {
-        Record::read(flip).is_ok_and(|record| record.settled)
+    /// What a switch did, where nothing of it is left to be done.
+    pub(super) fn settled(flip: Option<Value>) -> Option<Value> {
+        let record = Record::read(flip).ok().filter(|record| record.settled)?;
+        let (barriers, held_ms) = (record.barriers.join(" "), record.held_ms);
+        Some(json!({ "switched_lsn": barriers, "fenced_ms": held_ms, "released": true }))
     }
 }
 

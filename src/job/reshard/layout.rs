@@ -186,9 +186,10 @@ impl Reshard {
     async fn torn_keys(&self, session: &mut Session) -> Result<Vec<String>> {
         let sql = "select k.conname, n.nspname, c.relname, fn.nspname, f.relname, \
              (select pg_catalog.string_agg(a.attname || '=' || fa.attname, ',') \
-              from pg_catalog.unnest(k.conkey, k.confkey) as u(here, there) \
+              from unnest(k.conkey, k.confkey) as u(here, there) \
               join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and a.attnum = u.here \
-              join pg_catalog.pg_attribute fa on fa.attrelid = k.confrelid and fa.attnum = u.there) \
+              join pg_catalog.pg_attribute fa \
+                on fa.attrelid = k.confrelid and fa.attnum = u.there) \
              from pg_catalog.pg_constraint k \
              join pg_catalog.pg_class c on c.oid = k.conrelid \
              join pg_catalog.pg_namespace n on n.oid = c.relnamespace \

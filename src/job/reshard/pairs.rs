@@ -11,6 +11,7 @@ use super::layout::Pair;
 use super::run::Tell;
 use super::{Error, Reshard};
 use crate::apply::Applied;
+use crate::clock::Deadline;
 use crate::job::run::Report;
 use crate::job::{self, Notice, Phase, Result, Runner, Until};
 use crate::pg::Session;
@@ -98,6 +99,19 @@ impl Pairs {
         let gauges = from
             .map(|running| running.gauge.lock().unwrap_or_else(PoisonError::into_inner).clone());
         gauges.collect()
+    }
+
+    /// Waits until every stream flows, one that has just begun anew too.
+    pub async fn until_flowing(&self, wait: Duration) {
+        let deadline = Deadline::after(wait);
+        let flows = |running: &Running| {
+            let gauge = running.gauge.lock().unwrap_or_else(PoisonError::into_inner);
+            // Its other end goes with the stream.
+            gauge.as_ref().is_some_and(|applied| applied.has_changed().is_ok())
+        };
+        while !self.running.iter().all(flows) && !deadline.passed() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// Stops all, at a batch boundary where that does not take long.

@@ -18,6 +18,7 @@ use crate::clock::{Backoff, Deadline};
 use crate::cutover::{self, Outcome};
 use crate::fault::{Fault, Faulty};
 use crate::job::lease::{self, Holder, Lease};
+use crate::job::pipeline::Task;
 use crate::job::{self, Phase, Result};
 use crate::pg::Session;
 
@@ -27,7 +28,7 @@ pub type Tell = Arc<dyn Fn(String) + Send + Sync>;
 /// Between two looks at requests.
 const TURN: Duration = Duration::from_millis(100);
 
-/// So many turns pass between two looks at the lease and the pairs' phases.
+/// So many turns pass between two looks at the pairs' phases.
 const LOOK_TURNS: u32 = 10;
 
 /// How long servers that were never reached are tried.
@@ -110,9 +111,35 @@ async fn session(
 ) -> Result<Stage> {
     let layout = reshard.layout().await?;
     let all = reshard.pairs(&layout)?;
-    let (mut lease, mut store) = open(reshard, &all, left.holder.as_ref()).await?;
+    let (lease, store) = open(reshard, &all, left.holder.as_ref()).await?;
     left.holder = Some(lease.holder().clone());
     left.opened = true;
+    // A session that nobody asks for half a minute is ended by its server.
+    let mut keeping = Task(tokio::spawn(keep(lease)));
+    tokio::select! {
+        worked = work(reshard, until, tell, stop, (store, layout, all)) => worked,
+        lost = &mut keeping.0 => Err(lost.unwrap_or(job::Error::LeaseLost)),
+    }
+}
+
+/// Asks the lease every second until it is lost; gives why.
+pub(super) async fn keep(mut lease: Lease) -> job::Error {
+    loop {
+        if let Err(error) = lease.check().await {
+            return error;
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+/// What the holder of the lease does.
+async fn work(
+    reshard: &Reshard,
+    until: Until,
+    tell: &Tell,
+    stop: &watch::Receiver<bool>,
+    (mut store, layout, all): (Store, Layout, Vec<Pair>),
+) -> Result<Stage> {
     let row = store.load_existing().await?;
     if clear(reshard, &mut store, &all, row).await? == Stage::Switched {
         return Ok(Stage::Switched);
@@ -125,7 +152,7 @@ async fn session(
         Watched { reshard, store: &mut store, pairs: &mut pairs, layout: &layout, flying };
     let mut stopping = stop.clone();
     let attended = tokio::select! {
-        attended = watched.attend(&mut lease, until) => attended,
+        attended = watched.attend(until) => attended,
         () = async {
             let _ = stopping.wait_for(|stop| *stop).await;
             // Writers may be held: a switch under way is made, or undone.
@@ -188,15 +215,12 @@ struct Watched<'a> {
 
 impl Watched<'_> {
     /// Looks on, and does what is asked, until there is reason to return.
-    async fn attend(&mut self, lease: &mut Lease, until: Until) -> Result<Stage> {
+    async fn attend(&mut self, until: Until) -> Result<Stage> {
         for turn in 0_u32.. {
             self.pairs.refuse_ended().await?;
-            if turn % LOOK_TURNS == 0 {
-                lease.check().await?;
-                let due = until == Until::Following;
-                if due && self.pairs.not_at(self.reshard, Phase::Following).await?.is_empty() {
-                    return Ok(Stage::Running);
-                }
+            let due = until == Until::Following && turn % LOOK_TURNS == 0;
+            if due && self.pairs.not_at(self.reshard, Phase::Following).await?.is_empty() {
+                return Ok(Stage::Running);
             }
             if let Some(request) = self.store.load_existing().await?.request
                 && self.hear(request).await?
@@ -269,8 +293,9 @@ pub async fn lead_over(
             own = Some(tokio::spawn(running));
         }
         tokio::time::sleep(POLL).await;
-        if let Some(answer) = answer_to(&mut store, wanted).await? {
-            return ended(reshard, own, answer, wanted.dry_run).await;
+        let row = store.load_existing().await?;
+        if let Some(outcome) = outcome(&row, wanted)? {
+            return Ok(outcome);
         }
         if let Some(running) = own.take_if(|running| running.is_finished()) {
             match running.await.map_err(|e| job::Error::State(format!("the runner: {e}")))? {
@@ -286,46 +311,21 @@ pub async fn lead_over(
     }
 }
 
-type Own = Option<tokio::task::JoinHandle<Result<Stage>>>;
-
-/// Waits for our own runner, which ends by itself once it is switched.
-async fn ended(reshard: &Reshard, own: Own, answer: Value, dry_run: bool) -> Result<Value> {
-    let error = answer.get("error").and_then(Value::as_str).map(str::to_string);
-    if let Some(running) = own {
-        match error.is_some() || dry_run {
-            true => running.abort(),
-            false => {
-                running.await.map_err(|e| job::Error::State(format!("the runner: {e}")))??;
-            }
-        }
-    } else if error.is_none() && !dry_run {
-        until_settled(reshard).await?;
-    }
-    match error {
-        Some(error) => Err(Error::Answer(error).into()),
-        None => Ok(answer.get("outcome").cloned().unwrap_or_default()),
-    }
-}
-
-/// The runner that made the switch tells every pair, which takes a moment.
-async fn until_settled(reshard: &Reshard) -> Result<()> {
-    let mut store = Store::new(Session::control(reshard.home()?).await?, reshard.name.clone());
-    let deadline = Deadline::after(ANSWER_SLACK);
-    while !Reshard::is_settled(store.load_existing().await?.flip) {
-        if deadline.passed() {
-            return Err(Error::Silent { seconds: ANSWER_SLACK.as_secs() }.into());
-        }
-        tokio::time::sleep(POLL).await;
-    }
-    Ok(())
-}
-
-async fn answer_to(store: &mut Store, wanted: &Wanted) -> Result<Option<Value>> {
-    let answer = store.load_existing().await?.answer;
-    let ours = |answer: &Value| {
+/// What the cutover did, once every pair knows; `None` while it is under way. A runner that died
+/// past the point of no return has told no more than what is stored.
+fn outcome(row: &Row, wanted: &Wanted) -> Result<Option<Value>> {
+    let answer = row.answer.as_ref().filter(|answer| {
         answer.get("attempt").and_then(Value::as_str) == Some(wanted.attempt.as_str())
-    };
-    Ok(answer.filter(ours))
+    });
+    if let Some(error) = answer.and_then(|answer| answer.get("error")) {
+        let error = error.as_str().unwrap_or_default().to_string();
+        return Err(Error::Answer(error).into());
+    }
+    let told = answer.and_then(|answer| answer.get("outcome")).cloned();
+    match row.stage {
+        Stage::Switched => Ok(Reshard::settled(row.flip.clone()).map(|held| told.unwrap_or(held))),
+        _ => Ok(told),
+    }
 }
 
 /// Takes the lease from whoever has it: a runner that is alive is asked to stop.

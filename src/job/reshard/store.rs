@@ -19,7 +19,7 @@ pub(super) const DDL: &str = "create table if not exists walferry.reshard (\
      updated_at timestamptz not null default now())";
 
 /// Whoever asks keeps the request fresh; one that is older, in seconds, is nobody's any more.
-const FRESH_SECONDS: u32 = 10;
+const FRESH_SECONDS: u32 = 3;
 
 /// Where it stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,10 +157,15 @@ impl Store {
         Ok(())
     }
 
-    /// Asks the runner, or says that one still waits.
+    /// Asks the runner, or says that one still waits; nothing once this attempt was answered.
     pub async fn ask(&mut self, request: &Value) -> Result<()> {
-        let columns = "request = $2::jsonb, asked_at = pg_catalog.clock_timestamp()";
-        self.set(columns, Some(&request.to_string())).await
+        let sql = "update walferry.reshard set request = $2::jsonb, \
+             asked_at = pg_catalog.clock_timestamp() where name = $1 \
+             and (answer ->> 'attempt' is null \
+                 or answer ->> 'attempt' is distinct from $2::jsonb ->> 'attempt')";
+        let params = [Some(self.name.as_str()), Some(&*request.to_string())];
+        self.session.query_params(sql, &params).await?;
+        Ok(())
     }
 
     /// Nobody waits any more.

@@ -54,9 +54,9 @@ async fn refuse_without_rights(session: &mut Session, number: usize) -> Result<(
     if Ability::probe(session).await?.replica_role {
         return Ok(());
     }
-    let what = "the role may not set session_replication_role, and triggers and foreign keys would \
-                act on rows that come: reshard as a superuser, or, from PostgreSQL 15 on, GRANT SET \
-                ON PARAMETER session_replication_role TO the role"
+    let what = "the role may not set session_replication_role, and triggers and foreign keys \
+                would act on rows that come: reshard as a superuser, or, from PostgreSQL 15 on, \
+                GRANT SET ON PARAMETER session_replication_role TO the role"
         .to_string();
     Err(Error::Target { number, peer: session.peer().to_string(), what }.into())
 }

@@ -55,7 +55,7 @@ async fn compare(session: &mut Session, (type_name, oid): (&str, u32), shard: &S
     let rows = session.query_params(&sql, &[Some(&json!(values).to_string())]).await.unwrap();
     assert_eq!(rows.len(), values.len() + 1);
     for row in rows {
-        let value = row.bytes(0);
+        let value = row.bytes(0).map(|bytes| &**bytes);
         let ours: Vec<&str> =
             slices.iter().map(|slice| if slice.has(value).unwrap() { "1" } else { "0" }).collect();
         let ours = format!("{{{}}}", ours.join(","));
