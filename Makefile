@@ -17,7 +17,7 @@ help:
 	@echo "make decode-bench     what a message costs in each decoder; fails where a bar is missed"
 	@echo "make kill [KILLS=200] [BUFFER=spool|kafka]  kill -9 at random moments; the end is exact each time"
 	@echo "make spool-bench      throughput of the spool beside dd, release build"
-	@echo "make kill-spool       kill -9 of run and of both servers through a spool [KILLS=200]"
+	@echo "make kill-spool       kill -9 of run and of both servers, through a spool and memory [KILLS=200]"
 	@echo "make outage           the target away for ten minutes of writes [SECONDS=600]"
 	@echo "make latency          memory, spool and Kafka at 500 tx/s; large transactions by streaming"
 	@echo "make heartbeat        an idle database beside pgbench pins no WAL [SECONDS=600 MAJOR=15]"
@@ -51,7 +51,7 @@ demo-kafka:
 
 # Servers of tests live in memory where there is enough of it.
 test: setup check-style
-	TMPDIR=$$(sh tests/scratch.sh) cargo test --locked --all-targets
+	TMPDIR=$$(sh tests/scratch.sh) cargo test --locked --all-targets --no-fail-fast
 
 # Two rounds more than the default test, and the binary that users run.
 cutover-bench: build
@@ -106,7 +106,8 @@ kill: setup
 	WALFERRY_KILLS=$(or $(KILLS),200) WALFERRY_TEST_BUFFER=$(BUFFER) cargo test --locked --test it -- --nocapture \
 		$(if $(filter kafka,$(BUFFER)),kafka::moving::kill_9 kafka::halves::kill_9) faults::kill_9
 
-# The run, the source and the target each go down, the servers 50 times, at random moments.
+# The run, the source and the target each go down, the servers 50 times, at random moments: through a
+# spool, and through memory.
 kill-spool: setup
 	WALFERRY_SPOOL_KILLS=$(or $(KILLS),200) cargo test --locked --test it -- --nocapture spool::a_move_through
 

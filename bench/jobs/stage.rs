@@ -85,6 +85,12 @@ pub fn walferry(pair: &Pair, target: &str, arguments: &[&str]) -> Command {
     command.current_dir(&pair.scratch).args(arguments);
     command.args(["--source", &pair.source_uri(), "--target", target]);
     command.args(["--jobs", &cores().to_string()]);
+    if let Ok(tuning) = std::env::var("TUNING") {
+        let path = pair.scratch.join("walferry.toml");
+        // What cannot be written is missed by walferry, by name.
+        let _ = std::fs::write(&path, format!("[tuning]\n{}\n", tuning.replace(',', "\n")));
+        command.arg("-c").arg(path);
+    }
     command
 }
 

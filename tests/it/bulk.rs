@@ -70,8 +70,8 @@ impl Backlogs {
         let marked = "select count(*) > 0 from pg_replication_slots where temporary";
         let unmarked = "select count(*) = 0 from pg_replication_slots where temporary";
         match strike {
-            // Some 3 MB of messages.
-            Strike::Reading | Strike::Applying => self.net.throttle(1_000_000),
+            // Some 3 MB of messages, so that a busy machine has time to strike before their end.
+            Strike::Reading | Strike::Applying => self.net.throttle(500_000),
             Strike::HandingOver(_) => self.net.delay(Duration::from_millis(60)),
         }
         let mut run = self.run();

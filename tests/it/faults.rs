@@ -30,7 +30,8 @@ const LEASE: &str = "select pg_terminate_backend(pid) from pg_locks \
 /// What strikes.
 #[derive(Clone, Copy, Debug)]
 enum Strike {
-    Restart(StopMode),
+    /// How the target goes down, and how the source does.
+    Restart(StopMode, StopMode),
     Cut,
     CutSilently,
     Stall,
@@ -41,9 +42,9 @@ impl Strike {
     async fn on(self, job: &Move) {
         let nets = [&job.source_net, &job.target_net];
         match self {
-            Strike::Restart(mode) => {
-                job.ends.target.restart(mode).unwrap();
-                job.ends.source.restart(mode).unwrap();
+            Strike::Restart(target, source) => {
+                job.ends.target.restart(target).unwrap();
+                job.ends.source.restart(source).unwrap();
                 return;
             }
             Strike::Cut => nets.map(|net| net.cut()),
@@ -207,10 +208,13 @@ fn no_fence(server: &Server) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn both_servers_restart_in_every_phase() {
+    use StopMode::{Fast, Immediate};
     if long() {
-        struck_in_every_phase(Strike::Restart(StopMode::Fast)).await;
+        struck_in_every_phase(Strike::Restart(Fast, Fast)).await;
+        struck_in_every_phase(Strike::Restart(Immediate, Immediate)).await;
+        struck_in_every_phase(Strike::Restart(Fast, Immediate)).await;
     }
-    struck_in_every_phase(Strike::Restart(StopMode::Immediate)).await;
+    struck_in_every_phase(Strike::Restart(Immediate, Fast)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -448,7 +452,7 @@ async fn sessions_terminated_at_random_while_copying_and_following() {
     let one = "select count(pg_terminate_backend(pid)) from (select pid from pg_stat_activity \
                where application_name like 'walferry run%' order by random() limit 1) a";
     let (mut copying, mut following) = (0, 0);
-    while following < 25 {
+    while following < if long() { 25 } else { 12 } {
         tokio::time::sleep(Duration::from_millis(random.u64(20..300))).await;
         assert!(!run.has_ended(), "the run ended:\n{}", run.so_far());
         let server = if random.bool() { &job.ends.source } else { &job.ends.target };

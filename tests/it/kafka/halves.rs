@@ -24,7 +24,7 @@ async fn kill_9_of_capture_apply_broker_and_servers_ends_exact() {
     let (ends, writer) = moving(&broker.address(), 100.0).await;
     let read = |name| std::env::var(name).ok().and_then(|n| n.parse().ok());
     let seed = read("WALFERRY_SEED").unwrap_or_else(|| fastrand::u64(..));
-    let kills = read("WALFERRY_KILLS").unwrap_or(10);
+    let kills = read("WALFERRY_KILLS").unwrap_or(5);
     println!("WALFERRY_SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let start = |half: &str| ends.spawn(&[half, "--standby"]);

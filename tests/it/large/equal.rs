@@ -36,7 +36,9 @@ async fn a_job(arguments: &[&str], wait: Wait, seed: u64) {
     ends.until_phase(&mut run, "following").await;
     let source = Config::parse(&ends.source_uri()).unwrap();
     let two_phase = arguments.contains(&"--two-phase");
-    let (transactions, rows_max) = (100, 2500);
+    // Of each of the clients; WALFERRY_TRANSACTIONS for a longer form.
+    let asked = std::env::var("WALFERRY_TRANSACTIONS").ok().and_then(|n| n.parse().ok());
+    let (transactions, rows_max) = (asked.unwrap_or(30), 2500);
     let work =
         Work { transactions, rows_max, alters: false, prepares: true, truncates: !two_phase };
     // One that is prepared all the while, through all kills.

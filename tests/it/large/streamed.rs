@@ -107,8 +107,9 @@ async fn both_ways(major: u32, seed: u64) {
         database: "postgres".to_string(),
         plugin: "pgoutput".to_string(),
     };
+    // Each new connection below reads from the slot's place again, so that time goes by the square.
     let work =
-        Work { transactions: 25, rows_max: 1500, alters: true, prepares: true, truncates: false };
+        Work { transactions: 14, rows_max: 1500, alters: true, prepares: true, truncates: false };
     work::write(&config, seed, work).await;
     sql.execute("insert into public.mark values (1)").await.unwrap();
 
@@ -117,7 +118,7 @@ async fn both_ways(major: u32, seed: u64) {
     let spill = Arc::new(Spill::new(std::env::temp_dir(), 1 << 30));
     let in_progress = StreamOptions { spill: Some(spill.clone()), ..at_commit.clone() };
     let expected = read(&config, &at_commit, usize::MAX).await;
-    assert!(expected.len() > 30, "{} transactions only", expected.len());
+    assert!(expected.len() > 15, "{} transactions only", expected.len());
     for most in [usize::MAX, 5] {
         let found = read(&config, &in_progress, most).await;
         same(&found, &expected);
@@ -127,7 +128,7 @@ async fn both_ways(major: u32, seed: u64) {
     let streamed = "select stream_txns from pg_stat_replication_slots";
     let streamed: i64 = server.psql("postgres", streamed).unwrap().parse().unwrap();
     println!("{} transactions, {streamed} times in progress", expected.len());
-    assert!(streamed > 20, "{streamed} were sent in progress");
+    assert!(streamed > 10, "{streamed} were sent in progress");
 }
 
 /// The first difference, in short: whole transactions fill a screen.
