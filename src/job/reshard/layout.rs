@@ -157,6 +157,14 @@ impl Reshard {
                 problems.push(format!("table {name} is partitioned, which cannot be shared out"));
                 continue;
             }
+            if table.key.is_empty() && self.sources.len() > 1 {
+                // Two pairs would each delete the same one of two equal rows.
+                problems.push(format!(
+                    "table {name} has no key, and equal rows of several sources could not be told \
+                     apart: give it a primary key"
+                ));
+                continue;
+            }
             let Some(column) = table.columns.iter().find(|c| c.name == shard.column) else {
                 problems.push(format!("table {name} has no column {}", shard.column));
                 continue;

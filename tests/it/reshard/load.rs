@@ -16,8 +16,9 @@ const AFTER: u64 = 1_000_000_000;
 /// own.
 pub fn place_of(targets: usize) -> Vec<(&'static str, String)> {
     let (last, width) = (targets - 1, (1_u64 << 32) / targets as u64);
+    // least() passes over NULL.
     let range =
-        |hash: &str| format!("coalesce(least(({hash}::int8 + 2147483648) / {width}, {last}), 0)");
+        |hash: &str| format!("least(coalesce(({hash}::int8 + 2147483648) / {width}, 0), {last})");
     let mod_of = |number: &str| format!("(({number} % {targets}) + {targets}) % {targets}");
     vec![
         ("customer", range("hashint8(id)")),
@@ -49,7 +50,7 @@ pub fn first_rows(place: usize, sources: usize, rows: u32) -> String {
              from generate_series(1, 300) i; \
          insert into place select (array['eu', 'us', 'asia', ''])[i % 4 + 1], {id}, i \
              from generate_series(1, {rows}) i; \
-         insert into loose select nullif(i % 50, 7), 'loose' from generate_series(1, 500) i; \
+         insert into loose select {id}, nullif(i % 50, 7), 'loose' from generate_series(1, 500) i; \
          insert into country select 'c' || i, 'country' from generate_series(1, 20) i; \
          insert into stays values (1); select setval('ticket', 500 + {place} * 400)"
     )
@@ -79,16 +80,15 @@ fn transaction(place: usize, sources: usize, turn: u64) -> String {
              insert into place values ('{region}', {new}, 1)"
         ),
         8 => format!(
-            "insert into loose values (nullif({any} % 50, 7), 'loose'), (null, 'n{new}'); \
-             delete from loose where ctid = (select min(ctid) from loose)"
+            "insert into loose values ({new}, nullif({any} % 50, 7), 'loose'), (-{new}, null, 'n'); \
+             delete from loose where id = {any} % 500"
         ),
         _ if place == 0 => format!(
             "update country set name = 'at {turn}' where code = 'c' || ({any} % 20); \
              insert into country values ('new {new}', 'n')"
         ),
         _ => format!(
-            "update loose set k = (k + 1) % 50 where ctid = \
-             (select min(ctid) from loose where k = {any} % 50)"
+            "update loose set k = nullif({turn} % 50, 7) where id between {any} % 500 and 500"
         ),
     };
     format!("begin; {sql}; commit")

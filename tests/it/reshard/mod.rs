@@ -19,7 +19,8 @@ pub(super) const TABLES: &str = "create table customer (id bigint primary key, n
     create table heavy (id int primary key, n int, v text); \
     alter table heavy replica identity full; alter table heavy alter v set storage external; \
     create table place (region text, id int, v int, primary key (region, id)); \
-    create table loose (k int, v text); alter table loose replica identity full; \
+    create table loose (id int primary key, k int, v text); \
+    alter table loose replica identity full; \
     create table country (code text primary key, name text); \
     create table stays (id int); create sequence ticket";
 
