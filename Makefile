@@ -48,9 +48,11 @@ demo-kafka:
 	cargo build --release --quiet --locked
 	target/release/walferry demo --kafka $(if $(SCALE),--scale $(SCALE))
 
-# Servers of tests live in memory where there is enough of it.
+# Servers of tests live in memory where there is enough of it. A good part of a test is waiting, for
+# turns, time-outs and servers, so that there are half as many more at a time than processors.
 test: setup check-style
-	TMPDIR=$$(sh tests/scratch.sh) cargo test --locked --all-targets --no-fail-fast
+	TMPDIR=$$(sh tests/scratch.sh) RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$(($$(nproc) * 3 / 2))} \
+		cargo test --locked --all-targets --no-fail-fast
 
 # Two rounds more than the default test, and the binary that users run.
 cutover-bench: build

@@ -56,7 +56,7 @@ async fn follow(ends: &Ends, asked: &[&'static str], writer: &Writer) -> (Walfer
         }
     }
     roles::grant(ends, &needed);
-    (run, Inventory::take(&ends.source_uri()).await)
+    (run, Inventory::now(&ends.source_uri()).await)
 }
 
 /// Of a job of these options.
