@@ -48,6 +48,7 @@ pub use error::Error;
 pub use fence::FenceKind;
 pub use rest::{Large, Rest};
 pub use rules::Rules;
+pub use seal::Sealing;
 pub use undo::{release, seal_other, undo};
 
 /// Result with this room's error.

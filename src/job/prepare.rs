@@ -298,6 +298,7 @@ pub(super) async fn check_ready(
     options.streaming = config.streaming.is_some();
     options.two_phase = config.two_phase;
     options.failover = config.failover;
+    options.standbys.clone_from(&config.standbys);
     options.two_way = config.two_way.is_some();
     options.brought = config.options.brought;
     options.alters = config.ddl.is_some();
