@@ -13,10 +13,10 @@ pub struct Args {
     run: RunArgs,
     /// Wait while another process applies, and take over from it
     #[arg(long)]
-    standby: bool,
+    take_over: bool,
 }
 
 /// Runs the job. Exit codes are those of `run`.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
-    run_half(args.run, Half::Apply, args.standby).await
+    run_half(args.run, Half::Apply, args.take_over).await
 }

@@ -17,7 +17,7 @@ pub struct Args {
     job: JobArgs,
     /// Wait while another process reads the source, and take over from it
     #[arg(long)]
-    standby: bool,
+    take_over: bool,
 }
 
 /// Reads until the job has ended or it is stopped. 0 then; 1 on an error.
@@ -39,6 +39,6 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
             *last = line;
         }
     });
-    capture(config, args.standby, report, stopping).await?;
+    capture(config, args.take_over, report, stopping).await?;
     Ok(ExitCode::SUCCESS)
 }

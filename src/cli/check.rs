@@ -41,6 +41,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     wanted.streaming = config.streaming.is_some();
     wanted.two_phase = config.two_phase;
     wanted.failover = config.failover;
+    wanted.standbys.clone_from(&config.standbys);
     wanted.two_way = config.two_way.is_some();
     wanted.brought = options.brought;
     wanted.alters = config.ddl.is_some();

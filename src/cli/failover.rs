@@ -2,6 +2,7 @@
 
 use crate::config;
 use crate::job::failover::{AfterFailover, Failover};
+use crate::pg::Config;
 
 /// What is done so that one may, and once one has.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -15,6 +16,10 @@ pub struct FailoverArgs {
     /// [default: stop]
     #[arg(long, value_name = "stop|refill", value_parser = str::parse::<AfterFailover>)]
     after_failover: Option<AfterFailover>,
+    /// A standby of the source, of 16 or newer, on which a slot is kept for when it is promoted;
+    /// may be given again. Of 17 and newer servers keep copies themselves (--failover)
+    #[arg(long, value_name = "URI", env = "WALFERRY_STANDBY", hide_env_values = true)]
+    standby: Vec<String>,
 }
 
 impl FailoverArgs {
@@ -26,6 +31,20 @@ impl FailoverArgs {
     /// The same.
     pub fn after(&self, in_file: Option<String>) -> Result<AfterFailover, config::Error> {
         Ok(self.after_failover.or(read("--after-failover", in_file)?).unwrap_or_default())
+    }
+
+    /// The standbys, likewise. They do not go with `two_phase`: what was prepared before a slot was
+    /// made comes from it at its commit, after it has come from another at its PREPARE.
+    pub fn standbys(&self, in_file: Vec<String>, two_phase: bool) -> anyhow::Result<Vec<Config>> {
+        let given = if self.standby.is_empty() { in_file } else { self.standby.clone() };
+        if two_phase && !given.is_empty() {
+            let message = "does not go with --two-phase on: after a promotion, what was prepared \
+                 before its slot was made would come twice"
+                .to_string();
+            return Err(config::Error::Value { option: "--standby", message }.into());
+        }
+        let read = given.iter().map(|text| Ok(Config::parse(text)?.labelled("standby")));
+        read.collect()
     }
 }
 

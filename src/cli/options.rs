@@ -190,10 +190,13 @@ impl JobArgs {
         let source = source.ok_or_else(|| missing("the source", "source", "WALFERRY_SOURCE"))?;
         let target = self.target.clone().or(file.target.clone());
         let target = target.ok_or_else(|| missing("the target", "target", "WALFERRY_TARGET"))?;
-        self.between(file, Config::parse(&source)?, Config::parse(&target)?)
+        let in_file = file.standby.clone();
+        let mut job = self.between(file, Config::parse(&source)?, Config::parse(&target)?)?;
+        job.standbys = self.standbys.standbys(in_file, job.two_phase)?;
+        Ok(job)
     }
 
-    /// The same between these ends.
+    /// The same between these ends, without standbys, which are of one source.
     pub fn between(&self, file: File, source: Config, target: Config) -> anyhow::Result<JobConfig> {
         let (tuning, bulk) = (tuning(self.apply, &file)?, bulk(&file));
         let (map, kafka) = (mapping::read(&file)?, kafka_properties(&file)?);
@@ -252,6 +255,7 @@ impl JobArgs {
             from_lsn,
             half: Half::Both,
             failover: self.standbys.failover(file.failover)?,
+            standbys: Vec::new(),
             after_failover: self.standbys.after(file.after_failover)?,
             secrets: secrets(&file.cutover.route)?,
             backlog: backlog(&file.tuning),

@@ -8,6 +8,7 @@ use super::print;
 use crate::fault::{Fault, Faulty};
 use crate::job::place::Place;
 use crate::job::reads::ReadState;
+use crate::job::standby_status::StandbyStatus;
 use crate::job::status::{self, Status, TableStatus};
 use crate::job::store::StreamRow;
 
@@ -83,12 +84,23 @@ fn show(status: &Status) {
         };
         println!("readers  {where_to}, by {}", reads.shown().join("; "));
     }
+    for group in &status.groups {
+        let lsn = group.switched_lsn.as_ref().map_or(String::new(), |lsn| format!(", from {lsn}"));
+        let name = group.group.as_deref().unwrap_or("never switched");
+        println!("group    {name}: {} tables on the {}{lsn}", group.tables, group.owner);
+    }
     if let Some(spool) = &status.spool {
         let place = match &spool.place {
             Place::Spool(spool) => format!("spool    {} on host {}", spool.dir, spool.host),
             Place::Kafka(kafka) => format!("kafka    topic {} of {}", kafka.topic, kafka.brokers),
         };
         println!("{place}; its loss would cost {}", spool.loss);
+    }
+    for standby in &status.standbys {
+        let StandbyStatus { standby, state, slot_lsn, said, age_seconds } = standby;
+        let at = slot_lsn.as_ref().map(|lsn| format!(", slot at {lsn}")).unwrap_or_default();
+        let said = said.as_ref().map(|said| format!(": {said}")).unwrap_or_default();
+        println!("standby  {standby} {state}{at} ({age_seconds:.0} s ago){said}");
     }
     show_stream("forward", &status.positions);
     show_fallbacks(status.fallbacks);
@@ -99,6 +111,9 @@ fn show(status: &Status) {
         if let Some(sql) = &table.awaited {
             println!("         waits for: {sql}");
         }
+    }
+    for sql in &status.awaited {
+        println!("awaited  on the target, as no stream shows it: {sql}");
     }
     if let Some(reverse) = &status.reverse {
         show_stream("reverse", &reverse.positions);

@@ -50,6 +50,8 @@ pub struct File {
     pub failover: Option<String>,
     /// `--after-failover`.
     pub after_failover: Option<String>,
+    /// `--standby`.
+    pub standby: Vec<String>,
     /// `--two-way`.
     pub two_way: bool,
     /// `--on-conflict`.

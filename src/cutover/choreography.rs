@@ -9,6 +9,7 @@ use tokio::sync::watch;
 
 use super::fence::{Fence, FenceKind};
 use super::held::Ready;
+use super::seal::Sealing;
 use super::sequences::Stood;
 use super::{Error, Rest, Result, Rules, barrier, canary, undo};
 use crate::apply::Applied;
@@ -246,8 +247,9 @@ impl<J: Journal> Flight<'_, J> {
     async fn fly(&mut self, slot: &mut Option<Fence>) -> Result<Outcome> {
         let plan = &*self.plan;
         // All sessions are opened before anybody is held.
-        let mut fence =
-            Fence::prepare(plan.fence, &plan.job, &plan.live, &plan.tables, plan.max_hold).await?;
+        let is_group = plan.context.is_group;
+        let sealing = Sealing { job: &plan.job, tables: &plan.tables, is_group };
+        let mut fence = Fence::prepare(plan.fence, &plan.live, sealing, plan.max_hold).await?;
         if plan.rest.fences_large_objects() {
             fence.take_large_objects().await?;
         }

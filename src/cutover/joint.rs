@@ -30,6 +30,7 @@ use tokio::sync::watch;
 
 use super::choreography::{Outcome, PONR_WAIT, Step, timed};
 use super::fence::{Fence, FenceKind};
+use super::seal::Sealing;
 use super::sequences::{self, Stood};
 use super::{Error, Result, Rules, barrier, seal, undo};
 use crate::apply::Applied;
@@ -169,7 +170,7 @@ pub async fn undo_joint(
             let opened = async {
                 let mut session = Session::control(&live).await?;
                 seal::hasten(&mut session).await;
-                seal::open(&mut session, job).await
+                seal::open(&mut session, job, None).await
             };
             let opened = tokio::time::timeout(OPEN_WAIT, opened).await;
             opened.unwrap_or(Err(Error::NoAnswer { waited: OPEN_WAIT }))
@@ -210,7 +211,8 @@ async fn fly<J: JointJournal>(
     steps: &mut Vec<Step>,
 ) -> Result<Outcome> {
     let prepare = plan.sources.iter().map(|source| {
-        Fence::prepare(FenceKind::Lock, &plan.job, &source.live, &source.tables, plan.max_hold)
+        let sealing = Sealing { job: &plan.job, tables: &source.tables, is_group: false };
+        Fence::prepare(FenceKind::Lock, &source.live, sealing, plan.max_hold)
     });
     for fence in join_all(prepare).await {
         fences.push(fence?);

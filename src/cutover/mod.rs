@@ -50,6 +50,7 @@ pub use fence::FenceKind;
 pub use joint::{Joint, JointJournal, Leaving, run_joint, undo_joint};
 pub use rest::{Large, Rest};
 pub use rules::Rules;
+pub use seal::Sealing;
 pub use undo::{release, seal_other, undo};
 
 /// Result with this room's error.

@@ -6,7 +6,7 @@
 //! the rate of the last moments, and a few of the blocks that sessions take at once (CACHE). Gaps
 //! in sequences are normal; collisions are not.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use super::Result;
@@ -29,13 +29,14 @@ const PEAK: f64 = 4.0;
 pub struct Stood {
     at: Instant,
     values: HashMap<QualifiedName, i64>,
-    dest: HashSet<QualifiedName>,
+    dest: HashMap<QualifiedName, i64>,
 }
 
 impl Stood {
     /// Reads both sides. Done while nobody is held.
     pub async fn read(live: &mut Session, dest: &mut Session) -> Result<Stood> {
-        let dest = catalog::sequences(dest).await?.into_iter().map(|s| s.name).collect();
+        let dest = catalog::sequences(dest).await?;
+        let dest = dest.into_iter().map(|s| (s.name, s.last_value)).collect();
         let sequences = catalog::sequences(live).await?;
         let values = sequences.into_iter().map(|s| (s.name, s.last_value)).collect();
         Ok(Stood { at: Instant::now(), values, dest })
@@ -45,7 +46,17 @@ impl Stood {
     pub async fn of(live: &mut Session) -> Result<Stood> {
         let sequences = catalog::sequences(live).await?;
         let values = sequences.into_iter().map(|s| (s.name, s.last_value)).collect();
-        Ok(Stood { at: Instant::now(), values, dest: HashSet::new() })
+        Ok(Stood { at: Instant::now(), values, dest: HashMap::new() })
+    }
+
+    /// Increments by which the other side is ahead: of a sequence that both sides drew from.
+    fn ahead(&self, sequence: &Sequence) -> u64 {
+        let Some(there) = self.dest.get(&sequence.name).filter(|_| !sequence.cycle) else {
+            return 0;
+        };
+        let further = i128::from(*there) - i128::from(sequence.last_value);
+        let increments = further.checked_div(i128::from(sequence.increment)).unwrap_or(0);
+        u64::try_from(increments).map_or(0, |increments| increments.saturating_add(1))
     }
 
     /// Increments a second since then.
@@ -83,7 +94,7 @@ pub async fn carry(
     sequences.retain(|sequence| {
         renamed.contains_key(&sequence.name)
             || selection.has_sequence(sequence.owner.as_ref())
-            || (!selection.tables_only && stood.dest.contains(&sequence.name))
+            || (!selection.tables_only && stood.dest.contains_key(&sequence.name))
     });
     let mut rates = HashMap::with_capacity(sequences.len());
     for sequence in &mut sequences {
@@ -94,7 +105,8 @@ pub async fn carry(
         rates.insert(sequence.name.clone(), rate);
     }
     let rate = |sequence: &Sequence| rates.get(&sequence.name).copied().unwrap_or(0.0);
-    let margin = |sequence: &Sequence| margin(sequence, rate(sequence), hold);
+    let margin =
+        |sequence: &Sequence| margin(sequence, rate(sequence), hold).max(stood.ahead(sequence));
     schema::set_sequences(dest, &sequences, margin).await?;
     Ok(())
 }
@@ -192,7 +204,13 @@ mod tests {
         let values = HashMap::from([(sequence.name.clone(), 30_000)]);
         let at = Instant::now() - Duration::from_secs(1);
         sequence.increment = -2;
-        let rate = Stood { at, values, dest: HashSet::new() }.rate(&sequence);
+        let dest = HashMap::from([(sequence.name.clone(), 9_001)]);
+        let stood = Stood { at, values, dest };
+        let rate = stood.rate(&sequence);
         assert!((9_000.0..=10_000.0).contains(&rate), "{rate}");
+        // From 10,000 down by twos, past 9,001.
+        assert_eq!(stood.ahead(&sequence), 500);
+        sequence.increment = 2;
+        assert_eq!(stood.ahead(&sequence), 0);
     }
 }

@@ -122,7 +122,7 @@ pub(super) async fn system_of(session: &mut Session) -> Result<String> {
     Ok(session.query_one(sql, &[]).await?.string(0)?)
 }
 
-fn identifier(system: &str) -> &str {
+pub(super) fn identifier(system: &str) -> &str {
     system.split('/').next().unwrap_or(system)
 }
 

@@ -40,6 +40,10 @@ struct Probes {
     target: Option<Session>,
 }
 
+/// A loss that `--after-failover refill` does not mend.
+const LIVE_ROWS: &str = ". After a switch no table is read again, as the rows of the live side are \
+     those that count: walferry finish keeps them and ends the job, without a way back";
+
 impl Runner {
     /// Works until an event, or `None` when it is time to return.
     pub(super) async fn attend(&mut self, until: &Until) -> Result<Option<Event>> {
@@ -51,6 +55,7 @@ impl Runner {
         }
         self.reads_due = row.reads.is_some().then(|| Deadline::after(Duration::ZERO));
         self.keep_heartbeat(phase).await?;
+        self.keep_standbys();
         self.keep_looking(phase).await?;
         self.validate_beside().await?;
         self.refresh_beside().await?;
@@ -62,7 +67,9 @@ impl Runner {
             if let Some(loss) = self.lost_stream().await? {
                 return self.refill(loss).await.map(Some);
             }
-            self.check_streams()?;
+            // Whatever has become of the way back.
+            self.keep_sealed(phase).await?;
+            self.check_streams(phase)?;
             self.busy.store(false, Ordering::SeqCst);
             self.store_positions(&mut probes).await?;
             let led = self.lead_late().await?;
@@ -109,10 +116,10 @@ impl Runner {
         if phase == Phase::CatchingUp || self.hold.is_some() { TURN / 20 } else { TURN }
     }
 
-    fn check_streams(&mut self) -> Result<()> {
+    fn check_streams(&mut self, phase: Phase) -> Result<()> {
         // A way back that does not work yet is no reason to stop following: the next cutover
         // starts it again, and is refused for as long as it does not work.
-        let idle = !self.reverse_open.load(Ordering::SeqCst);
+        let idle = self.gate.is_shut();
         if let Some(message) = self.reverse.as_ref().and_then(Pipe::fatal)
             && idle
         {
@@ -120,7 +127,12 @@ impl Runner {
             self.say(Notice::Said(format!("the way back stopped: {message}")));
         }
         for (stream, pipe) in [(Stream::Forward, &self.forward), (Stream::Reverse, &self.reverse)] {
-            if let Some(message) = pipe.as_ref().and_then(Pipe::fatal) {
+            let Some(pipe) = pipe else { continue };
+            if let Some(mut message) = pipe.fatal() {
+                let flipped = matches!(phase, Phase::Split | Phase::Switched | Phase::RolledBack);
+                if pipe.lost().is_some() && flipped {
+                    message.push_str(LIVE_ROWS);
+                }
                 return Err(Error::Stream { stream: stream.to_string(), message });
             }
         }
@@ -161,9 +173,15 @@ impl Runner {
 
     /// A cutover or rollback is asked for: what has to be so before it begins.
     async fn hear_flip(&mut self, asked: &client::Asked) -> Result<Flipping> {
-        let request: FlipRequest =
+        let mut request: FlipRequest =
             serde_json::from_value(asked.args.clone()).map_err(|e| Error::State(e.to_string()))?;
         self.take_letter(request.letter.as_deref());
+        match self.choose_group(&mut request).await {
+            Err(error) if keeps_running(&error) => {
+                return Ok(Flipping::Answer(Err(error.to_string())));
+            }
+            chosen => chosen?,
+        }
         // Arming may wait for long transactions, and views take long to be refreshed.
         let home = self.config.target.clone();
         let armed = tokio::select! {
@@ -198,7 +216,8 @@ impl Runner {
                 if matches!(error, Error::Cutover(cutover::Error::Broken { .. })) {
                     // A runner that ends with its command stores what stopped the stream first.
                     client::answer(&mut self.store.session, &asked.id, said.clone()).await?;
-                    self.check_streams()?;
+                    let phase = self.row().await?.phase;
+                    self.check_streams(phase)?;
                 }
                 Ok(Flipping::Answer(said))
             }

@@ -8,13 +8,13 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use super::admit::accept_systems;
-use super::flip::{context, stream_of};
 use super::lease::Lease;
 use super::place::Place;
+use super::request::context_of;
 use super::run::JobConfig;
 use super::state::{Event, Phase};
 use super::store::{JobRow, Store};
-use super::{Result, lease, two_way};
+use super::{Result, lease, standby_status, two_way};
 use crate::cluster::shard;
 use crate::cutover::{self, seal};
 use crate::id::{JobName, Stream};
@@ -23,15 +23,18 @@ use crate::source::{publication, slot};
 use crate::{apply, schema};
 
 /// Tables of the home database with the column that names the job, the job's own row last.
-const HOME_TABLES: [(&str, &str); 10] = [
+const HOME_TABLES: [(&str, &str); 13] = [
     ("table_copy", "job"),
     ("table_refill", "job"),
     ("schema_step", "job"),
     ("schema_dump", "job"),
     ("source_object", "job"),
+    ("awaited", "job"),
     ("large_object", "job"),
     ("stream", "job"),
+    ("standby", "job"),
     ("journal", "job"),
+    ("ownership", "job"),
     ("command", "job"),
     ("job", "name"),
 ];
@@ -116,6 +119,7 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
         drop_objects(session, &config.source, &config.job, Stream::Forward, &mut dropped).await?;
     }
     let home = &mut store.session;
+    standby_status::clean_up(config, &row, home, &mut dropped, &mut left).await?;
     if left_side == Some(Stream::Reverse) {
         recycled = config.recycle(home).await?;
     }
@@ -160,7 +164,7 @@ async fn let_clients_go(config: &JobConfig, row: &JobRow) -> Result<Vec<String>>
     let Some(record) = row.flip.as_ref().filter(|flip| flipped && !flip.released) else {
         return Ok(left);
     };
-    let context = context(config, stream_of(&record.flip));
+    let context = context_of(config, record);
     for route in config.secrets.routes(&record.waiting())? {
         let tried = tokio::time::timeout(RELEASE_WAIT, route.release(&context)).await;
         if !matches!(tried, Ok(Ok(()))) {
@@ -245,7 +249,7 @@ async fn remove_spool(config: &JobConfig, row: &JobRow, dropped: &mut Vec<String
 /// more. One that is gone keeps no job from its end.
 async fn forget_routes(config: &JobConfig, row: &JobRow, left: &mut Vec<String>) -> Result<()> {
     let Some(record) = &row.flip else { return Ok(()) };
-    let context = context(config, stream_of(&record.flip));
+    let context = context_of(config, record);
     let switched = matches!(row.phase, Phase::Switched | Phase::RolledBack | Phase::Finished);
     let routes = [&*record.routes, &*record.earlier_routes].concat();
     for route in config.secrets.routes(&routes)? {

@@ -67,6 +67,8 @@ pub struct JobConfig {
     pub backlog: BulkOptions,
     /// Whether slots are made such that standbys keep copies of them.
     pub failover: Failover,
+    /// Standbys of the source that are given slots of their own.
+    pub standbys: Vec<Config>,
     /// What is done where a side has lost what the stream needs.
     pub after_failover: AfterFailover,
     /// What becomes of its tables on the way.

@@ -217,8 +217,7 @@ pub enum Error {
     #[error(
         "slot {slot} was told {confirmed_lsn} because {place} has what the target, at \
          {progress_lsn}, has not: run there with --buffer {option} until the target is level. If \
-         it is lost, start over with walferry cancel and walferry run, which copies every table \
-         again"
+         it is lost, walferry cancel and walferry run copy every table again"
     )]
     SpoolNeeded {
         /// The slot.
@@ -423,9 +422,8 @@ pub enum Error {
     #[error(
         "a switch that was begun cannot be {todo} yet: {cause}. It is tried again every few \
          seconds. A password is not stored: give WALFERRY_ROUTE_PASSWORD, a line in ~/.pgpass, or \
-         --route to `walferry run`. If the route is gone for good, \
-         `walferry run --skip-route KIND` (KIND is {}) goes on without it and says what to do by \
-         hand",
+         --route to `walferry run`. If it is gone for good, `walferry run --skip-route KIND` \
+         (KIND is {}) goes on without it and says what to do by hand",
         route::KINDS
     )]
     RouteWaits {
@@ -459,6 +457,9 @@ pub enum Error {
     /// Readers stay where they are.
     #[error(transparent)]
     Reads(#[from] super::reads::Refused),
+    /// A group of tables stays where it is.
+    #[error(transparent)]
+    Groups(#[from] super::groups::Refused),
     /// A runner, an asker or a server that is gone, or is said to be.
     #[error(transparent)]
     Gone(#[from] Gone),

@@ -7,6 +7,7 @@ use super::check::{self, Finding};
 use super::flip::FlipRequest;
 use super::rest::{Refresh, Unlogged};
 use super::run::Runner;
+use super::silent;
 use crate::cutover::{self, Plan};
 use crate::id::Stream;
 use crate::limit::CATALOG_WAIT;
@@ -38,6 +39,14 @@ impl Runner {
             "large-objects" => !moves,
             _ => true,
         });
+        if plan.flip == Stream::Forward {
+            let home = &mut self.store.session;
+            for sql in silent::awaited(home, self.config.job.as_str()).await? {
+                let message =
+                    "the source has it, the stream is silent about it, and it was not made";
+                left.push(Finding::awaited(message, sql));
+            }
+        }
         Ok(left)
     }
 }

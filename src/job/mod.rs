@@ -11,8 +11,11 @@
 //!   constraints. `streams`: starting and stopping them. `pipeline`: one stream, kept going;
 //!   `spooling`: one through a spool. `attend`: what a runner does while it follows: commands,
 //!   `positions`. `vigil`: the lease, and servers that fall silent. `flip`: arming the way back,
-//!   and the choreography; `journal`: its journal. `routes`: its routes, and those that are gone.
-//!   `reads`: clients that only read, led before the writes.
+//!   and the choreography; `request`: as it is asked for; `journal`: its journal.
+//!   `routes`: its routes, and those that are gone.
+//!   `reads`: clients that only read, led before the writes. `groups`: tables switched group by
+//!   group; `owners`: which side each is on. `sealing`: whether the side that was left is still
+//!   shut.
 //!   `cleanup`: finish and cancel; `recycle`: where the old side's tables go; `remains`: cleaning
 //!   one side where the other is gone.
 //! - `ability`: what the roles may do, and so how each side is written. `alone`: tables without the
@@ -24,7 +27,8 @@
 //! - `brought`: a target that is a copy of somebody else's; `reserve`: what is made before it, and
 //!   `seam`: where it stands.
 //! - `two_way`: both sides written at once. `failover`: a source, or a target, whose standby took
-//!   over. `gone`: what is said of runners and servers that are.
+//!   over; `standbys`: slots that are kept there for it, `standby_status`: how those are. `gone`:
+//!   what is said of runners and servers that are.
 //! - `client`: commands from other processes; `ask`: the same, with a runner of one's own where
 //!   none is alive; `ending`: finish and cancel, whoever runs the job. `align`: both sides held at
 //!   one point; `comparing`: and compared there. `status`: what people and scripts see.
@@ -58,6 +62,7 @@ pub mod failover;
 mod faults;
 mod flip;
 mod gone;
+pub mod groups;
 pub mod heartbeat;
 mod journal;
 pub mod lease;
@@ -67,6 +72,7 @@ mod newcomers;
 mod nudging;
 pub mod opening;
 mod options;
+pub mod owners;
 pub mod pipeline;
 pub mod place;
 mod positions;
@@ -77,14 +83,18 @@ pub mod reading;
 pub mod reads;
 pub mod recycle;
 pub mod remains;
+mod request;
 pub mod reserve;
 pub mod reshard;
 pub mod rest;
 pub mod routes;
 pub mod run;
+mod sealing;
 mod seam;
 mod silent;
 mod spooling;
+pub mod standby_status;
+pub mod standbys;
 pub mod state;
 pub mod status;
 pub mod store;

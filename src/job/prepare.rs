@@ -317,6 +317,7 @@ pub(super) fn check_options(config: &JobConfig, selection: &Selection) -> check:
     options.streaming = config.streaming.is_some();
     options.two_phase = config.two_phase;
     options.failover = config.failover;
+    options.standbys.clone_from(&config.standbys);
     options.two_way = config.two_way.is_some();
     options.brought = config.options.brought;
     options.alters = config.ddl.is_some();

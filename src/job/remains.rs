@@ -26,7 +26,7 @@ use super::lease;
 use super::state::Phase;
 use super::store::Store;
 use super::{Error, Gone, Result};
-use crate::cutover::seal::seal_name;
+use crate::cutover::seal::{is_shut, seal_name};
 use crate::id::{JobName, Stream};
 use crate::pg::{Config, Purpose, Session};
 
@@ -83,7 +83,7 @@ async fn clean(job: &JobName, side: &Config, reads: Stream) -> Result<CleanedUp>
         return Err(nothing_left(job, &mut session).await);
     }
     let (mut dropped, mut left) = (Vec::new(), Vec::new());
-    if is_shut(job, &mut session).await? {
+    if is_shut(&mut session, job).await? {
         let upto = progress(job, &mut session, reads.opposite()).await?;
         left.extend(set_sequences(side).await?);
         left.push(format!(
@@ -140,22 +140,6 @@ async fn nothing_left(job: &JobName, session: &mut Session) -> Error {
     let slots = named.ok().and_then(|row| row.opt(0).ok().flatten().map(str::to_string));
     let (job, peer) = (job.to_string(), session.peer().to_string());
     Gone::NothingLeft { job, peer, slots: slots.unwrap_or_default() }.into()
-}
-
-/// True if a switch has left this side shut to writers.
-async fn is_shut(job: &JobName, session: &mut Session) -> Result<bool> {
-    let sealed = "select exists (select 1 from pg_catalog.pg_trigger \
-         where tgname = $1 and tgenabled <> 'D')";
-    if session.query_one(sealed, &[Some(&seal_name(job))]).await?.bool(0)? {
-        return Ok(true);
-    }
-    let notes = "select pg_catalog.to_regclass('walferry.read_only') is not null";
-    if !session.query_one(notes, &[]).await?.bool(0)? {
-        return Ok(false);
-    }
-    let noted = "select exists (select 1 from walferry.read_only \
-         where job = $1 and opened_at is null)";
-    Ok(session.query_one(noted, &[Some(job.as_str())]).await?.bool(0)?)
 }
 
 /// Up to where the stream that writes here has been applied, for people.

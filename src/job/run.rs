@@ -22,13 +22,14 @@ use super::place::Chosen;
 use super::rest::Refreshing;
 use super::routes::Late;
 use super::silent::Silent;
+use super::standbys::Standbys;
 use super::state::{Command, Event, Phase, step};
 use super::store::{JobRow, Store};
 use super::streams::STREAM_PATIENCE;
 use super::validating::Validating;
 use super::vigil::Vigil;
 use super::{Error, Result, client};
-use crate::apply::Applied;
+use crate::apply::{Applied, Gate};
 use crate::catalog::{Selection, Table, tables};
 use crate::clock::{Backoff, Deadline};
 use crate::copy::CopyProgress;
@@ -99,11 +100,15 @@ pub struct Runner {
     pub(super) keeper: Option<Task<()>>,
     /// Beats on the source while the forward stream flows.
     pub(super) heartbeat: Option<Heartbeat>,
+    /// Keeps slots on standbys of the source.
+    pub(super) standbys: Option<Standbys>,
+    /// With the side that is not live, while that is known to be shut.
+    pub(super) sealed: Option<Session>,
     /// Looks at what no stream shows.
     pub(super) silent: Option<Silent>,
-    /// Whether the reverse stream applies more than canaries: true once applications are on the
+    /// What the reverse stream applies beside canaries: tables that applications write to on the
     /// target.
-    pub(super) reverse_open: Arc<AtomicBool>,
+    pub(super) gate: Arc<Gate>,
     /// A flip, its undoing or its release is under way: not to be dropped in the middle.
     pub(super) flying: watch::Sender<bool>,
     /// The command whose flip is under way.
@@ -291,8 +296,10 @@ impl Runner {
             reverse: None,
             keeper: None,
             heartbeat: None,
+            standbys: None,
+            sealed: None,
             silent: None,
-            reverse_open: Arc::new(AtomicBool::new(false)),
+            gate: Arc::default(),
             flying,
             asked: None,
             slot: None,
@@ -360,7 +367,10 @@ impl Runner {
         Ok(match command {
             Command::Check => Some(self.check().await?),
             Command::MakeSchema => Some(self.make_schema().await?),
-            Command::Copy => Some(self.copy().await?),
+            Command::Copy => {
+                self.keep_standbys();
+                Some(self.copy().await?)
+            }
             Command::FollowForward => {
                 if let Some(event) = self.unbroken(false).await? {
                     return Ok(Some(event));
@@ -397,8 +407,8 @@ impl Runner {
         if row.phase == Phase::CuttingOver
             && let Some(record) = row.flip
         {
-            let flip = super::flip::stream_of(&record.flip);
-            let context = super::flip::context(&self.config, flip);
+            let flip = super::request::stream_of(&record.flip);
+            let context = super::request::context_of(&self.config, &record);
             self.rules(flip).await?.silence_dest(&context).await?;
         }
         Ok(())

@@ -6,11 +6,14 @@
 //! still so, as rows that come meanwhile may not fit what is gone again. What the target refuses is
 //! tried again with the next look, and said once.
 //!
+//! What is left to be run by hand, or was refused, is kept in `walferry.awaited` until the target
+//! has it: status and every cutover name it.
+//!
 //! What the source had is kept in `walferry.source_object`, first as it was when the schema was
 //! copied, and moved on one by one in the transaction that does it. So each is done once, through
 //! any crash.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -57,6 +60,8 @@ struct Watcher {
     /// The look before, and where the source's log stood then.
     seen: Option<(Look, Lsn)>,
     said: HashSet<String>,
+    /// What `walferry.awaited` has, once that is known.
+    awaited: Option<BTreeMap<String, String>>,
     statement: Arc<Mutex<Option<CancelHandle>>>,
 }
 
@@ -83,7 +88,8 @@ impl Watcher {
         let lsn = source.query_one("select pg_catalog.pg_current_wal_insert_lsn()", &[]).await?;
         let lsn = lsn.lsn(0)?;
         let mut target = Session::connect(&self.target, Purpose::Sql).await?;
-        let known = load(&mut target, &self.job).await?;
+        let mut known = load(&mut target, &self.job).await?;
+        self.add_columns_of_stream(&mut target, &mut known).await?;
         let Some((before, seen_lsn)) = self.seen.take() else {
             let waits = known != now.objects;
             self.seen = Some((now, lsn));
@@ -97,20 +103,76 @@ impl Watcher {
         let still = |change: &Change| before.objects.get(&change.key) == change.now.as_ref();
         let found: Vec<Change> = changes(&known, &now.objects);
         let (ripe, fresh): (Vec<Change>, Vec<Change>) = found.into_iter().partition(still);
+        let mut awaited = BTreeMap::new();
         for change in &ripe {
-            self.carry(&mut target, change, &now).await?;
+            if let Some(sql) = self.carry(&mut target, change, &now).await? {
+                awaited.insert(key_text(&change.key)?, sql);
+            }
         }
+        self.keep_awaited(&mut target, awaited).await?;
         self.seen = Some((now, lsn));
         Ok(!fresh.is_empty())
     }
 
-    async fn carry(&mut self, target: &mut Session, change: &Change, here: &Look) -> Result<()> {
+    /// Defaults and NOT NULL of columns that came by the stream, or have another name by it, are
+    /// the source's too, though no look may have seen them there.
+    async fn add_columns_of_stream(&self, target: &mut Session, known: &mut Objects) -> Result<()> {
+        let sql = "select schema, name, sql from walferry.altered where stream = $1 \
+             and sql ~ ' (add|rename) column '";
+        let rows = target.query_params(sql, &[Some(&self.stream)]).await?;
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let mut altered = Vec::with_capacity(rows.len());
+        for row in &rows {
+            altered.push((row.string(0)?, row.string(1)?, row.string(2)?));
+        }
+        let of_stream = |key: &Key| {
+            let names = (&key.schema, &key.table);
+            let mut here = altered.iter().filter(|(schema, table, _)| (schema, table) == names);
+            here.any(|(_, _, sql)| key.is_of_column_in(sql))
+        };
+        for (key, definition) in look(target, &self.selection).await?.objects {
+            if of_stream(&key) {
+                known.entry(key).or_insert(definition);
+            }
+        }
+        Ok(())
+    }
+
+    async fn keep_awaited(
+        &mut self,
+        target: &mut Session,
+        awaited: BTreeMap<String, String>,
+    ) -> Result<()> {
+        if self.awaited.as_ref() == Some(&awaited) {
+            return Ok(());
+        }
+        let sql = "with gone as (delete from walferry.awaited where job = $1 \
+               and not $2::jsonb ? key) \
+             insert into walferry.awaited (job, key, sql) \
+             select $1, o.key, o.value from pg_catalog.jsonb_each_text($2::jsonb) o \
+             on conflict (job, key) do update set sql = excluded.sql";
+        let all = serde_json::to_string(&awaited).map_err(|e| Error::State(e.to_string()))?;
+        target.query_params(sql, &[Some(&self.job), Some(&all)]).await?;
+        self.awaited = Some(awaited);
+        Ok(())
+    }
+
+    /// Gives what is to be run on the target and was not.
+    async fn carry(
+        &mut self,
+        target: &mut Session,
+        change: &Change,
+        here: &Look,
+    ) -> Result<Option<String>> {
         let there = look(target, &self.selection).await?;
         let statements = match todo(change, here, &there) {
             Todo::Nothing => {
-                return store(target, &self.job, change).await;
+                store(target, &self.job, change).await?;
+                return Ok(None);
             }
-            Todo::Wait => return Ok(()),
+            Todo::Wait => return Ok(None),
             Todo::Differs => {
                 let key = &change.key;
                 self.say(format!(
@@ -118,14 +180,14 @@ impl Watcher {
                      target: it is left alone",
                     key.name, key.schema, key.table
                 ));
-                return Ok(());
+                return Ok(None);
             }
             Todo::Run(statements) => statements,
         };
         let sql = statements.join("; ");
         if self.policy.of(change.key.kind.class()) != Action::Apply {
             self.say(format!("warning: the stream is silent about it, run on the target: {sql}"));
-            return Ok(());
+            return Ok(Some(sql));
         }
         let handle = target.cancel_handle();
         *self.statement.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle);
@@ -134,12 +196,12 @@ impl Watcher {
         match ran {
             Ok(()) => {
                 (self.report)(Notice::Said(format!("the source has it, made here: {sql}")));
-                Ok(())
+                Ok(None)
             }
             Err(Error::Pg(error)) if error.is_closed() => Err(error.into()),
             Err(error) => {
                 self.say(format!("warning: tried again with the next look: {sql}: {error}"));
-                Ok(())
+                Ok(Some(sql))
             }
         }
     }
@@ -209,6 +271,17 @@ async fn load(target: &mut Session, job: &str) -> Result<Objects> {
     Ok(objects)
 }
 
+/// What the source has and no stream shows, as SQL that is to be run on the target.
+pub(super) async fn awaited(home: &mut Session, job: &str) -> Result<Vec<String>> {
+    let there = "select pg_catalog.to_regclass('walferry.awaited') is not null";
+    if !home.query_one(there, &[]).await?.bool(0)? {
+        return Ok(Vec::new());
+    }
+    let sql = "select sql from walferry.awaited where job = $1 order by key";
+    let rows = home.query_params(sql, &[Some(job)]).await?;
+    rows.iter().map(|row| Ok(row.string(0)?)).collect()
+}
+
 impl Runner {
     /// Keeps what the source has as its schema is copied. `from` is the source, or a copy of it
     /// that somebody else made.
@@ -254,6 +327,7 @@ impl Runner {
             applied,
             seen: None,
             said: HashSet::new(),
+            awaited: None,
             statement: statement.clone(),
         };
         let _task = Task(tokio::spawn(watcher.watch()));

@@ -4,12 +4,14 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::owners::GroupStatus;
 use super::place::Place;
 use super::reading::Reading;
 use super::reads::ReadRecord;
+use super::standby_status::StandbyStatus;
 use super::state::Phase;
 use super::store::{Store, StreamRow};
-use super::{Result, lease, two_way};
+use super::{Result, lease, silent, standby_status, two_way};
 use crate::apply;
 use crate::apply::parked::{self, Parked};
 use crate::id::{JobName, Stream};
@@ -90,10 +92,17 @@ pub struct Status {
     pub conflicts: i64,
     /// Tables whose changes are kept aside.
     pub parked: Vec<Parked>,
+    /// SQL for the target, of what the source has and no stream shows (`--ddl`).
+    pub awaited: Vec<String>,
     /// The reverse stream, once armed.
     pub reverse: Option<ReverseStatus>,
+    /// Slots on standbys of the source.
+    pub standbys: Vec<StandbyStatus>,
     /// Readers that were led to the target, or are on their way.
     pub reads: Option<ReadRecord>,
+    /// Where each group of tables is, once there are any.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<GroupStatus>,
     /// Where the spool or the topic is, and what its loss would cost.
     pub spool: Option<SpoolStatus>,
     /// What stopped the job, or keeps a stream from flowing.
@@ -140,16 +149,9 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
     let readings = store.load_readings().await?;
     let runner = lease::holder(&mut store.session, job).await?;
     let mut positions = store.load_stream(Stream::Forward).await?.unwrap_or_default();
-    let mut source = match source {
-        Some(source) => {
-            let connecting = Session::control(source);
-            let connected = tokio::time::timeout(SOURCE_PATIENCE, connecting).await;
-            connected.ok().and_then(std::result::Result::ok)
-        }
-        None => None,
-    };
+    let mut source = connected(source).await;
     let unreleased = row.flip.as_ref().is_some_and(|flip| !flip.released);
-    let flipped = matches!(row.phase, Phase::Switched | Phase::RolledBack);
+    let flipped = matches!(row.phase, Phase::Split | Phase::Switched | Phase::RolledBack);
     let held_clients = row.phase == Phase::CuttingOver || (flipped && unreleased);
     let open = !matches!(row.phase, Phase::Finished | Phase::Canceled);
     let (name, spooled) = (job.object(Stream::Forward), row.spool.is_some());
@@ -161,7 +163,6 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
         });
         positions = fresh.await.unwrap_or(positions);
     }
-    let tables = tables(&mut store.session, job.as_str(), &name).await?;
     let parked = parked::parked(&mut store.session, &name).await?;
     let forward_fallbacks = fallbacks(&mut store.session, &name).await?;
     let reverse = if row.armed {
@@ -181,7 +182,7 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
         None
     };
     let spool = row.spool.map(|place| {
-        let reverse = reverse.iter().map(|reverse| &reverse.positions);
+        let reverse = reverse.as_ref().map(|reverse| &reverse.positions);
         spool_status(place, &[&positions].into_iter().chain(reverse).collect::<Vec<_>>())
     });
     Ok(Status {
@@ -194,14 +195,23 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
         reading: readings.forward,
         error: row.error.or_else(|| positions.error.clone()),
         positions,
-        tables,
+        tables: tables(&mut store.session, job.as_str(), &name).await?,
         fallbacks: forward_fallbacks,
         conflicts: two_way::conflicts(&mut store.session, &name).await?,
         parked,
+        awaited: silent::awaited(&mut store.session, job.as_str()).await?,
         reverse,
+        standbys: standby_status::load(&mut store.session, job).await?,
         reads: row.reads,
+        groups: store.groups().await?,
         spool,
     })
+}
+
+/// The source, if it is known and answers in time.
+async fn connected(source: Option<&Config>) -> Option<Session> {
+    let connecting = Session::control(source?);
+    tokio::time::timeout(SOURCE_PATIENCE, connecting).await.ok()?.ok()
 }
 
 /// The source's answer, if it gives one in time: it may itself be the trouble that status is to

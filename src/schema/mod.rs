@@ -78,4 +78,6 @@ pub const DDL: &str = "create table if not exists walferry.schema_step (\
      done_at timestamptz not null default pg_catalog.clock_timestamp(), \
      primary key (job, id)); \
      create table if not exists walferry.source_object (\
-     job text, key text, definition text not null, primary key (job, key))";
+     job text, key text, definition text not null, primary key (job, key)); \
+     create table if not exists walferry.awaited (\
+     job text, key text, sql text not null, primary key (job, key))";

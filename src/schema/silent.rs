@@ -67,6 +67,14 @@ impl Key {
     fn table_name(&self) -> QualifiedName {
         QualifiedName::new(&self.schema, &self.table)
     }
+
+    /// True of a default or NOT NULL of a column that a statement of the stream adds or names.
+    pub fn is_of_column_in(&self, sql: &str) -> bool {
+        let column = quote_ident(&self.name);
+        let made = ["add column", "to"].map(|verb| format!("{verb} {column}"));
+        let of_column = matches!(self.kind, Kind::Default | Kind::NotNull);
+        of_column && made.iter().any(|made| sql.contains(made))
+    }
 }
 
 /// All there are, with their definitions.
@@ -272,6 +280,18 @@ mod tests {
         let other = look(&[(Kind::Index, "i", "CREATE UNIQUE INDEX i ON public.t (a)")]);
         assert_eq!(all(&look(&[]), &look(&[INDEX]), &other), [Todo::Differs]);
         assert_eq!(all(&look(&[INDEX]), &look(&[]), &other), [Todo::Differs]);
+    }
+
+    #[test]
+    fn a_column_is_the_streams_by_the_statement_that_made_or_named_it() {
+        let (add, rename) = ("add column \"a\" int default 7", "rename column \"x\" to \"a\"");
+        for kind in [Kind::Default, Kind::NotNull] {
+            assert!(key(kind, "a").is_of_column_in(add) && key(kind, "a").is_of_column_in(rename));
+            assert!(
+                !key(kind, "b").is_of_column_in(add) && !key(kind, "x").is_of_column_in(rename)
+            );
+        }
+        assert!(!key(Kind::Index, "a").is_of_column_in(add));
     }
 
     #[test]

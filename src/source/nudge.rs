@@ -117,16 +117,31 @@ impl Nudge {
         let (kept, end): (i64, Option<Lsn>) = (row.parse(0)?, row.parse_opt(1)?);
         let Some(end_lsn) = end else { return Ok(Nudged::No) };
         let busy = self.is_busy(row.parse(2)?);
-        let way = *self.way.get_or_insert(match session.major_version() {
-            16.. => Way::Function,
-            _ => Way::Slot,
-        });
+        let way = self.way(session);
         let step = if busy && way == Way::Slot { BUSY_STEP_BYTES } else { STEP_BYTES };
         if !due(step, kept, end_lsn, self.nudged_lsn) {
             return Ok(Nudged::No);
         }
         self.nudged_lsn = end_lsn;
         self.nudge(way, session).await
+    }
+
+    /// Has a record logged now, if the server lets us. `session` as for [`Nudge::look`], and of a
+    /// primary.
+    ///
+    /// Errors: as there.
+    pub async fn ask(&mut self, session: &mut Session) -> pg::Result<Nudged> {
+        match self.way(session) {
+            Way::Neither => Ok(Nudged::No),
+            way => self.nudge(way, session).await,
+        }
+    }
+
+    fn way(&mut self, session: &Session) -> Way {
+        *self.way.get_or_insert(match session.major_version() {
+            16.. => Way::Function,
+            _ => Way::Slot,
+        })
     }
 
     /// Whether many transactions have ended in the database since the last look. Unknown is idle.

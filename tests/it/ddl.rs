@@ -133,6 +133,9 @@ const SILENT: &[&str] = &[
     "create table log_3 partition of log for values from (20) to (30)",
     "alter table other add constraint other_big check (n < 1000000)",
     "alter table item drop constraint positive, add constraint positive check (amount > -5)",
+    "alter table item add column brief int not null default 5",
+    "update item set brief = 6 where id = 1",
+    "alter table item alter brief drop default, alter brief drop not null",
 ];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -231,6 +234,19 @@ async fn a_table_waits_for_the_sql_that_is_named_and_all_others_go_on() {
     nothing_parked(&ends).await;
     arrived(&ends, &mut run).await;
     same(&ends).await;
+    // What no stream shows is told only: by status, and by a cutover.
+    ends.source.psql("app", "create index item_told on item (id)").unwrap();
+    until_within(Duration::from_secs(40), "the index is named", async || {
+        ends.status().await["awaited"].to_string().contains("item_told")
+    })
+    .await;
+    let ready = ends.done(&["cutover", "--dry-run"]).await.out;
+    assert!(ready.contains("silent about it") && ready.contains("item_told"), "{ready}");
+    ends.target.psql("app", "create index item_told on item (id)").unwrap();
+    until_within(Duration::from_secs(40), "nothing is awaited", async || {
+        ends.status().await["awaited"].as_array().is_some_and(Vec::is_empty)
+    })
+    .await;
     run.signal("INT");
     run.ended().await.expect_success();
 

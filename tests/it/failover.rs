@@ -1,6 +1,9 @@
 //! A standby takes over: of the source, of the target; nothing is lost, or what is lost is named and
 //! mended.
 
+mod standby_slots;
+mod switched;
+
 use std::time::Duration;
 
 use walferry::demo::compare::compare;
@@ -53,9 +56,14 @@ async fn start_writer(uri: &str, first_writer: i32) -> Writer {
 
 /// Waits until the target has what `source` has, and compares them.
 async fn assert_equal(source: &Server, target: &Server, run: &mut Walferry) {
+    assert_same(&source.uri("app"), &target.uri("app"), run).await;
+}
+
+/// The same of connection strings.
+async fn assert_same(source: &str, target: &str, run: &mut Walferry) {
     let mut last = Vec::new();
     for _ in 0..100 {
-        let found = compare(&source.uri("app"), &target.uri("app")).await.unwrap();
+        let found = compare(source, target).await.unwrap();
         last = found.differences.into_iter().filter(|d| !d.starts_with("sequence ")).collect();
         if last.is_empty() {
             return;
@@ -145,6 +153,10 @@ async fn patroni_1749_what_an_asynchronous_promotion_loses_is_named_and_read_aga
     ends.source.psql("app", "create table public.still as select generate_series(1, 9) a").unwrap();
     let standby = ends.source.standby(&[]).unwrap();
     ends.source_via = of_both(&ends.source, &standby);
+    let given = ends.walferry(&["check", "--standby", &standby.uri("app")]).await;
+    assert!(given.out.contains("standbys of release 15 can have no"), "{}", given.out);
+    let found = ends.done(&["check", "--json"]).await.json().to_string();
+    assert!(found.contains("what a failover loses is found"), "{found}");
     let mut run = ends.spawn(&["run", "--after-failover", "stop"]);
     ends.until_phase(&mut run, "following").await;
     level(&ends.source, &standby).await;

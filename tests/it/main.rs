@@ -16,6 +16,7 @@ mod decode;
 mod failover;
 mod faults;
 mod fidelity;
+mod groups;
 mod heartbeat;
 mod input;
 mod job;

@@ -76,6 +76,11 @@ impl Finding {
         Finding { level, side, code, object, message, fix: None }
     }
 
+    /// A statement that is to be run on the target.
+    pub(in crate::job) fn awaited(message: &str, sql: String) -> Finding {
+        Finding::warning(Side::Target, "awaited", "catalogs", message).fix(sql)
+    }
+
     pub(super) fn error(
         side: Side,
         code: &'static str,

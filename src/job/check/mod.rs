@@ -33,6 +33,7 @@ mod publication;
 mod reading;
 mod rights;
 mod server;
+mod standbys;
 mod tables;
 mod target;
 mod tools;
@@ -77,6 +78,8 @@ pub struct CheckOptions {
     pub two_phase: bool,
     /// Whether slots are made such that standbys keep copies of them.
     pub failover: Failover,
+    /// Standbys of the source that are to have slots of their own.
+    pub standbys: Vec<Config>,
     /// Applications are to write to both sides.
     pub two_way: bool,
     /// The target is a copy that somebody else made: nothing is made there, all has to be there.
@@ -115,6 +118,7 @@ impl CheckOptions {
             streaming: false,
             two_phase: false,
             failover: Failover::Auto,
+            standbys: Vec::new(),
             two_way: false,
             brought: false,
             shared: false,
@@ -177,6 +181,7 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.reading().await?;
     check.two_phase().await?;
     check.failover().await?;
+    check.standbys().await?;
     check.two_way().await?;
     check.published().await?;
     check.tables().await?;

@@ -107,6 +107,7 @@ impl Reshard {
             target,
             scope: format!("{} sources to {} targets", self.sources.len(), self.targets.len()),
             tables: Vec::new(),
+            is_group: false,
             reads: false,
         })
     }
@@ -231,5 +232,6 @@ fn noted(record: &Record, source: usize) -> FlipRecord {
         switched_lsn: record.barriers.get(source).cloned(),
         fenced_ms: Some(record.held_ms),
         refresh_due: false,
+        group: None,
     }
 }

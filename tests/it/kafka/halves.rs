@@ -27,7 +27,7 @@ async fn kill_9_of_capture_apply_broker_and_servers_ends_exact() {
     let kills = read("WALFERRY_KILLS").unwrap_or(5);
     println!("WALFERRY_SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
-    let start = |half: &str| ends.spawn(&[half, "--standby"]);
+    let start = |half: &str| ends.spawn(&[half, "--take-over"]);
     let (mut capture, mut apply) = (start("capture"), start("apply"));
     until_within(Duration::from_secs(60), "the job", async || {
         !ends.status().await["spool"].is_null()
@@ -77,7 +77,7 @@ async fn a_lost_capture_is_taken_over_and_a_second_one_is_refused() {
     assert!(refused.err.contains("one runner at a time"), "{}", refused.err);
     let refused = ends.walferry(&["apply"]).await;
     assert_eq!(refused.code, Some(1), "{refused:?}");
-    let second = ends.spawn(&["capture", "--standby"]);
+    let second = ends.spawn(&["capture", "--take-over"]);
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!(reader(&ends), read_by);
     first.signal("KILL");
