@@ -6,7 +6,7 @@
 //! the rate of the last moments, and a few of the blocks that sessions take at once (CACHE). Gaps
 //! in sequences are normal; collisions are not.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use super::Result;
