@@ -7,7 +7,7 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo demo-kafka test fuzz decode-bench kill faults failover heartbeat ddl maps matrix regress states two-way two-way-loop partitions bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
+.PHONY: help demo demo-kafka test fuzz decode-bench kill faults failover heartbeat ddl maps matrix regress states two-way two-way-loop partitions n-to-m bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -24,6 +24,7 @@ help:
 	@echo "make failover         a standby of the source takes over at random moments [PROMOTIONS=50]"
 	@echo "make maps [MAPS=1000]  random maps: by copy, by stream and by SQL the same"
 	@echo "make two-way          writers on both sides, conflicts counted from outside [SECONDS=600]"
+	@echo "make n-to-m           3 sources to 5 targets by each hash, kills in every phase"
 	@echo "make two-way-loop     of a million transactions none comes back [TRANSACTIONS=1000000]"
 	@echo "make partitions       8,192 partitions a group at a time, beside at once [PARTITIONS=8192 GROUPS=128]"
 	@echo "make faults           restarts and network faults in every phase"
@@ -49,9 +50,11 @@ demo-kafka:
 	cargo build --release --quiet --locked
 	target/release/walferry demo --kafka $(if $(SCALE),--scale $(SCALE))
 
-# Servers of tests live in memory where there is enough of it.
+# Servers of tests live in memory where there is enough of it. A good part of a test is waiting, for
+# turns, time-outs and servers, so that there are half as many more at a time than processors.
 test: setup check-style
-	TMPDIR=$$(sh tests/scratch.sh) cargo test --locked --all-targets --no-fail-fast
+	TMPDIR=$$(sh tests/scratch.sh) RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$(($$(nproc) * 3 / 2))} \
+		cargo test --locked --all-targets --no-fail-fast
 
 # Two rounds more than the default test, and the binary that users run.
 cutover-bench: build
@@ -146,6 +149,10 @@ maps: setup
 two-way: setup
 	WALFERRY_TWO_WAY=$(or $(SECONDS),600) cargo test --locked --test it -- \
 		--ignored --nocapture two_way::ten_minutes_of_both_sides
+
+# Three sources to five targets, walferry and a target killed in every phase.
+n-to-m: setup
+	WALFERRY_PATIENCE=600 cargo test --locked --test it -- --ignored --nocapture reshard::three_sources
 
 two-way-loop: setup
 	WALFERRY_TRANSACTIONS=$(or $(TRANSACTIONS),1000000) cargo test --locked --test it -- \
