@@ -7,7 +7,7 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo demo-kafka test fuzz decode-bench kill faults failover patroni heartbeat ddl maps matrix regress states two-way two-way-loop bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
+.PHONY: help demo demo-kafka test fuzz decode-bench kill faults failover patroni heartbeat ddl maps matrix regress states two-way two-way-loop partitions n-to-m bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -25,7 +25,9 @@ help:
 	@echo "make failover         a standby of the source takes over at random moments [PROMOTIONS=50]"
 	@echo "make maps [MAPS=1000]  random maps: by copy, by stream and by SQL the same"
 	@echo "make two-way          writers on both sides, conflicts counted from outside [SECONDS=600]"
+	@echo "make n-to-m           3 sources to 5 targets by each hash, kills in every phase"
 	@echo "make two-way-loop     of a million transactions none comes back [TRANSACTIONS=1000000]"
+	@echo "make partitions       8,192 partitions a group at a time, beside at once [PARTITIONS=8192 GROUPS=128]"
 	@echo "make faults           restarts and network faults in every phase"
 	@echo "make regress          PostgreSQL's own regression suite as the workload (a download first)"
 	@echo "make ddl              DDL of every class on three versions and two decoders [MAJORS='12 15 18']"
@@ -49,9 +51,11 @@ demo-kafka:
 	cargo build --release --quiet --locked
 	target/release/walferry demo --kafka $(if $(SCALE),--scale $(SCALE))
 
-# Servers of tests live in memory where there is enough of it.
+# Servers of tests live in memory where there is enough of it. A good part of a test is waiting, for
+# turns, time-outs and servers, so that there are half as many more at a time than processors.
 test: setup check-style
-	TMPDIR=$$(sh tests/scratch.sh) cargo test --locked --all-targets --no-fail-fast
+	TMPDIR=$$(sh tests/scratch.sh) RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$(($$(nproc) * 3 / 2))} \
+		cargo test --locked --all-targets --no-fail-fast
 
 # Two rounds more than the default test, and the binary that users run.
 cutover-bench: build
@@ -131,6 +135,13 @@ latency: setup build
 	WALFERRY_BINARY=$(CURDIR)/target/release/walferry cargo test --locked --test it -- \
 		--ignored --nocapture --test-threads 1 large::measure
 
+# Release binary. Fails where a statement waits for over 150 ms, or where the groups take over 1.3
+# times as long as one switch of all.
+partitions: setup build
+	WALFERRY_PARTITIONS=$(or $(PARTITIONS),8192) WALFERRY_GROUPS=$(GROUPS) WALFERRY_PATIENCE=1800 \
+		WALFERRY_BINARY=$(CURDIR)/target/release/walferry cargo test --locked --test it -- \
+		--ignored --nocapture groups::thousands_of_partitions
+
 # Servers restarted, and networks cut, silently cut and stalled, in every phase.
 faults: setup
 	WALFERRY_FAULTS=long WALFERRY_TEST_BUFFER=$(BUFFER) cargo test --locked --test it -- --nocapture --test-threads 2 faults::
@@ -144,6 +155,10 @@ maps: setup
 two-way: setup
 	WALFERRY_TWO_WAY=$(or $(SECONDS),600) cargo test --locked --test it -- \
 		--ignored --nocapture two_way::ten_minutes_of_both_sides
+
+# Three sources to five targets, walferry and a target killed in every phase.
+n-to-m: setup
+	WALFERRY_PATIENCE=600 cargo test --locked --test it -- --ignored --nocapture reshard::three_sources
 
 two-way-loop: setup
 	WALFERRY_TRANSACTIONS=$(or $(TRANSACTIONS),1000000) cargo test --locked --test it -- \

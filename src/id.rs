@@ -5,6 +5,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 /// Which of the two slots of a job a thing belongs to.
 ///
 /// `source` and `target` do not swap after a cutover, so `Reverse` always flows target to source.
@@ -95,7 +97,7 @@ impl FromStr for JobName {
 }
 
 /// A relation's schema and name, unquoted, exactly as in `pg_namespace` and `pg_class`.
-#[derive(Clone, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct QualifiedName {
     /// `pg_namespace.nspname`.
     pub schema: String,

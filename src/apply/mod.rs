@@ -72,6 +72,7 @@ mod durable;
 mod encode;
 mod error;
 mod flight;
+mod gate;
 mod growth;
 mod lines;
 mod native;
@@ -94,13 +95,13 @@ mod writer;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
 pub use count::BOOKS;
 pub use error::{Culprit, Error, Result};
+pub use gate::{Gate, Open};
 pub use growth::Limits;
 pub use parking::{OnRowError, Reason};
 pub use progress::{ProgressKind, begin_at, durable_progress, forget};
@@ -279,9 +280,8 @@ pub struct Options {
     /// The position is one that every transaction the snapshot sees had committed before: beyond it
     /// the snapshot is not asked, as ids come round again.
     pub visibility: HashMap<QualifiedName, (Snapshot, Lsn)>,
-    /// While false, only changes of walferry's own tables are written, all others are filtered.
-    /// Asked for every change.
-    pub gate: Option<Arc<AtomicBool>>,
+    /// Changes of tables that it does not let through are filtered. Asked for every change.
+    pub gate: Option<Arc<Gate>>,
     /// Takes messages with [`MESSAGE_PREFIX`]. At least once each: a crash may repeat one.
     pub on_message: Option<MessageHook>,
     /// How long to wait for an origin that a predecessor's backend still holds. The server notices

@@ -2,14 +2,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::count::Counts;
 use super::error::{Error, Result};
 use super::parking::Parks;
 use super::statement::{Bind, Mapping, MissingColumn};
 use super::target::Table;
-use super::{Options, TableFilter, Tuning};
+use super::{Gate, Options, TableFilter, Tuning};
 use crate::change::{Relation, Snapshot};
 use crate::id::{QualifiedName, quote_ident};
 use crate::lsn::Lsn;
@@ -66,7 +65,7 @@ pub(super) struct Routes {
     superseded: Vec<usize>,
     tables: Option<TableFilter>,
     visibility: HashMap<QualifiedName, (Snapshot, Lsn)>,
-    gate: Option<Arc<AtomicBool>>,
+    gate: Option<Arc<Gate>>,
     tuning: Tuning,
     /// Names of prepared statements that no route uses any more.
     pub discarded: Vec<String>,
@@ -101,8 +100,7 @@ impl Routes {
 
     /// True while changes of this table are to be filtered, whatever its mapping.
     pub fn is_shut(&self, relation: &Relation) -> bool {
-        let shut = |gate: &Arc<AtomicBool>| !gate.load(Ordering::SeqCst);
-        relation.name.schema != "walferry" && self.gate.as_ref().is_some_and(shut)
+        self.gate.as_ref().is_some_and(|gate| !gate.lets(&relation.name))
     }
 
     /// What is counted so far, by table. A table described anew has two routes for a while.

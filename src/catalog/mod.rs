@@ -16,4 +16,4 @@ pub use mark::mark;
 pub use publication::{Publication, Published};
 pub use select::{PatternError, Selection};
 pub use sequence::{Sequence, sequences};
-pub use table::{Column, Table, TableKind, oids, tables};
+pub use table::{Column, Named, Table, TableKind, named, oids, tables};

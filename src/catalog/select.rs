@@ -1,6 +1,7 @@
 //! Which tables take part: `--include`, `--exclude` and `--schema-only` patterns.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use crate::id::QualifiedName;
 use crate::pg::{Result, Session};
@@ -103,6 +104,8 @@ pub struct Selection {
     /// The tables and what belongs to them, beside whatever else the target has: no schemas, types,
     /// functions, views, and no sequences but those that the tables own.
     pub tables_only: bool,
+    /// Of all those, these alone.
+    only: Option<Arc<HashSet<QualifiedName>>>,
     /// Partition to partitioned parent.
     parents: HashMap<QualifiedName, QualifiedName>,
 }
@@ -122,6 +125,7 @@ impl Selection {
             exclude: read(exclude)?,
             schema_only: read(schema_only)?,
             tables_only: false,
+            only: None,
             parents: HashMap::new(),
         })
     }
@@ -157,8 +161,17 @@ impl Selection {
         Ok(selection)
     }
 
+    /// These tables of them, alone.
+    pub fn of_group(&self, tables: &[QualifiedName]) -> Selection {
+        let only = Some(Arc::new(tables.iter().cloned().collect()));
+        Selection { tables_only: true, only, ..self.clone() }
+    }
+
     /// True if the table exists on both sides after the move.
     pub fn has_schema(&self, table: &QualifiedName) -> bool {
+        if self.only.as_ref().is_some_and(|only| !only.contains(table)) {
+            return false;
+        }
         (self.include.is_empty()
             || self.covers(&self.include, table)
             || self.covers(&self.schema_only, table))

@@ -161,6 +161,34 @@ pub async fn tables(session: &mut Session, selection: &Selection) -> Result<Vec<
     Ok(tables)
 }
 
+/// A table by its name, where no more is asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Named {
+    /// Schema and name.
+    pub name: QualifiedName,
+    /// Plain or partitioned parent.
+    pub kind: TableKind,
+    /// UNLOGGED.
+    pub unlogged: bool,
+}
+
+/// The same tables as [`tables`] gives, without what costs time where there are thousands.
+pub async fn named(session: &mut Session, selection: &Selection) -> Result<Vec<Named>> {
+    let rows = session.query(NAMED).await?;
+    let mut found = Vec::with_capacity(rows.len());
+    for row in &rows {
+        let name = QualifiedName::new(row.str(0)?, row.str(1)?);
+        if selection.has_schema(&name) {
+            found.push(Named { name, kind: kind(row.str(2)?), unlogged: row.str(3)? == "u" });
+        }
+    }
+    Ok(found)
+}
+
+fn kind(relkind: &str) -> TableKind {
+    if relkind == "p" { TableKind::Partitioned } else { TableKind::Plain }
+}
+
 /// Oids of those tables of `names` that are there, walferry's own too. One round trip.
 pub async fn oids(
     session: &mut Session,
@@ -223,6 +251,13 @@ const TABLES: &str = concat!(
     " order by n.nspname, c.relname"
 );
 
+const NAMED: &str = concat!(
+    "select n.nspname, c.relname, c.relkind, c.relpersistence from pg_catalog.pg_class c \
+     join pg_catalog.pg_namespace n on n.oid = c.relnamespace where ",
+    user_tables!(),
+    " order by n.nspname, c.relname"
+);
+
 const COLUMNS: &str = concat!(
     "select a.attrelid, a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.atttypid, \
      a.attnotnull, coalesce(pg_catalog.to_jsonb(a) ->> 'attgenerated', '') <> '', \
@@ -259,7 +294,7 @@ fn read_table(row: &Row, columns: &mut HashMap<u32, Vec<Column>>) -> Result<Tabl
     Ok(Table {
         oid,
         name: QualifiedName::new(row.str(1)?, row.str(2)?),
-        kind: if row.str(3)? == "p" { TableKind::Partitioned } else { TableKind::Plain },
+        kind: kind(row.str(3)?),
         partition_of,
         unlogged: row.str(6)? == "u",
         identity: ReplicaIdentity::from_letter(letter).unwrap_or(ReplicaIdentity::Default),

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::options::{JobArgs, learn};
@@ -12,6 +12,7 @@ use super::{print, reads};
 use crate::config::{self, parse_duration};
 use crate::id::Stream;
 use crate::job::ask::Asker;
+use crate::job::groups::Part;
 use crate::job::rest::{Refresh, Unlogged};
 use crate::job::state::may_flip;
 use crate::job::store::JobRow;
@@ -32,6 +33,14 @@ pub struct FlipArgs {
     /// Where those who read find the data, as --route says it; may be given again
     #[arg(long, value_name = "KIND:...", requires = "reads")]
     pub read_route: Vec<String>,
+    /// Switch these tables alone (schema.table, * and ? as wildcards; a partitioned table stands
+    /// for its partitions), and leave all others where they are; may be given again
+    #[arg(long, value_name = "PATTERN", conflicts_with = "reads")]
+    pub tables: Vec<String>,
+    /// Switch all tables that are left, one after the other in so many groups
+    #[arg(long, value_name = "N", conflicts_with_all = ["reads", "tables"],
+        value_parser = clap::value_parser!(u32).range(1..))]
+    pub groups: Option<u32>,
     /// What stops writers: lock, read-only or none [default: lock]
     #[arg(long, value_name = "KIND")]
     pub fence: Option<String>,
@@ -114,22 +123,12 @@ pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Res
     let mut asker = Asker::connect_if(&config, print::sayings(), fits).await?;
     choose_routes(&mut request, args, &asker)?;
     tell_passwords(&mut request, args, &mut asker).await?;
-    let wait = Duration::from_millis(request.timeout_ms + request.max_hold_ms) + PREPARATION;
     let (stop, mut stopping) = watch::channel(false);
     tokio::spawn(stop_on_signal(stop));
     let routeless = request.routes.is_empty();
-    let request = serde_json::to_value(&request)?;
-    let answer = tokio::select! {
-        answer = asker.ask("flip", &request, wait) => answer.map_err(anyhow::Error::from),
-        _ = stopping.wait_for(|stop| *stop) => Err(anyhow::anyhow!(STOPPED)),
-    };
-    let answer = match answer {
-        Err(error) if *stopping.borrow() => Err(match (asker.is_own(), asker.withdraw().await) {
-            (true, _) => error,
-            (false, true) => anyhow::anyhow!("stopped; the runner had not begun it"),
-            (false, false) => anyhow::anyhow!(NOT_WAITING),
-        }),
-        answer => answer,
+    let answer = match args.groups {
+        Some(groups) => ask_groups(groups, args, &request, &mut asker, &mut stopping).await,
+        None => ask(&request, &mut asker, &mut stopping).await,
     };
     let own = asker.is_own();
     let closed = asker.close().await;
@@ -163,6 +162,71 @@ pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Res
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Has the runner make one flip.
+async fn ask(
+    request: &FlipRequest,
+    asker: &mut Asker,
+    stopping: &mut watch::Receiver<bool>,
+) -> anyhow::Result<Value> {
+    let wait = Duration::from_millis(request.timeout_ms + request.max_hold_ms) + PREPARATION;
+    let request = serde_json::to_value(request)?;
+    let answer = tokio::select! {
+        answer = asker.ask("flip", &request, wait) => answer.map_err(anyhow::Error::from),
+        _ = stopping.wait_for(|stop| *stop) => Err(anyhow::anyhow!(STOPPED)),
+    };
+    match answer {
+        Err(error) if *stopping.borrow() => Err(match (asker.is_own(), asker.withdraw().await) {
+            (true, _) => error,
+            (false, true) => anyhow::anyhow!("stopped; the runner had not begun it"),
+            (false, false) => anyhow::anyhow!(NOT_WAITING),
+        }),
+        answer => answer,
+    }
+}
+
+/// The same for one group after the other; gives the last one's outcome, with those of all. Groups
+/// before one that cannot be switched stay switched.
+async fn ask_groups(
+    groups: u32,
+    args: &FlipArgs,
+    request: &FlipRequest,
+    asker: &mut Asker,
+    stopping: &mut watch::Receiver<bool>,
+) -> anyhow::Result<Value> {
+    let groups = groups as usize;
+    let (mut outcomes, mut last) = (Vec::new(), Value::Null);
+    for number in 1..=groups {
+        let request = FlipRequest {
+            attempt: format!("{:016x}", fastrand::u64(..)),
+            part: Part::Share(number, groups),
+            letter: letter(asker, &request.routes).await?,
+            ..request.clone()
+        };
+        last = ask(&request, asker, stopping).await.map_err(|error| match number {
+            1 => error,
+            _ => error.context(format!("group {number} of {groups}; those before it are switched")),
+        })?;
+        let of = |key: &str| last.get(key).cloned().unwrap_or_default();
+        let outcome = json!({ "group": number, "fenced_ms": of("fenced_ms"),
+            "switched_lsn": of("switched_lsn"), "retries": of("retries"),
+            "tables": of("tables"), "phase": of("phase") });
+        if !args.json {
+            let held = print::number(&outcome, "/fenced_ms");
+            let tables = print::number(&outcome, "/tables");
+            println!("{number:>6} of {groups}  {tables:>6} tables  {held:>8.1} ms");
+        }
+        let is_last = of("phase") != json!("split");
+        outcomes.push(outcome);
+        if is_last || args.dry_run {
+            break;
+        }
+    }
+    if let Some(object) = last.as_object_mut() {
+        object.insert("groups".to_string(), Value::Array(outcomes));
+    }
+    Ok(last)
 }
 
 /// What a person who gives up is told.
@@ -269,6 +333,11 @@ fn request(
         dry_run: args.dry_run,
         // Asked for each time, not once and for all by the file.
         one_way: job.one_way,
+        part: match args.tables.is_empty() {
+            true => Part::All,
+            false => Part::Tables(args.tables.clone()),
+        },
+        group: None,
         mark: None,
     })
 }

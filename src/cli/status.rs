@@ -84,6 +84,11 @@ fn show(status: &Status) {
         };
         println!("readers  {where_to}, by {}", reads.shown().join("; "));
     }
+    for group in &status.groups {
+        let lsn = group.switched_lsn.as_ref().map_or(String::new(), |lsn| format!(", from {lsn}"));
+        let name = group.group.as_deref().unwrap_or("never switched");
+        println!("group    {name}: {} tables on the {}{lsn}", group.tables, group.owner);
+    }
     if let Some(spool) = &status.spool {
         let place = match &spool.place {
             Place::Spool(spool) => format!("spool    {} on host {}", spool.dir, spool.host),

@@ -9,6 +9,7 @@ use tokio::sync::watch;
 
 use super::fence::{Fence, FenceKind};
 use super::held::Ready;
+use super::seal::Sealing;
 use super::sequences::Stood;
 use super::{Error, Rest, Result, Rules, barrier, canary, undo};
 use crate::apply::Applied;
@@ -21,7 +22,7 @@ use crate::route::{self, Route};
 
 /// How long the home database may take to commit the point of no return. Until it has answered,
 /// nobody knows on which side applications belong, and clients are let go on neither.
-const PONR_WAIT: Duration = Duration::from_secs(10);
+pub(super) const PONR_WAIT: Duration = Duration::from_secs(10);
 
 /// How long it may take to note how far a flip came that was undone.
 const NOTE_WAIT: Duration = Duration::from_secs(1);
@@ -246,8 +247,9 @@ impl<J: Journal> Flight<'_, J> {
     async fn fly(&mut self, slot: &mut Option<Fence>) -> Result<Outcome> {
         let plan = &*self.plan;
         // All sessions are opened before anybody is held.
-        let mut fence =
-            Fence::prepare(plan.fence, &plan.job, &plan.live, &plan.tables, plan.max_hold).await?;
+        let is_group = plan.context.is_group;
+        let sealing = Sealing { job: &plan.job, tables: &plan.tables, is_group };
+        let mut fence = Fence::prepare(plan.fence, &plan.live, sealing, plan.max_hold).await?;
         if plan.rest.fences_large_objects() {
             fence.take_large_objects().await?;
         }

@@ -5,7 +5,9 @@
 //! session for whatever reason undoes it all. Its commit is the seal: those who waited get the
 //! trigger's error, a transaction with an old snapshot too, as triggers are read from the catalog
 //! as it is now. Sessions with session_replication_role = replica, the reverse stream's, do not
-//! fire it. Where large objects move and the role is a superuser, their catalogs are locked too.
+//! fire it. A fence of a group of tables has the locks of those alone; its seal has a trigger for
+//! each row too (`seal` says why). Where large objects move and the role is a superuser, their
+//! catalogs are locked too.
 //!
 //! *read-only*: default_transaction_read_only on the database, and every other client session
 //! ended. For roles that own the database but not its tables. Not airtight: a session may set it
@@ -21,7 +23,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::database::{self, refuse_unendable, shut_database};
-use super::seal::{self, hasten, seal_name, seals};
+use super::seal::{self, Sealing, hasten};
 use super::{Error, Result, Rules};
 use crate::id::{JobName, QualifiedName};
 use crate::large;
@@ -87,11 +89,11 @@ impl Fence {
     /// after `max_hold`.
     pub async fn prepare(
         kind: FenceKind,
-        job: &JobName,
         live: &Config,
-        tables: &[QualifiedName],
+        sealing: Sealing<'_>,
         max_hold: Duration,
     ) -> Result<Fence> {
+        let (job, tables) = (sealing.job, sealing.tables);
         let mut session = Session::control(live).await?;
         let millis = (max_hold + Duration::from_secs(1)).as_millis();
         let unbounded_sql = format!(
@@ -106,19 +108,7 @@ impl Fence {
         }
         if kind == FenceKind::Lock {
             refuse_not_owned(&mut session, tables).await?;
-            let seal = seal_name(job);
-            let sealed = seals(&mut session, job, "").await?;
-            for table in tables {
-                trigger_sql.push_str(&if sealed.contains(table) {
-                    format!("alter table {} enable trigger {seal};", table.quoted())
-                } else {
-                    format!(
-                        "create trigger {seal} before insert or update or delete or truncate on {} \
-                         for each statement execute procedure walferry.seal();",
-                        table.quoted()
-                    )
-                });
-            }
+            trigger_sql = sealing.statements(&mut session).await?.concat();
         }
         let names: Vec<String> = tables.iter().map(|t| format!("only {}", t.quoted())).collect();
         let lock_sql = names.join(", ");
@@ -222,7 +212,7 @@ impl Fence {
         if database::end_clients(&mut self.session, None).await? {
             return Ok(true);
         }
-        seal::open(&mut self.session, &self.job).await?;
+        seal::open(&mut self.session, &self.job, None).await?;
         Ok(false)
     }
 
@@ -284,7 +274,7 @@ impl Fence {
                 self.session.execute("rollback").await?;
                 Ok(())
             }
-            FenceKind::ReadOnly => seal::open(&mut self.session, &self.job).await,
+            FenceKind::ReadOnly => seal::open(&mut self.session, &self.job, None).await,
         }
     }
 

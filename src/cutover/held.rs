@@ -47,9 +47,10 @@ impl Ready {
         let live = Session::control(&plan.live).await?;
         let mut dest = Session::control(&plan.dest).await?;
         let look = Session::control(&plan.dest).await?;
-        seal::clear_way(&mut dest, &plan.job).await?;
+        let group = plan.context.group();
+        seal::clear_way(&mut dest, &plan.job, group).await?;
         let waking = plan.rules.waking(&mut dest).await?;
-        let shut = Shut::find(&mut dest, &plan.job).await?;
+        let shut = Shut::find(&mut dest, &plan.job, group).await?;
         Ok(Ready { live, dest, look, waking, shut })
     }
 }

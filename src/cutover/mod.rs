@@ -37,6 +37,7 @@ mod database;
 pub mod error;
 pub mod fence;
 mod held;
+pub mod joint;
 mod rest;
 mod rules;
 pub mod seal;
@@ -46,8 +47,10 @@ pub mod undo;
 pub use choreography::{Journal, Outcome, Plan, Step, run};
 pub use error::Error;
 pub use fence::FenceKind;
+pub use joint::{Joint, JointJournal, Leaving, run_joint, undo_joint};
 pub use rest::{Large, Rest};
 pub use rules::Rules;
+pub use seal::Sealing;
 pub use undo::{release, seal_other, undo};
 
 /// Result with this room's error.

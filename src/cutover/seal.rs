@@ -1,7 +1,13 @@
 //! What a fence leaves behind once it is sealed: triggers that refuse writes, and a read-only
 //! database. They are opened where a flip leads to, shut again where it is undone, and dropped at
 //! the end.
+//!
+//! Where tables are switched group by group, each is sealed on the side that does not own it, from
+//! before the first switch on. A trigger for a statement fires for the table that the statement
+//! names, and not for the partition its rows go to; so these have one for each row besides, which
+//! is asked whatever way a row comes.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use super::Result;
@@ -9,31 +15,120 @@ use super::database::{self, Opening, open_database, tidy};
 use crate::id::{JobName, QualifiedName};
 use crate::pg::Session;
 
+/// Triggers that are changed in one short transaction.
+const BUNDLE: usize = 64;
+
+/// How often that is tried before they are changed one by one.
+const TRIES: usize = 3;
+
 /// Name of the trigger with which a job seals a table: 54 bytes at most.
 pub fn seal_name(job: &JobName) -> String {
     format!("walferry_seal_{job}")
 }
 
-/// Tables that carry the job's seal, of those that `which` allows.
-pub(super) async fn seals(
+/// And of the one for rows, that tables of a group have as well.
+fn rows_seal_name(job: &JobName) -> String {
+    format!("walferry_rows_{job}")
+}
+
+/// What is to be sealed.
+#[derive(Clone, Copy, Debug)]
+pub struct Sealing<'a> {
+    /// By which job.
+    pub job: &'a JobName,
+    /// Which tables.
+    pub tables: &'a [QualifiedName],
+    /// They are a group of the job's: rows are refused too that come by a partitioned parent.
+    pub is_group: bool,
+}
+
+impl Sealing<'_> {
+    /// For each table the SQL by which its seal is shut, made where there is none: ends with a
+    /// semicolon.
+    pub async fn statements(&self, session: &mut Session) -> Result<Vec<String>> {
+        let there = seals(session, self.job, "", None).await?;
+        let there: HashSet<(&QualifiedName, &str)> =
+            there.iter().map(|seal| (&seal.table, &*seal.trigger)).collect();
+        let (seal, rows) = (seal_name(self.job), rows_seal_name(self.job));
+        let shut = |table: &QualifiedName| {
+            let on = table.quoted();
+            let enable = |trigger: &str| format!("alter table {on} enable trigger {trigger};");
+            let said = if self.is_group { "'group'" } else { "" };
+            let mut sql = match there.contains(&(table, &*seal)) {
+                true => enable(&seal),
+                false => format!(
+                    "create trigger {seal} before insert or update or delete or truncate on {on} \
+                     for each statement execute procedure walferry.seal({said});"
+                ),
+            };
+            if self.is_group {
+                sql += &match there.contains(&(table, &*rows)) {
+                    true => enable(&rows),
+                    false => format!(
+                        "create trigger {rows} before insert or update or delete on {on} \
+                         for each row execute procedure walferry.seal({said});"
+                    ),
+                };
+            }
+            sql
+        };
+        Ok(self.tables.iter().map(shut).collect())
+    }
+
+    /// Seals them, in short tries.
+    pub async fn shut(&self, session: &mut Session) -> Result<()> {
+        hasten(session).await;
+        let statements = self.statements(session).await?;
+        change(session, &statements).await
+    }
+
+    /// Takes their seals off, those that there are.
+    pub async fn open(&self, session: &mut Session) -> Result<()> {
+        open(session, self.job, Some(self.tables)).await
+    }
+}
+
+/// A trigger of ours.
+#[derive(Debug)]
+pub(super) struct Seal {
+    table: QualifiedName,
+    trigger: String,
+}
+
+impl Seal {
+    fn turn(&self, how: &str) -> String {
+        format!("alter table {} {how} trigger {};", self.table.quoted(), self.trigger)
+    }
+}
+
+/// The job's seals, of those that `which` allows, on `group` alone or on every table.
+async fn seals(
     session: &mut Session,
     job: &JobName,
     which: &str,
-) -> Result<Vec<QualifiedName>> {
+    group: Option<&[QualifiedName]>,
+) -> Result<Vec<Seal>> {
     let sql = format!(
-        "select n.nspname, c.relname from pg_catalog.pg_trigger t \
+        "select n.nspname, c.relname, t.tgname from pg_catalog.pg_trigger t \
          join pg_catalog.pg_class c on c.oid = t.tgrelid \
          join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-         where t.tgname = $1 and not t.tgisinternal {which}"
+         where t.tgname in ($1, $2) and not t.tgisinternal {which} order by 1, 2, 3"
     );
-    let rows = session.query_params(&sql, &[Some(&seal_name(job))]).await?;
-    let names = rows.iter().map(|row| Ok(QualifiedName::new(row.str(0)?, row.str(1)?)));
-    names.collect()
+    let names = [Some(&*seal_name(job)), Some(&*rows_seal_name(job))];
+    let group: Option<HashSet<&QualifiedName>> = group.map(|group| group.iter().collect());
+    let mut seals = Vec::new();
+    for row in session.query_params(&sql, &names).await? {
+        let table = QualifiedName::new(row.str(0)?, row.str(1)?);
+        if group.as_ref().is_none_or(|group| group.contains(&table)) {
+            seals.push(Seal { table, trigger: row.string(2)? });
+        }
+    }
+    Ok(seals)
 }
 
 /// True if a switch has left this side shut to writers.
 pub async fn is_shut(session: &mut Session, job: &JobName) -> Result<bool> {
-    if !seals(session, job, "and t.tgenabled <> 'D'").await?.is_empty() {
+    if !seals(session, job, SHUT, None).await?.is_empty() {
         return Ok(true);
     }
     database::noted(session, job, "and opened_at is null").await
@@ -47,11 +142,20 @@ pub async fn hasten(session: &mut Session) -> bool {
 
 /// For a side whose seal is soon to be opened while writers are held: ends an autovacuum that would
 /// keep it shut. Best done while nobody is held, as it may take a second.
-pub async fn clear_way(session: &mut Session, job: &JobName) -> Result<()> {
+pub async fn clear_way(
+    session: &mut Session,
+    job: &JobName,
+    group: Option<&[QualifiedName]>,
+) -> Result<()> {
     if hasten(session).await {
         return Ok(());
     }
-    let tables = seals(session, job, "and t.tgenabled <> 'D'").await?;
+    let mut tables: Vec<QualifiedName> = Vec::new();
+    for seal in seals(session, job, SHUT, group).await? {
+        if tables.last() != Some(&seal.table) {
+            tables.push(seal.table);
+        }
+    }
     for table in tables {
         let sql = format!(
             "begin; set local lock_timeout = '1200ms'; \
@@ -69,32 +173,43 @@ pub async fn clear_way(session: &mut Session, job: &JobName) -> Result<()> {
 }
 
 /// Opens whatever seal an earlier flip of the job left on a database: its triggers are disabled
-/// (which locks out writers for a moment, not readers), and the database may be written again.
-/// Idempotent.
-pub async fn open(session: &mut Session, job: &JobName) -> Result<()> {
-    let shut = seals(session, job, "and t.tgenabled <> 'D'").await?;
-    open_triggers(session, job, &shut).await?;
-    open_database(session, job, Opening::ForGood).await
+/// (which locks out writers for a moment, not readers), and the database may be written again; of a
+/// `group`, its triggers alone. Idempotent.
+pub async fn open(
+    session: &mut Session,
+    job: &JobName,
+    group: Option<&[QualifiedName]>,
+) -> Result<()> {
+    let shut = seals(session, job, SHUT, group).await?;
+    turn(session, &shut, "disable").await?;
+    match group {
+        Some(_) => Ok(()),
+        None => open_database(session, job, Opening::ForGood).await,
+    }
 }
 
 /// What an earlier flip of the job has shut on a side.
 #[derive(Debug)]
 pub struct Shut {
-    tables: Vec<QualifiedName>,
+    seals: Vec<Seal>,
     database: bool,
 }
 
 impl Shut {
-    /// Looks for it. Only the job itself changes it.
-    pub async fn find(session: &mut Session, job: &JobName) -> Result<Shut> {
-        let tables = seals(session, job, "and t.tgenabled <> 'D'").await?;
-        let database = database::noted(session, job, "").await?;
-        Ok(Shut { tables, database })
+    /// Looks for it, on `group` alone or everywhere. Only the job itself changes it.
+    pub async fn find(
+        session: &mut Session,
+        job: &JobName,
+        group: Option<&[QualifiedName]>,
+    ) -> Result<Shut> {
+        let seals = seals(session, job, SHUT, group).await?;
+        let database = group.is_none() && database::noted(session, job, "").await?;
+        Ok(Shut { seals, database })
     }
 
     /// Opens it, by a flip that may still be undone, so that [`shut`] finds what it opened.
     pub async fn open_for_now(&self, session: &mut Session, job: &JobName) -> Result<()> {
-        open_triggers(session, job, &self.tables).await?;
+        turn(session, &self.seals, "disable").await?;
         if self.database {
             open_database(session, job, Opening::ByFlip).await?;
         }
@@ -102,59 +217,70 @@ impl Shut {
     }
 }
 
-async fn open_triggers(
-    session: &mut Session,
-    job: &JobName,
-    tables: &[QualifiedName],
-) -> Result<()> {
-    let seal = seal_name(job);
-    let shut: Vec<String> = tables
-        .iter()
-        .map(|table| format!("alter table {} disable trigger {seal}", table.quoted()))
-        .collect();
-    // All in one message, as writers may be waiting; where a lock is in the way, one by one.
-    if shut.len() > 1 && retry_once(session, &shut.join("; ")).await? {
-        return Ok(());
-    }
-    for sql in &shut {
-        retry_locks(session, sql).await?;
+async fn turn(session: &mut Session, seals: &[Seal], how: &str) -> Result<()> {
+    let statements: Vec<String> = seals.iter().map(|seal| seal.turn(how)).collect();
+    change(session, &statements).await
+}
+
+/// Many in one message, as writers may be waiting; where a lock is in the way, one by one.
+async fn change(session: &mut Session, statements: &[String]) -> Result<()> {
+    for bundle in statements.chunks(BUNDLE) {
+        let mut done = false;
+        for _ in 0..TRIES {
+            done = bundle.len() > 1 && retry_once(session, &bundle.concat()).await?;
+            if done || bundle.len() == 1 {
+                break;
+            }
+        }
+        for sql in bundle.iter().filter(|_| !done) {
+            retry_locks(session, sql).await?;
+        }
     }
     Ok(())
 }
 
-/// Shuts what [`open_for_now`] opened: triggers, and the database. Idempotent; makes no new seal.
-pub async fn shut(session: &mut Session, job: &JobName) -> Result<()> {
-    let seal = seal_name(job);
+/// Shuts what [`Shut::open_for_now`] opened: triggers, and the database; of a `group`, its triggers
+/// alone. Idempotent; makes no new seal.
+pub async fn shut(
+    session: &mut Session,
+    job: &JobName,
+    group: Option<&[QualifiedName]>,
+) -> Result<()> {
     hasten(session).await;
-    for table in seals(session, job, "and t.tgenabled = 'D'").await? {
-        retry_locks(session, &format!("alter table {} enable trigger {seal}", table.quoted()))
-            .await?;
+    let open = seals(session, job, "and t.tgenabled = 'D'", group).await?;
+    turn(session, &open, "enable").await?;
+    match group {
+        Some(_) => Ok(()),
+        None => database::shut_again(session, job).await,
     }
-    database::shut_again(session, job).await
 }
 
 /// Drops the job's seals for good, for finish and cancel. Idempotent.
 pub async fn remove(session: &mut Session, job: &JobName) -> Result<()> {
     open_database(session, job, Opening::ForGood).await?;
     hasten(session).await;
-    let seal = seal_name(job);
-    for table in seals(session, job, "").await? {
-        retry_locks(session, &format!("drop trigger if exists {seal} on {}", table.quoted()))
-            .await?;
-    }
-    Ok(())
+    let seals = seals(session, job, "", None).await?;
+    let drop = |seal: &Seal| {
+        format!("drop trigger if exists {} on {};", seal.trigger, seal.table.quoted())
+    };
+    let statements: Vec<String> = seals.iter().map(drop).collect();
+    change(session, &statements).await
 }
+
+/// Of triggers, those that are shut.
+const SHUT: &str = "and t.tgenabled <> 'D'";
 
 /// One short try; `false` if a lock was in the way.
 async fn retry_once(session: &mut Session, sql: &str) -> Result<bool> {
-    let sql = format!("begin; set local lock_timeout = '100ms'; {sql}; commit");
+    let sql = format!("begin; set local lock_timeout = '100ms'; {sql} commit");
     let outcome = session.execute(&sql).await;
     if session.in_transaction() {
         session.execute("rollback").await?;
     }
     match outcome {
         Ok(_) => Ok(true),
-        Err(error) if error.code() == Some("55P03") => Ok(false),
+        // A client's own transaction may have locked two of them in another order.
+        Err(error) if matches!(error.code(), Some("55P03" | "40P01")) => Ok(false),
         Err(error) => Err(error.into()),
     }
 }
@@ -173,7 +299,7 @@ async fn retry_locks(session: &mut Session, sql: &str) -> Result<()> {
         }
         match outcome {
             Ok(_) => return Ok(()),
-            Err(error) if error.code() == Some("55P03") && !deadline.passed() => {
+            Err(error) if matches!(error.code(), Some("55P03" | "40P01")) && !deadline.passed() => {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
             Err(error) => return Err(error.into()),

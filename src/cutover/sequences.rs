@@ -29,16 +29,34 @@ const PEAK: f64 = 4.0;
 pub struct Stood {
     at: Instant,
     values: HashMap<QualifiedName, i64>,
-    dest: HashSet<QualifiedName>,
+    dest: HashMap<QualifiedName, i64>,
 }
 
 impl Stood {
     /// Reads both sides. Done while nobody is held.
     pub async fn read(live: &mut Session, dest: &mut Session) -> Result<Stood> {
-        let dest = catalog::sequences(dest).await?.into_iter().map(|s| s.name).collect();
+        let dest = catalog::sequences(dest).await?;
+        let dest = dest.into_iter().map(|s| (s.name, s.last_value)).collect();
         let sequences = catalog::sequences(live).await?;
         let values = sequences.into_iter().map(|s| (s.name, s.last_value)).collect();
         Ok(Stood { at: Instant::now(), values, dest })
+    }
+
+    /// The live side alone.
+    pub async fn of(live: &mut Session) -> Result<Stood> {
+        let sequences = catalog::sequences(live).await?;
+        let values = sequences.into_iter().map(|s| (s.name, s.last_value)).collect();
+        Ok(Stood { at: Instant::now(), values, dest: HashMap::new() })
+    }
+
+    /// Increments by which the other side is ahead: of a sequence that both sides drew from.
+    fn ahead(&self, sequence: &Sequence) -> u64 {
+        let Some(there) = self.dest.get(&sequence.name).filter(|_| !sequence.cycle) else {
+            return 0;
+        };
+        let further = i128::from(*there) - i128::from(sequence.last_value);
+        let increments = further.checked_div(i128::from(sequence.increment)).unwrap_or(0);
+        u64::try_from(increments).map_or(0, |increments| increments.saturating_add(1))
     }
 
     /// Increments a second since then.
@@ -76,7 +94,7 @@ pub async fn carry(
     sequences.retain(|sequence| {
         renamed.contains_key(&sequence.name)
             || selection.has_sequence(sequence.owner.as_ref())
-            || (!selection.tables_only && stood.dest.contains(&sequence.name))
+            || (!selection.tables_only && stood.dest.contains_key(&sequence.name))
     });
     let mut rates = HashMap::with_capacity(sequences.len());
     for sequence in &mut sequences {
@@ -87,9 +105,55 @@ pub async fn carry(
         rates.insert(sequence.name.clone(), rate);
     }
     let rate = |sequence: &Sequence| rates.get(&sequence.name).copied().unwrap_or(0.0);
-    let margin = |sequence: &Sequence| margin(sequence, rate(sequence), hold);
+    let margin =
+        |sequence: &Sequence| margin(sequence, rate(sequence), hold).max(stood.ahead(sequence));
     schema::set_sequences(dest, &sequences, margin).await?;
     Ok(())
+}
+
+/// Where sequences have to stand to be past what several sources hand out.
+#[derive(Debug, Default)]
+pub struct Past {
+    /// Each where the source stands that is furthest.
+    sequences: HashMap<QualifiedName, Sequence>,
+    /// The largest margin that one of them needs.
+    margins: HashMap<QualifiedName, u64>,
+}
+
+/// Reads the sequences of all `lives`, which stood so before, and hand out values for `hold` yet.
+pub async fn past_all(lives: &mut [Session], stood: &[Stood], hold: Duration) -> Result<Past> {
+    let mut past = Past::default();
+    let reading = futures_util::future::try_join_all(lives.iter_mut().map(catalog::sequences));
+    for (sequences, stood) in reading.await?.into_iter().zip(stood) {
+        for sequence in sequences {
+            let needs = margin(&sequence, stood.rate(&sequence), hold);
+            past.add(sequence, needs);
+        }
+    }
+    Ok(past)
+}
+
+impl Past {
+    fn add(&mut self, sequence: Sequence, needs: u64) {
+        let most = self.margins.entry(sequence.name.clone()).or_default();
+        *most = needs.max(*most);
+        let known = self.sequences.entry(sequence.name.clone()).or_insert_with(|| sequence.clone());
+        let further = match sequence.increment {
+            1.. => sequence.last_value > known.last_value,
+            _ => sequence.last_value < known.last_value,
+        };
+        if further || (sequence.last_value == known.last_value && sequence.is_called) {
+            *known = sequence;
+        }
+    }
+
+    /// Sets those that are `there`.
+    pub async fn set(&self, dest: &mut Session, there: &HashSet<QualifiedName>) -> Result<()> {
+        let named = there.iter().filter_map(|name| self.sequences.get(name));
+        let sequences: Vec<Sequence> = named.cloned().collect();
+        let margin = |sequence: &Sequence| self.margins.get(&sequence.name).copied().unwrap_or(0);
+        Ok(schema::set_sequences(dest, &sequences, margin).await?)
+    }
 }
 
 /// After an undone switch: sets those sequences of `home` past `away`'s that are not, and moves
@@ -140,7 +204,13 @@ mod tests {
         let values = HashMap::from([(sequence.name.clone(), 30_000)]);
         let at = Instant::now() - Duration::from_secs(1);
         sequence.increment = -2;
-        let rate = Stood { at, values, dest: HashSet::new() }.rate(&sequence);
+        let dest = HashMap::from([(sequence.name.clone(), 9_001)]);
+        let stood = Stood { at, values, dest };
+        let rate = stood.rate(&sequence);
         assert!((9_000.0..=10_000.0).contains(&rate), "{rate}");
+        // From 10,000 down by twos, past 9,001.
+        assert_eq!(stood.ahead(&sequence), 500);
+        sequence.increment = 2;
+        assert_eq!(stood.ahead(&sequence), 0);
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures_util::future::{join, join_all};
 
 use super::fence::{Fence, FenceKind};
-use super::seal;
+use super::seal::{self, Sealing};
 use super::{Error, Result, Rules};
 use crate::clock::Deadline;
 use crate::id::{QualifiedName, Stream};
@@ -67,7 +67,7 @@ pub async fn undo(
         if kind != FenceKind::None {
             let mut session = Session::control(live).await?;
             seal::hasten(&mut session).await;
-            seal::open(&mut session, &context.job).await?;
+            seal::open(&mut session, &context.job, context.group()).await?;
         }
         Ok(())
     };
@@ -97,7 +97,8 @@ pub async fn undo(
 /// other side is refused there, by triggers on `tables`, as after a flip the other way. Idempotent.
 pub async fn seal_other(context: &Context, tables: &[QualifiedName]) -> Result<()> {
     let other = other_side(context);
-    let mut fence = Fence::prepare(FenceKind::Lock, &context.job, other, tables, OPEN_WAIT).await?;
+    let sealing = Sealing { job: &context.job, tables, is_group: context.is_group };
+    let mut fence = Fence::prepare(FenceKind::Lock, other, sealing, OPEN_WAIT).await?;
     let deadline = Deadline::after(SEAL_WAIT);
     while !fence.raise(LOCK_WAIT).await? {
         if deadline.passed() {
@@ -120,7 +121,7 @@ async fn silence_dest(context: &Context, rules: &Rules) -> Result<()> {
 /// live again now: sessions that were connected to it since must not write there (vitess#9453).
 async fn shut_other(context: &Context) -> Result<()> {
     let mut session = Session::control(other_side(context)).await?;
-    seal::shut(&mut session, &context.job).await
+    seal::shut(&mut session, &context.job, context.group()).await
 }
 
 /// The side that the flip led to.

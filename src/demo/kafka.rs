@@ -31,14 +31,17 @@ const POLL: Duration = Duration::from_millis(50);
 /// Said once a broker takes requests.
 const STARTED: &str = "Kafka Server started";
 
-/// What every broker is started with; lines given by the caller follow, and the last one wins.
+/// What every broker is started with; lines given by the caller follow, and the last one wins. One
+/// that was killed is let in again only once its session has timed out, by default after nine
+/// seconds.
 const SETTINGS: &str = "process.roles=broker,controller\nnode.id=1\n\
     controller.listener.names=CONTROLLER\nnum.network.threads=2\nnum.io.threads=2\n\
     background.threads=2\nlog.cleaner.dedupe.buffer.size=4194304\nauto.create.topics.enable=false\n\
     offsets.topic.num.partitions=1\noffsets.topic.replication.factor=1\n\
     transaction.state.log.num.partitions=1\ntransaction.state.log.replication.factor=1\n\
     transaction.state.log.min.isr=1\ngroup.initial.rebalance.delay.ms=0\n\
-    log.initial.task.delay.ms=500\n";
+    log.initial.task.delay.ms=500\nbroker.heartbeat.interval.ms=500\n\
+    broker.session.timeout.ms=4000\n";
 
 const LOGGING: &str = "log4j.rootLogger=WARN, out\n\
     log4j.logger.kafka.server.KafkaRaftServer=INFO\n\

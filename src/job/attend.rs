@@ -119,7 +119,7 @@ impl Runner {
     fn check_streams(&mut self, phase: Phase) -> Result<()> {
         // A way back that does not work yet is no reason to stop following: the next cutover
         // starts it again, and is refused for as long as it does not work.
-        let idle = !self.reverse_open.load(Ordering::SeqCst);
+        let idle = self.gate.is_shut();
         if let Some(message) = self.reverse.as_ref().and_then(Pipe::fatal)
             && idle
         {
@@ -129,7 +129,8 @@ impl Runner {
         for (stream, pipe) in [(Stream::Forward, &self.forward), (Stream::Reverse, &self.reverse)] {
             let Some(pipe) = pipe else { continue };
             if let Some(mut message) = pipe.fatal() {
-                if pipe.lost().is_some() && matches!(phase, Phase::Switched | Phase::RolledBack) {
+                let flipped = matches!(phase, Phase::Split | Phase::Switched | Phase::RolledBack);
+                if pipe.lost().is_some() && flipped {
                     message.push_str(LIVE_ROWS);
                 }
                 return Err(Error::Stream { stream: stream.to_string(), message });
@@ -172,9 +173,15 @@ impl Runner {
 
     /// A cutover or rollback is asked for: what has to be so before it begins.
     async fn hear_flip(&mut self, asked: &client::Asked) -> Result<Flipping> {
-        let request: FlipRequest =
+        let mut request: FlipRequest =
             serde_json::from_value(asked.args.clone()).map_err(|e| Error::State(e.to_string()))?;
         self.take_letter(request.letter.as_deref());
+        match self.choose_group(&mut request).await {
+            Err(error) if keeps_running(&error) => {
+                return Ok(Flipping::Answer(Err(error.to_string())));
+            }
+            chosen => chosen?,
+        }
         // Arming may wait for long transactions, and views take long to be refreshed.
         let home = self.config.target.clone();
         let armed = tokio::select! {

@@ -8,9 +8,9 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use super::admit::accept_systems;
-use super::flip::{context, stream_of};
 use super::lease::Lease;
 use super::place::Place;
+use super::request::context_of;
 use super::run::JobConfig;
 use super::state::{Event, Phase};
 use super::store::{JobRow, Store};
@@ -23,7 +23,7 @@ use crate::source::{publication, slot};
 use crate::{apply, schema};
 
 /// Tables of the home database with the column that names the job, the job's own row last.
-const HOME_TABLES: [(&str, &str); 12] = [
+const HOME_TABLES: [(&str, &str); 13] = [
     ("table_copy", "job"),
     ("table_refill", "job"),
     ("schema_step", "job"),
@@ -34,6 +34,7 @@ const HOME_TABLES: [(&str, &str); 12] = [
     ("stream", "job"),
     ("standby", "job"),
     ("journal", "job"),
+    ("ownership", "job"),
     ("command", "job"),
     ("job", "name"),
 ];
@@ -163,7 +164,7 @@ async fn let_clients_go(config: &JobConfig, row: &JobRow) -> Result<Vec<String>>
     let Some(record) = row.flip.as_ref().filter(|flip| flipped && !flip.released) else {
         return Ok(left);
     };
-    let context = context(config, stream_of(&record.flip));
+    let context = context_of(config, record);
     for route in config.secrets.routes(&record.waiting())? {
         let tried = tokio::time::timeout(RELEASE_WAIT, route.release(&context)).await;
         if !matches!(tried, Ok(Ok(()))) {
@@ -248,7 +249,7 @@ async fn remove_spool(config: &JobConfig, row: &JobRow, dropped: &mut Vec<String
 /// more. One that is gone keeps no job from its end.
 async fn forget_routes(config: &JobConfig, row: &JobRow, left: &mut Vec<String>) -> Result<()> {
     let Some(record) = &row.flip else { return Ok(()) };
-    let context = context(config, stream_of(&record.flip));
+    let context = context_of(config, record);
     let switched = matches!(row.phase, Phase::Switched | Phase::RolledBack | Phase::Finished);
     let routes = [&*record.routes, &*record.earlier_routes].concat();
     for route in config.secrets.routes(&routes)? {

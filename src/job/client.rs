@@ -276,6 +276,7 @@ pub(super) async fn settle(store: &mut Store, row: &JobRow, own: Option<&str>) -
         let reached = flip.filter(|flip| match row.phase {
             Phase::Switched => flip.flip == "forward",
             Phase::RolledBack => flip.flip == "reverse",
+            Phase::Split => flip.switched_lsn.is_some(),
             _ => false,
         });
         let outcome = match reached {
@@ -288,7 +289,8 @@ pub(super) async fn settle(store: &mut Store, row: &JobRow, own: Option<&str>) -
                 Ok({
                     let released = flip.released;
                     json!({ "switched_lsn": lsn, "fenced_ms": held, "steps": steps,
-                        "released": released })
+                        "released": released, "phase": row.phase.to_string(),
+                        "tables": flip.group.as_ref().map(|group| group.tables.len()) })
                 })
             }
             None if row.phase == Phase::CuttingOver => Err(format!(

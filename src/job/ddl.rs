@@ -18,7 +18,17 @@ create table if not exists walferry.read_only (
 create or replace function walferry.seal() returns trigger language plpgsql as $seal$
 begin
     -- A stream's session that may not set session_replication_role says so.
-    if pg_catalog.current_setting('walferry.applying', true) = 'on' then return null; end if;
+    if pg_catalog.current_setting('walferry.applying', true) = 'on' then
+        if tg_level = 'STATEMENT' then return null; end if;
+        if tg_op = 'DELETE' then return old; end if;
+        return new;
+    end if;
+    if tg_nargs > 0 then
+        raise exception 'table %.% is on the other server: it takes no writes here',
+            tg_table_schema, tg_table_name
+            using errcode = 'read_only_sql_transaction',
+                  hint = 'A walferry job switches its tables group by group; its route says where.';
+    end if;
     raise exception 'this database has moved: table %.% takes no writes here any more',
         tg_table_schema, tg_table_name
         using errcode = 'read_only_sql_transaction',
@@ -52,6 +62,10 @@ create table if not exists walferry.journal (
     id bigint generated always as identity primary key, job text not null, attempt text not null,
     flip text not null, step text not null, ms float8,
     at timestamptz not null default clock_timestamp());
+create table if not exists walferry.ownership (
+    job text not null, schema text not null, name text not null, on_target boolean not null,
+    switched_by text, lsn pg_lsn, changed_at timestamptz not null default now(),
+    primary key (job, schema, name));
 create table if not exists walferry.large_object (
     job text not null, side text not null, snapshot_xmin bigint, objects bigint,
     primary key (job, side));

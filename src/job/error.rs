@@ -3,9 +3,8 @@
 use std::time::Duration;
 
 use super::gone::{Gone, hung};
-use super::mapped;
+use super::{mapped, reshard};
 use crate::buffer::{durable, spool};
-use crate::fault::{Fault, Faulty};
 use crate::id::{QualifiedName, quote_ident};
 use crate::lsn::Lsn;
 use crate::{apply, catalog, cluster, copy, cutover, large, pg, route, schema, source, verify};
@@ -40,6 +39,9 @@ pub enum Error {
     /// The job's map.
     #[error(transparent)]
     Mapped(#[from] mapped::Error),
+    /// Several sources and targets.
+    #[error(transparent)]
+    Reshard(#[from] reshard::Error),
     /// Large objects, likewise.
     #[error(transparent)]
     Large(#[from] large::Error),
@@ -215,8 +217,7 @@ pub enum Error {
     #[error(
         "slot {slot} was told {confirmed_lsn} because {place} has what the target, at \
          {progress_lsn}, has not: run there with --buffer {option} until the target is level. If \
-         it is lost, start over with walferry cancel and walferry run, which copies every table \
-         again"
+         it is lost, walferry cancel and walferry run copy every table again"
     )]
     SpoolNeeded {
         /// The slot.
@@ -421,9 +422,8 @@ pub enum Error {
     #[error(
         "a switch that was begun cannot be {todo} yet: {cause}. It is tried again every few \
          seconds. A password is not stored: give WALFERRY_ROUTE_PASSWORD, a line in ~/.pgpass, or \
-         --route to `walferry run`. If the route is gone for good, \
-         `walferry run --skip-route KIND` (KIND is {}) goes on without it and says what to do by \
-         hand",
+         --route to `walferry run`. If it is gone for good, `walferry run --skip-route KIND` \
+         (KIND is {}) goes on without it and says what to do by hand",
         route::KINDS
     )]
     RouteWaits {
@@ -457,6 +457,9 @@ pub enum Error {
     /// Readers stay where they are.
     #[error(transparent)]
     Reads(#[from] super::reads::Refused),
+    /// A group of tables stays where it is.
+    #[error(transparent)]
+    Groups(#[from] super::groups::Refused),
     /// A runner, an asker or a server that is gone, or is said to be.
     #[error(transparent)]
     Gone(#[from] Gone),
@@ -476,25 +479,4 @@ pub enum Error {
 
 fn names(tables: &[QualifiedName]) -> String {
     tables.iter().map(QualifiedName::to_string).collect::<Vec<_>>().join(", ")
-}
-
-impl Faulty for Error {
-    fn fault(&self) -> Fault {
-        match self {
-            Error::Pg(error) => error.fault(),
-            Error::Source(error) => error.fault(),
-            Error::Apply(error) => error.fault(),
-            Error::Spool(error) => error.fault(),
-            Error::Buffer(error) => error.fault(),
-            Error::Copy(error) => error.fault(),
-            Error::Schema(error) => error.fault(),
-            Error::Cutover(error) => error.fault(),
-            Error::Verify(error) => error.fault(),
-            Error::Mapped(error) => error.fault(),
-            Error::Large(error) => error.fault(),
-            Error::Cluster(cluster::read::Error::Pg(error)) => error.fault(),
-            Error::LeaseLost => Fault::Retry,
-            _ => Fault::Stop,
-        }
-    }
 }

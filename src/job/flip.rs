@@ -2,20 +2,19 @@
 //! journal in the home database, and picking up what a crash left.
 
 use std::collections::HashMap;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
-
-use serde::{Deserialize, Serialize};
 
 use super::ability::Ability;
 use super::check::Finding;
+use super::groups::Group;
 use super::journal::HomeJournal;
 use super::left::outcome_value;
 use super::pipeline::Pipe;
 use super::prepare::publish;
-use super::rest::{Refresh, Unlogged};
+pub use super::request::FlipRequest;
+use super::request::{context, stream_of};
 use super::routes::Late;
-use super::run::{JobConfig, Notice, Runner, published};
+use super::run::{Notice, Runner, published};
 use super::state::{Event, Phase};
 use super::store::FlipRecord;
 use super::{Error, Result, admit};
@@ -32,81 +31,6 @@ const HOME_DRAIN: Duration = Duration::from_secs(60);
 
 /// How long the home database may take to answer before the runner begins anew.
 const HOME_WAIT: Duration = Duration::from_secs(5);
-
-/// A cutover or rollback as asked for.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct FlipRequest {
-    /// `forward`: cutover; `reverse`: rollback.
-    pub flip: String,
-    /// Tells this attempt from others in the journal.
-    pub attempt: String,
-    /// `--fence`.
-    pub fence: String,
-    /// `--route`, without passwords.
-    pub routes: Vec<String>,
-    /// The passwords, for the runner that was asked alone.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub letter: Option<String>,
-    /// `--max-lag`, in milliseconds.
-    pub max_lag_ms: u64,
-    /// `--timeout`, in milliseconds.
-    pub timeout_ms: u64,
-    /// `--lock-timeout`, in milliseconds.
-    pub lock_timeout_ms: u64,
-    /// `--max-hold`, in milliseconds.
-    pub max_hold_ms: u64,
-    /// `--refresh`.
-    #[serde(default)]
-    pub refresh: Refresh,
-    /// `--unlogged`.
-    #[serde(default)]
-    pub unlogged: Unlogged,
-    /// `--leave-quarantined`.
-    #[serde(default)]
-    pub leave_quarantined: bool,
-    /// `--dry-run`.
-    pub dry_run: bool,
-    /// `--one-way`: there is to be no way back.
-    #[serde(default)]
-    pub one_way: bool,
-    /// The live tables' [`catalog::mark`] before they were looked at: another one, once writers
-    /// are stopped, refuses the flip.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mark: Option<String>,
-}
-
-impl FlipRequest {
-    /// What is stored before the flip begins; `last` is the record of the one before.
-    pub fn record(&self, from: Phase, last: Option<&FlipRecord>) -> FlipRecord {
-        let mut earlier_routes: Vec<String> = Vec::new();
-        for route in last.iter().flat_map(|last| last.routes.iter().chain(&last.earlier_routes)) {
-            if !self.routes.contains(route) && !earlier_routes.contains(route) {
-                earlier_routes.push(route.clone());
-            }
-        }
-        FlipRecord {
-            earlier_routes,
-            from: from.to_string(),
-            attempt: self.attempt.clone(),
-            flip: self.flip.clone(),
-            fence: self.fence.clone(),
-            routes: self.routes.clone(),
-            skipped: Vec::new(),
-            released: false,
-            switched_lsn: None,
-            fenced_ms: None,
-            refresh_due: self.refresh == Refresh::After,
-        }
-    }
-
-    pub(super) fn stream(&self) -> Stream {
-        stream_of(&self.flip)
-    }
-}
-
-pub(super) fn stream_of(flip: &str) -> Stream {
-    if flip == "reverse" { Stream::Reverse } else { Stream::Forward }
-}
 
 /// The phase to go back to when the flip is undone.
 fn origin(record: &FlipRecord) -> Phase {
@@ -146,7 +70,11 @@ impl Runner {
         }
         self.follow_reverse_now().await?;
         self.refreshing = None;
-        self.approach(request).await?;
+        match &request.group {
+            Some(_) if request.dry_run => {}
+            Some(_) => self.part(request.stream()).await?,
+            None => self.approach(request).await?,
+        }
         Ok(event)
     }
 
@@ -218,11 +146,19 @@ impl Runner {
         let outcome = self.fly(flip, &request).await;
         match outcome {
             Ok((outcome, left)) => {
-                let value = outcome_value(&outcome, &left);
+                let row = self.row().await?;
+                let mut value = outcome_value(&outcome, &left);
+                if let Some(object) = value.as_object_mut() {
+                    let tables = request.group.as_ref().map(|group| group.tables.len());
+                    object.insert("phase".to_string(), row.phase.to_string().into());
+                    object.insert("tables".to_string(), tables.into());
+                }
                 self.answer_flip(Ok(value)).await?;
-                let flown = self.row().await?.flip;
-                self.late = flown.filter(|flip| !flip.released).map(|_| Late::release());
-                Ok(Event::Flipped(flip))
+                self.late = row.flip.filter(|flip| !flip.released).map(|_| Late::release());
+                match row.phase {
+                    Phase::Split => Ok(Event::Parted),
+                    _ => Ok(Event::Flipped(flip)),
+                }
             }
             // Answered once it is known.
             Err(error @ Error::Cutover(cutover::Error::Unknown { .. })) => Err(error),
@@ -239,7 +175,7 @@ impl Runner {
                 {
                     self.bring_home(flip).await?;
                 }
-                self.reverse_open.store(flip == Stream::Reverse, Ordering::SeqCst);
+                self.turn_back(flip, request.group.as_ref());
                 let back = self.note_undone().await?;
                 self.answer_flip(Err(error.to_string())).await?;
                 Ok(Event::FlipUndone(back))
@@ -286,21 +222,28 @@ impl Runner {
         request: &FlipRequest,
     ) -> Result<(cutover::Outcome, Vec<Finding>)> {
         if flip == Stream::Forward && self.config.map.is_none() {
-            self.refuse_rogue_writes().await?;
+            self.refuse_rogue_writes(request.group.as_ref()).await?;
         }
-        self.refuse_new_tables(flip).await?;
+        if request.group.is_none() {
+            self.refuse_new_tables(flip).await?;
+        }
         self.stop_validating().await;
         self.stop_looking().await;
+        // It is another side that has to be shut then, or other tables of it.
+        self.sealed = None;
         let mut plan = self.flight_plan(flip, request).await?;
-        let left = self.left_behind(&plan, request).await?;
+        let left = match request.group {
+            None => self.left_behind(&plan, request).await?,
+            Some(_) => Vec::new(),
+        };
         let row = self.row().await?;
         let record = match row.flip {
             Some(record) if record.attempt == request.attempt => record,
             last => request.record(row.phase, last.as_ref()),
         };
-        let phase = if flip == Stream::Forward { Phase::Switched } else { Phase::RolledBack };
-        let open = self.reverse_open.clone();
-        let mut journal = HomeJournal::new(&mut self.store, record, phase, open);
+        let phase = self.phase_after(&record).await?;
+        let gate = self.gate.clone();
+        let mut journal = HomeJournal::new(&mut self.store, record, phase, gate);
         let outcome = cutover::run(&mut plan, &mut journal).await?;
         if !request.dry_run {
             self.keep_marks(flip, &plan.rest).await?;
@@ -316,7 +259,19 @@ impl Runner {
         };
         let carry = pipe.as_ref().map(|pipe| pipe.applied.clone());
         let carry = carry.ok_or(cutover::Error::StreamStopped)?;
-        let tables = self.fenced_tables(live).await?;
+        let group = request.group.as_ref();
+        let tables = match group {
+            Some(group) => group.tables.clone(),
+            None => self.fenced_tables(live).await?,
+        };
+        let mut selection = self.selection_by_dump()?;
+        if let Some(group) = group {
+            selection = selection.of_group(&group.tables);
+        }
+        let rest = match group {
+            Some(_) => cutover::Rest::default(),
+            None => self.rest(flip, request).await?,
+        };
         let millis = Duration::from_millis;
         Ok(Plan {
             flip,
@@ -324,18 +279,22 @@ impl Runner {
             live: live.clone(),
             dest: dest.clone(),
             tables: tables.clone(),
-            selection: self.selection_by_dump()?,
+            selection,
             sequences: self.mapped_sequences().await?,
             one_way: self.config.map.is_some(),
             fence: request.fence.parse()?,
             routes: self.config.secrets.routes(&request.routes)?,
-            context: route::Context { tables, ..context(&self.config, flip) },
+            context: route::Context {
+                tables,
+                is_group: group.is_some(),
+                ..context(&self.config, flip)
+            },
             max_lag: millis(request.max_lag_ms),
             lock_timeout: millis(request.lock_timeout_ms),
             timeout: millis(request.timeout_ms),
             max_hold: millis(request.max_hold_ms),
             rules: self.rules(flip).await?,
-            rest: self.rest(flip, request).await?,
+            rest,
             carry,
             leave_parked: request.leave_quarantined || flip == Stream::Reverse,
             dry_run: request.dry_run,
@@ -381,19 +340,29 @@ impl Runner {
 
     /// Before the switch the reverse stream applies canaries only and counts the rest as filtered:
     /// what it counted was written to the target by somebody else.
-    async fn refuse_rogue_writes(&mut self) -> Result<()> {
+    async fn refuse_rogue_writes(&mut self, group: Option<&Group>) -> Result<()> {
         // All that was written there until now has been seen and counted.
         self.drain_home(Stream::Forward).await?;
         let mut source = Session::control(&self.config.source).await?;
         let sql = format!(
             "select sum(filtered) over (), schema || '.' || name from ({}) as books \
-             where filtered > 0 and schema <> 'walferry' limit 1",
+             where filtered > 0 and schema <> 'walferry' \
+             and ($2::jsonb is null or (schema, name) in (select t.schema, t.name \
+               from pg_catalog.jsonb_to_recordset($2::jsonb) t(schema text, name text))) limit 1",
             apply::BOOKS
         );
         let stream = self.config.job.object(Stream::Reverse);
-        let row = source.query_opt(&sql, &[Some(&stream)]).await?;
+        let group = group.map(|group| serde_json::to_string(&group.tables)).transpose();
+        let group = group.map_err(|e| Error::State(e.to_string()))?;
+        let row = source.query_opt(&sql, &[Some(&stream), group.as_deref()]).await?;
         let Some(row) = row else { return Ok(()) };
         Err(cutover::Error::RogueWrites { changes: row.parse(0)?, table: row.string(1)? }.into())
+    }
+
+    /// After a flip that was undone: the reverse stream applies what belongs on the target.
+    pub(super) fn turn_back(&self, flip: Stream, group: Option<&Group>) {
+        let group = group.map(|group| group.tables.as_slice());
+        self.gate.turn(group, flip == Stream::Reverse);
     }
 
     /// Undoing has let clients through already; a later run must not tell routes to release them
@@ -439,19 +408,10 @@ impl Runner {
         };
         let mut away = Session::control(away).await?;
         let mut home = Session::control(home).await?;
-        Ok(cutover::sequences::come_home(&mut away, &mut home, &self.selection_by_dump()?).await?)
-    }
-}
-
-/// What routes are told.
-pub(super) fn context(config: &JobConfig, flip: Stream) -> route::Context {
-    route::Context {
-        job: config.job.clone(),
-        flip,
-        source: config.source.clone(),
-        target: config.target.clone(),
-        scope: config.options.to_string(),
-        tables: Vec::new(),
-        reads: false,
+        let mut selection = self.selection_by_dump()?;
+        if let Some(group) = self.row().await?.flip.and_then(|flip| flip.group) {
+            selection = selection.of_group(&group.tables);
+        }
+        Ok(cutover::sequences::come_home(&mut away, &mut home, &selection).await?)
     }
 }

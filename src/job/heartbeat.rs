@@ -192,7 +192,10 @@ impl Runner {
     ///
     /// Error: the role may neither send a message nor write a row (`NoHeartbeat`).
     pub(super) async fn keep_heartbeat(&mut self, phase: Phase) -> Result<()> {
-        let flows = matches!(phase, Phase::CatchingUp | Phase::Following | Phase::RolledBack);
+        let flows = matches!(
+            phase,
+            Phase::CatchingUp | Phase::Following | Phase::Split | Phase::RolledBack
+        );
         let (Some(options), Some(pipe)) = (self.config.heartbeat.clone(), &self.forward) else {
             self.heartbeat = None;
             return Ok(());

@@ -2,13 +2,15 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::Error;
+use super::request::stream_of;
 use super::state::Phase;
 use super::store::{FlipRecord, Store};
+use crate::apply::{Gate, Open};
 use crate::cutover::{self, Journal, Step};
+use crate::id::Stream;
 use crate::lsn::Lsn;
 
 /// The journal in the home database.
@@ -18,19 +20,28 @@ pub(super) struct HomeJournal<'a> {
     phase: Phase,
     /// The lines of steps that are not known to be done, by their names.
     lines: HashMap<String, String>,
-    open: Arc<AtomicBool>,
+    gate: Arc<Gate>,
 }
 
 impl<'a> HomeJournal<'a> {
-    /// Of this flip, which leads to `phase`; `open` is set once the reverse stream is to apply what
-    /// it reads.
+    /// Of this flip, which leads to `phase`; `gate` is opened once the reverse stream is to apply
+    /// what it reads.
     pub(super) fn new(
         store: &'a mut Store,
         record: FlipRecord,
         phase: Phase,
-        open: Arc<AtomicBool>,
+        gate: Arc<Gate>,
     ) -> HomeJournal<'a> {
-        HomeJournal { store, record, phase, lines: HashMap::new(), open }
+        HomeJournal { store, record, phase, lines: HashMap::new(), gate }
+    }
+
+    fn is_forward(&self) -> bool {
+        stream_of(&self.record.flip) == Stream::Forward
+    }
+
+    fn turn(&self, open: bool) {
+        let group = self.record.group.as_ref();
+        self.gate.turn(group.map(|group| group.tables.as_slice()), open);
     }
 
     /// Lines of steps that are known to be done now, with their milliseconds.
@@ -46,10 +57,10 @@ fn journal_error(error: Error) -> cutover::Error {
 
 impl Journal for HomeJournal<'_> {
     async fn begin(&mut self, steps: &[&str], done: &[Step]) -> cutover::Result<()> {
-        if steps.contains(&"switch") && self.phase == Phase::Switched {
+        if steps.contains(&"switch") && self.is_forward() {
             // A hook may let clients through as soon as it flips: what they write on the target
             // from here on is the application's, and flows back.
-            self.open.store(true, Ordering::SeqCst);
+            self.turn(true);
         }
         let done = self.done(done);
         let begun = self.store.journal_begin(&self.record, steps, &done).await;
@@ -66,8 +77,12 @@ impl Journal for HomeJournal<'_> {
     async fn point_of_no_return(&mut self, lsn: Lsn, held: Duration) -> cutover::Result<()> {
         self.record.switched_lsn = Some(lsn.to_string());
         self.record.fenced_ms = Some(held.as_secs_f64() * 1e3);
-        self.store.set_phase_and_flip(self.phase, &self.record).await.map_err(journal_error)?;
-        self.open.store(self.phase == Phase::Switched, Ordering::SeqCst);
+        self.store.pass(self.phase, &self.record).await.map_err(journal_error)?;
+        match self.phase {
+            Phase::Switched => self.gate.set(Open::Everything),
+            Phase::RolledBack => self.gate.set(Open::Nothing),
+            _ => self.turn(self.is_forward()),
+        }
         Ok(())
     }
 

@@ -11,9 +11,11 @@
 //!   constraints. `streams`: starting and stopping them. `pipeline`: one stream, kept going;
 //!   `spooling`: one through a spool. `attend`: what a runner does while it follows: commands,
 //!   `positions`. `vigil`: the lease, and servers that fall silent. `flip`: arming the way back,
-//!   and the choreography; `journal`: its journal. `routes`: its routes, and those that are gone.
-//!   `reads`: clients that only read, led before the writes. `sealing`: whether the side that was
-//!   left is still shut.
+//!   and the choreography; `request`: as it is asked for; `journal`: its journal.
+//!   `routes`: its routes, and those that are gone.
+//!   `reads`: clients that only read, led before the writes. `groups`: tables switched group by
+//!   group; `owners`: which side each is on. `sealing`: whether the side that was left is still
+//!   shut.
 //!   `cleanup`: finish and cancel; `recycle`: where the old side's tables go; `remains`: cleaning
 //!   one side where the other is gone.
 //! - `ability`: what the roles may do, and so how each side is written. `alone`: tables without the
@@ -30,7 +32,8 @@
 //! - `client`: commands from other processes; `ask`: the same, with a runner of one's own where
 //!   none is alive; `ending`: finish and cancel, whoever runs the job. `align`: both sides held at
 //!   one point; `comparing`: and compared there. `status`: what people and scripts see.
-//! - `cluster`: jobs of many tasks, each of which is an ordinary job of this room.
+//! - `cluster`: jobs of many tasks, each of which is an ordinary job of this room. `reshard`: N
+//!   sources to M targets, each pair an ordinary job.
 //!
 //! What survives a crash: everything that is in a table, and what a spool has synced; without one
 //! there are no local files. A runner that dies is replaced by any other; each phase begins by
@@ -56,8 +59,10 @@ mod ddl;
 pub mod ending;
 pub mod error;
 pub mod failover;
+mod faults;
 mod flip;
 mod gone;
+pub mod groups;
 pub mod heartbeat;
 mod journal;
 pub mod lease;
@@ -67,6 +72,7 @@ mod newcomers;
 mod nudging;
 pub mod opening;
 mod options;
+pub mod owners;
 pub mod pipeline;
 pub mod place;
 mod positions;
@@ -77,7 +83,9 @@ pub mod reading;
 pub mod reads;
 pub mod recycle;
 pub mod remains;
+mod request;
 pub mod reserve;
+pub mod reshard;
 pub mod rest;
 pub mod routes;
 pub mod run;

@@ -9,7 +9,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -22,7 +22,7 @@ use super::mapped;
 use super::opening::{Half, SpoolOptions};
 use super::{Result, nudging, spooling};
 use crate::apply::altered::Alter;
-use crate::apply::{self, Applied, Applier, OnRowError, Tuning};
+use crate::apply::{self, Applied, Applier, Gate, OnRowError, Tuning};
 use crate::buffer::memory;
 use crate::buffer::spool::Spill;
 use crate::change::{self, Snapshot};
@@ -95,8 +95,8 @@ pub struct PipeOptions {
     pub streaming: Option<Arc<Spill>>,
     /// See [`StreamOptions::two_phase`].
     pub two_phase: bool,
-    /// While false, only walferry's own tables are applied.
-    pub gate: Option<Arc<AtomicBool>>,
+    /// Which tables' changes are applied; `None`: all.
+    pub gate: Option<Arc<Gate>>,
     /// How they are applied.
     pub tuning: Tuning,
     /// What becomes of a row that is refused.

@@ -85,7 +85,7 @@ pub async fn of(config: &JobConfig) -> Result<Vec<Parked>> {
 /// Refuses where no forward stream flows that could write what is kept.
 pub fn refuse_still(phase: Phase) -> Result<()> {
     match phase {
-        Phase::CatchingUp | Phase::Following | Phase::RolledBack => Ok(()),
+        Phase::CatchingUp | Phase::Following | Phase::Split | Phase::RolledBack => Ok(()),
         phase => Err(Error::Refused(Refused {
             phase,
             asked: "this",

@@ -34,7 +34,7 @@ use serde_json::Value;
 use super::attend::keeps_running;
 use super::cleanup::Ending;
 use super::client::Asked;
-use super::flip::context;
+use super::request::context;
 use super::run::{JobConfig, Notice, Runner};
 use super::state::{Event, Phase};
 use super::store::{JobRow, Store};

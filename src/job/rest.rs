@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 
-use super::flip::{FlipRequest, stream_of};
+use super::request::{FlipRequest, stream_of};
 use super::run::{JobConfig, Notice, Report, Runner};
 use super::state::Phase;
 use super::{Error, Result};

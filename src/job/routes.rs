@@ -17,7 +17,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::flip::{context, stream_of};
+use super::request::{context_of, stream_of};
 use super::run::{JobConfig, Notice, Runner};
 use super::state::{Command, Event, Phase};
 use super::store::{FlipRecord, Store};
@@ -277,7 +277,7 @@ impl Runner {
     /// back where `undoing` says how the live side is opened, to let them through otherwise. Those
     /// that have are remembered.
     async fn lead(&mut self, record: &FlipRecord, undoing: Option<&Undoing>) -> Result<()> {
-        let context = context(&self.config, stream_of(&record.flip));
+        let context = context_of(&self.config, record);
         let waiting = record.waiting();
         loop {
             let late = self.late.as_ref().ok_or_else(|| Error::State(NOT_LED.to_string()))?;
@@ -334,14 +334,14 @@ impl Runner {
         if self.switch_had_begun(&record).await? {
             self.bring_home(flip).await?;
         }
-        self.reverse_open.store(flip == Stream::Reverse, std::sync::atomic::Ordering::SeqCst);
+        self.turn_back(flip, record.group.as_ref());
         Ok(Event::FlipUndone(self.note_undone().await?))
     }
 
     /// Routes that were given up get one more try. Where one stays as it is, the side that is not
     /// live is sealed: whoever is led there is refused, and nothing is written on two sides.
     async fn leave_skipped(&mut self, record: &FlipRecord, flip: Stream) -> Result<()> {
-        let context = context(&self.config, flip);
+        let context = context_of(&self.config, record);
         let mut left = false;
         for route in self.config.secrets.routes(&record.skipped)? {
             let tried = tokio::time::timeout(SKIPPED_WAIT, route.undo(&context)).await;
@@ -358,7 +358,10 @@ impl Runner {
             Stream::Forward => &self.config.target,
             Stream::Reverse => &self.config.source,
         };
-        let tables = self.fenced_tables(other).await?;
+        let tables = match &record.group {
+            Some(group) => group.tables.clone(),
+            None => self.fenced_tables(other).await?,
+        };
         match cutover::seal_other(&context, &tables).await {
             Err(error @ cutover::Error::NotOwned { .. }) => {
                 self.say(Notice::Said(format!(
@@ -376,7 +379,7 @@ impl Runner {
         let Some(mut record) = self.row().await?.flip.filter(|f| !f.released) else {
             return Ok(None);
         };
-        let context = context(&self.config, stream_of(&record.flip));
+        let context = context_of(&self.config, &record);
         self.lead(&record, None).await?;
         for route in self.config.secrets.routes(&record.skipped)? {
             let tried = tokio::time::timeout(SKIPPED_WAIT, route.release(&context)).await;
@@ -407,7 +410,7 @@ pub async fn skip(store: &mut Store, config: &JobConfig, wanted: &str) -> Result
         return Err(Error::NothingToSkip { detail: format!("the job is in {}", row.phase) });
     };
     let stored = Route::stored(wanted).map(|(stored, _)| stored).unwrap_or_default();
-    let context = context(config, stream_of(&record.flip));
+    let context = context_of(config, &record);
     let mut by_hand = Vec::new();
     for text in record.waiting() {
         let route = Route::parse(&text).map_err(cutover::Error::from)?;

@@ -29,6 +29,7 @@ use super::streams::STREAM_PATIENCE;
 use super::validating::Validating;
 use super::vigil::Vigil;
 use super::{Error, Result, client};
+use crate::apply::{Applied, Gate};
 use crate::catalog::{Selection, Table, tables};
 use crate::clock::{Backoff, Deadline};
 use crate::copy::CopyProgress;
@@ -70,6 +71,9 @@ pub enum Notice {
     Building(usize, usize, String),
     /// A fault that is being tried again.
     Trouble(String),
+    /// The stream to the target has begun, and how far it is from then on; again when it begins
+    /// anew, and the one before gives nothing more.
+    Flows(watch::Receiver<Applied>),
     /// How the stream flows.
     Lag {
         /// Bytes the target is behind.
@@ -102,9 +106,9 @@ pub struct Runner {
     pub(super) sealed: Option<Session>,
     /// Looks at what no stream shows.
     pub(super) silent: Option<Silent>,
-    /// Whether the reverse stream applies more than canaries: true once applications are on the
+    /// What the reverse stream applies beside canaries: tables that applications write to on the
     /// target.
-    pub(super) reverse_open: Arc<AtomicBool>,
+    pub(super) gate: Arc<Gate>,
     /// A flip, its undoing or its release is under way: not to be dropped in the middle.
     pub(super) flying: watch::Sender<bool>,
     /// The command whose flip is under way.
@@ -295,7 +299,7 @@ impl Runner {
             standbys: None,
             sealed: None,
             silent: None,
-            reverse_open: Arc::new(AtomicBool::new(false)),
+            gate: Arc::default(),
             flying,
             asked: None,
             slot: None,
@@ -403,8 +407,8 @@ impl Runner {
         if row.phase == Phase::CuttingOver
             && let Some(record) = row.flip
         {
-            let flip = super::flip::stream_of(&record.flip);
-            let context = super::flip::context(&self.config, flip);
+            let flip = super::request::stream_of(&record.flip);
+            let context = super::request::context_of(&self.config, &record);
             self.rules(flip).await?.silence_dest(&context).await?;
         }
         Ok(())

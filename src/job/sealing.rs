@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use super::flip::context;
+use super::request::context;
 use super::run::{Notice, Runner};
 use super::state::Phase;
 use super::{Error, Result};

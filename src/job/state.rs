@@ -5,6 +5,9 @@
 //!                                                            |    ^
 //!                                                   cutover  v    | failed or undone
 //!                                                        cutting_over -> switched <-> rolled_back
+//!                                                            |    ^          ^             ^
+//!                            a group, and others stay behind v    |          | the last    |
+//!                                                            split ----------+-------------+
 //! finished: from switched or rolled_back.   canceled: from anything before switched.
 //! ```
 //!
@@ -37,6 +40,9 @@ pub enum Phase {
     Following,
     /// Set before a cutover or rollback touches anything. A crash undoes the attempt.
     CuttingOver,
+    /// Set at the point of no return of a group's cutover or rollback, where applications belong on
+    /// the target for some tables and on the source for others. `walferry.ownership` tells which.
+    Split,
     /// Set at the point of no return of a cutover: applications belong on the target.
     Switched,
     /// Set at the point of no return of a rollback: applications belong on the source.
@@ -48,7 +54,7 @@ pub enum Phase {
 }
 
 /// All phases with their stored names.
-const NAMES: [(Phase, &str); 11] = [
+const NAMES: [(Phase, &str); 12] = [
     (Phase::Planned, "planned"),
     (Phase::Checked, "checked"),
     (Phase::Schema, "schema"),
@@ -56,6 +62,7 @@ const NAMES: [(Phase, &str); 11] = [
     (Phase::CatchingUp, "catching_up"),
     (Phase::Following, "following"),
     (Phase::CuttingOver, "cutting_over"),
+    (Phase::Split, "split"),
     (Phase::Switched, "switched"),
     (Phase::RolledBack, "rolled_back"),
     (Phase::Finished, "finished"),
@@ -95,6 +102,8 @@ pub enum Event {
     FlipAsked(Stream),
     /// It passed its point of no return.
     Flipped(Stream),
+    /// That of a group did, and not all tables are on one side now.
+    Parted,
     /// It was undone; applications go on where they were: in the phase it came from.
     FlipUndone(Phase),
     /// The end is asked for.
@@ -164,7 +173,7 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
         (Phase::CatchingUp, Event::Start) => (phase, vec![FollowForward, CatchUp]),
         (Phase::Following, Event::Start) => (phase, streams()),
         (Phase::CuttingOver, Event::Start) => (phase, vec![FollowForward, FollowReverse, UndoFlip]),
-        (Phase::Switched | Phase::RolledBack, Event::Start) => {
+        (Phase::Split | Phase::Switched | Phase::RolledBack, Event::Start) => {
             (phase, vec![FollowForward, FollowReverse, ReleaseClients])
         }
 
@@ -173,33 +182,22 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
         (Phase::Copying, Event::CopyDone) => (Phase::CatchingUp, vec![FollowForward, CatchUp]),
         (Phase::CatchingUp, Event::CaughtUp) => (Phase::Following, vec![]),
 
-        (Phase::Following | Phase::RolledBack, Event::FlipAsked(Stream::Forward)) => {
-            (Phase::CuttingOver, vec![Command::Flip(Stream::Forward)])
-        }
-        (Phase::Switched, Event::FlipAsked(Stream::Reverse)) => {
-            (Phase::CuttingOver, vec![Command::Flip(Stream::Reverse)])
-        }
-        (phase, Event::FlipAsked(flip)) => {
-            let (asked, why) = no_flip(phase, flip);
-            return refuse(asked, why);
-        }
-        // The choreography stores the new phase itself, at its point of no return.
-        (Phase::CuttingOver | Phase::Switched, Event::Flipped(Stream::Forward)) => {
-            (Phase::Switched, vec![])
-        }
-        (Phase::CuttingOver | Phase::RolledBack, Event::Flipped(Stream::Reverse)) => {
-            (Phase::RolledBack, vec![])
-        }
-        (
-            Phase::CuttingOver,
-            Event::FlipUndone(back @ (Phase::Following | Phase::RolledBack | Phase::Switched)),
-        ) => (back, vec![]),
+        (phase, event) if is_flip(event) => step_flip(phase, event)?,
 
         (Phase::Switched | Phase::RolledBack, Event::FinishAsked) => {
             (Phase::Finished, vec![CleanUp])
         }
         (Phase::CuttingOver, Event::FinishAsked | Event::CancelAsked) => {
             return refuse(asked(event), NOT_UNDONE);
+        }
+        (Phase::Split, Event::FinishAsked) => {
+            return refuse(
+                "finish",
+                "some tables are on either side: cutover or rollback the rest",
+            );
+        }
+        (Phase::Split, Event::CancelAsked) => {
+            return refuse("cancel", "some tables have been switched: rollback leads them back");
         }
         (_, Event::FinishAsked) => {
             return refuse("finish", "it ends a job that was switched or rolled back; use cancel");
@@ -210,6 +208,43 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
         (_, Event::CancelAsked) => (Phase::Canceled, vec![CleanUp]),
         (phase, event) => unexpected(phase, event)?,
     })
+}
+
+fn is_flip(event: Event) -> bool {
+    matches!(event, Event::FlipAsked(_) | Event::Flipped(_) | Event::Parted | Event::FlipUndone(_))
+}
+
+/// [`step`], of a flip.
+fn step_flip(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused> {
+    let begin = |flip| Ok((Phase::CuttingOver, vec![Command::Flip(flip)]));
+    match (phase, event) {
+        (
+            Phase::Following | Phase::RolledBack | Phase::Split,
+            Event::FlipAsked(Stream::Forward),
+        ) => begin(Stream::Forward),
+        (Phase::Switched | Phase::Split, Event::FlipAsked(Stream::Reverse)) => {
+            begin(Stream::Reverse)
+        }
+        (phase, Event::FlipAsked(flip)) => {
+            let (asked, why) = no_flip(phase, flip);
+            Err(Refused { phase, asked, why })
+        }
+        // The choreography stores the new phase itself, at its point of no return.
+        (Phase::CuttingOver | Phase::Switched, Event::Flipped(Stream::Forward)) => {
+            Ok((Phase::Switched, vec![]))
+        }
+        (Phase::CuttingOver | Phase::RolledBack, Event::Flipped(Stream::Reverse)) => {
+            Ok((Phase::RolledBack, vec![]))
+        }
+        (Phase::CuttingOver | Phase::Split, Event::Parted) => Ok((Phase::Split, vec![])),
+        (
+            Phase::CuttingOver,
+            Event::FlipUndone(
+                back @ (Phase::Following | Phase::RolledBack | Phase::Switched | Phase::Split),
+            ),
+        ) => Ok((back, vec![])),
+        (phase, event) => unexpected(phase, event),
+    }
 }
 
 /// Whether a flip may be asked of a job that is found in `phase`. Phases that a runner is about to
@@ -229,6 +264,10 @@ pub fn flowing(phase: Phase) -> Result<Stream, Refused> {
         Phase::CuttingOver => {
             "a switch has been begun and has to be ended or undone first, which `walferry run` \
              does; then ask again"
+        }
+        Phase::Split => {
+            "each side has tables that applications write to: cutover or rollback the rest, or \
+             verify before the first group"
         }
         Phase::Finished | Phase::Canceled => "the job has ended, and no stream keeps both level",
         _ => {
@@ -287,6 +326,7 @@ fn unexpected(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refus
         Event::CopyDone => "copy done",
         Event::CaughtUp => "caught up",
         Event::Flipped(_) => "flipped",
+        Event::Parted => "parted",
         Event::FlipUndone(_) => "flip undone",
         Event::FlipAsked(_) | Event::FinishAsked | Event::CancelAsked => "this",
     };
@@ -343,6 +383,8 @@ mod tests {
             Just(FlipAsked(Stream::Reverse)),
             Just(Flipped(Stream::Forward)),
             Just(Flipped(Stream::Reverse)),
+            Just(Parted),
+            Just(FlipUndone(Phase::Split)),
             Just(FlipUndone(Phase::Following)),
             Just(FlipUndone(Phase::RolledBack)),
             Just(FlipUndone(Phase::Switched)),
@@ -366,11 +408,12 @@ mod tests {
                     prop_assert!(matches!(next, Phase::Finished | Phase::Canceled));
                 }
                 if next == Phase::Canceled {
-                    prop_assert!(phase != Phase::Switched && phase != Phase::CuttingOver);
+                    let gone = [Phase::Switched, Phase::CuttingOver, Phase::Split];
+                    prop_assert!(!gone.contains(&phase));
                 }
                 if let Event::FlipAsked(flip) = event {
-                    // A flip only ever starts towards the side that is not live.
-                    prop_assert_eq!(flip, live);
+                    // A flip only ever starts towards a side that is not live for all tables.
+                    prop_assert!(phase == Phase::Split || flip == live);
                 }
                 match (event, next) {
                     (Event::Flipped(Stream::Forward), _) => live = Stream::Reverse,
@@ -388,7 +431,7 @@ mod tests {
 
         /// What is refused before a runner is asked, a runner would refuse as well.
         #[test]
-        fn what_is_refused_in_advance_would_be_refused(index in 0_usize..11) {
+        fn what_is_refused_in_advance_would_be_refused(index in 0_usize..12) {
             let phase = NAMES[index].0;
             for flip in [Stream::Forward, Stream::Reverse] {
                 let (early, late) = (may_flip(phase, flip), step(phase, Event::FlipAsked(flip)));
@@ -398,7 +441,7 @@ mod tests {
 
         /// After any crash, Start has an answer in every phase that is not an end.
         #[test]
-        fn a_run_can_start_in_every_open_phase(index in 0_usize..9) {
+        fn a_run_can_start_in_every_open_phase(index in 0_usize..10) {
             let phase = NAMES[index].0;
             let (next, commands) = step(phase, Event::Start).unwrap();
             prop_assert!(!commands.is_empty());

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::owners::GroupStatus;
 use super::place::Place;
 use super::reading::Reading;
 use super::reads::ReadRecord;
@@ -99,6 +100,9 @@ pub struct Status {
     pub standbys: Vec<StandbyStatus>,
     /// Readers that were led to the target, or are on their way.
     pub reads: Option<ReadRecord>,
+    /// Where each group of tables is, once there are any.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<GroupStatus>,
     /// Where the spool or the topic is, and what its loss would cost.
     pub spool: Option<SpoolStatus>,
     /// What stopped the job, or keeps a stream from flowing.
@@ -147,7 +151,7 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
     let mut positions = store.load_stream(Stream::Forward).await?.unwrap_or_default();
     let mut source = connected(source).await;
     let unreleased = row.flip.as_ref().is_some_and(|flip| !flip.released);
-    let flipped = matches!(row.phase, Phase::Switched | Phase::RolledBack);
+    let flipped = matches!(row.phase, Phase::Split | Phase::Switched | Phase::RolledBack);
     let held_clients = row.phase == Phase::CuttingOver || (flipped && unreleased);
     let open = !matches!(row.phase, Phase::Finished | Phase::Canceled);
     let (name, spooled) = (job.object(Stream::Forward), row.spool.is_some());
@@ -159,7 +163,6 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
         });
         positions = fresh.await.unwrap_or(positions);
     }
-    let tables = tables(&mut store.session, job.as_str(), &name).await?;
     let parked = parked::parked(&mut store.session, &name).await?;
     let forward_fallbacks = fallbacks(&mut store.session, &name).await?;
     let reverse = if row.armed {
@@ -179,7 +182,7 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
         None
     };
     let spool = row.spool.map(|place| {
-        let reverse = reverse.iter().map(|reverse| &reverse.positions);
+        let reverse = reverse.as_ref().map(|reverse| &reverse.positions);
         spool_status(place, &[&positions].into_iter().chain(reverse).collect::<Vec<_>>())
     });
     Ok(Status {
@@ -192,7 +195,7 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
         reading: readings.forward,
         error: row.error.or_else(|| positions.error.clone()),
         positions,
-        tables,
+        tables: tables(&mut store.session, job.as_str(), &name).await?,
         fallbacks: forward_fallbacks,
         conflicts: two_way::conflicts(&mut store.session, &name).await?,
         parked,
@@ -200,6 +203,7 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
         reverse,
         standbys: standby_status::load(&mut store.session, job).await?,
         reads: row.reads,
+        groups: store.groups().await?,
         spool,
     })
 }

@@ -11,7 +11,9 @@ use super::ability::Abilities;
 pub use super::ddl::DDL_BOTH;
 use super::ddl::DDL_HOME;
 use super::error::Error;
+use super::groups::Group;
 pub use super::options::JobOptions;
+use super::owners::hand_over;
 use super::place::Place;
 pub use super::positions::StreamRow;
 use super::reads::ReadRecord;
@@ -97,6 +99,9 @@ pub struct FlipRecord {
     /// Materialized views are still to be refreshed on the side that became live.
     #[serde(default)]
     pub refresh_due: bool,
+    /// The tables that it is about, where those are not all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<Group>,
 }
 
 impl FlipRecord {
@@ -305,7 +310,7 @@ impl Store {
         Ok(())
     }
 
-    /// Stores the phase and the flip together: the point of no return, and its undoing.
+    /// Stores the phase and the flip together, where a flip begins.
     ///
     /// Committed synchronously: all that the target applied before is durable when this returns.
     pub async fn set_phase_and_flip(&mut self, phase: Phase, flip: &FlipRecord) -> Result<()> {
@@ -317,6 +322,19 @@ impl Store {
                 &[Some(self.job.as_str()), Some(&phase.to_string()), Some(&flip)],
             )
             .await?;
+        Ok(())
+    }
+
+    /// The point of no return: the same, and who owns the flip's tables from its barrier on.
+    pub async fn pass(&mut self, phase: Phase, flip: &FlipRecord) -> Result<()> {
+        let handed = hand_over(&self.job, flip)?;
+        let flip = json(flip)?;
+        let sql = format!(
+            "with handed as ({handed}) update walferry.job set phase = $2, flip = $3::jsonb, \
+             error = null, updated_at = now() where name = $1"
+        );
+        let params = [Some(self.job.as_str()), Some(&*phase.to_string()), Some(&*flip)];
+        self.session.query_params(&sql, &params).await?;
         Ok(())
     }
 

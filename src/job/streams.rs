@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use super::Result;
@@ -13,11 +13,11 @@ use super::opening::{Half, SpoolOptions};
 use super::pipeline::{Pipe, PipeOptions, TableFilter, Visibility};
 use super::place::Place;
 use super::prepare::stored_reading;
-use super::run::{JobConfig, Runner};
+use super::run::{JobConfig, Notice, Runner};
 use super::state::{Event, Phase};
 use super::store::{JobRow, Store};
-use crate::apply::OnRowError;
 use crate::apply::altered::Alter;
+use crate::apply::{OnRowError, Open};
 use crate::buffer::spool::Spill;
 use crate::catalog::{Selection, tables};
 use crate::copy;
@@ -44,6 +44,9 @@ impl Runner {
         match &self.forward {
             Some(pipe) => pipe.begin_apply(visibility),
             None => self.forward = Some(self.pipe(Stream::Forward, Some(visibility)).await?),
+        }
+        if let Some(pipe) = &self.forward {
+            self.say(Notice::Flows(pipe.applied.clone()));
         }
         Ok(None)
     }
@@ -77,14 +80,16 @@ impl Runner {
 
     pub(super) async fn follow_reverse(&mut self) -> Result<Option<Event>> {
         let row = self.row().await?;
-        let open = match (row.phase, &row.flip) {
+        let open = self.gate_of_groups(&row).await?;
+        let whole = match (row.phase, &row.flip) {
             (Phase::Switched, _) => true,
             (Phase::CuttingOver, Some(flip)) => {
                 flip.flip == "reverse" || self.switch_had_begun(flip).await?
             }
             _ => self.config.two_way.is_some(),
         };
-        self.reverse_open.store(open, Ordering::SeqCst);
+        let whole = if whole { Open::Everything } else { Open::Nothing };
+        self.gate.set(open.unwrap_or(whole));
         if row.armed && self.reverse.is_none() {
             self.reverse = Some(self.pipe(Stream::Reverse, Some(HashMap::new())).await?);
         }
@@ -101,7 +106,7 @@ impl Runner {
         if stream == Stream::Forward {
             self.unchanged_publication().await?;
         }
-        let gate = (stream == Stream::Reverse).then(|| self.reverse_open.clone());
+        let gate = (stream == Stream::Reverse).then(|| self.gate.clone());
         let options = pipe_options(&self.config, &mut self.store, &self.selection, stream).await?;
         let spool = options.spool.filter(|_| self.spool.is_some());
         Ok(Pipe::start(PipeOptions { visibility, gate, spool, ..options }))

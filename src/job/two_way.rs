@@ -20,7 +20,6 @@
 //! sequences their increments again, past what either side had.
 
 use std::collections::HashMap;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::Result;
@@ -28,7 +27,8 @@ use super::pipeline::Task;
 use super::run::{JobConfig, Notice, Runner};
 use super::state::{Event, Phase, Refused, step};
 use super::store::JobRow;
-use crate::catalog::{self, Selection, Sequence, Table};
+use crate::apply::Open;
+use crate::catalog::{self, Sequence, Table};
 use crate::cutover::barrier;
 use crate::id::{JobName, QualifiedName, Stream, quote_ident, quote_literal};
 use crate::lsn::Lsn;
@@ -68,14 +68,16 @@ impl Runner {
         if self.config.two_way.is_none() {
             return Ok(());
         }
-        self.reverse_open.store(true, Ordering::SeqCst);
+        self.gate.set(Open::Everything);
         if !self.row().await?.armed {
             self.say(Notice::Said("opening the target to writers".to_string()));
             for side in [&self.config.source, &self.config.target] {
                 let tables = self.tables(side).await?;
                 guard(side, &self.config.job, &tables).await?;
             }
-            disjoin(&self.config, &self.selection).await?;
+            let sides = (&self.config.source, &self.config.target);
+            let ours = |owner: Option<&QualifiedName>| self.selection.has_sequence(owner);
+            disjoin(&self.config.job, sides, ours).await?;
             self.make_reverse(self.config.slot_timeout).await?;
             self.begin_both().await?;
             self.store.set_armed(true).await?;
@@ -89,7 +91,7 @@ impl Runner {
         if self.config.two_way.is_none() || !self.row().await?.armed {
             return Ok(());
         }
-        self.reverse_open.store(true, Ordering::SeqCst);
+        self.gate.set(Open::Everything);
         self.follow_reverse_now().await?;
         if self.keeper.is_none() {
             let config = self.config.clone();
@@ -186,29 +188,49 @@ async fn insist(session: &mut Session, sql: &str) -> Result<()> {
     Ok(())
 }
 
-/// Gives every sequence twice its increment, and those of the target the values between the
-/// source's. Cycling ones stay as they are.
-async fn disjoin(config: &JobConfig, selection: &Selection) -> Result<()> {
-    let mut source = Session::control(&config.source).await?;
-    let mut target = Session::control(&config.target).await?;
+/// Gives sequences twice their increment, and those of the other side the values between those of
+/// the live one. Of those whose owner `ours` takes; cycling ones stay as they are.
+pub(super) async fn disjoin(
+    job: &JobName,
+    (live, other): (&Config, &Config),
+    ours: impl Fn(Option<&QualifiedName>) -> bool,
+) -> Result<()> {
+    let mut live = Session::control(live).await?;
+    let mut dest = Session::control(other).await?;
     let there: HashMap<QualifiedName, Sequence> =
-        catalog::sequences(&mut target).await?.into_iter().map(|s| (s.name.clone(), s)).collect();
-    for sequence in catalog::sequences(&mut source).await? {
+        catalog::sequences(&mut dest).await?.into_iter().map(|s| (s.name.clone(), s)).collect();
+    for sequence in catalog::sequences(&mut live).await? {
         let name = &sequence.name;
-        let ours = selection.has_sequence(sequence.owner.as_ref()) && !sequence.cycle;
+        let ours = ours(sequence.owner.as_ref()) && !sequence.cycle;
         let Some(other) = there.get(name).filter(|_| ours) else { continue };
-        let increment = stretch(&mut source, &config.job, name, sequence.increment).await?;
-        stretch(&mut target, &config.job, name, other.increment).await?;
+        let increment = stretch(&mut live, job, name, sequence.increment).await?;
+        stretch(&mut dest, job, name, other.increment).await?;
         let quoted = name.quoted();
         // All that was handed out with the old increment is not beyond what it says now.
         let sql = format!("select last_value from {quoted}");
-        let last: i64 = source.query_one(&sql, &[]).await?.parse(0)?;
-        let next = last.saturating_add(increment);
+        let last: i64 = live.query_one(&sql, &[]).await?.parse(0)?;
+        let drawn: i64 = dest.query_one(&sql, &[]).await?.parse(0)?;
+        let next = between(last, drawn, increment);
         let literal = quote_literal(&quoted);
         let set = format!("select pg_catalog.setval({literal}::regclass, {next}, false)");
-        target.query_one(&set, &[]).await?;
+        dest.query_one(&set, &[]).await?;
     }
     Ok(())
+}
+
+/// The first value that the live side, which goes on from `last` by twos of increments, never has,
+/// past what the other has `drawn`.
+fn between(last: i64, drawn: i64, increment: i64) -> i64 {
+    let step = increment.saturating_mul(2);
+    let next = last.saturating_add(increment);
+    let further = drawn.saturating_sub(next);
+    match further == 0 || (further > 0) == (step > 0) {
+        true => {
+            let steps = further.checked_div(step).unwrap_or(0).saturating_add(1);
+            next.saturating_add(steps.saturating_mul(step))
+        }
+        false => next,
+    }
 }
 
 /// Doubles the increment, unless that is done; gives the one that it had.
@@ -410,5 +432,17 @@ mod tests {
         let job: JobName = "a_b".parse().unwrap();
         assert_eq!(function(&job), "walferry.\"two_way_a_b\"");
         assert_eq!(FUNCTION.matches("{function}").count(), 1);
+    }
+
+    #[test]
+    fn each_side_draws_what_the_other_never_does_and_nothing_twice() {
+        // A copy that has drawn nothing, one that was ahead, and sequences that count down.
+        assert_eq!(between(100, 1, 1), 101);
+        assert_eq!(between(100, 101, 1), 103);
+        assert_eq!(between(100, 250, 1), 251);
+        assert_eq!(between(100, 251, 1), 253);
+        assert_eq!(between(-100, -1, -5), -105);
+        assert_eq!(between(-100, -105, -5), -115);
+        assert_eq!(between(-100, -110, -5), -115);
     }
 }

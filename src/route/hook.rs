@@ -25,7 +25,8 @@ const SAID_BYTES: usize = 2048;
 ///
 /// In its environment: `WALFERRY_PHASE` (check, hold, switch, release, undo), `WALFERRY_JOB`,
 /// `WALFERRY_FLIP` (cutover, rollback), `WALFERRY_CLIENTS` (all, or readers, where only those are
-/// led), `WALFERRY_WAIT_MS` in phase hold, and `WALFERRY_SOURCE_`
+/// led), `WALFERRY_TABLES` (where a group of tables is led: `schema.table` as SQL writes it, one a
+/// line), `WALFERRY_WAIT_MS` in phase hold, and `WALFERRY_SOURCE_`
 /// and `WALFERRY_TARGET_` `HOST`, `PORT`, `DBNAME`, `USER` (of several hosts a list, as libpq has
 /// it). No passwords. Any phase may come twice; exit 0 for a phase that means nothing to it.
 #[derive(Clone, Debug)]
@@ -51,7 +52,7 @@ impl Hook {
     pub(super) fn by_hand(&self, context: &Context, switched: bool) -> String {
         let phase = if switched { "release" } else { "undo" };
         let variables = environment(phase, context, None);
-        let variables: Vec<String> = variables.iter().map(|(k, v)| format!("{k}={v}")).collect();
+        let variables: Vec<String> = variables.iter().map(shown).collect();
         let command = cleaned(&self.command, context);
         format!("do what the hook does in phase {phase}: {} {command}", variables.join(" "))
     }
@@ -118,6 +119,10 @@ fn environment(phase: &str, context: &Context, wait: Option<Duration>) -> Vec<(S
         ("WALFERRY_FLIP".to_string(), flip.to_string()),
         ("WALFERRY_CLIENTS".to_string(), if context.reads { "readers" } else { "all" }.to_string()),
     ];
+    if let Some(group) = context.group() {
+        let tables: Vec<String> = group.iter().map(ToString::to_string).collect();
+        variables.push(("WALFERRY_TABLES".to_string(), tables.join("\n")));
+    }
     if let Some(wait) = wait {
         variables.push(("WALFERRY_WAIT_MS".to_string(), wait.as_millis().to_string()));
     }
@@ -134,6 +139,15 @@ fn environment(phase: &str, context: &Context, wait: Option<Duration>) -> Vec<(S
         }
     }
     variables
+}
+
+/// A variable as a shell takes it.
+fn shown((name, value): &(String, String)) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_.,/:-".contains(c);
+    match value.chars().all(plain) {
+        true => format!("{name}={value}"),
+        false => format!("{name}='{}'", value.replace('\'', "'\\''")),
+    }
 }
 
 /// Reads to the end, keeping only the last bytes, so that a chatty hook neither blocks nor fills

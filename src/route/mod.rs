@@ -22,6 +22,8 @@
 //! - **citus** swaps placements in the metadata of a Citus cluster. It holds writers of the moving
 //!   shards and no others (`citus` says how), and has the swap prepared in `switch`, committed in
 //!   `release`.
+//! - for a group of tables, the hook is told which, and an fdw server must lead to them alone
+//!   (`foreign`).
 //! - **fdw** and **plproxy** change a foreign server in a router's database by ALTER SERVER. They
 //!   cannot hold clients, and let them through in `release`, not in `switch` (`sqlmed` says why).
 //!
@@ -40,6 +42,7 @@
 mod citus;
 mod connstr;
 mod file;
+mod foreign;
 mod hook;
 mod ini;
 mod note;
@@ -79,10 +82,20 @@ pub struct Context {
     pub target: Config,
     /// What of the source moves, as the job was asked for: the same text as long as the job lives.
     pub scope: String,
-    /// The tables that move, partitioned ones included; known for check and hold only.
+    /// The tables that move, partitioned ones included; known for check and hold only, those of a
+    /// group always.
     pub tables: Vec<QualifiedName>,
+    /// They are a group, and others of the job stay where they are.
+    pub is_group: bool,
     /// Clients that only read are led, ahead of the writes.
     pub reads: bool,
+}
+
+impl Context {
+    /// The tables, if they are a group.
+    pub fn group(&self) -> Option<&[QualifiedName]> {
+        self.is_group.then_some(&*self.tables)
+    }
 }
 
 /// One way by which clients find the data.

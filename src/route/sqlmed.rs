@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::note::{Note, Notes, Options};
 use super::place::{Place, Side, identity};
-use super::{Context, Error, Result, connstr};
+use super::{Context, Error, Result, connstr, foreign};
 use crate::id::{Stream, quote_ident, quote_literal};
 use crate::pg::{Config, Host, Session, Witness};
 use crate::secret::SecretString;
@@ -340,6 +340,12 @@ impl SqlMed {
         self.execute(&mut session, &tried).await?;
         if self.partition.is_none() {
             self.check_mappings(&mut session, context).await?;
+        }
+        if let Some(group) = context.group() {
+            let stray = foreign::strangers(&mut session, &self.server, group).await?;
+            if !stray.is_empty() {
+                return Err(self.setup(foreign::said(&stray)));
+            }
         }
         self.keep(session);
         Ok(())

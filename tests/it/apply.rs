@@ -1,7 +1,6 @@
 //! Tests of apply against real servers, fed with hand-made changes.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -773,12 +772,12 @@ async fn a_snapshot_is_not_asked_beyond_its_position() {
 async fn a_gate_that_opens_lets_known_tables_through() {
     let (server, mut session) = target("create table public.a (id int)").await;
     let a = table("a", Nothing, &["id"]);
-    let gate = Arc::new(AtomicBool::new(false));
+    let gate = Arc::new(walferry::apply::Gate::default());
     let options = Options { gate: Some(gate.clone()), ..options() };
     let mut running = Running::start(Applier::connect(&config(&server), options).await.unwrap());
     running.send(transaction(100, vec![a.insert(&["1"])]));
     running.wait(|seen| seen.applied_lsn >= Lsn(150)).await;
-    gate.store(true, Ordering::SeqCst);
+    gate.turn(None, true);
     running.send(transaction(200, vec![a.insert(&["2"])]));
     running.wait(|seen| seen.applied_lsn >= Lsn(250)).await;
     running.end().await.unwrap();

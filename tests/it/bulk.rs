@@ -132,8 +132,7 @@ async fn a_job_killed_while_it_reads_in_bulk_and_at_the_hand_over_ends_exact() {
         Strike::Reading,
         Strike::Applying,
         Strike::HandingOver(Duration::ZERO),
-        Strike::HandingOver(Duration::from_millis(100)),
-        Strike::HandingOver(Duration::from_millis(250)),
+        Strike::HandingOver(Duration::from_millis(fastrand::u64(50..300))),
     ] {
         job.struck(strike).await;
     }

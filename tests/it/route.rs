@@ -20,5 +20,6 @@ fn context(flip: Stream, source: &str, target: &str) -> Context {
         scope: "none".to_string(),
         tables: Vec::new(),
         reads: false,
+        is_group: false,
     }
 }

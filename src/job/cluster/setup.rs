@@ -8,6 +8,7 @@ use crate::cluster::guard::Allowed;
 use crate::cluster::{Address, Layout, Move};
 use crate::cutover::FenceKind;
 use crate::id::Stream;
+use crate::job::groups::Part;
 use crate::job::place::Buffer;
 use crate::job::rest::{Refresh, Unlogged};
 use crate::job::store::JobOptions;
@@ -67,6 +68,8 @@ impl Flip {
             leave_quarantined: false,
             dry_run: false,
             one_way: false,
+            part: Part::All,
+            group: None,
             mark: None,
         }
     }

@@ -210,7 +210,7 @@ async fn found(session: &mut Session) -> BTreeMap<&'static str, Vec<String>> {
 #[tokio::test]
 async fn both_orders_leave_what_the_source_has() {
     let seed = std::env::var("WALFERRY_SEED").ok().and_then(|s| s.parse().ok());
-    let seeds = seed.map_or_else(|| vec![1, 2, 3, fastrand::u64(..)], |seed| vec![seed]);
+    let seeds = seed.map_or_else(|| vec![1, fastrand::u64(..)], |seed| vec![seed]);
     let (server, mut session) = target(DDL_TABLES).await;
     for seed in seeds {
         println!("WALFERRY_SEED={seed}");

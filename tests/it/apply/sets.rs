@@ -203,12 +203,12 @@ async fn rows_without_a_key_cost_one_scan_a_batch_and_not_one_each() {
     }
     // What a session did is told at the latest when it ends.
     let mut told = String::new();
-    for _ in 0..100 {
+    for _ in 0..600 {
         told = rows(&mut session, scans).await;
         if told.lines().count() == 4 {
             break;
         }
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert_eq!(told, "f|1\nfresh|1\npa|2\npb|2");
     let left = "select count(*) from public.f where v <> 'new'";

@@ -87,6 +87,7 @@ impl Stage {
             scope: "these".to_string(),
             tables: self.relations().iter().map(name).collect(),
             reads: false,
+            is_group: false,
         }
     }
 

@@ -1,6 +1,7 @@
 //! What must hold before anybody is stopped.
 
 use super::{Load, Stage, assert_all_there, session};
+use crate::support::Inventory;
 
 /// pgdog#1121, #1201: a lag that was not yet known looked like none.
 #[tokio::test(flavor = "multi_thread")]
@@ -35,10 +36,15 @@ async fn a_dry_run_changes_nothing_and_what_is_in_the_way_is_named() {
     assert_eq!(ready["switched_lsn"], "0/0");
     assert_eq!(ready["fenced_ms"], 0.0);
     stage.until_phase("following").await;
-    let before = stage.ends.inventories().await;
+    let inventories = async || {
+        let uris = [stage.ends.source_uri(), stage.ends.target_uri()];
+        let source = Inventory::take_beside_runner(&uris[0]).await;
+        (source, Inventory::take_beside_runner(&uris[1]).await)
+    };
+    let before = inventories().await;
     stage.ends.done(&["cutover", "--dry-run"]).await;
-    stage.until_phase("following").await;
-    let after = stage.ends.inventories().await;
+    assert_eq!(stage.phase().await, "following");
+    let after = inventories().await;
     assert_eq!(before.0.diff(&after.0), Vec::<String>::new());
     assert_eq!(before.1.diff(&after.1), Vec::<String>::new());
     stage.ends.source.psql("app", "insert into public.t values (1, 'still mine')").unwrap();

@@ -27,9 +27,15 @@ const STEPS: [&str; 12] = [
 /// Of the latter those that are written down before others of their stretch begin.
 const TOGETHER: [&str; 5] = ["drain", "rest", "sequences", "seal", "switch"];
 
-fn steps() -> &'static [&'static str] {
-    let all = std::env::var("WALFERRY_KILLS").is_ok();
-    if all { &STEPS } else { &STEPS[1..5] }
+/// What is killed at: each step there and back, or four steps in one direction each, by chance.
+fn kills() -> Vec<(&'static str, &'static str)> {
+    let ways = ["cutover", "rollback"];
+    if std::env::var("WALFERRY_KILLS").is_ok() {
+        return STEPS.iter().flat_map(|step| ways.map(|way| (*step, way))).collect();
+    }
+    let mut some = STEPS[1..5].to_vec();
+    fastrand::shuffle(&mut some);
+    some.into_iter().zip(ways.into_iter().cycle()).collect()
 }
 
 /// Waits until the step has begun, and no longer.
@@ -94,12 +100,10 @@ async fn a_flip_killed_at_any_step_is_finished_by_the_same_command() {
     let Stage { ends, run } = stage;
     run.ended().await.expect_success();
     let stage = Stage { run: ends.spawn(&["status"]), ends };
-    for step in steps() {
+    for (step, command) in kills() {
         let slow = if step.starts_with("hook ") { 0 } else { 15 };
         proxy.delay(Duration::from_millis(slow));
-        for command in ["cutover", "rollback"] {
-            killed_and_repeated(&stage, &load, &hook, command, step).await;
-        }
+        killed_and_repeated(&stage, &load, &hook, command, step).await;
     }
     proxy.delay(Duration::ZERO);
     let seen = load.stop().await;

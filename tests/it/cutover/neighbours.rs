@@ -127,7 +127,7 @@ async fn verify_is_not_misled_by_a_table_that_is_truncated_and_filled_all_the_ti
             tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
         }
     });
-    for _ in 0..6 {
+    for _ in 0..4 {
         let ended = ends.walferry(&["verify", "--json"]).await;
         assert_eq!(ended.json()["equal"], true, "{}", ended.json());
         assert_eq!(ended.json()["tables"].as_array().unwrap().len(), 5);

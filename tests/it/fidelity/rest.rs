@@ -141,13 +141,7 @@ async fn materialized_views_are_refreshed_after_a_switch() {
     assert_eq!(story.target(FILLED), "32|65", "{}", run.so_far());
     let due =
         format!("select flip ->> 'refresh_due' from walferry.job where name = '{}'", story.name);
-    for _ in 0..200 {
-        if story.target(&due) == "false" {
-            break;
-        }
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-    }
-    assert_eq!(story.target(&due), "false");
+    crate::support::until("the refreshing is over", async || story.target(&due) == "false").await;
     run.signal("INT");
     run.ended().await.expect_success();
 }

@@ -94,7 +94,7 @@ async fn there_and_back(majors: (u32, u32)) {
     assert_equal(&ends).await;
     ends.done(&["rollback"]).await;
     until_valid(&ends.source).await;
-    let now = ends.inventories().await.0;
+    let now = Inventory::now(&ends.source_uri()).await;
     assert_eq!(before.0.acts_unlike(&now), Vec::<String>::new());
     work(&ends.source, 4000);
     ends.done(&["verify"]).await;
@@ -137,7 +137,7 @@ async fn an_undone_cutover_turns_keys_and_triggers_back() {
     let ended = ends.walferry(&["cutover", "--route", refused]).await;
     assert_eq!(ended.code, Some(1), "{ended:?}");
     until_valid(&ends.source).await;
-    let now = ends.inventories().await.0;
+    let now = Inventory::now(&ends.source_uri()).await;
     assert_eq!(before.acts_unlike(&now), Vec::<String>::new());
     work(&ends.source, 2000);
     ends.done(&["verify"]).await;

@@ -10,9 +10,9 @@ use crate::job::writer;
 use crate::support::Walferry;
 use crate::support::job::{Ends, route_of};
 
-/// The whole job under one writer, whom a pooler holds at each switch; `asked` goes with each
-/// command.
-async fn there_and_back_twice(ends: &Ends, asked: &[&str]) -> Walferry {
+/// The whole job under one writer, whom a pooler holds at each switch, so many times there and back;
+/// `asked` goes with each command.
+async fn there_and_back(ends: &Ends, asked: &[&str], times: usize) -> Walferry {
     let done = async |command: &[&str]| ends.done(&[command, asked].concat()).await;
     let pooler = PgBouncer::start(&ends.source, &["app"]).unwrap();
     let options = Options { tx_per_second: Some(100.0), ..Options::new(&pooler.uri("app")) };
@@ -23,7 +23,7 @@ async fn there_and_back_twice(ends: &Ends, asked: &[&str]) -> Walferry {
     let refused =
         ends.walferry(&[&["cutover", "--route", &route_of(&pooler)], asked].concat()).await;
     assert!(refused.err.contains("--fence none"), "{refused:?}");
-    for _ in 0..2 {
+    for _ in 0..times {
         for command in ["cutover", "rollback"] {
             moved_on(&writer).await;
             done(&[command, "--fence", "none", "--route", &route_of(&pooler)]).await;
@@ -65,7 +65,7 @@ async fn a_role_that_owns_nothing_moves_a_database_with_what_check_prints() {
     ends.done(&["check"]).await;
     let before = ends.inventories().await;
 
-    let run = there_and_back_twice(&ends, &[]).await;
+    let run = there_and_back(&ends, &[], 2).await;
     ends.done(&["finish"]).await;
     run.ended().await.expect_success();
     let after = ends.inventories().await;
@@ -130,7 +130,7 @@ async fn a_member_of_pg_read_all_data_moves_a_database_by_an_administrators_publ
     }
     roles::grant(&ends, &needed);
     let before = ends.inventories().await;
-    let run = there_and_back_twice(&ends, &asked).await;
+    let run = there_and_back(&ends, &asked, 1).await;
     ends.done(&["finish", "--publication", "given"]).await;
     run.ended().await.expect_success();
     let after = ends.inventories().await;

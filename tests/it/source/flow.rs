@@ -182,7 +182,7 @@ async fn pgcopydb_1033_the_slot_stands_still_while_something_received_is_not_dur
 async fn a_durable_position_reaches_the_slot_at_once() {
     let mut rig = Rig::new(&[], "create table public.t (id int primary key)", &["t"]).await;
     let mut reader = rig.follow(BUFFER).await;
-    let mut slowest = Duration::ZERO;
+    let mut took = Vec::new();
     for id in 0..5 {
         rig.sql.execute(&format!("insert into public.t values ({id})")).await.unwrap();
         let end_lsn = loop {
@@ -194,9 +194,11 @@ async fn a_durable_position_reaches_the_slot_at_once() {
         reader.durable.send(end_lsn).unwrap();
         let mut positions = reader.positions.clone();
         soon("feedback", positions.wait_for(|p| p.confirmed_lsn >= end_lsn)).await.unwrap();
-        slowest = slowest.max(began.elapsed());
+        took.push(began.elapsed());
     }
-    assert!(slowest < Duration::from_millis(500), "{slowest:?}, though the interval is 1 s");
+    // At the interval's end each would have taken all of it; a busy machine delays one or two.
+    took.sort();
+    assert!(took[2] < Duration::from_millis(500), "{took:?}, though the interval is 1 s");
     reader.end().await.unwrap();
 }
 
@@ -233,11 +235,12 @@ async fn go_pq_cdc_20_a_source_gone_silent_is_noticed() {
     let proxy = Proxy::start(rig.server.port()).await;
     let uri = format!("postgres://postgres@127.0.0.1:{}/postgres", proxy.port);
     let config = Config::parse(&uri).unwrap().labelled("source");
-    let silence = Duration::from_millis(300);
+    // As long as a busy machine may take for an answer.
+    let silence = Duration::from_secs(1);
     let options = StreamOptions { silence, ..rig.options() };
     let reader = Reader::start(&config, options, BUFFER).await;
     // Idle is not silent: while asked, the server answers.
-    tokio::time::sleep(silence * 4).await;
+    tokio::time::sleep(silence * 3).await;
     assert!(!reader.task.is_finished(), "an idle source was taken for a silent one");
     proxy.stalled.send(true).unwrap();
     let began = Instant::now();

@@ -58,12 +58,24 @@ impl Inventory {
     /// Lists what is there, once sessions that were closed a moment ago have ended: a server takes
     /// its time for that. What is still there after ten seconds is listed. As superuser.
     pub async fn take(uri: &str) -> Inventory {
+        Self::once_gone(uri, "walferry%").await
+    }
+
+    /// The same in the middle of a job, whose runner's sessions stay.
+    pub async fn take_beside_runner(uri: &str) -> Inventory {
+        Self::once_gone(uri, "walferry").await
+    }
+
+    /// Once no session has a name like this.
+    async fn once_gone(uri: &str, name: &str) -> Inventory {
         let config = Config::parse(uri).unwrap().with_application_name("inventory");
         let mut session = Session::connect(&config, Purpose::Sql).await.unwrap();
-        let sql = "select 1 from pg_stat_activity where application_name like 'walferry%' \
-            and application_name <> 'walferry writer'";
+        let sql = format!(
+            "select 1 from pg_stat_activity where application_name like '{name}' \
+             and application_name <> 'walferry writer'"
+        );
         for _ in 0..200 {
-            if session.query(sql).await.unwrap().is_empty() {
+            if session.query(&sql).await.unwrap().is_empty() {
                 break;
             }
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;

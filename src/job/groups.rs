@@ -1,0 +1,331 @@
+//! A job switched group by group: each group of its tables is fenced, drained and switched by
+//! itself, while applications go on writing to all others, on whichever side these are.
+//!
+//! # Who owns a table
+//! At any moment applications write to a table on one side, its owner, which is a row of
+//! `walferry.ownership`: it changes, with the position of the barrier, in the very commit that is
+//! the point of no return. A job whose tables are on both sides is in the phase `split`; the last
+//! group to go leads to `switched`, the last to come back to `rolled_back`.
+//!
+//! # Why nothing is lost or written twice
+//! - Each table is *sealed* on the side that does not own it, from before the first group's fence
+//!   ([`Runner::part`]): a client that is led wrong gets an error, never two histories. Both sides
+//!   are sealed between a fence and its switch, neither ever but while a switch is being undone.
+//! - Both streams run all the time, as they do in any job whose way back is armed, and drop by
+//!   origin what the other wrote. So neither needs to know where a table belongs: from the barrier
+//!   on, the log of the side that does not own it has nothing of an application's. The reverse
+//!   stream has a gate besides, open for the tables that are on the target; it turns while its
+//!   table is sealed on both sides and drained, and is set from the stored owners at each start.
+//! - A switch and its undoing are those of a whole job, with the locks, seals, sequences and routes
+//!   of one group (`route::Context::group`). A crash between groups finds nothing half done; inside
+//!   one, that group is undone, or finished past its point of no return.
+//!
+//! # What applications must expect
+//! A transaction that touches tables on both sides cannot be made on one of them: the other's are
+//! sealed there, and it fails as a whole with SQLSTATE 25006. Only the router can make it, as two
+//! transactions, with what two-phase commit it has. A reader of one side sees the other side's
+//! tables as far as the stream has come.
+//!
+//! # What is refused, by name
+//! Foreign keys across owners (each side checks only what it has), routes that lead whole databases
+//! (pgbouncer, plproxy, Citus, whose groups are jobs of their own), fences that shut a whole
+//! database, roles that may not set session_replication_role, unlogged tables and large objects,
+//! which no stream carries. Sequences that tables of several groups share are given twice their
+//! increment, the sides taking turns, until the job ends; those owned by a table go with it.
+//! Materialized views are not refreshed.
+
+use std::collections::{HashMap, HashSet};
+
+use serde::{Deserialize, Serialize};
+
+use super::flip::FlipRequest;
+use super::owners::{is_on_target, side_name};
+use super::run::Runner;
+use super::state::{Event, Phase, step};
+use super::store::JobRow;
+use super::{Result, rest};
+use crate::catalog::{self, Selection, TableKind};
+use crate::cutover::FenceKind;
+use crate::decode::Plugin;
+use crate::id::{QualifiedName, Stream};
+use crate::large;
+use crate::pg::{Config, Session};
+
+/// A hook gets the names of its tables in one variable, of which Linux takes 128 KiB.
+const NAMES_BYTES_LIMIT: usize = 100 << 10;
+
+/// What of a job a flip is asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// All that is not on the other side yet.
+    #[default]
+    All,
+    /// Tables by patterns, partitions under their partitioned table's as well.
+    Tables(Vec<String>),
+    /// Of so many groups, about equal in number of tables, the next: its number, from 1 on, and how
+    /// many there are in all.
+    Share(usize, usize),
+}
+
+/// Tables that are switched as one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Group {
+    /// As it was asked for.
+    pub label: String,
+    /// Those that hold rows: partitioned ones have none of their own.
+    pub tables: Vec<QualifiedName>,
+}
+
+/// Why a group is not switched.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    /// Nothing is left of it where the flip would lead it from.
+    #[error(
+        "no table of \"{label}\" is on the {side} to be switched from there: walferry status \
+             shows where each group is"
+    )]
+    Nothing {
+        /// The label.
+        label: String,
+        /// Where they were looked for.
+        side: &'static str,
+    },
+    /// Keys across owners.
+    #[error(
+        "these foreign keys would be between tables on different servers, and none of them checks \
+         that: {}. Switch both ends in one group, or drop the keys for the time", .0.join("; ")
+    )]
+    Crossing(Vec<String>),
+    /// A route that leads whole databases.
+    #[error(
+        "{0} leads whole databases, and a group of tables cannot be led by it: use hook:COMMAND, \
+         or fdw:URI,SERVER with a foreign server for each group"
+    )]
+    WholeRoute(String),
+    /// A fence that shuts whole databases.
+    #[error("--fence {0} is about a whole database: a group is fenced by its locks, --fence lock")]
+    WholeFence(String),
+    /// An option or a right of the job that does not go with it.
+    #[error("tables cannot be switched group by group here: {0}")]
+    Unfit(&'static str),
+    /// Tables that no stream carries.
+    #[error(
+        "no stream carries the unlogged tables {}, and they belong to no group: --unlogged leave \
+         leaves their rows as they were copied", .0.join(", ")
+    )]
+    Unlogged(Vec<String>),
+    /// Tables that one side or the publication lacks.
+    #[error(
+        "the group cannot be switched: {}. Tables that were made since the job began are in no \
+         stream; end the job, or leave them out by --tables", .0.join("; ")
+    )]
+    NotFollowed(Vec<String>),
+    /// Names that a hook cannot be told.
+    #[error(
+        "the names of {0} tables are too long a list for a hook's environment: make more groups of \
+         them"
+    )]
+    TooMany(usize),
+}
+
+impl Runner {
+    /// Finds the tables of a flip that is asked for by group, and refuses what cannot be switched
+    /// so. Changes nothing.
+    pub(super) async fn choose_group(&mut self, request: &mut FlipRequest) -> Result<()> {
+        let row = self.row().await?;
+        let flip = request.stream();
+        if request.part == Part::All && row.phase != Phase::Split {
+            return Ok(());
+        }
+        step(row.phase, Event::FlipAsked(flip))?;
+        self.refuse_unfit(request, &row).await?;
+        let side = self.live(flip).clone();
+        let mut live = Session::control(&side).await?;
+        let named = catalog::named(&mut live, &self.selection).await?;
+        if request.unlogged != rest::Unlogged::Leave {
+            let unlogged = named.iter().filter(|t| t.unlogged).map(|t| t.name.to_string());
+            let unlogged: Vec<String> = unlogged.collect();
+            if !unlogged.is_empty() {
+                return Err(Refused::Unlogged(unlogged).into());
+            }
+        }
+        let owners = self.owners(&row, &named).await?;
+        let from = is_on_target(flip);
+        let mut here: Vec<QualifiedName> =
+            owners.iter().filter(|(_, there)| **there == from).map(|(t, _)| t.clone()).collect();
+        here.sort();
+        let (label, tables) = chosen(&request.part, here, &mut live).await?;
+        if tables.is_empty() {
+            return Err(Refused::Nothing { label, side: side_name(from) }.into());
+        }
+        let bytes: usize = tables.iter().map(|table| table.to_string().len() + 1).sum();
+        if bytes > NAMES_BYTES_LIMIT && request.routes.iter().any(|r| r.starts_with("hook:")) {
+            return Err(Refused::TooMany(tables.len()).into());
+        }
+        refuse_crossing(&mut live, &owners, &tables, from).await?;
+        self.refuse_unfollowed(flip, &tables, &mut live).await?;
+        request.refresh = rest::Refresh::Never;
+        request.group = Some(Group { label, tables });
+        Ok(())
+    }
+
+    pub(super) fn live(&self, flip: Stream) -> &Config {
+        match flip {
+            Stream::Forward => &self.config.source,
+            Stream::Reverse => &self.config.target,
+        }
+    }
+
+    /// Every table that holds rows, with its owner: as stored, in a job that is split, else the
+    /// side that the phase says.
+    pub(super) async fn owners(
+        &mut self,
+        row: &JobRow,
+        named: &[catalog::Named],
+    ) -> Result<HashMap<QualifiedName, bool>> {
+        let stored = match row.phase {
+            Phase::Split => self.store.owners().await?,
+            _ => HashMap::new(),
+        };
+        let whole = row.phase == Phase::Switched;
+        let plain = named.iter().filter(|t| t.kind == TableKind::Plain && !t.unlogged);
+        let owner = |name: &QualifiedName| stored.get(name).copied().unwrap_or(whole);
+        Ok(plain.map(|table| (table.name.clone(), owner(&table.name))).collect())
+    }
+
+    async fn refuse_unfit(&mut self, request: &FlipRequest, row: &JobRow) -> Result<()> {
+        if request.fence.parse::<FenceKind>()? != FenceKind::Lock {
+            return Err(Refused::WholeFence(request.fence.clone()).into());
+        }
+        for route in self.config.secrets.routes(&request.routes)? {
+            if !matches!(route.kind(), "hook" | "fdw") {
+                return Err(Refused::WholeRoute(route.to_string()).into());
+            }
+        }
+        let unfit = |why| Err(Refused::Unfit(why).into());
+        if self.config.map.is_some() {
+            return unfit("what a map changes has no way back");
+        }
+        if self.config.options.publication.is_some() {
+            return unfit(
+                "an administrator's publication may show other tables than those that \
+                          hold the rows; start the job without --publication",
+            );
+        }
+        let (source, target) = (row.abilities.source, row.abilities.target);
+        if !source.replica_role || !target.replica_role {
+            return unfit(
+                "a stream writes beside applications, and its role may not set \
+                          session_replication_role on both sides (superusers may; from PostgreSQL \
+                          15 on GRANT SET ON PARAMETER session_replication_role)",
+            );
+        }
+        if rest::moves_large_objects(&mut self.store.session, &self.config).await? {
+            let mut source = Session::control(&self.config.source).await?;
+            if large::count(&mut source).await? > 0 {
+                return unfit(
+                    "large objects belong to no table; start the job with \
+                              --large-objects leave and carry them yourself",
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Tables that the stream from the live side would not carry.
+    async fn refuse_unfollowed(
+        &mut self,
+        flip: Stream,
+        tables: &[QualifiedName],
+        live: &mut Session,
+    ) -> Result<()> {
+        let dest = self.live(flip.opposite()).clone();
+        let mut there = Session::control(&dest).await?;
+        let there = catalog::named(&mut there, &self.selection).await?;
+        let there: HashSet<&QualifiedName> =
+            there.iter().filter(|t| t.kind == TableKind::Plain).map(|t| &t.name).collect();
+        let absent = tables.iter().filter(|table| !there.contains(table));
+        let mut wrong: Vec<String> =
+            absent.map(|t| format!("{t} is no plain table on the {}", dest.label)).collect();
+        let reading = self.reading(flip).await?;
+        if reading.plugin()? == Plugin::Pgoutput {
+            let publication = self.config.job.object(flip);
+            let sql = "select schemaname, tablename from pg_catalog.pg_publication_tables \
+                 where pubname = $1";
+            let rows = live.query_params(sql, &[Some(&publication)]).await?;
+            let shown: Result<HashSet<QualifiedName>> =
+                rows.iter().map(|r| Ok(QualifiedName::new(r.str(0)?, r.str(1)?))).collect();
+            let shown = shown?;
+            let missing =
+                tables.iter().filter(|t| self.selection.has_rows(t) && !shown.contains(*t));
+            wrong.extend(missing.map(|t| format!("{t} is not in publication {publication}")));
+        } else {
+            let oids = catalog::oids(live, tables).await?;
+            let followed = self.store.load_readings().await?.tables(flip);
+            let missing = oids
+                .iter()
+                .filter(|(t, oid)| self.selection.has_rows(t) && !followed.contains(**oid, t));
+            wrong.extend(missing.map(|(t, _)| format!("{t} is followed by no stream")));
+        }
+        if wrong.is_empty() { Ok(()) } else { Err(Refused::NotFollowed(wrong).into()) }
+    }
+}
+
+/// What is asked for, of the tables that are `here`, with a name for it.
+async fn chosen(
+    part: &Part,
+    here: Vec<QualifiedName>,
+    live: &mut Session,
+) -> Result<(String, Vec<QualifiedName>)> {
+    Ok(match part {
+        Part::All => ("the rest".to_string(), here),
+        Part::Share(number, of) => {
+            let left = of.saturating_sub(*number).saturating_add(1).max(1);
+            let take = here.len().div_ceil(left);
+            (format!("{number} of {of}"), here.into_iter().take(take).collect())
+        }
+        Part::Tables(patterns) => {
+            let selection = Selection::parse(patterns, &[], &[])?.with_partitions(live).await?;
+            let tables = here.into_iter().filter(|table| selection.has_schema(table)).collect();
+            (patterns.join(" "), tables)
+        }
+    })
+}
+
+/// Foreign keys between a table of the group and one that would have another owner then.
+async fn refuse_crossing(
+    live: &mut Session,
+    owners: &HashMap<QualifiedName, bool>,
+    group: &[QualifiedName],
+    from: bool,
+) -> Result<()> {
+    let rows = live
+        .query(
+            "select n.nspname, c.relname, fn.nspname, f.relname, k.conname \
+             from pg_catalog.pg_constraint k \
+             join pg_catalog.pg_class c on c.oid = k.conrelid \
+             join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+             join pg_catalog.pg_class f on f.oid = k.confrelid \
+             join pg_catalog.pg_namespace fn on fn.oid = f.relnamespace \
+             where k.contype = 'f' and k.conrelid <> k.confrelid order by 1, 2, 5",
+        )
+        .await?;
+    let group: HashSet<&QualifiedName> = group.iter().collect();
+    let after = |table: &QualifiedName| {
+        let owner = owners.get(table)?;
+        Some(if group.contains(table) { !from } else { *owner })
+    };
+    let mut crossing = Vec::new();
+    for row in &rows {
+        let (table, other) = (
+            QualifiedName::new(row.str(0)?, row.str(1)?),
+            QualifiedName::new(row.str(2)?, row.str(3)?),
+        );
+        let (Some(one), Some(two)) = (after(&table), after(&other)) else { continue };
+        if one != two && (group.contains(&table) || group.contains(&other)) {
+            crossing.push(format!("{table} to {other} ({})", row.str(4)?));
+        }
+    }
+    if crossing.is_empty() { Ok(()) } else { Err(Refused::Crossing(crossing).into()) }
+}

@@ -1,0 +1,217 @@
+//! Which side each table of a job that is split belongs to: where that is stored, how it begins,
+//! and how it changes hands. `groups` says why.
+
+use std::collections::{HashMap, HashSet};
+
+use serde::Serialize;
+
+use super::request::stream_of;
+use super::run::{Notice, Runner};
+use super::state::Phase;
+use super::store::{FlipRecord, JobRow, Store, ensure};
+use super::{Error, Result, two_way};
+use crate::apply::{self, Open};
+use crate::catalog::{self, TableKind};
+use crate::cutover::Sealing;
+use crate::id::{JobName, QualifiedName, Stream, quote_literal};
+use crate::lsn::Lsn;
+use crate::pg::Session;
+
+/// Tables of a group that is on one side.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct GroupStatus {
+    /// The label it was switched by last; `None` for those that never were.
+    pub group: Option<String>,
+    /// `source` or `target`: where applications write to them.
+    pub owner: String,
+    /// Number of tables.
+    pub tables: i64,
+    /// The barrier of its last switch, in the log of the side that it left.
+    pub switched_lsn: Option<String>,
+}
+
+impl Store {
+    /// By table, true where applications write to it on the target. Tables that no group was ever
+    /// made of are missing.
+    pub(super) async fn owners(&mut self) -> Result<HashMap<QualifiedName, bool>> {
+        let sql = "select schema, name, on_target from walferry.ownership where job = $1";
+        let job = self.job().as_str().to_string();
+        let rows = self.session.query_params(sql, &[Some(&job)]).await?;
+        let owners =
+            rows.iter().map(|row| Ok((QualifiedName::new(row.str(0)?, row.str(1)?), row.bool(2)?)));
+        owners.collect()
+    }
+
+    /// Notes the owner of tables that have none on record, or of all.
+    async fn note_owners(&mut self, tables: &[QualifiedName], on_target: bool) -> Result<()> {
+        let names = serde_json::to_string(tables).map_err(|e| Error::State(e.to_string()))?;
+        let sql = "insert into walferry.ownership (job, schema, name, on_target) \
+             select $1, t.schema, t.name, $3::bool \
+             from pg_catalog.jsonb_to_recordset($2::jsonb) t(schema text, name text) \
+             on conflict (job, schema, name) do update set on_target = excluded.on_target";
+        let job = self.job().as_str().to_string();
+        let on_target = on_target.to_string();
+        self.session.query_params(sql, &[Some(&job), Some(&names), Some(&on_target)]).await?;
+        Ok(())
+    }
+
+    /// Where each group is, the largest first.
+    pub(super) async fn groups(&mut self) -> Result<Vec<GroupStatus>> {
+        let sql = "select switched_by, on_target, count(*), max(lsn::text) \
+             from walferry.ownership where job = $1 group by switched_by, on_target, lsn \
+             order by min(changed_at), 1";
+        let there = "select pg_catalog.to_regclass('walferry.ownership') is not null";
+        if !self.session.query_one(there, &[]).await?.bool(0)? {
+            return Ok(Vec::new());
+        }
+        let job = self.job().as_str().to_string();
+        let rows = self.session.query_params(sql, &[Some(&job)]).await?;
+        let read = rows.iter().map(|row| {
+            Ok(GroupStatus {
+                group: row.opt(0)?.map(str::to_string),
+                owner: side_name(row.bool(1)?).to_string(),
+                tables: row.parse(2)?,
+                switched_lsn: row.opt(3)?.map(str::to_string),
+            })
+        });
+        read.collect()
+    }
+}
+
+/// An owner's name.
+pub(super) fn side_name(on_target: bool) -> &'static str {
+    if on_target { "target" } else { "source" }
+}
+
+/// The side that a flip leads from, as an owner.
+pub(super) fn is_on_target(flip: Stream) -> bool {
+    flip == Stream::Reverse
+}
+
+impl Runner {
+    /// Makes the job one whose tables have owners of their own, before its first group: notes where
+    /// they are, and seals each on the other side. Tables that came since are taken up as well.
+    /// Every step may be repeated.
+    pub(super) async fn part(&mut self, flip: Stream) -> Result<()> {
+        let row = self.row().await?;
+        let mut live = Session::control(self.live(flip)).await?;
+        let named = catalog::named(&mut live, &self.selection).await?;
+        let owners = self.owners(&row, &named).await?;
+        let known = match row.phase {
+            Phase::Split => self.store.owners().await?,
+            _ => HashMap::new(),
+        };
+        let mut fresh: Vec<QualifiedName> =
+            owners.keys().filter(|table| !known.contains_key(table)).cloned().collect();
+        if !fresh.is_empty() {
+            fresh.sort();
+            let on_target = row.phase == Phase::Switched;
+            let other = if on_target { Stream::Forward } else { Stream::Reverse };
+            self.say(Notice::Said(format!(
+                "sealing {} tables on the {}, which does not own them yet",
+                fresh.len(),
+                side_name(!on_target)
+            )));
+            self.store.note_owners(&fresh, on_target).await?;
+            let side = self.live(other).clone();
+            let mut session = Session::control(&side).await?;
+            let job = self.config.job.clone();
+            Sealing { job: &job, tables: &fresh, is_group: true }.shut(&mut session).await?;
+            if row.phase != Phase::Split {
+                self.unseal_parents(&named).await?;
+                self.disjoin_shared(on_target, &owners).await?;
+            }
+        }
+        let owners = self.store.owners().await?;
+        self.gate.set(Open::Tables(on_target(owners)));
+        Ok(())
+    }
+
+    /// A statement by a partitioned parent may reach tables of either owner: the seal of each is
+    /// what it meets.
+    async fn unseal_parents(&mut self, named: &[catalog::Named]) -> Result<()> {
+        let parents = named.iter().filter(|t| t.kind == TableKind::Partitioned);
+        let parents: Vec<QualifiedName> = parents.map(|t| t.name.clone()).collect();
+        let job = self.config.job.clone();
+        for side in [&self.config.source, &self.config.target] {
+            let mut session = Session::control(side).await?;
+            Sealing { job: &job, tables: &parents, is_group: true }.open(&mut session).await?;
+        }
+        Ok(())
+    }
+
+    /// Both sides draw from sequences that no table of a group owns.
+    async fn disjoin_shared(
+        &mut self,
+        on_target: bool,
+        owners: &HashMap<QualifiedName, bool>,
+    ) -> Result<()> {
+        let (source, target) = (self.config.source.clone(), self.config.target.clone());
+        let (live, other) = if on_target { (&target, &source) } else { (&source, &target) };
+        for side in [live, other] {
+            let mut session = Session::control(side).await?;
+            ensure(&mut session, &[apply::conflict::DDL]).await?;
+        }
+        let selection = self.selection.clone();
+        let shared = |owner: Option<&QualifiedName>| {
+            selection.has_sequence(owner) && owner.is_none_or(|owner| !owners.contains_key(owner))
+        };
+        two_way::disjoin(&self.config.job, (live, other), shared).await
+    }
+
+    /// The phase that a flip of this record leads to.
+    pub(super) async fn phase_after(&mut self, record: &FlipRecord) -> Result<Phase> {
+        let flip = stream_of(&record.flip);
+        let whole = if flip == Stream::Forward { Phase::Switched } else { Phase::RolledBack };
+        let Some(group) = &record.group else { return Ok(whole) };
+        let from = is_on_target(flip);
+        let group: HashSet<&QualifiedName> = group.tables.iter().collect();
+        let owners = self.store.owners().await?;
+        let stays = owners.iter().any(|(table, there)| *there == from && !group.contains(table));
+        Ok(if stays { Phase::Split } else { whole })
+    }
+
+    /// What the reverse stream is open for in a job that is split, or in the middle of a flip of
+    /// one group.
+    pub(super) async fn gate_of_groups(&mut self, row: &JobRow) -> Result<Option<Open>> {
+        let record = match (row.phase, &row.flip) {
+            (Phase::Split, _) => None,
+            (Phase::CuttingOver, Some(flip)) if flip.group.is_some() => Some(flip.clone()),
+            _ => return Ok(None),
+        };
+        let mut open = on_target(self.store.owners().await?);
+        if let Some(record) = record
+            && self.switch_had_begun(&record).await?
+        {
+            open.extend(record.group.into_iter().flat_map(|group| group.tables));
+        }
+        Ok(Some(Open::Tables(open)))
+    }
+}
+
+fn on_target(owners: HashMap<QualifiedName, bool>) -> HashSet<QualifiedName> {
+    owners.into_iter().filter(|(_, there)| *there).map(|(table, _)| table).collect()
+}
+
+/// SQL, for the commit that is the point of no return, by which the group's tables, or all that
+/// have owners, change hands at `lsn`.
+pub(super) fn hand_over(job: &JobName, record: &FlipRecord) -> Result<String> {
+    let on_target = stream_of(&record.flip) == Stream::Forward;
+    let lsn = record.switched_lsn.as_deref().map_or_else(|| Lsn::ZERO.to_string(), str::to_string);
+    let (names, label) = match &record.group {
+        None => ("null".to_string(), "null".to_string()),
+        Some(group) => {
+            let names = serde_json::to_string(&group.tables);
+            let names = names.map_err(|e| Error::State(e.to_string()))?;
+            (quote_literal(&names), quote_literal(&group.label))
+        }
+    };
+    let job = quote_literal(job.as_str());
+    Ok(format!(
+        "update walferry.ownership o set on_target = {on_target}, lsn = '{lsn}', \
+         switched_by = coalesce({label}, o.switched_by), changed_at = clock_timestamp() \
+         where o.job = {job} and o.on_target <> {on_target} and ({names}::jsonb is null or \
+         (o.schema, o.name) in (select t.schema, t.name from \
+            pg_catalog.jsonb_to_recordset({names}::jsonb) t(schema text, name text)))"
+    ))
+}
