@@ -19,9 +19,11 @@ async fn standby_of(ends: &Ends) -> Value {
     ends.status().await["standbys"][0].clone()
 }
 
-async fn until_ready(ends: &Ends, run: &mut Walferry) {
+/// Status may still be of the standby before this one, so the slot has to be there as well.
+async fn until_ready(ends: &Ends, standby: &Server, run: &mut Walferry) {
     for _ in 0..150 {
-        if standby_of(ends).await["state"] == "ready" {
+        let made = standby.psql("app", OURS).unwrap() == "1";
+        if made && standby_of(ends).await["state"] == "ready" {
             return;
         }
         assert!(!run.has_ended(), "the run ended: {}", run.so_far());
@@ -75,10 +77,10 @@ async fn a_promoted_standby_of_16_is_followed_from_the_slot_that_was_kept_there(
     let mut run = ends.spawn(&run_with);
     let writer = start_writer(&ends.source_via, 1).await;
     ends.until_phase(&mut run, "following").await;
-    until_ready(&ends, &mut run).await;
+    until_ready(&ends, &standby, &mut run).await;
     switch_over(&ends.source, &standby);
     assert!(writer.committed_more(100).await);
-    until_ready(&ends, &mut run).await;
+    until_ready(&ends, &ends.source, &mut run).await;
     // A runner that was away finds what became of the slot meanwhile.
     run.kill9().await;
     lose_wal(&standby, &ends.source).await;
@@ -99,7 +101,7 @@ async fn a_promoted_standby_of_16_is_followed_from_the_slot_that_was_kept_there(
     for server in [&ends.source, &ends.target] {
         assert_kept(server, &report).await;
     }
-    until_ready(&ends, &mut run).await;
+    until_ready(&ends, &standby, &mut run).await;
     assert!(!run.so_far().contains("refill"), "{}", run.so_far());
     ends.done(&["cutover"]).await;
     ends.done(&["verify"]).await;
@@ -140,7 +142,7 @@ async fn a_standby_that_cannot_have_a_slot_says_so() {
     })
     .await;
     standby.psql("app", "select pg_drop_replication_slot('walferry_main_forward')").unwrap();
-    until_ready(&ends, &mut run).await;
+    until_ready(&ends, &standby, &mut run).await;
     let ended = ends.done(&["cancel"]).await;
     assert!(ended.err.contains("was not given by --standby"), "{}", ended.err);
     assert_eq!(standby.psql("app", OURS).unwrap(), "1");
