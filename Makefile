@@ -7,7 +7,7 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo demo-kafka test fuzz decode-bench kill faults failover heartbeat ddl maps matrix regress states two-way two-way-loop partitions bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
+.PHONY: help demo demo-kafka test fuzz decode-bench kill faults failover patroni heartbeat ddl maps matrix regress states two-way two-way-loop partitions n-to-m bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -20,10 +20,12 @@ help:
 	@echo "make kill-spool       kill -9 of run and of both servers, through a spool and memory [KILLS=200]"
 	@echo "make outage           the target away for ten minutes of writes [SECONDS=600]"
 	@echo "make latency          memory, spool and Kafka at 500 tx/s; large transactions by streaming"
+	@echo "make patroni          a source that Patroni runs switches and fails over in each phase"
 	@echo "make heartbeat        an idle database beside pgbench pins no WAL [SECONDS=600 MAJOR=15]"
 	@echo "make failover         a standby of the source takes over at random moments [PROMOTIONS=50]"
 	@echo "make maps [MAPS=1000]  random maps: by copy, by stream and by SQL the same"
 	@echo "make two-way          writers on both sides, conflicts counted from outside [SECONDS=600]"
+	@echo "make n-to-m           3 sources to 5 targets by each hash, kills in every phase"
 	@echo "make two-way-loop     of a million transactions none comes back [TRANSACTIONS=1000000]"
 	@echo "make partitions       8,192 partitions a group at a time, beside at once [PARTITIONS=8192 GROUPS=128]"
 	@echo "make faults           restarts and network faults in every phase"
@@ -117,6 +119,11 @@ kill-spool: setup
 failover: setup
 	WALFERRY_PROMOTIONS=$(or $(PROMOTIONS),50) cargo test --locked --test it -- --nocapture failover::promotions
 
+# Switchovers and failovers of a source that Patroni runs, with etcd; both are installed first.
+patroni: setup
+	sh tests/setup.sh patroni
+	cargo test --locked --test it -- --ignored --nocapture failover::patroni
+
 # The target away for ten minutes of writes, once with a spool and once with Kafka: the source's WAL
 # stays under the budget.
 outage: setup
@@ -148,6 +155,10 @@ maps: setup
 two-way: setup
 	WALFERRY_TWO_WAY=$(or $(SECONDS),600) cargo test --locked --test it -- \
 		--ignored --nocapture two_way::ten_minutes_of_both_sides
+
+# Three sources to five targets, walferry and a target killed in every phase.
+n-to-m: setup
+	WALFERRY_PATIENCE=600 cargo test --locked --test it -- --ignored --nocapture reshard::three_sources
 
 two-way-loop: setup
 	WALFERRY_TRANSACTIONS=$(or $(TRANSACTIONS),1000000) cargo test --locked --test it -- \

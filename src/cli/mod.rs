@@ -24,6 +24,7 @@ mod options;
 mod print;
 mod quarantine;
 mod reads;
+mod reshard;
 mod rollback;
 mod run;
 mod slot;
@@ -83,6 +84,8 @@ pub enum Command {
     Cancel(cancel::Args),
     /// Show a sharded cluster, and plan moves between its nodes
     Cluster(cluster::Args),
+    /// Share the rows of several databases out among several others, and switch all at once
+    Reshard(reshard::Args),
 }
 
 /// The arguments with the command moved before the options given ahead of it, so that
@@ -129,6 +132,7 @@ pub async fn run(cli: Cli) -> ExitCode {
         Command::Finish(args) => finish::run(args).await,
         Command::Cancel(args) => cancel::run(args).await,
         Command::Cluster(args) => cluster::run(args).await,
+        Command::Reshard(args) => reshard::run(args).await,
     };
     match outcome {
         Ok(code) => code,

@@ -182,6 +182,10 @@ impl JobArgs {
     /// Everything put together; a missing source or target is an error of usage.
     pub fn job(&self) -> anyhow::Result<JobConfig> {
         let file = self.file()?;
+        if !file.shard.is_empty() {
+            let message = "is of several sources and targets: use walferry reshard".to_string();
+            return Err(config::Error::Value { option: "[[shard]]", message }.into());
+        }
         let source = self.source.clone().or(file.source.clone());
         let source = source.ok_or_else(|| missing("the source", "source", "WALFERRY_SOURCE"))?;
         let target = self.target.clone().or(file.target.clone());
@@ -215,6 +219,7 @@ impl JobArgs {
                 self.large_objects.clone().or(file.large_objects),
             )?,
             brought,
+            shared: false,
         };
         refuse_typos(&options)?;
         let wanted = Wanted {

@@ -176,6 +176,7 @@ impl Screen {
                 }
             }
             Notice::Lag { bytes, rows } => self.lag(bytes, rows),
+            Notice::Flows(_) => {}
         }
     }
 

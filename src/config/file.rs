@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::Error;
-use crate::map::Section;
+use crate::map::{Section, Shard};
 use crate::secret::SecretString;
 
 /// All that may stand in the file; names are those of the options.
@@ -78,6 +78,14 @@ pub struct File {
     pub no_owner: bool,
     /// `[[map]]`.
     pub map: Vec<Section>,
+    /// Of reshard: the URIs of all sources.
+    pub sources: Vec<String>,
+    /// Of reshard: the URIs of all targets.
+    pub targets: Vec<String>,
+    /// Of reshard: `[[shard]]`.
+    pub shard: Vec<Shard>,
+    /// Of reshard: tables that go to every target whole.
+    pub reference: Vec<String>,
     /// A file that holds the key of hash masks, where WALFERRY_MAP_KEY does not.
     pub map_key_file: Option<PathBuf>,
     /// `--one-way`.

@@ -8,7 +8,8 @@ use std::collections::HashMap;
 
 use super::format::{self, Format, Wires};
 use super::parts::{Part, read_sql, write_sql};
-use super::run::{check_target, connect_target};
+use super::run::check_target;
+use super::transfer::connect_target;
 use super::{Error, Result, store};
 use crate::catalog::{Selection, Table, TableKind, tables};
 use crate::id::QualifiedName;

@@ -10,7 +10,7 @@ use super::family::Families;
 use super::parts::{SMALL_BYTES, bundle, order, part_bytes, parts, weight};
 use super::snapshot::import;
 use super::store::{self, Stored, filenode, is_uneven, is_whole};
-use super::transfer::{Item, Origin, transfer};
+use super::transfer::{Item, Origin, connect_target, transfer};
 use super::{CopyProgress, Error, Format, Result, SnapshotSource, format};
 use crate::catalog::{Selection, Table, TableKind, tables};
 use crate::fault::{Fault, Faulty};
@@ -55,6 +55,9 @@ pub struct Options {
     pub bundle_tables: usize,
     /// Which rows are written frozen.
     pub freeze: Freeze,
+    /// Others write to the target's tables as well: those may have rows, and are never emptied, so
+    /// each table is one part, whose transaction brings all of it or nothing.
+    pub shared: bool,
 }
 
 impl Options {
@@ -71,13 +74,14 @@ impl Options {
             format: Format::Auto,
             bundle_tables: 64,
             freeze: Freeze::Whole,
+            shared: false,
         }
     }
 }
 
 /// Copies the rows of `tables` (those whose rows are to move; partitioned parents in it are passed
 /// over) that are not copied yet, each part in a transaction with its own mark. The tables exist
-/// on the target, and are empty before the first call for this job.
+/// on the target, and are empty before the first call for this job, unless they are shared.
 ///
 /// The session that exported `snapshot` is the caller's, and has to stay as it is until this
 /// returns. Errors: [`Error::SnapshotLost`] if it did not (call again with a fresh one); others of
@@ -117,7 +121,7 @@ pub async fn run(
             snapshot: snapshot.stored(),
             snapshot_lsn: snapshot.lsn(),
             snapshot_id,
-            freeze: options.freeze,
+            freeze: if options.shared { Freeze::Never } else { options.freeze },
         },
         queue: Mutex::new(queue),
         rewritten: Mutex::new(Vec::new()),
@@ -159,6 +163,9 @@ impl Target {
         table: &QualifiedName,
         written: &HashMap<QualifiedName, QualifiedName>,
     ) -> Result<()> {
+        if options.shared {
+            return Err(Error::Bug(format!("{table} was to be emptied, and others write to it")));
+        }
         let to = written.get(table).unwrap_or(table);
         let only = self.only(to);
         store::reset(&mut self.session, &options.job, table, (to, only)).await
@@ -177,18 +184,6 @@ async fn open_target(config: &Config) -> Result<Target> {
     let tables = tables(&mut session, &everything).await?;
     let tables = tables.into_iter().map(|table| (table.name.clone(), table)).collect();
     Ok(Target { session, tables, replica })
-}
-
-/// A session that writes. Commits do not wait for the disk: the mark of a part is in the same
-/// transaction as its rows, so a crash of the server loses both or neither.
-pub(super) async fn connect_target(config: &Config) -> Result<(Session, bool)> {
-    let mut session = Session::connect(config, Purpose::Sql).await?;
-    session.execute("set synchronous_commit = off").await?;
-    match session.execute("set session_replication_role = replica").await {
-        Ok(_) => Ok((session, true)),
-        Err(error) if error.code() == Some("42501") => Ok((session, false)),
-        Err(error) => Err(Error::Pg(error)),
-    }
 }
 
 /// Cuts and stores the tables that are not stored yet, after a look that they are empty there.
@@ -210,9 +205,14 @@ async fn store_parts(
     if !target.replica {
         check_triggers(target, &fresh, &options.target.user).await?;
     }
-    check_empty(target, &fresh).await?;
-    let (major, bytes) =
-        (source.major_version(), part_bytes(&fresh, options.jobs, options.part_bytes));
+    let bytes = match options.shared {
+        true => u64::MAX,
+        false => {
+            check_empty(target, &fresh).await?;
+            part_bytes(&fresh, options.jobs, options.part_bytes)
+        }
+    };
+    let major = source.major_version();
     let parts: Vec<_> = fresh.iter().flat_map(|table| parts(table, bytes, major)).collect();
     target.session.execute(&store::insert_sql(&options.job, &parts)).await?;
     Ok(())
@@ -341,7 +341,7 @@ fn queue(
             part: stored.part.clone(),
             with: with.clone(),
             only: target.only(table.written_name()),
-            begun: stored.begun,
+            begun: stored.begun && !options.shared,
         }));
     }
     let small = |item: &Item| {

@@ -15,7 +15,7 @@ use super::{Freeze, Result};
 use crate::catalog::Table;
 use crate::id::QualifiedName;
 use crate::lsn::Lsn;
-use crate::pg::{self, CopyChunk, Filled, Session};
+use crate::pg::{self, Config, CopyChunk, Filled, Purpose, Session};
 
 /// Rows are handed on in pieces of about this many bytes, so that the queue costs nothing a row.
 const CHUNK_BYTES: usize = 256 << 10;
@@ -121,6 +121,18 @@ pub(super) async fn transfer(
         progress.part_done(count.table);
     }
     Ok(rewritten)
+}
+
+/// A session that writes. Commits do not wait for the disk: the mark of a part is in the same
+/// transaction as its rows, so a crash of the server loses both or neither.
+pub(super) async fn connect_target(config: &Config) -> Result<(Session, bool)> {
+    let mut session = Session::connect(config, Purpose::Sql).await?;
+    session.execute("set synchronous_commit = off").await?;
+    match session.execute("set session_replication_role = replica").await {
+        Ok(_) => Ok((session, true)),
+        Err(error) if error.code() == Some("42501") => Ok((session, false)),
+        Err(error) => Err(Error::Pg(error)),
+    }
 }
 
 /// Empties a whole table again if an attempt was made before: its dead rows would stay until a

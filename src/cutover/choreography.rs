@@ -22,7 +22,7 @@ use crate::route::{self, Route};
 
 /// How long the home database may take to commit the point of no return. Until it has answered,
 /// nobody knows on which side applications belong, and clients are let go on neither.
-const PONR_WAIT: Duration = Duration::from_secs(10);
+pub(super) const PONR_WAIT: Duration = Duration::from_secs(10);
 
 /// How long it may take to note how far a flip came that was undone.
 const NOTE_WAIT: Duration = Duration::from_secs(1);

@@ -6,7 +6,7 @@
 //! the rate of the last moments, and a few of the blocks that sessions take at once (CACHE). Gaps
 //! in sequences are normal; collisions are not.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use super::Result;
@@ -40,6 +40,13 @@ impl Stood {
         let sequences = catalog::sequences(live).await?;
         let values = sequences.into_iter().map(|s| (s.name, s.last_value)).collect();
         Ok(Stood { at: Instant::now(), values, dest })
+    }
+
+    /// The live side alone.
+    pub async fn of(live: &mut Session) -> Result<Stood> {
+        let sequences = catalog::sequences(live).await?;
+        let values = sequences.into_iter().map(|s| (s.name, s.last_value)).collect();
+        Ok(Stood { at: Instant::now(), values, dest: HashMap::new() })
     }
 
     /// Increments by which the other side is ahead: of a sequence that both sides drew from.
@@ -102,6 +109,51 @@ pub async fn carry(
         |sequence: &Sequence| margin(sequence, rate(sequence), hold).max(stood.ahead(sequence));
     schema::set_sequences(dest, &sequences, margin).await?;
     Ok(())
+}
+
+/// Where sequences have to stand to be past what several sources hand out.
+#[derive(Debug, Default)]
+pub struct Past {
+    /// Each where the source stands that is furthest.
+    sequences: HashMap<QualifiedName, Sequence>,
+    /// The largest margin that one of them needs.
+    margins: HashMap<QualifiedName, u64>,
+}
+
+/// Reads the sequences of all `lives`, which stood so before, and hand out values for `hold` yet.
+pub async fn past_all(lives: &mut [Session], stood: &[Stood], hold: Duration) -> Result<Past> {
+    let mut past = Past::default();
+    let reading = futures_util::future::try_join_all(lives.iter_mut().map(catalog::sequences));
+    for (sequences, stood) in reading.await?.into_iter().zip(stood) {
+        for sequence in sequences {
+            let needs = margin(&sequence, stood.rate(&sequence), hold);
+            past.add(sequence, needs);
+        }
+    }
+    Ok(past)
+}
+
+impl Past {
+    fn add(&mut self, sequence: Sequence, needs: u64) {
+        let most = self.margins.entry(sequence.name.clone()).or_default();
+        *most = needs.max(*most);
+        let known = self.sequences.entry(sequence.name.clone()).or_insert_with(|| sequence.clone());
+        let further = match sequence.increment {
+            1.. => sequence.last_value > known.last_value,
+            _ => sequence.last_value < known.last_value,
+        };
+        if further || (sequence.last_value == known.last_value && sequence.is_called) {
+            *known = sequence;
+        }
+    }
+
+    /// Sets those that are `there`.
+    pub async fn set(&self, dest: &mut Session, there: &HashSet<QualifiedName>) -> Result<()> {
+        let named = there.iter().filter_map(|name| self.sequences.get(name));
+        let sequences: Vec<Sequence> = named.cloned().collect();
+        let margin = |sequence: &Sequence| self.margins.get(&sequence.name).copied().unwrap_or(0);
+        Ok(schema::set_sequences(dest, &sequences, margin).await?)
+    }
 }
 
 /// After an undone switch: sets those sequences of `home` past `away`'s that are not, and moves

@@ -62,6 +62,7 @@ impl Runner {
             jobs: config.jobs,
             bundle_tables: config.bulk.bundle_tables,
             freeze: config.bulk.freeze,
+            shared: config.options.shared,
             ..copy::Options::new(config.source.clone(), config.target.clone(), config.job.as_str())
         };
         loop {

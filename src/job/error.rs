@@ -3,9 +3,8 @@
 use std::time::Duration;
 
 use super::gone::{Gone, hung};
-use super::mapped;
+use super::{mapped, reshard};
 use crate::buffer::{durable, spool};
-use crate::fault::{Fault, Faulty};
 use crate::id::{QualifiedName, quote_ident};
 use crate::lsn::Lsn;
 use crate::{apply, catalog, cluster, copy, cutover, large, pg, route, schema, source, verify};
@@ -40,6 +39,9 @@ pub enum Error {
     /// The job's map.
     #[error(transparent)]
     Mapped(#[from] mapped::Error),
+    /// Several sources and targets.
+    #[error(transparent)]
+    Reshard(#[from] reshard::Error),
     /// Large objects, likewise.
     #[error(transparent)]
     Large(#[from] large::Error),
@@ -477,24 +479,4 @@ pub enum Error {
 
 fn names(tables: &[QualifiedName]) -> String {
     tables.iter().map(QualifiedName::to_string).collect::<Vec<_>>().join(", ")
-}
-
-impl Faulty for Error {
-    fn fault(&self) -> Fault {
-        match self {
-            Error::Pg(error) | Error::Cluster(cluster::read::Error::Pg(error)) => error.fault(),
-            Error::Source(error) => error.fault(),
-            Error::Apply(error) => error.fault(),
-            Error::Spool(error) => error.fault(),
-            Error::Buffer(error) => error.fault(),
-            Error::Copy(error) => error.fault(),
-            Error::Schema(error) => error.fault(),
-            Error::Cutover(error) => error.fault(),
-            Error::Verify(error) => error.fault(),
-            Error::Mapped(error) => error.fault(),
-            Error::Large(error) => error.fault(),
-            Error::LeaseLost => Fault::Retry,
-            _ => Fault::Stop,
-        }
-    }
 }

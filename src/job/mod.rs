@@ -32,7 +32,8 @@
 //! - `client`: commands from other processes; `ask`: the same, with a runner of one's own where
 //!   none is alive; `ending`: finish and cancel, whoever runs the job. `align`: both sides held at
 //!   one point; `comparing`: and compared there. `status`: what people and scripts see.
-//! - `cluster`: jobs of many tasks, each of which is an ordinary job of this room.
+//! - `cluster`: jobs of many tasks, each of which is an ordinary job of this room. `reshard`: N
+//!   sources to M targets, each pair an ordinary job.
 //!
 //! What survives a crash: everything that is in a table, and what a spool has synced; without one
 //! there are no local files. A runner that dies is replaced by any other; each phase begins by
@@ -58,6 +59,7 @@ mod ddl;
 pub mod ending;
 pub mod error;
 pub mod failover;
+mod faults;
 mod flip;
 mod gone;
 pub mod groups;
@@ -83,6 +85,7 @@ pub mod recycle;
 pub mod remains;
 mod request;
 pub mod reserve;
+pub mod reshard;
 pub mod rest;
 pub mod routes;
 pub mod run;

@@ -30,6 +30,10 @@ pub struct JobOptions {
     /// `--two-way`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub two_way: bool,
+    /// Other jobs write the same tables of the target, which are there: nothing is made and nothing
+    /// emptied.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shared: bool,
     /// What tells its map from any other, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub map: Option<String>,
@@ -75,6 +79,9 @@ impl std::fmt::Display for JobOptions {
         }
         if self.two_way {
             given.push("--two-way".to_string());
+        }
+        if self.shared {
+            given.push("tables that other jobs write as well".to_string());
         }
         given.extend(self.publication.iter().map(|name| format!("--publication '{name}'")));
         given.extend(self.map.iter().map(|digest| format!("the [[map]] of digest {digest}")));

@@ -55,6 +55,10 @@ impl Runner {
         }
         let dump = match self.store.load_dump().await? {
             Some((pre, post)) => schema::Dump { pre, post },
+            None if self.config.options.shared => {
+                self.store.save_dump("", "").await?;
+                schema::Dump { pre: String::new(), post: String::new() }
+            }
             None => {
                 self.say(Notice::Said("dumping the schema".to_string()));
                 let options = schema::Options {
@@ -289,6 +293,21 @@ pub(super) async fn check_ready(
     selection: &Selection,
     report: &Report,
 ) -> Result<()> {
+    let options = check_options(config, selection);
+    let mut found = check::run(&config.source, &config.target, options.clone()).await?;
+    while found.findings.iter().any(|finding| finding.code == "unreachable") {
+        // To a person this is a finding; the runner was there a moment ago, and knows from the
+        // error itself whether to try again.
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        Session::connect(&config.source, Purpose::Sql).await?;
+        Session::connect(&config.target, Purpose::Sql).await?;
+        found = check::run(&config.source, &config.target, options.clone()).await?;
+    }
+    refuse_errors(found.findings.iter(), report)
+}
+
+/// What check is told of a job.
+pub(super) fn check_options(config: &JobConfig, selection: &Selection) -> check::CheckOptions {
     let mut options = check::CheckOptions::new(config.job.clone());
     options.selection = selection.clone();
     options.large_objects = config.options.moves_large_objects();
@@ -303,16 +322,7 @@ pub(super) async fn check_ready(
     options.brought = config.options.brought;
     options.alters = config.ddl.is_some();
     options.with_map(config);
-    let mut found = check::run(&config.source, &config.target, options.clone()).await?;
-    while found.findings.iter().any(|finding| finding.code == "unreachable") {
-        // To a person this is a finding; the runner was there a moment ago, and knows from the
-        // error itself whether to try again.
-        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
-        Session::connect(&config.source, Purpose::Sql).await?;
-        Session::connect(&config.target, Purpose::Sql).await?;
-        found = check::run(&config.source, &config.target, options.clone()).await?;
-    }
-    refuse_errors(found.findings.iter(), report)
+    options
 }
 
 /// Tells warnings; errors are one error.

@@ -29,7 +29,7 @@ use super::streams::STREAM_PATIENCE;
 use super::validating::Validating;
 use super::vigil::Vigil;
 use super::{Error, Result, client};
-use crate::apply::Gate;
+use crate::apply::{Applied, Gate};
 use crate::catalog::{Selection, Table, tables};
 use crate::clock::{Backoff, Deadline};
 use crate::copy::CopyProgress;
@@ -71,6 +71,9 @@ pub enum Notice {
     Building(usize, usize, String),
     /// A fault that is being tried again.
     Trouble(String),
+    /// The stream to the target has begun, and how far it is from then on; again when it begins
+    /// anew, and the one before gives nothing more.
+    Flows(watch::Receiver<Applied>),
     /// How the stream flows.
     Lag {
         /// Bytes the target is behind.

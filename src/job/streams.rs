@@ -13,7 +13,7 @@ use super::opening::{Half, SpoolOptions};
 use super::pipeline::{Pipe, PipeOptions, TableFilter, Visibility};
 use super::place::Place;
 use super::prepare::stored_reading;
-use super::run::{JobConfig, Runner};
+use super::run::{JobConfig, Notice, Runner};
 use super::state::{Event, Phase};
 use super::store::{JobRow, Store};
 use crate::apply::altered::Alter;
@@ -44,6 +44,9 @@ impl Runner {
         match &self.forward {
             Some(pipe) => pipe.begin_apply(visibility),
             None => self.forward = Some(self.pipe(Stream::Forward, Some(visibility)).await?),
+        }
+        if let Some(pipe) = &self.forward {
+            self.say(Notice::Flows(pipe.applied.clone()));
         }
         Ok(None)
     }

@@ -39,7 +39,7 @@ pub struct Typed<'a> {
 }
 
 /// `pg_type.oid` of built-in types.
-mod oid {
+pub(super) mod oid {
     pub const BYTEA: u32 = 17;
     pub const INT8: u32 = 20;
     pub const INT2: u32 = 21;

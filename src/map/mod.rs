@@ -20,11 +20,17 @@
 //! packet of sessions on the source ([`Map::secret_settings`]), which no server logs, and only a
 //! digest of it is stored, so that another key is noticed.
 //!
+//! Where rows are shared out among several targets, a table has a [`Slice`] beside its filter: the
+//! one thing that is computed here as well, as every row of the stream would cost a question, and
+//! as it is one of PostgreSQL's own functions, which tests hold against servers.
+//!
 //! Nothing is stored here, nothing survives a crash: the map is read again at each start, and held
 //! against the digest that the job was made with.
 
+mod hash;
 mod mask;
 mod section;
+mod slice;
 mod words;
 
 use std::collections::BTreeMap;
@@ -37,6 +43,8 @@ use crate::secret::{ExposeSecret, SecretString};
 
 pub use mask::{Mask, Typed};
 pub use section::Section;
+pub use section::table_name;
+pub use slice::{Shard, Slice};
 pub use words::mentions;
 
 /// What an expression's row is called in every statement.
@@ -83,6 +91,10 @@ pub struct TableMap {
     masks: BTreeMap<String, Mask>,
     /// The rows that go along, as SQL over the row's columns.
     pub filter: Option<String>,
+    /// Of these, the ones that go to this target, where there are several.
+    pub slice: Option<Slice>,
+    /// Rows of other sources are in the target's table as well.
+    pub shared: bool,
 }
 
 impl Map {
@@ -119,6 +131,21 @@ impl Map {
         }
         map.digest = map.digested(sections);
         Ok(Some(map))
+    }
+
+    /// The map of a job that brings rows of a source to one of several targets: of each table its
+    /// slice, or all of its rows. `shared`: other sources write the same tables.
+    pub fn sliced(tables: &BTreeMap<QualifiedName, Option<Slice>>, shared: bool) -> Map {
+        let mut text = format!("shared {shared}");
+        let mut mapped = BTreeMap::new();
+        for (name, slice) in tables {
+            let json = serde_json::to_string(slice).unwrap_or_default();
+            text.push_str(&format!("\n{} {json}", name.quoted()));
+            let plain = TableMap::renamed(name.clone(), name.clone());
+            mapped.insert(name.clone(), TableMap { slice: slice.clone(), shared, ..plain });
+        }
+        let digest = short_digest(text.as_bytes());
+        Map { tables: mapped, schemas: BTreeMap::new(), key: None, digest }
     }
 
     fn add(&mut self, section: &Section) -> Result<(), String> {
@@ -197,8 +224,7 @@ impl Map {
             let key = hmac::Key::new(hmac::HMAC_SHA256, key.expose_secret().as_bytes());
             bytes.extend_from_slice(hmac::sign(&key, b"walferry map").as_ref());
         }
-        let digest = hex(digest::digest(&digest::SHA256, &bytes).as_ref());
-        digest.chars().take(16).collect()
+        short_digest(&bytes)
     }
 
     /// Settings that sessions on the source need, as in a start-up packet's `options`: the key of
@@ -231,6 +257,8 @@ impl TableMap {
             rename: BTreeMap::new(),
             masks: BTreeMap::new(),
             filter: None,
+            slice: None,
+            shared: false,
         }
     }
 
@@ -253,12 +281,20 @@ impl TableMap {
     /// All columns of the source that the section names.
     pub fn named_columns(&self) -> impl Iterator<Item = &String> {
         let lists = self.include.iter().chain(&self.exclude);
-        lists.chain(self.rename.keys()).chain(self.masks.keys())
+        let lists = lists.chain(self.rename.keys()).chain(self.masks.keys());
+        lists.chain(self.slice.iter().map(|slice| &slice.column))
     }
 
     /// True if something has to be computed.
     pub fn computes(&self) -> bool {
-        self.filter.is_some() || !self.masks.is_empty()
+        self.filter.is_some() || self.slice.is_some() || !self.masks.is_empty()
+    }
+
+    /// The same without its slice, for whoever tells that by itself. `None` where the source has to
+    /// be asked about its rows anyway.
+    pub fn unsliced(&self) -> Option<(TableMap, Slice)> {
+        let slice = self.slice.clone().filter(|_| self.filter.is_none())?;
+        Some((TableMap { slice: None, ..self.clone() }, slice))
     }
 
     /// Why what was written cannot be turned back into what was read; empty for names alone.
@@ -266,6 +302,9 @@ impl TableMap {
         let mut reasons = Vec::new();
         if self.filter.is_some() {
             reasons.push("rows are left out".to_string());
+        }
+        if self.slice.is_some() {
+            reasons.push("its other rows are on other targets".to_string());
         }
         if !self.include.is_empty() || !self.exclude.is_empty() {
             reasons.push("columns are left out".to_string());
@@ -285,7 +324,16 @@ impl TableMap {
 
     /// The columns, of those given, that the filter depends on.
     pub fn filter_depends<'a>(&self, all: &[&'a str]) -> Vec<&'a str> {
-        self.filter.as_ref().map_or(Vec::new(), |filter| mentioned(filter, all))
+        let meant = |column: &str| {
+            let by_slice = self.slice.as_ref().is_some_and(|slice| slice.column == column);
+            by_slice || self.filter.as_ref().is_some_and(|filter| mentions(filter, column))
+        };
+        all.iter().copied().filter(|column| meant(column)).collect()
+    }
+
+    /// True if not all rows go along.
+    pub fn chooses(&self) -> bool {
+        self.filter.is_some() || self.slice.is_some()
     }
 
     /// What a column's value on the target is, over a row of the source.
@@ -302,10 +350,14 @@ impl TableMap {
         }
     }
 
-    /// The filter as a condition that is true or false, never NULL.
+    /// Filter and slice as a condition that is true or false, never NULL.
     pub fn condition(&self) -> Option<String> {
         // On a line of its own, so that a comment at its end ends there.
-        self.filter.as_ref().map(|filter| format!("(({filter}\n) is true)"))
+        let filter = self.filter.as_ref().map(|filter| format!("(({filter}\n) is true)"));
+        match (filter, self.slice.as_ref().map(Slice::condition)) {
+            (Some(filter), Some(slice)) => Some(format!("({filter} and {slice})")),
+            (filter, slice) => filter.or(slice),
+        }
     }
 
     /// The name under which changes are counted that the filter left out.
@@ -321,6 +373,10 @@ pub fn is_left_out(table: &QualifiedName) -> bool {
 
 fn mentioned<'a>(sql: &str, all: &[&'a str]) -> Vec<&'a str> {
     all.iter().copied().filter(|column| mentions(sql, column)).collect()
+}
+
+fn short_digest(bytes: &[u8]) -> String {
+    hex(digest::digest(&digest::SHA256, bytes).as_ref()).chars().take(16).collect()
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -127,6 +127,13 @@ fn refuse_tricks(sql: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// A table's name as `schema.table`, either in double quotes where it needs them.
+pub fn table_name(text: &str) -> Option<QualifiedName> {
+    let (schema, name) = split(text)?;
+    let moves = name != "*" && schema != "walferry" && !schema.starts_with("pg_");
+    moves.then(|| QualifiedName::new(schema, name))
+}
+
 /// Schema and name; either may be in double quotes, in which a doubled quote stands for one.
 fn split(text: &str) -> Option<(String, String)> {
     let mut parts = vec![String::new()];

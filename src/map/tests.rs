@@ -47,6 +47,31 @@ fn a_schema_is_renamed_and_its_tables_sections_add_to_that() {
 }
 
 #[test]
+fn a_slice_chooses_rows_and_makes_another_map() {
+    let shard: Shard = toml::from_str("table = 'a.t'\ncolumn = 'k'\nby = 'mod'").unwrap();
+    let typed = Typed { name: "k", type_name: "integer", type_oid: 23 };
+    let slices = shard.slices(&typed, 2).unwrap();
+    let of = |slice: &Slice, shared| {
+        let tables = [(name("a", "t"), Some(slice.clone())), (name("a", "ref"), None)].into();
+        Map::sliced(&tables, shared)
+    };
+    let map = of(&slices[1], true);
+    let table = map.of(&name("a", "t")).unwrap();
+    assert_eq!(table.condition().unwrap(), "(coalesce((\"k\" % 2 + 2) % 2, 0) = 1)");
+    assert_eq!(table.filter_depends(&["k", "x"]), ["k"]);
+    assert!(table.shared && table.unsliced().is_some() && table.one_way().len() == 1);
+    let filtered = TableMap { filter: Some("x > 1".to_string()), ..table.clone() };
+    assert!(filtered.unsliced().is_none(), "the source is asked anyway");
+    let both = filtered.condition().unwrap().replace('\n', "");
+    assert_eq!(both, "(((x > 1) is true) and (coalesce((\"k\" % 2 + 2) % 2, 0) = 1))");
+    let whole = map.of(&name("a", "ref")).unwrap();
+    assert!(!whole.chooses() && !whole.computes() && map.of(&name("a", "z")).is_none());
+    let digests = [map, of(&slices[0], true), of(&slices[1], false)];
+    let digests = digests.map(|map| map.digest().to_string());
+    assert!(digests[0] != digests[1] && digests[0] != digests[2], "{digests:?}");
+}
+
+#[test]
 fn what_means_nothing_is_refused_by_name() {
     for (toml, word) in [
         ("table = 'a'", "schema.table"),

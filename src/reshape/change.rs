@@ -38,8 +38,8 @@ pub(super) fn reshape(
         }
     };
     let removes = updates || new.is_none();
-    if removes && outline.filter.is_some() && !outline.sees_old() {
-        return Err(blind(outline, "the columns of the row before that the filter speaks of"));
+    if removes && outline.chooses() && !outline.sees_old() {
+        return Err(blind(outline, "the columns of the row before by which rows are chosen"));
     }
     let new = match (new, old) {
         (Some(new), Some(old)) => Some(filled(outline, new, old)?),
@@ -57,10 +57,8 @@ pub(super) fn reshape(
     let new = match new {
         Some(row) => {
             let values = values(&row);
-            if let Some(filter) = &outline.filter
-                && lacks(&filter.depends, &values) != Lacks::Nothing
-            {
-                return Err(blind(outline, "a TOASTed value that the filter speaks of"));
+            if lacks(&outline.chooses_by(), &values) != Lacks::Nothing {
+                return Err(blind(outline, "a TOASTed value by which rows are chosen"));
             }
             let image = images.add(outline, Kind::Whole, &values)?;
             Some((row, image))
@@ -84,11 +82,13 @@ impl Reshaped {
 impl Waiting {
     fn finish(self, answers: &Answers) -> Result<Change> {
         let outline = &self.outline;
-        let passes = |image: Option<Image>| answers.passes(outline, image);
-        let is_in = self.new.as_ref().map(|(_, image)| passes(*image)).transpose()?;
+        let passes = |row: &Row, image: Option<Image>| -> Result<bool> {
+            Ok(outline.has(&values(row))? && answers.passes(outline, image)?)
+        };
+        let is_in = self.new.as_ref().map(|(row, image)| passes(row, *image)).transpose()?;
         let was_in = match &self.old {
-            Some((_, image)) => Some(passes(*image)?),
-            // The key is as it was, and the filter speaks of nothing else.
+            Some((old, image)) => Some(passes(old.row(), *image)?),
+            // The key is as it was, and rows are chosen by nothing else.
             None => is_in.filter(|_| self.updates),
         };
         let relation = outline.to.clone();

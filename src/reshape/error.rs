@@ -65,6 +65,17 @@ pub enum Error {
         /// What is missing.
         what: String,
     },
+    /// Rows of several sources are in one table.
+    #[error(
+        "TRUNCATE of table {table} came in the stream: it cannot be carried, as rows of other \
+         sources are in the target's table as well. Use DELETE on sources that are resharded. \
+         Nothing was applied from it on: end this with walferry reshard cancel, empty the targets' \
+         tables, and begin again"
+    )]
+    Truncated {
+        /// The table on the source.
+        table: QualifiedName,
+    },
     /// An invariant of ours does not hold.
     #[error("{0}; this is a bug of walferry, please report it")]
     Broken(String),
@@ -78,7 +89,8 @@ impl Faulty for Error {
             | Error::Gone { .. }
             | Error::Mask { .. }
             | Error::Refused { .. }
-            | Error::Blind { .. } => Fault::Stop,
+            | Error::Blind { .. }
+            | Error::Truncated { .. } => Fault::Stop,
             Error::Broken(_) => Fault::Bug,
         }
     }

@@ -17,6 +17,9 @@
 //!    leaves out, a change of a table that nobody writes ([`map::TableMap::left_out`]) and that the
 //!    applier counts as filtered.
 //!
+//! Where rows are shared out among several targets and nothing else chooses, [`map::Slice`] says
+//! which are this one's, and nobody is asked.
+//!
 //! An update takes part in the filter twice, as PostgreSQL's own row filters do:
 //! ```text
 //! row before   row after
@@ -149,6 +152,12 @@ impl Reshaper {
     /// A change whose tables are known, with the rows that have to be computed for it.
     fn change(&self, change: &Change, images: &mut Images) -> Result<Reshaped> {
         if let Change::Truncate { relations, cascade, restart_identity } = change {
+            let shared = |relation: &&Arc<Relation>| {
+                self.outline(relation).is_some_and(|outline| outline.shared)
+            };
+            if let Some(relation) = relations.iter().find(shared) {
+                return Err(Error::Truncated { table: relation.name.clone() });
+            }
             let relations = relations.iter().map(|relation| match self.outline(relation) {
                 Some(outline) => outline.to.clone(),
                 None => relation.clone(),

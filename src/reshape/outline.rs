@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::{Error, Result};
-use crate::change::{Relation, ReplicaIdentity};
+use crate::change::{Relation, ReplicaIdentity, Value};
 use crate::id::quote_ident;
-use crate::map::{ROW, TableMap, Typed};
+use crate::map::{ROW, Slice, TableMap, Typed};
 use crate::pg::Session;
 
 /// Which columns of a row there are.
@@ -48,6 +48,10 @@ pub(super) struct Outline {
     pub kept: Vec<(usize, Option<usize>)>,
     pub outputs: Vec<Output>,
     pub filter: Option<Output>,
+    /// What chooses rows and need not be asked for: the column's place, and which of its values.
+    slice: Option<(usize, Slice)>,
+    /// Rows of other sources are in the target's table.
+    pub shared: bool,
     whole: Query,
     key: Query,
 }
@@ -69,11 +73,32 @@ impl Outline {
         from: &Arc<Relation>,
         table: TableMap,
     ) -> Result<Outline> {
+        // Hashes are of bytes in the server's own encoding.
+        let own = table.unsliced();
+        let own = own.filter(|_| session.parameter("server_encoding") == Some("UTF8"));
+        let (table, slice) = match own {
+            Some((table, slice)) => (table, Some(slice)),
+            None => (table, None),
+        };
         let types = match table.computes() {
             true => types(session, from).await?,
             false => Vec::new(),
         };
-        Outline::of(from, &table, &types)
+        let outline = Outline::of(from, &table, &types)?;
+        match slice {
+            Some(slice) => outline.sliced(slice),
+            None => Ok(outline),
+        }
+    }
+
+    /// The same of the rows of one slice alone, which is told here.
+    pub fn sliced(mut self, slice: Slice) -> Result<Outline> {
+        let place = self.from.columns.iter().position(|column| column.name == slice.column);
+        let Some(place) = place else {
+            return Err(Error::Gone { table: self.from.name.clone(), column: slice.column });
+        };
+        self.slice = Some((place, slice));
+        Ok(self)
     }
 
     /// The same of known types, which nobody looks at where nothing is computed.
@@ -113,6 +138,8 @@ impl Outline {
             kept,
             outputs: Vec::new(),
             filter: None,
+            slice: None,
+            shared: table.shared,
             whole: Query::default(),
             key: Query::default(),
         }
@@ -150,10 +177,36 @@ impl Outline {
         self.from.columns.get(place).is_some_and(|column| column.key)
     }
 
+    /// True if not all rows go along.
+    pub fn chooses(&self) -> bool {
+        self.filter.is_some() || self.slice.is_some()
+    }
+
+    /// Places of the columns by which rows are chosen.
+    pub fn chooses_by(&self) -> Vec<usize> {
+        let filter = self.filter.iter().flat_map(|filter| filter.depends.iter().copied());
+        filter.chain(self.slice.iter().map(|(place, _)| *place)).collect()
+    }
+
     /// True if the row before an UPDATE or DELETE is enough to tell whether it was in.
     pub fn sees_old(&self) -> bool {
         self.from.identity == ReplicaIdentity::Full
-            || self.filter.iter().flat_map(|f| &f.depends).all(|place| self.is_key(*place))
+            || self.chooses_by().into_iter().all(|place| self.is_key(place))
+    }
+
+    /// True if the row is in the slice; without one every row is.
+    pub fn has(&self, row: &[Value<'_>]) -> Result<bool> {
+        let Some((place, slice)) = &self.slice else { return Ok(true) };
+        let table = &self.from.name;
+        let value = match row.get(*place) {
+            Some(Value::Null) => None,
+            Some(Value::Text(text)) => Some(*text),
+            _ => {
+                let column = &slice.column;
+                return Err(Error::Broken(format!("no text of {column} in a row of {table}")));
+            }
+        };
+        slice.has(value).map_err(|why| Error::Broken(format!("table {table}: {why}")))
     }
 
     /// What is asked for rows of this kind.

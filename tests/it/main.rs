@@ -32,6 +32,7 @@ mod publications;
 mod quarantine;
 mod readings;
 mod regress;
+mod reshard;
 mod rights;
 mod route;
 mod schema;

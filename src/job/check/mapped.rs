@@ -16,7 +16,7 @@ use crate::map::{self, Map, Mask, TableMap};
 use crate::pg::{self, Session};
 
 use super::super::mapped::{ddl, made_by_dump, one_way};
-use super::{Check, Finding, Side};
+use super::{Check, Finding, Level, Side};
 
 /// Columns whose values PostgreSQL may store out of line, so that an UPDATE's record lacks them.
 const TOASTABLE: &str = "select a.attname from pg_catalog.pg_attribute a \
@@ -42,7 +42,9 @@ impl Check<'_> {
 
     pub(super) async fn mapped(&mut self) -> pg::Result<()> {
         let Some(map) = self.options.map.clone() else { return Ok(()) };
-        self.way_back_through(&map);
+        if !self.options.shared {
+            self.way_back_through(&map);
+        }
         self.sections(&map);
         self.names(&map);
         let there = catalog::tables(&mut self.target.session, &Selection::default()).await?;
@@ -61,7 +63,7 @@ impl Check<'_> {
                 judge.masks(major);
                 judge.stream();
                 judge.target(&map, there.get(&mapped.target).copied());
-                if judge.findings.is_empty() {
+                if judge.findings.iter().all(|finding| finding.level != Level::Error) {
                     judge.expressions(&mut self.source.session).await?;
                 }
             }
@@ -141,6 +143,21 @@ impl Judge<'_> {
         let fix = format!("ALTER TABLE {} REPLICA IDENTITY FULL;", self.table.name.quoted());
         let object = format!("table {}", self.table.name);
         let finding = Finding::error(Side::Source, "map-needs-identity", object, message);
+        self.findings.push(finding.fix(fix));
+    }
+
+    /// Keys by which rows are shared out hardly ever change, and such a change is found out.
+    fn advises_full(&mut self, columns: &str) {
+        let message = format!(
+            "an UPDATE that changes {} and leaves long values (of {}) as they are does not carry \
+             them to the row's new target, and stops the job: let whole rows identify, if such \
+             statements come",
+            self.mapped.slice.as_ref().map_or("", |slice| slice.column.as_str()),
+            columns
+        );
+        let fix = format!("ALTER TABLE {} REPLICA IDENTITY FULL;", self.table.name.quoted());
+        let object = format!("table {}", self.table.name);
+        let finding = Finding::warning(Side::Source, "shard-key-update", object, message);
         self.findings.push(finding.fix(fix));
     }
 
@@ -248,21 +265,24 @@ impl Judge<'_> {
         let stored: Vec<&str> = self.table.stored_columns().map(|c| c.name.as_str()).collect();
         let identifies = |column: &str| self.table.identity_columns.iter().any(|c| c == column);
         let long = |column: &str| self.toastable.iter().any(|c| c == column);
-        let mut reasons = Vec::new();
-        if self.mapped.filter.is_some() {
+        let (mut reasons, mut advised) = (Vec::new(), None);
+        if self.mapped.chooses() {
+            let what = if self.mapped.slice.is_some() { "its [[shard]]" } else { "its filter" };
             let spoken = self.mapped.filter_depends(&stored);
             let blind: Vec<&str> = spoken.into_iter().filter(|c| !identifies(c)).collect();
             let late: Vec<&str> =
                 self.kept().into_iter().filter(|c| long(c) && !identifies(c)).collect();
             if !blind.is_empty() {
                 reasons.push(format!(
-                    "its filter speaks of {}, of which an UPDATE or DELETE does not carry the \
+                    "{what} speaks of {}, of which an UPDATE or DELETE does not carry the \
                      value before",
                     blind.join(", ")
                 ));
+            } else if !late.is_empty() && self.mapped.filter.is_none() {
+                advised = Some(late.join(", "));
             } else if !late.is_empty() {
                 reasons.push(format!(
-                    "a row that its filter lets in by an UPDATE comes without long values that did \
+                    "a row that {what} lets in by an UPDATE comes without long values that did \
                      not change (of {})",
                     late.join(", ")
                 ));
@@ -278,6 +298,9 @@ impl Judge<'_> {
                     depends.join(", ")
                 ));
             }
+        }
+        if let Some(columns) = advised {
+            self.advises_full(&columns);
         }
         for reason in reasons {
             self.needs_full(&format!("{reason}: let whole rows identify"));

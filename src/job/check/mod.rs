@@ -84,6 +84,8 @@ pub struct CheckOptions {
     pub two_way: bool,
     /// The target is a copy that somebody else made: nothing is made there, all has to be there.
     pub brought: bool,
+    /// Other jobs write the same tables of the target, which are there.
+    pub shared: bool,
     /// Tables that are altered on the source are on the target as well, by the stream.
     pub alters: bool,
     /// Parallel copies: each needs a connection on both sides.
@@ -119,6 +121,7 @@ impl CheckOptions {
             standbys: Vec::new(),
             two_way: false,
             brought: false,
+            shared: false,
             alters: false,
             copy_jobs: 4,
             reverse: true,
@@ -135,6 +138,7 @@ impl CheckOptions {
         self.map.clone_from(&config.map);
         self.one_way = config.one_way;
         self.reverse = config.map.is_none();
+        self.shared = config.options.shared;
     }
 }
 
@@ -187,6 +191,7 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     check.carried().await?;
     match options.brought {
         true => check.brought().await?,
+        false if options.shared => check.both_leftovers().await?,
         false => {
             check.older().await?;
             check.target().await?;

@@ -71,6 +71,13 @@ impl Check<'_> {
                 );
             }
         }
+        self.both_leftovers().await
+    }
+
+    pub(super) async fn both_leftovers(&mut self) -> pg::Result<()> {
+        if self.begun.is_some() {
+            return Ok(());
+        }
         for side in [Side::Source, Side::Target] {
             let found = self.leftovers(side).await;
             self.take(side, "leftovers", found)?;

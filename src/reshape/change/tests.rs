@@ -141,6 +141,31 @@ fn masked_keys_and_values_that_did_not_change_stay_what_they_are() {
 }
 
 #[test]
+fn rows_of_a_slice_are_told_without_asking_and_cross_it_as_they_cross_a_filter() {
+    let typed = crate::map::Typed { name: "id", type_name: "text", type_oid: 25 };
+    let toml = "table = 'a.t'\ncolumn = 'id'\nby = 'lookup'\nlookup = {x = 2}\notherwise = 1";
+    let shard: crate::map::Shard = toml::from_str(toml).unwrap();
+    let second = shard.slices(&typed, 2).unwrap().remove(1);
+    let plain = Arc::try_unwrap(outline(ReplicaIdentity::Default, "")).unwrap();
+    let sliced = Arc::new(plain.sliced(second).unwrap());
+    let key = |id: &str| Some(OldRow::Key(row(&[id, "-", "-"])));
+    let at = |old: Option<OldRow>, id: &str| {
+        becomes(&sliced, &update(&sliced, old, &[id, "b", "c"]), &[]).unwrap()
+    };
+    assert_eq!(at(None, "x"), "update x b c");
+    assert_eq!(at(None, "y"), "left out");
+    assert_eq!(at(key("x"), "y"), "delete x - -");
+    assert_eq!(at(key("y"), "x"), "a.t: insert x b c");
+    assert_eq!(at(key("y"), "z"), "left out");
+    let toasted = update(&sliced, key("y"), &["x", "?", "c"]);
+    let into = becomes(&sliced, &toasted, &[]).unwrap_err().to_string();
+    assert!(into.contains("replica identity full"), "{into}");
+    let delete =
+        Change::Delete { relation: sliced.from.clone(), old: OldRow::Key(row(&["y", "-", "-"])) };
+    assert_eq!(becomes(&sliced, &delete, &[]).unwrap(), "left out");
+}
+
+#[test]
 fn renames_alone_ask_nobody_and_columns_that_are_gone_stop() {
     let plain = outline(ReplicaIdentity::Default, "to = 'x.y'\nexclude-columns = ['b']");
     let insert = Change::Insert { relation: plain.from.clone(), new: row(&["1", "b", "c"]) };

@@ -271,6 +271,15 @@ async fn moved(partitions: usize, in_groups: Option<usize>) -> (Duration, Durati
     } else {
         command.extend(["--max-hold", "60s", "--timeout", "120s"]);
     }
+    // The stream meets most tables for the first time just then.
+    let ready = [&command[..], &["--dry-run"]].concat();
+    for tries in 1.. {
+        let ended = ends.walferry(&ready).await;
+        if ended.code == Some(0) {
+            break;
+        }
+        assert!(tries < 60 && ended.err.contains("behind"), "{ended:?}");
+    }
     let outcome = ends.done(&command).await.json();
     let took = begun.elapsed();
     println!("following after {following:.1?}, switched after {took:.1?}");
