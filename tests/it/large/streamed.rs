@@ -215,7 +215,7 @@ async fn transactions_sent_in_progress_come_out_as_at_their_commit() {
     let seed = std::env::var("WALFERRY_SEED").ok().and_then(|n| n.parse().ok());
     let seed = seed.unwrap_or_else(|| fastrand::u64(..));
     println!("WALFERRY_SEED={seed}");
-    let early = if seed % 2 == 0 && is_installed(14) { 14 } else { 15 };
+    let early = if seed.is_multiple_of(2) && is_installed(14) { 14 } else { 15 };
     both_ways(early, seed).await;
     if is_installed(18) {
         both_ways(18, seed).await;
