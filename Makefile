@@ -7,7 +7,7 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo demo-kafka test fuzz decode-bench kill faults failover heartbeat ddl maps matrix regress states two-way two-way-loop partitions n-to-m bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
+.PHONY: help demo demo-kafka test fuzz decode-bench kill faults failover patroni heartbeat ddl maps matrix regress states two-way two-way-loop partitions n-to-m bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -20,6 +20,7 @@ help:
 	@echo "make kill-spool       kill -9 of run and of both servers, through a spool and memory [KILLS=200]"
 	@echo "make outage           the target away for ten minutes of writes [SECONDS=600]"
 	@echo "make latency          memory, spool and Kafka at 500 tx/s; large transactions by streaming"
+	@echo "make patroni          a source that Patroni runs switches and fails over in each phase"
 	@echo "make heartbeat        an idle database beside pgbench pins no WAL [SECONDS=600 MAJOR=15]"
 	@echo "make failover         a standby of the source takes over at random moments [PROMOTIONS=50]"
 	@echo "make maps [MAPS=1000]  random maps: by copy, by stream and by SQL the same"
@@ -117,6 +118,11 @@ kill-spool: setup
 # A standby of the source takes over, at so many random moments.
 failover: setup
 	WALFERRY_PROMOTIONS=$(or $(PROMOTIONS),50) cargo test --locked --test it -- --nocapture failover::promotions
+
+# Switchovers and failovers of a source that Patroni runs, with etcd; both are installed first.
+patroni: setup
+	sh tests/setup.sh patroni
+	cargo test --locked --test it -- --ignored --nocapture failover::patroni
 
 # The target away for ten minutes of writes, once with a spool and once with Kafka: the source's WAL
 # stays under the budget.

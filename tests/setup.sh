@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes a bare Debian 12 ready for `make demo`, `make test` and `make bench`. Says what it will
 # install, then installs it, as root or through sudo; takes no time where everything is there.
-# Usage: setup.sh [demo|demo-kafka|test|bench]
+# Usage: setup.sh [demo|demo-kafka|test|patroni|bench]
 set -eu
 
 what=${1:-test}
@@ -35,6 +35,11 @@ need /usr/include/openssl/ssl.h libssl-dev
 # The peers that walferry is measured beside.
 if [ "$what" = bench ]; then
     need /usr/bin/pgcopydb pgcopydb
+fi
+# What `make patroni` moves a cluster of.
+if [ "$what" = patroni ]; then
+    need /usr/bin/patroni patroni
+    need /usr/bin/etcd etcd-server
 fi
 missing=
 dump=

@@ -204,8 +204,9 @@ async fn ask_groups(
             letter: letter(asker, &request.routes).await?,
             ..request.clone()
         };
-        last = ask(&request, asker, stopping).await.map_err(|error| {
-            error.context(format!("group {number} of {groups}; those before it are switched"))
+        last = ask(&request, asker, stopping).await.map_err(|error| match number {
+            1 => error,
+            _ => error.context(format!("group {number} of {groups}; those before it are switched")),
         })?;
         let of = |key: &str| last.get(key).cloned().unwrap_or_default();
         let outcome = json!({ "group": number, "fenced_ms": of("fenced_ms"),

@@ -1,6 +1,7 @@
 //! A standby takes over: of the source, of the target; nothing is lost, or what is lost is named and
 //! mended.
 
+mod patroni;
 mod standby_slots;
 mod switched;
 
