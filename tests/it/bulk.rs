@@ -10,7 +10,7 @@ use crate::support::job::{Ends, conserved};
 use crate::support::{self, Walferry, session};
 
 /// Transactions of one backlog: three new rows, one changed, one gone in each.
-const TRANSACTIONS: u32 = 5000;
+const TRANSACTIONS: u32 = 3000;
 
 /// Where a run is killed.
 #[derive(Clone, Copy, Debug)]
@@ -70,7 +70,7 @@ impl Backlogs {
         let marked = "select count(*) > 0 from pg_replication_slots where temporary";
         let unmarked = "select count(*) = 0 from pg_replication_slots where temporary";
         match strike {
-            // Some 3 MB of messages, so that a busy machine has time to strike before their end.
+            // Some 2 MB of messages, so that a busy machine has time to strike before their end.
             Strike::Reading | Strike::Applying => self.net.throttle(500_000),
             Strike::HandingOver(_) => self.net.delay(Duration::from_millis(60)),
         }

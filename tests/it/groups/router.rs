@@ -21,6 +21,14 @@ type Place = Arc<RwLock<bool>>;
 pub struct Router {
     dir: PathBuf,
     pub places: Vec<Place>,
+    stop: Arc<Stop>,
+}
+
+/// Lets the next hook in phase switch wait for a moment.
+#[derive(Debug, Default)]
+struct Stop {
+    wanted: AtomicBool,
+    there: AtomicBool,
 }
 
 impl Router {
@@ -35,8 +43,17 @@ impl Router {
         let asked = OpenOptions::new().read(true).write(true).open(&asked).unwrap();
         let places: Vec<Place> = (0..partitions).map(|_| Place::default()).collect();
         let (led, answers, runtime) = (places.clone(), dir.clone(), Handle::current());
-        std::thread::spawn(move || lead(asked, &led, &answers, &runtime));
-        Router { dir, places }
+        let stop = Arc::<Stop>::default();
+        let stopping = stop.clone();
+        std::thread::spawn(move || lead(asked, &led, &answers, &runtime, &stopping));
+        Router { dir, places, stop }
+    }
+
+    /// Waits until the next group is at its switch, which takes half a second then.
+    pub async fn in_a_switch(&self) {
+        self.stop.wanted.store(true, Ordering::SeqCst);
+        crate::support::until("a group's switch", async || self.stop.there.load(Ordering::SeqCst))
+            .await;
     }
 
     /// The route. The hook waits until the router has done what it was told.
@@ -50,7 +67,7 @@ impl Router {
 }
 
 /// The router's thread, until it is told `end`. Every phase may come twice.
-fn lead(asked: File, places: &[Place], dir: &std::path::Path, runtime: &Handle) {
+fn lead(asked: File, places: &[Place], dir: &std::path::Path, runtime: &Handle, stop: &Stop) {
     let mut held: HashMap<usize, OwnedRwLockWriteGuard<bool>> = HashMap::new();
     let mut answered: Vec<File> = Vec::new();
     for line in BufReader::new(asked).lines() {
@@ -72,6 +89,10 @@ fn lead(asked: File, places: &[Place], dir: &std::path::Path, runtime: &Handle) 
             if matches!(phase, "release" | "undo") {
                 held.remove(&bucket);
             }
+        }
+        if phase == "switch" && stop.wanted.swap(false, Ordering::SeqCst) {
+            stop.there.store(true, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(500));
         }
         // Kept for a while: what is written to a pipe that nobody has open is gone.
         let mut done = OpenOptions::new()

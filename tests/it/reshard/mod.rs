@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde_json::Value;
 use walferry::demo::server::Server;
 
-use crate::support::{Ended, Walferry, until_within};
+use crate::support::{Ended, Walferry};
 use load::{Load, place_of};
 
 pub(super) const TABLES: &str = "create table customer (id bigint primary key, name text, n int); \
@@ -54,14 +54,20 @@ impl Stage {
             source.psql("app", TABLES).unwrap();
             source.psql("app", &load::first_rows(place, sources.len(), rows)).unwrap();
         }
+        let toml = sources[0].dir().join("reshard.toml");
+        let stage = Stage { sources, targets, toml };
+        stage.say(TOML);
+        stage
+    }
+
+    /// What goes where.
+    fn say(&self, body: &str) {
         let uris = |servers: &[Server]| {
             servers.iter().map(|s| format!("\"{}\"", s.uri("app"))).collect::<Vec<_>>().join(", ")
         };
-        let text =
-            format!("sources = [{}]\ntargets = [{}]\n{TOML}", uris(&sources), uris(&targets));
-        let toml = sources[0].dir().join("reshard.toml");
-        std::fs::write(&toml, text).unwrap();
-        Stage { sources, targets, toml }
+        let (from, to) = (uris(&self.sources), uris(&self.targets));
+        let text = format!("sources = [{from}]\ntargets = [{to}]\n{body}");
+        std::fs::write(&self.toml, text).unwrap();
     }
 
     fn spawn(&self, arguments: &[&str]) -> Walferry {
@@ -133,6 +139,20 @@ impl Stage {
         }
     }
 
+    /// Waits until a cutover could be made: the streams of a target that was away have caught up.
+    async fn until_ready(&self) {
+        let mut said = String::new();
+        for _ in 0..60 {
+            let ended = self.walferry(&["cutover", "--dry-run"]).await;
+            if ended.code == Some(0) {
+                return;
+            }
+            said = ended.err;
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        panic!("no cutover could be made: {said}\n{}", self.status().await);
+    }
+
     /// A cutover, again where it was cut short: in the first one the runner is killed, and a target
     /// if one is named. Gives how long writers were held, in milliseconds.
     async fn cut_over(&self, run: Walferry, target: Option<usize>) -> f64 {
@@ -197,10 +217,7 @@ async fn two_sources_go_to_three_targets_under_writers_and_kills() {
     load.more().await;
     stage.targets[1].resume().unwrap();
     load.more().await;
-    until_within(Duration::from_secs(60), "a cutover could be made", async || {
-        stage.walferry(&["cutover", "--dry-run"]).await.code == Some(0)
-    })
-    .await;
+    stage.until_ready().await;
     let held = stage.cut_over(run, None).await;
     let stalls = load.end().await;
     println!("writers held for {held:.0} ms; longest statement {stalls:?}");
@@ -210,6 +227,57 @@ async fn two_sources_go_to_three_targets_under_writers_and_kills() {
         assert!(next.parse::<i64>().unwrap() > 900, "{next}");
     }
     stage.walferry(&["finish"]).await.expect_success();
+    stage.ends_clean();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_shared_out_is_named_and_cancel_leaves_nothing() {
+    let stage = Stage::start(2, 2, 300);
+    let refused = async |body: &str, words: &[&str]| {
+        stage.say(body);
+        let ended = stage.walferry(&["check"]).await;
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+        for word in words {
+            assert!(ended.err.contains(word), "{word}: {ended:?}");
+        }
+    };
+    refused(TOML, &["there is no target 3: they are 1 to 2"]).await;
+    stage.sources[1].psql("app", "alter table tag drop constraint tag_pkey").unwrap();
+    let torn = "[[shard]]\ntable = \"public.customer\"\ncolumn = \"id\"\nby = \"citus\"\n\
+        [[shard]]\ntable = \"public.orders\"\ncolumn = \"id\"\nby = \"mod\"\n\
+        [[shard]]\ntable = \"public.tag\"\ncolumn = \"key\"\nby = \"hashtext-mod\"\n\
+        [[shard]]\ntable = \"public.gone\"\ncolumn = \"id\"\nby = \"mod\"\n";
+    let words = [
+        "foreign key \"orders_customer_id_fkey\" of public.orders leads to rows of public.customer",
+        "nothing says where rows of public.heavy on source 1 go",
+        "table public.tag has no key",
+        "source 2 has no table public.gone",
+    ];
+    refused(torn, &words).await;
+
+    stage.say(
+        "exclude = [\"public.c*\", \"public.orders\", \"public.place\", \
+         \"public.tag\", \"public.stays\", \"public.loose\"]\n\
+         [[shard]]\ntable = \"public.heavy\"\ncolumn = \"id\"\nby = \"citus\"\nbounds = [1000000]\n",
+    );
+    let mut run = stage.spawn(&["run"]);
+    stage.until_following(&mut run).await;
+    let again = stage.walferry(&["run"]).await;
+    assert!(again.code == Some(1) && again.err.contains("being run by another"), "{again:?}");
+    stage.sources[1].psql("app", "truncate heavy").unwrap();
+    let ended = run.ended().await;
+    assert!(ended.code == Some(1) && ended.err.contains("TRUNCATE of table public.heavy"));
+    let count = |server: &Server| server.psql("app", "select count(*) from heavy").unwrap();
+    let there = stage.targets.iter().map(|target| count(target).parse::<u32>().unwrap());
+    assert_eq!(there.sum::<u32>(), 600, "no row of the other source went");
+    let canceled = stage.walferry(&["cancel"]).await.expect_success();
+    assert!(canceled.out.contains("Tables that were made on targets are still there"));
+    stage.ends_clean();
+    let unknown = stage.walferry(&["status"]).await;
+    assert!(unknown.err.contains("knows of no reshard main"), "{unknown:?}");
+    let full = stage.walferry(&["run"]).await;
+    assert!(full.code == Some(1) && full.err.contains("table public.heavy has rows"), "{full:?}");
+    stage.walferry(&["cancel"]).await.expect_success();
     stage.ends_clean();
 }
 
