@@ -163,9 +163,18 @@ pub const DDL: &str = "do $$ begin if pg_catalog.to_regnamespace('walferry') is 
 /// Logical messages whose prefix starts with this are handed to [`Options::on_message`].
 pub const MESSAGE_PREFIX: &str = "walferry";
 
-/// Asks where the target's log stands and how much of it is flushed.
-const POSITION: &str =
-    "select pg_catalog.pg_current_wal_insert_lsn(), pg_catalog.pg_current_wal_flush_lsn()";
+/// Asks where the target's log stands, how much of it nothing can take back any more, and whether
+/// that is for the target's own disk alone to say. Where a commit waits for standbys, one of them may
+/// take over with no more than it has flushed, and the slot must not have been told of what it
+/// lacks. Whoever may not see standbys goes by the target's own disk.
+/// <https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION>
+const POSITION: &str = "select pg_catalog.pg_current_wal_insert_lsn(), \
+     case when own.alone then pg_catalog.pg_current_wal_flush_lsn() \
+     else least(pg_catalog.pg_current_wal_flush_lsn(), coalesce((\
+     select r.flush_lsn from pg_catalog.pg_stat_replication r \
+     where r.sync_state in ('sync', 'quorum') order by r.flush_lsn limit 1), '0/0')) end, \
+     own.alone from (select pg_catalog.current_setting('synchronous_standby_names') = '' \
+     or not pg_catalog.pg_has_role('pg_read_all_stats', 'usage') as alone) own";
 
 /// Source transactions that are settled before positions are told.
 const SETTLED_AT_ONCE: usize = 64;

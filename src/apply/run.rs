@@ -30,6 +30,10 @@ const RECORD_INTERVAL: Duration = Duration::from_secs(1);
 /// So many changes under way, and more, are not followed closely.
 const SMALL_STEPS: usize = 64;
 
+/// At its end a stream waits for synchronous standbys so many times, and so long each time.
+const STANDBY_WAITS: u32 = 25;
+const STANDBY_WAIT: Duration = Duration::from_millis(20);
+
 /// Commits not known to be durable; beyond that the flush is asked for even when busy.
 const PENDING_MAX: usize = 1024;
 
@@ -273,7 +277,8 @@ impl Applier {
         if let Some(hook) = &self.on_message {
             landed.messages.iter().for_each(|message| hook(message));
         }
-        if self.durable.pending() > PENDING_MAX && self.writer.in_flight() == 0 {
+        let many = self.durable.pending() > PENDING_MAX && self.flushed_at.elapsed() >= FLUSH_GAP;
+        if many && self.writer.in_flight() == 0 {
             self.force_flush().await?;
         }
         Ok(())
@@ -385,10 +390,20 @@ impl Applier {
 
     async fn force_flush(&mut self) -> Result<()> {
         if !self.batcher.is_open() {
-            self.progress.flush(&mut self.session).await?;
-            self.durable.flushed_all();
-            self.flushed_at = Instant::now();
+            self.flush().await?;
         }
+        Ok(())
+    }
+
+    /// Has the target flush its log. What its standbys have to flush too may not be durable yet.
+    async fn flush(&mut self) -> Result<()> {
+        self.progress.flush(&mut self.session).await?;
+        let row = self.session.query_one(POSITION, &[]).await?;
+        match row.bool(2)? {
+            true => self.durable.flushed_all(),
+            false => self.durable.stands(row.lsn(0)?, row.lsn(1)?),
+        }
+        self.flushed_at = Instant::now();
         Ok(())
     }
 
@@ -405,8 +420,14 @@ impl Applier {
         if !self.canceled {
             self.enter_counts(true).await?;
         }
-        self.progress.flush(&mut self.session).await?;
-        self.durable.flushed_all();
+        self.flush().await?;
+        for _ in 0..STANDBY_WAITS {
+            if self.durable.pending() == 0 {
+                break;
+            }
+            tokio::time::sleep(STANDBY_WAIT).await;
+            self.see_flushed().await?;
+        }
         self.publish(positions);
         Ok(())
     }

@@ -199,6 +199,45 @@ async fn patroni_1749_what_an_asynchronous_promotion_loses_is_named_and_read_aga
     ends.done(&["finish"]).await;
 }
 
+/// What a synchronous standby of the target has not flushed could be lost with the primary: rows are
+/// there, and the slot is not told of them before the standby has them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_is_not_told_what_a_synchronous_standby_of_the_target_lacks() {
+    let ends = Ends::start(15, 15);
+    ends.source.psql("app", "create table t (id int primary key)").unwrap();
+    let standby = ends.target.standby(&[]).unwrap();
+    ends.target.configure(&["synchronous_standby_names = '*'"]).unwrap();
+    ends.target.reload().unwrap();
+    let mut run = ends.spawn(&["run"]);
+    ends.until_phase(&mut run, "following").await;
+    let receiver = standby.psql("app", "select pid from pg_stat_wal_receiver").unwrap();
+    let signal = |name: &str| {
+        let sent = std::process::Command::new("kill").args([name, &receiver]).status();
+        assert!(sent.unwrap().success());
+    };
+    signal("-STOP");
+    ends.source.psql("app", "insert into t values (1)").unwrap();
+    let written = ends.source.psql("app", "select pg_current_wal_insert_lsn()").unwrap();
+    until_within(Duration::from_secs(10), "the row", || async {
+        ends.target.psql("app", "select count(*) from t").unwrap() == "1"
+    })
+    .await;
+    let told = format!(
+        "select confirmed_flush_lsn >= '{written}' from pg_replication_slots \
+         where slot_name = 'walferry_main_forward'"
+    );
+    for _ in 0..20 {
+        assert_eq!(ends.source.psql("app", &told).unwrap(), "f", "{}", run.so_far());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    signal("-CONT");
+    until_within(Duration::from_secs(20), "the slot", || async {
+        ends.source.psql("app", &told).unwrap() == "t"
+    })
+    .await;
+    stop(run).await;
+}
+
 /// The target's own standby takes over without what the slot was told. A spool gives it again;
 /// without one it is named, and read again.
 #[tokio::test(flavor = "multi_thread")]

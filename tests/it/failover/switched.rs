@@ -63,7 +63,10 @@ async fn settled(ends: &Ends, run: &mut Walferry) -> String {
 /// Then the other side's dies under the reverse stream, which goes on, and leads back.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_primary_that_dies_in_a_cutover_leaves_one_owner() {
-    for source_first in [true, false] {
+    // Each has four servers: one by chance in the short form.
+    let both = std::env::var("WALFERRY_PROMOTIONS").is_ok();
+    let sides = if both { vec![true, false] } else { vec![fastrand::bool()] };
+    for source_first in sides {
         let mut ends = Ends::start(17, 17);
         create_schema(&ends.source_uri(), 1).await.unwrap();
         let (source, target) = (pair(&ends.source).await, pair(&ends.target).await);
