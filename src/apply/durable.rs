@@ -1,8 +1,8 @@
 //! Which of the applied transactions a crash of the target can no longer take back. Pure.
 //!
 //! Batches commit with synchronous_commit off. Some time after a COMMIT the target is asked where
-//! its log stands; once it is flushed up to there, the batch and all before it are durable. A target
-//! whose commits wait for standbys has flushed what they have flushed, too.
+//! its log stands; once it is flushed up to there, the batch and all before it are durable. A
+//! target whose commits wait for standbys has flushed what they have flushed, too.
 
 use std::collections::VecDeque;
 

@@ -164,8 +164,8 @@ pub const DDL: &str = "do $$ begin if pg_catalog.to_regnamespace('walferry') is 
 pub const MESSAGE_PREFIX: &str = "walferry";
 
 /// Asks where the target's log stands, how much of it nothing can take back any more, and whether
-/// that is for the target's own disk alone to say. Where a commit waits for standbys, one of them may
-/// take over with no more than it has flushed, and the slot must not have been told of what it
+/// that is for the target's own disk alone to say. Where a commit waits for standbys, one of them
+/// may take over with no more than it has flushed, and the slot must not have been told of what it
 /// lacks. Whoever may not see standbys goes by the target's own disk.
 /// <https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION>
 const POSITION: &str = "select pg_catalog.pg_current_wal_insert_lsn(), \
