@@ -5,6 +5,7 @@
 //! to 18 and name every schema, as sessions have an empty search_path. Nothing here writes.
 
 pub mod describe;
+pub mod foreign_key;
 pub mod mark;
 pub mod publication;
 pub mod select;
@@ -12,6 +13,7 @@ pub mod sequence;
 pub mod table;
 
 pub use describe::describe;
+pub use foreign_key::{ForeignKey, foreign_keys};
 pub use mark::mark;
 pub use publication::{Publication, Published};
 pub use select::{PatternError, Selection};

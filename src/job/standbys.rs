@@ -414,22 +414,7 @@ fn foreign(theirs: &SlotStatus, ours: &SlotStatus) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn status() -> SlotStatus {
-        SlotStatus {
-            name: "s".to_string(),
-            plugin: "pgoutput".to_string(),
-            database: "shop".to_string(),
-            active_pid: None,
-            restart_lsn: Some(Lsn(50)),
-            confirmed_flush_lsn: Some(Lsn(100)),
-            wal_status: Some("reserved".to_string()),
-            invalidation_reason: None,
-            temporary: false,
-            failover: false,
-            retained_bytes: 0,
-        }
-    }
+    use crate::source::continuity::tests::status;
 
     #[test]
     fn a_slot_of_another_kind_or_in_use_is_left_alone() {

@@ -245,7 +245,7 @@ pub async fn check_continuity_by_sql(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::fault::{Fault, Faulty};
 
@@ -258,7 +258,8 @@ mod tests {
         }
     }
 
-    fn status() -> SlotStatus {
+    /// A slot in good order.
+    pub(crate) fn status() -> SlotStatus {
         SlotStatus {
             name: "s".to_string(),
             plugin: "pgoutput".to_string(),

@@ -7,20 +7,11 @@ use crate::pg;
 
 use super::{Check, Finding, Side};
 
-const KEYS: &str = "select k.conname, n.nspname, c.relname, fn.nspname, f.relname \
-     from pg_catalog.pg_constraint k \
-     join pg_catalog.pg_class c on c.oid = k.conrelid \
-     join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-     join pg_catalog.pg_class f on f.oid = k.confrelid \
-     join pg_catalog.pg_namespace fn on fn.oid = f.relnamespace \
-     where k.contype = 'f' order by 2, 3, 1";
-
 impl Check<'_> {
     pub(super) async fn borders(&mut self) -> pg::Result<()> {
         let mut needed = Vec::new();
-        for row in self.source.session.query(KEYS).await? {
-            let (key, table) = (row.string(0)?, QualifiedName::new(row.str(1)?, row.str(2)?));
-            let other = QualifiedName::new(row.str(3)?, row.str(4)?);
+        for found in catalog::foreign_keys(&mut self.source.session).await? {
+            let (key, table, other) = (found.name, found.table, found.other);
             let selection = &self.options.selection;
             match (selection.has_schema(&table), selection.has_schema(&other)) {
                 (true, false) => needed.push((key, table, other)),

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::Error;
-use crate::catalog::{self, Selection, TableKind};
+use crate::catalog::{self, ForeignKey, Selection, TableKind};
 use crate::copy::Freeze;
 use crate::id::{JobName, QualifiedName, quote_ident};
 use crate::job::lease;
@@ -192,26 +192,11 @@ impl Reshard {
 
     /// Foreign keys whose rows would point to rows of another target, which nobody would notice.
     async fn torn_keys(&self, session: &mut Session) -> Result<Vec<String>> {
-        let sql = "select k.conname, n.nspname, c.relname, fn.nspname, f.relname, \
-             (select pg_catalog.string_agg(a.attname || '=' || fa.attname, ',') \
-              from unnest(k.conkey, k.confkey) as u(here, there) \
-              join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and a.attnum = u.here \
-              join pg_catalog.pg_attribute fa \
-                on fa.attrelid = k.confrelid and fa.attnum = u.there) \
-             from pg_catalog.pg_constraint k \
-             join pg_catalog.pg_class c on c.oid = k.conrelid \
-             join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-             join pg_catalog.pg_class f on f.oid = k.confrelid \
-             join pg_catalog.pg_namespace fn on fn.oid = f.relnamespace \
-             where k.contype = 'f' order by 2, 3, 1";
         let shard = |name: &QualifiedName| {
             self.shards.iter().find(|shard| shard.name().as_ref() == Ok(name))
         };
         let mut problems = Vec::new();
-        for row in session.query(sql).await? {
-            let table = QualifiedName::new(row.str(1)?, row.str(2)?);
-            let other = QualifiedName::new(row.str(3)?, row.str(4)?);
-            let columns = row.opt(5)?.unwrap_or_default();
+        for ForeignKey { name, table, other, columns } in catalog::foreign_keys(session).await? {
             let holds = match (shard(&table), shard(&other)) {
                 (_, None) => true,
                 (None, Some(_)) => !self.reference.contains(&table),
@@ -230,7 +215,7 @@ impl Reshard {
                     "foreign key {} of {table} leads to rows of {other} that go to other targets: \
                      share both out by the columns of the key in the same way, make {other} a \
                      reference table, or drop the key",
-                    quote_ident(row.str(0)?)
+                    quote_ident(&name)
                 ));
             }
         }
