@@ -45,6 +45,8 @@ enum Command {
     Run(RunArgs),
     /// Show where each pair of source and target stands
     Status,
+    /// Compare every row of all sources with the target that it goes to, while streams flow
+    Verify(VerifyArgs),
     /// Switch applications from all sources to all targets, at once. There is no way back
     Cutover(CutoverArgs),
     /// Drop all that walferry made, on all sides, once it is switched
@@ -61,6 +63,13 @@ struct RunArgs {
     /// Tables copied at the same time, in each pair [default: 4]
     #[arg(short, long, value_name = "N")]
     jobs: Option<usize>,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+struct VerifyArgs {
+    /// Give up if the sides cannot be lined up for so long [default: 5m]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    timeout: Option<Duration>,
 }
 
 #[derive(Clone, Debug, clap::Args)]
@@ -107,6 +116,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Check => check(&reshard, args.json).await,
         Command::Run(run) => run_all(&reshard, &run, &tell).await,
         Command::Status => status(&reshard, args.json).await,
+        Command::Verify(given) => verify(&reshard, &given, args.json).await,
         Command::Cutover(flip) => cutover(&reshard, &flip, &file, &tell, args.json).await,
         Command::Finish => {
             ended("finished", reshard::finish(&reshard, &tell).await?);
@@ -162,6 +172,8 @@ fn refuse_others(file: &File) -> anyhow::Result<()> {
         (file.publication.is_some(), "publication"),
         (file.initial_copy.is_some() || file.from_lsn.is_some(), "initial-copy"),
         (file.two_way, "two-way"),
+        (!file.standby.is_empty(), "standby"),
+        (file.decode_from.is_some(), "decode-from"),
         (file.ddl.is_some(), "ddl"),
         (file.on_row_error.as_deref().is_some_and(|what| what != "stop"), "on-row-error"),
         (file.after_failover.as_deref().is_some_and(|what| what != "stop"), "after-failover"),
@@ -251,6 +263,38 @@ async fn status(reshard: &Reshard, as_json: bool) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// 0 equal, 1 not.
+async fn verify(reshard: &Reshard, args: &VerifyArgs, as_json: bool) -> anyhow::Result<ExitCode> {
+    let timeout = args.timeout.unwrap_or(Duration::from_secs(300));
+    let reports = reshard::verify(reshard, timeout).await?;
+    let equal = reports.iter().all(|report| report.equal);
+    if as_json {
+        print::json(&json!({ "equal": equal, "targets": reports }))?;
+        return Ok(if equal { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+    let mut rows = 0;
+    for (place, report) in reports.iter().enumerate() {
+        rows += report.tables.iter().map(|table| table.rows).sum::<u64>();
+        for table in report.tables.iter().filter(|table| !table.equal) {
+            println!(
+                "target {}: {}: {} rows missing, {} too many, {} different",
+                place + 1,
+                table.name,
+                table.missing,
+                table.extra,
+                table.different
+            );
+            let keys = table.keys.iter().map(|key| key.key.as_str());
+            for line in table.problems.iter().map(String::as_str).chain(keys.take(10)) {
+                println!("{:>10}{line}", "");
+            }
+        }
+    }
+    let found = if equal { "equal" } else { "not equal" };
+    println!("{found}: {} rows that go to {} targets", print::count(rows), reports.len());
+    Ok(if equal { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 async fn cutover(

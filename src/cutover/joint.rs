@@ -21,7 +21,7 @@
 //! Left out: a way back. Rows of one target come from several sources, and nothing tells which a
 //! new one would have to go to.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::future::Future;
 use std::time::{Duration, Instant};
 
@@ -99,8 +99,8 @@ struct Ready {
     lives: Vec<Session>,
     /// With each target.
     dests: Vec<Session>,
-    /// Sequences of each target.
-    there: Vec<HashSet<QualifiedName>>,
+    /// Sequences of each target, and where they stood.
+    there: Vec<HashMap<QualifiedName, i64>>,
     /// Where each source's sequences stood.
     stood: Vec<Stood>,
 }
@@ -256,7 +256,7 @@ impl Ready {
         let stood = try_join_all(lives.iter_mut().map(Stood::of)).await?;
         let there = try_join_all(dests.iter_mut().map(|dest| async move {
             let sequences = catalog::sequences(dest).await?;
-            Ok::<_, Error>(sequences.into_iter().map(|sequence| sequence.name).collect())
+            Ok::<_, Error>(sequences.into_iter().map(|s| (s.name, s.last_value)).collect())
         }));
         let there = there.await?;
         Ok(Ready { lives, dests, there, stood })

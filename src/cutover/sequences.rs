@@ -6,7 +6,7 @@
 //! the rate of the last moments, and a few of the blocks that sessions take at once (CACHE). Gaps
 //! in sequences are normal; collisions are not.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use super::Result;
@@ -51,12 +51,7 @@ impl Stood {
 
     /// Increments by which the other side is ahead: of a sequence that both sides drew from.
     fn ahead(&self, sequence: &Sequence) -> u64 {
-        let Some(there) = self.dest.get(&sequence.name).filter(|_| !sequence.cycle) else {
-            return 0;
-        };
-        let further = i128::from(*there) - i128::from(sequence.last_value);
-        let increments = further.checked_div(i128::from(sequence.increment)).unwrap_or(0);
-        u64::try_from(increments).map_or(0, |increments| increments.saturating_add(1))
+        ahead(sequence, self.dest.get(&sequence.name).copied())
     }
 
     /// Increments a second since then.
@@ -68,6 +63,14 @@ impl Stood {
         let seconds = self.at.elapsed().as_secs_f64().max(0.05);
         increments.max(0) as f64 / seconds
     }
+}
+
+/// Increments by which one that stands at `there` is further than `sequence`.
+fn ahead(sequence: &Sequence, there: Option<i64>) -> u64 {
+    let Some(there) = there.filter(|_| !sequence.cycle) else { return 0 };
+    let further = i128::from(there) - i128::from(sequence.last_value);
+    let increments = further.checked_div(i128::from(sequence.increment)).unwrap_or(0);
+    u64::try_from(increments).map_or(0, |increments| increments.saturating_add(1))
 }
 
 /// Increments by which a sequence is set further than it was read.
@@ -147,11 +150,14 @@ impl Past {
         }
     }
 
-    /// Sets those that are `there`.
-    pub async fn set(&self, dest: &mut Session, there: &HashSet<QualifiedName>) -> Result<()> {
-        let named = there.iter().filter_map(|name| self.sequences.get(name));
+    /// Sets those that are `there`, with where each stood: none back behind what was drawn there.
+    pub async fn set(&self, dest: &mut Session, there: &HashMap<QualifiedName, i64>) -> Result<()> {
+        let named = there.keys().filter_map(|name| self.sequences.get(name));
         let sequences: Vec<Sequence> = named.cloned().collect();
-        let margin = |sequence: &Sequence| self.margins.get(&sequence.name).copied().unwrap_or(0);
+        let margin = |sequence: &Sequence| {
+            let most = self.margins.get(&sequence.name).copied().unwrap_or(0);
+            most.max(ahead(sequence, there.get(&sequence.name).copied()))
+        };
         Ok(schema::set_sequences(dest, &sequences, margin).await?)
     }
 }

@@ -210,7 +210,7 @@ async fn place(
 
 /// Has the stream held at `lsn`, and waits until it stands there; gives the command's id. `exact`:
 /// an error if the stream has passed the position already.
-async fn hold(
+pub(super) async fn hold(
     client: &mut Client,
     stream: Stream,
     lsn: Lsn,

@@ -80,10 +80,18 @@ pub(super) fn query(
     format!("copy (select * from ({}) q order by h) to stdout", leaves.join(" union all "))
 }
 
-/// Compares the rows of the given buckets and adds what differs to `report`.
+/// A side whose rows are read.
+pub(super) struct Reading<'a> {
+    pub session: &'a mut Session,
+    pub expressions: &'a Expressions<'a>,
+    pub family: &'a Family,
+    pub end: End,
+}
+
+/// Compares the rows of the given buckets, of all sources with those of the target, and adds what
+/// differs to `report`.
 pub(super) async fn compare(
-    sessions: (&mut Session, &mut Session),
-    expressions: (&Expressions<'_>, &Expressions<'_>),
+    readings: &mut [Reading<'_>],
     family: &Family,
     buckets: &[(i64, u64)],
     keys_limit: usize,
@@ -91,13 +99,13 @@ pub(super) async fn compare(
 ) -> Result<()> {
     for pass in passes(buckets) {
         let all = pass.len() as u64 == family.buckets;
-        let source = query(expressions.0, family, End::Source, all, &pass);
-        let target = query(expressions.1, family, End::Target, all, &pass);
-        let (source, target) = tokio::try_join!(
-            open(sessions.0, End::Source, family, &source),
-            open(sessions.1, End::Target, family, &target),
-        )?;
-        merge(source, target, family, keys_limit, report).await?;
+        let opening = readings.iter_mut().map(|reading| {
+            let sql = query(reading.expressions, reading.family, reading.end, all, &pass);
+            let Reading { session, end, .. } = reading;
+            async move { open(session, *end, family, &sql).await }
+        });
+        let entries = futures_util::future::try_join_all(opening).await?;
+        merge(entries, family, keys_limit, report).await?;
     }
     Ok(())
 }
@@ -169,20 +177,15 @@ fn entry(line: &Bytes) -> Result<Entry> {
 }
 
 async fn merge(
-    mut source: Entries<'_>,
-    mut target: Entries<'_>,
+    mut sides: Vec<Entries<'_>>,
     family: &Family,
     keys_limit: usize,
     report: &mut TableReport,
 ) -> Result<()> {
-    loop {
-        let least = match (source.match_hash(), target.match_hash()) {
-            (Some(ours), Some(theirs)) => ours.min(theirs),
-            (Some(one), None) | (None, Some(one)) => one,
-            (None, None) => return Ok(()),
-        };
+    while let Some(least) = sides.iter().filter_map(Entries::match_hash).min() {
         let mut group = Group::default();
-        for (entries, sign) in [(&mut source, 1), (&mut target, -1)] {
+        for entries in &mut sides {
+            let sign = if entries.end == End::Source { 1 } else { -1 };
             while entries.match_hash() == Some(least) {
                 if let Some(entry) = entries.advance().await? {
                     group.add(entry, sign);
@@ -191,6 +194,7 @@ async fn merge(
         }
         group.judge(family, keys_limit, report);
     }
+    Ok(())
 }
 
 impl Group {

@@ -101,7 +101,7 @@ impl Half {
             .sum()
     }
 
-    fn scans(&self, piece_blocks: u64) -> Vec<Scan> {
+    pub fn scans(&self, piece_blocks: u64) -> Vec<Scan> {
         self.leaves
             .iter()
             .flat_map(|leaf| scans(leaf, self.rows.get(&leaf.name), piece_blocks))

@@ -31,6 +31,9 @@
 //! Tables that a map makes others of are read through it on the source, and paired by the names
 //! that they have on the target.
 //!
+//! Rows of several sources that are shared out among several targets are compared by target: those
+//! of all sources that go there, with those that are there (`united`).
+//!
 //! Nothing is written, so nothing survives a crash: run it again. Table locks (ACCESS SHARE) are
 //! given back after each scan, although the snapshot's transaction goes on.
 //!
@@ -43,6 +46,7 @@ mod fingerprint;
 mod render;
 mod report;
 mod run;
+mod united;
 
 use std::fmt;
 use std::sync::Arc;
@@ -55,6 +59,7 @@ use crate::pg::{self, Config};
 
 pub use report::{Difference, DifferenceKind, Report, TableReport};
 pub use run::run;
+pub use united::run_united;
 
 /// One of the two databases.
 #[derive(Clone, Debug)]

@@ -69,7 +69,7 @@ pub async fn run(options: Options) -> Result<Report> {
     let selection = wide.as_ref().unwrap_or(&options.selection);
     let target = Catalog::new(catalog::tables(&mut pair.target, selection).await?);
     let types = (Types::read(&mut pair.source).await?, Types::read(&mut pair.target).await?);
-    let dialects = pair.agree().await?;
+    let dialects = agree(&mut pair.source, &mut pair.target).await?;
     let families = families(&source, &target, &options).map_err(Error::Mask)?;
     let piece_blocks =
         |s: &Session| if s.major_version() < 14 { u64::MAX } else { options.piece_blocks };
@@ -214,32 +214,6 @@ impl Pair {
         Ok(Pair { source, target })
     }
 
-    /// How both sides will hash.
-    async fn agree(&mut self) -> Result<(Dialect, Dialect)> {
-        let encoding = |s: &Session| s.parameter("server_encoding").unwrap_or("UTF8").to_string();
-        let encodings = (encoding(&self.source), encoding(&self.target));
-        let versions = (self.source.major_version(), self.target.major_version());
-        let same_bytes = encodings.0 == encodings.1;
-        let mut fast = same_bytes && versions.0 >= 11 && versions.1 >= 11;
-        if fast {
-            // The hash may depend on the processor's byte order, and could change one day.
-            let probe = "select hashtextextended(repeat('walferry', n) collate \"C\", 0) \
-                 from generate_series(0, 5) n order by n";
-            let (ours, theirs) =
-                tokio::try_join!(self.source.query(probe), self.target.query(probe))?;
-            fast = ours.iter().zip(&theirs).all(|(a, b)| a.bytes(0) == b.bytes(0));
-        }
-        let floats_differ = (versions.0 < 12) != (versions.1 < 12);
-        // SQL_ASCII stores bytes of unknown meaning: taken as they are.
-        let convert = |encoding: &str| match (same_bytes, encoding) {
-            (true, _) => None,
-            (false, "SQL_ASCII") => Some("SQL_ASCII"),
-            (false, _) => Some("UTF8"),
-        };
-        let dialect = |e: &str| Dialect { fast, encoding: convert(e), floats_differ };
-        Ok((dialect(&encodings.0), dialect(&encodings.1)))
-    }
-
     /// `None` where a table was rewritten since the snapshot.
     async fn scan(
         &mut self,
@@ -294,20 +268,7 @@ impl Pair {
         let Some(family) = shared.families.get(index) else {
             return Err(Error::Task(format!("no family {index}")));
         };
-        let mut report = TableReport {
-            name: family.name.to_string(),
-            rows: source.rows(),
-            rows_target: target.rows(),
-            equal: false,
-            differing: 0,
-            missing: 0,
-            extra: 0,
-            different: 0,
-            key: family.key.clone(),
-            keys: Vec::new(),
-            problems: family.problems.clone(),
-            notes: family.notes.clone(),
-        };
+        let mut report = begin_report(family, source.rows(), target.rows());
         let ends = (shared.expressions(index, End::Source), shared.expressions(index, End::Target));
         let buckets = source.differing(target);
         match &ends {
@@ -316,11 +277,22 @@ impl Pair {
                     self.release(&shared.options).await?;
                     return Ok(None);
                 }
-                let sessions = (&mut self.source, &mut self.target);
                 let limit = shared.options.keys_limit;
-                let expressions = (ours, theirs);
-                compare::compare(sessions, expressions, family, &buckets, limit, &mut report)
-                    .await?;
+                let mut readings = [
+                    compare::Reading {
+                        session: &mut self.source,
+                        expressions: ours,
+                        family,
+                        end: End::Source,
+                    },
+                    compare::Reading {
+                        session: &mut self.target,
+                        expressions: theirs,
+                        family,
+                        end: End::Target,
+                    },
+                ];
+                compare::compare(&mut readings, family, &buckets, limit, &mut report).await?;
                 self.release(&shared.options).await?;
                 let fixed = shared.options.source.snapshot.is_some()
                     && shared.options.target.snapshot.is_some();
@@ -346,10 +318,60 @@ impl Pair {
     }
 }
 
+/// What is known of a family once its rows are counted.
+pub(super) fn begin_report(family: &Family, rows: u64, rows_target: u64) -> TableReport {
+    TableReport {
+        name: family.name.to_string(),
+        rows,
+        rows_target,
+        equal: false,
+        differing: 0,
+        missing: 0,
+        extra: 0,
+        different: 0,
+        key: family.key.clone(),
+        keys: Vec::new(),
+        problems: family.problems.clone(),
+        notes: family.notes.clone(),
+    }
+}
+
+/// How both sides will hash.
+pub(super) async fn agree(
+    source: &mut Session,
+    target: &mut Session,
+) -> Result<(Dialect, Dialect)> {
+    let encoding = |s: &Session| s.parameter("server_encoding").unwrap_or("UTF8").to_string();
+    let encodings = (encoding(source), encoding(target));
+    let versions = (source.major_version(), target.major_version());
+    let same_bytes = encodings.0 == encodings.1;
+    let mut fast = same_bytes && versions.0 >= 11 && versions.1 >= 11;
+    if fast {
+        // The hash may depend on the processor's byte order, and could change one day.
+        let probe = "select hashtextextended(repeat('walferry', n) collate \"C\", 0) \
+             from generate_series(0, 5) n order by n";
+        let (ours, theirs) = tokio::try_join!(source.query(probe), target.query(probe))?;
+        fast = ours.iter().zip(&theirs).all(|(a, b)| a.bytes(0) == b.bytes(0));
+    }
+    let floats_differ = (versions.0 < 12) != (versions.1 < 12);
+    // SQL_ASCII stores bytes of unknown meaning: taken as they are.
+    let convert = |encoding: &str| match (same_bytes, encoding) {
+        (true, _) => None,
+        (false, "SQL_ASCII") => Some("SQL_ASCII"),
+        (false, _) => Some("UTF8"),
+    };
+    let dialect = |e: &str| Dialect { fast, encoding: convert(e), floats_differ };
+    Ok((dialect(&encodings.0), dialect(&encodings.1)))
+}
+
 /// Locks the table, so that nobody can rewrite it any more, and looks whether somebody has since
 /// the snapshot was taken (TRUNCATE, ALTER TYPE, CLUSTER). In the new file the snapshot may see no
 /// rows, and no error says so; pg_class as the snapshot sees it names the file before.
-async fn is_whole(session: &mut Session, end: End, table: &QualifiedName) -> Result<bool> {
+pub(super) async fn is_whole(
+    session: &mut Session,
+    end: End,
+    table: &QualifiedName,
+) -> Result<bool> {
     let sql = format!(
         "lock table only {0} in access share mode; \
          select c.relfilenode = pg_catalog.pg_relation_filenode(c.oid) \
@@ -368,14 +390,14 @@ async fn is_whole(session: &mut Session, end: End, table: &QualifiedName) -> Res
 
 /// Gives table locks back while the transaction goes on, so that a comparison of hours does not
 /// stand in the way of an ALTER TABLE, or of the fence, for longer than one scan.
-async fn release(session: &mut Session, snapshot: bool) -> Result<()> {
+pub(super) async fn release(session: &mut Session, snapshot: bool) -> Result<()> {
     if snapshot {
         session.execute("rollback to savepoint walferry_verify").await?;
     }
     Ok(())
 }
 
-async fn open(side: &Side, end: End) -> Result<Session> {
+pub(super) async fn open(side: &Side, end: End) -> Result<Session> {
     let mut session = Session::connect(&side.config, Purpose::Sql).await?;
     let major_version = session.major_version();
     // Plans: buckets are few, so sorting rows to group them is never right. 64 MB of work_mem are

@@ -44,6 +44,10 @@ async fn end(reshard: &Reshard, tell: &Tell, event: Event) -> Result<Ended> {
     // The home last: that there is something to end is known there.
     let mut pairs = reshard.pairs(&layout)?;
     pairs.sort_by_key(|pair| std::cmp::Reverse(pair.target));
+    // Before the runner is asked to stop, which would be for nothing.
+    let session = Session::control(reshard.home()?).await?;
+    let row = Store::new(session, reshard.name.clone()).load_existing().await?;
+    refuse(reshard, row.stage, event)?;
     let (lease, mut store) = run::take_lease(reshard, STOP_WAIT).await?;
     let keeping = Task(tokio::spawn(run::keep(lease)));
     admit(reshard, &mut store, &pairs, event).await?;
@@ -76,25 +80,29 @@ async fn end(reshard: &Reshard, tell: &Tell, event: Event) -> Result<Ended> {
     Ok(ended)
 }
 
+/// What does not fit the stage.
+fn refuse(reshard: &Reshard, stage: Stage, event: Event) -> Result<()> {
+    let (asked, why) = match (stage, event) {
+        (Stage::Switched, Event::FinishAsked) => return Ok(()),
+        (Stage::Switched, _) => ("cancel", "walferry reshard finish ends it"),
+        (_, Event::FinishAsked) => {
+            ("finish", "It ends what was switched: use cutover first, or cancel")
+        }
+        _ => return Ok(()),
+    };
+    let (name, stage) = (reshard.name.to_string(), stage.to_string());
+    Err(Error::Refused { asked, name, stage, why }.into())
+}
+
 /// Refuses what does not fit the stage, and brings that to where it can be ended.
 async fn admit(reshard: &Reshard, store: &mut Store, pairs: &[Pair], event: Event) -> Result<()> {
     let row = store.load_existing().await?;
-    let (name, stage) = (reshard.name.to_string(), row.stage.to_string());
-    match (row.stage, event) {
-        (Stage::Switched, Event::FinishAsked) if Reshard::settled(row.flip.clone()).is_some() => {
-            Ok(())
-        }
-        (Stage::Switched, Event::FinishAsked) => reshard.settle(store, pairs, row.flip).await,
-        (Stage::Switched, _) => {
-            let why = "walferry reshard finish ends it";
-            Err(Error::Refused { asked: "cancel", name, stage, why }.into())
-        }
-        (_, Event::FinishAsked) => {
-            let why = "It ends what was switched: use cutover first, or cancel";
-            Err(Error::Refused { asked: "finish", name, stage, why }.into())
-        }
-        (Stage::CuttingOver, _) => reshard.undo(store, row.flip).await,
-        (Stage::Running, _) => Ok(()),
+    refuse(reshard, row.stage, event)?;
+    match row.stage {
+        Stage::Switched if Reshard::settled(row.flip.clone()).is_some() => Ok(()),
+        Stage::Switched => reshard.settle(store, pairs, row.flip).await,
+        Stage::CuttingOver => reshard.undo(store, row.flip).await,
+        Stage::Running => Ok(()),
     }
 }
 

@@ -43,6 +43,12 @@ pub enum Error {
         /// What to do instead.
         why: &'static str,
     },
+    /// Streams are to be held, and nobody runs them.
+    #[error("nobody runs reshard {name}: both sides are held by walferry reshard run, so start it")]
+    NotRun {
+        /// Its name.
+        name: String,
+    },
     /// A pair stopped.
     #[error("from source {source_number} to target {target_number}: {cause}")]
     Pair {

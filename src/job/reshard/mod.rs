@@ -29,9 +29,8 @@
 //! or nothing. TRUNCATE on a source stops the job, as it would take other sources' rows. Nor is a
 //! table read again after a failover of its source: which rows came from where, nobody can tell.
 //!
-//! Left out: a way back; a comparison of all sides (counts and sums can be compared by SQL once
-//! they are switched, as sources are sealed); decoding a source once for all targets, which now
-//! costs one walsender for each.
+//! Left out: a way back; decoding a source once for all targets, which now costs one walsender for
+//! each; partitioned tables.
 
 mod checks;
 mod end;
@@ -43,6 +42,7 @@ mod run;
 mod status;
 mod store;
 mod tables;
+mod verify;
 
 pub use checks::check;
 pub use end::{Ended, cancel, finish};
@@ -52,3 +52,4 @@ pub use layout::{Reshard, Table};
 pub use run::{Tell, Until, lead_over, run};
 pub use status::{PairStatus, Status, status};
 pub use store::Stage;
+pub use verify::verify;

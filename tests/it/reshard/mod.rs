@@ -140,9 +140,10 @@ impl Stage {
     }
 
     /// Waits until a cutover could be made: the streams of a target that was away have caught up.
-    async fn until_ready(&self) {
+    async fn until_ready(&self, run: &mut Walferry) {
         let mut said = String::new();
         for _ in 0..60 {
+            assert!(!run.has_ended(), "the run ended: {}", run.so_far());
             let ended = self.walferry(&["cutover", "--dry-run"]).await;
             if ended.code == Some(0) {
                 return;
@@ -150,7 +151,7 @@ impl Stage {
             said = ended.err;
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
-        panic!("no cutover could be made: {said}\n{}", self.status().await);
+        panic!("no cutover could be made: {said}\n{}\n{}", self.status().await, run.so_far());
     }
 
     /// A cutover, again where it was cut short: in the first one the runner is killed, and a target
@@ -188,6 +189,41 @@ impl Stage {
         panic!("no cutover: {}", self.status().await);
     }
 
+    /// Every row of all sources, under writers: equal, and what is not is named.
+    async fn compares(&self) {
+        let equal = self.walferry(&["--json", "verify"]).await;
+        if equal.code != Some(0) {
+            panic!("{equal:?}: {}", self.status().await);
+        }
+        let equal = equal.json();
+        let rows: u64 = (equal["targets"].as_array().unwrap().iter())
+            .flat_map(|target| target["tables"].as_array().unwrap())
+            .map(|table| table["rows"].as_u64().unwrap())
+            .sum();
+        assert!(equal["equal"] == true && rows > 10_000, "{rows}: {equal}");
+        let (first, second) = (&self.targets[0], &self.targets[1]);
+        let newest = first.psql("app", "select max(id) from customer").unwrap();
+        let was = format!("select name from customer where id = {newest}");
+        let was = first.psql("app", &was).unwrap();
+        let rename =
+            |name: &str| format!("update customer set name = '{name}' where id = {newest}");
+        second.psql("app", "insert into tag values ('alien', 1)").unwrap();
+        first.psql("app", &rename("another")).unwrap();
+        let found = self.walferry(&["verify"]).await;
+        assert_eq!(found.code, Some(1), "{found:?}");
+        for part in [
+            "target 2: public.tag: 0 rows missing, 1 too many, 0 different",
+            "key=alien",
+            "target 1: public.customer: 0 rows missing, 0 too many, 1 different",
+            "not equal",
+        ] {
+            assert!(found.out.contains(part), "{part}: {found:?}");
+        }
+        second.psql("app", "delete from tag where key = 'alien'").unwrap();
+        first.psql("app", &rename(&was)).unwrap();
+        self.walferry(&["verify"]).await.expect_success();
+    }
+
     fn ends_clean(&self) {
         for server in self.sources.iter().chain(&self.targets) {
             let sql = "select (select count(*) from pg_replication_slots), \
@@ -209,6 +245,9 @@ async fn two_sources_go_to_three_targets_under_writers_and_kills() {
     run.kill9().await;
     let mut run = stage.spawn(&["run"]);
     stage.until_following(&mut run).await;
+    // Drawn from on the target already, further than on any source.
+    stage.targets[2].psql("app", "select setval('ticket', 50000)").unwrap();
+    // A refusal leaves the runner at work.
     let refused = stage.walferry(&["finish"]).await;
     assert!(refused.code == Some(1) && refused.err.contains("use cutover first"), "{refused:?}");
     let refused = stage.walferry(&["cutover"]).await;
@@ -217,14 +256,15 @@ async fn two_sources_go_to_three_targets_under_writers_and_kills() {
     load.more().await;
     stage.targets[1].resume().unwrap();
     load.more().await;
-    stage.until_ready().await;
+    stage.until_ready(&mut run).await;
+    stage.compares().await;
     let held = stage.cut_over(run, None).await;
     let stalls = load.end().await;
     println!("writers held for {held:.0} ms; longest statement {stalls:?}");
     stage.assert_exact();
-    for target in &stage.targets {
+    for (target, past) in stage.targets.iter().zip([900, 900, 50_000]) {
         let next = target.psql("app", "select nextval('ticket')").unwrap();
-        assert!(next.parse::<i64>().unwrap() > 900, "{next}");
+        assert!(next.parse::<i64>().unwrap() > past, "{next}");
     }
     stage.walferry(&["finish"]).await.expect_success();
     stage.ends_clean();
@@ -242,6 +282,28 @@ async fn what_cannot_be_shared_out_is_named_and_cancel_leaves_nothing() {
         }
     };
     refused(TOML, &["there is no target 3: they are 1 to 2"]).await;
+    for beside in [
+        "[[map]]\ntable = \"public.tag\"\nto = \"public.tags\"",
+        "ddl = \"apply\"",
+        "on-row-error = \"quarantine\"",
+        "after-failover = \"refill\"",
+        "decode-from = \"postgres://nowhere/app\"",
+        "standby = [\"postgres://nowhere/app\"]",
+    ] {
+        // Keys of the file come before its tables.
+        let (keys, tables) = if beside.starts_with('[') { ("", beside) } else { (beside, "") };
+        stage.say(&format!("{keys}\n{TOML}\n{tables}\n"));
+        let ended = stage.walferry(&["check"]).await;
+        let word = beside.trim_start_matches("[[").split([' ', ']']).next().unwrap();
+        let named = ended.err.contains(word) && ended.err.contains("does not go together");
+        assert!(ended.code == Some(2) && named, "{beside}: {ended:?}");
+    }
+    let parted = "create table parted (id int, n int, primary key (id)) partition by range (id); \
+        create table parted_1 partition of parted for values from (0) to (9)";
+    stage.sources[0].psql("app", parted).unwrap();
+    let body = "[[shard]]\ntable = \"public.parted\"\ncolumn = \"id\"\nby = \"mod\"\n";
+    refused(body, &["table public.parted is partitioned, which cannot be shared out"]).await;
+    stage.sources[0].psql("app", "drop table parted").unwrap();
     stage.sources[1].psql("app", "alter table tag drop constraint tag_pkey").unwrap();
     let torn = "[[shard]]\ntable = \"public.customer\"\ncolumn = \"id\"\nby = \"citus\"\n\
         [[shard]]\ntable = \"public.orders\"\ncolumn = \"id\"\nby = \"mod\"\n\
@@ -279,6 +341,54 @@ async fn what_cannot_be_shared_out_is_named_and_cancel_leaves_nothing() {
     assert!(full.code == Some(1) && full.err.contains("table public.heavy has rows"), "{full:?}");
     stage.walferry(&["cancel"]).await.expect_success();
     stage.ends_clean();
+}
+
+/// Keys that change and long values that do not: told beforehand, then by name; DDL beside.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_key_that_changes_beside_a_long_value_is_told_by_name() {
+    let stage = Stage::start(1, 2, 0);
+    let table = "create table note (id int primary key, v text); \
+        alter table note alter v set storage external; \
+        insert into note select i, repeat(md5(i::text), 100) from generate_series(1, 20) i";
+    stage.sources[0].psql("app", table).unwrap();
+    let others = "\"public.c*\", \"public.orders\", \"public.place\", \"public.tag\", \
+        \"public.stays\", \"public.loose\", \"public.heavy\"";
+    stage.say(&format!(
+        "exclude = [{others}]\n\
+         [[shard]]\ntable = \"public.note\"\ncolumn = \"id\"\nby = \"mod\"\n"
+    ));
+    let checked = stage.walferry(&["check"]).await.expect_success();
+    assert!(checked.out.contains("\"note\" REPLICA IDENTITY FULL"), "{checked:?}");
+    let mut run = stage.spawn(&["run"]);
+    stage.until_following(&mut run).await;
+    // To the same target, it does not matter.
+    stage.sources[0].psql("app", "update note set id = 102 where id = 2").unwrap();
+    stage.sources[0].psql("app", "update note set id = 103 where id = 2 + 2").unwrap();
+    let ended = run.ended().await;
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    for part in ["public.note does not carry", "replica identity full"] {
+        assert!(ended.err.contains(part), "{part}: {ended:?}");
+    }
+    stage.walferry(&["cancel"]).await.expect_success();
+    for target in &stage.targets {
+        target.psql("app", "drop schema public cascade").unwrap();
+        target.psql("app", "create schema public").unwrap();
+    }
+    // As it is advised.
+    stage.sources[0].psql("app", "alter table note replica identity full").unwrap();
+    let mut run = stage.spawn(&["run"]);
+    stage.until_following(&mut run).await;
+    stage.sources[0].psql("app", "update note set id = 205 where id = 6").unwrap();
+    stage.until_ready(&mut run).await;
+    stage.walferry(&["verify"]).await.expect_success();
+    let there = "select count(*) from note where id = 205 and length(v) = 3200";
+    assert_eq!(stage.targets[1].psql("app", there).unwrap(), "1");
+    // No policy goes beside it: what does not fit stops, and says so.
+    stage.sources[0].psql("app", "alter table note add extra int default 1").unwrap();
+    stage.sources[0].psql("app", "insert into note values (301, 'x', 2)").unwrap();
+    let ended = run.ended().await;
+    assert!(ended.code == Some(1) && ended.err.contains("extra"), "{ended:?}");
+    assert!(ended.err.contains("public.note"), "{ended:?}");
 }
 
 /// `make n-to-m`. WALFERRY_STALLS=1: fails where writers were held for longer than the bar.
