@@ -1,9 +1,11 @@
 //! Which tables take part: `--include`, `--exclude` and `--schema-only` patterns.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::id::QualifiedName;
+use crate::map::Map;
 use crate::pg::{Result, Session};
 
 /// A `schema.table` pattern: `*` stands for any characters, `?` for one, in either part. A part may
@@ -108,7 +110,21 @@ pub struct Selection {
     only: Option<Arc<HashSet<QualifiedName>>>,
     /// Partition to partitioned parent.
     parents: HashMap<QualifiedName, QualifiedName>,
+    /// Tables are given by their names on the target of this map; patterns are of the source's.
+    back: Option<Back>,
 }
+
+/// A map, as part of what can be compared.
+#[derive(Clone, Debug)]
+struct Back(Arc<Map>);
+
+impl PartialEq for Back {
+    fn eq(&self, other: &Back) -> bool {
+        self.0.digest() == other.0.digest()
+    }
+}
+
+impl Eq for Back {}
 
 impl Selection {
     /// Reads the three lists of patterns.
@@ -127,6 +143,7 @@ impl Selection {
             tables_only: false,
             only: None,
             parents: HashMap::new(),
+            back: None,
         })
     }
 
@@ -161,6 +178,11 @@ impl Selection {
         Ok(selection)
     }
 
+    /// The same, of the names that tables have on the target.
+    pub fn on_target(&self, map: &Arc<Map>) -> Selection {
+        Selection { back: Some(Back(map.clone())), ..self.clone() }
+    }
+
     /// These tables of them, alone.
     pub fn of_group(&self, tables: &[QualifiedName]) -> Selection {
         let only = Some(Arc::new(tables.iter().cloned().collect()));
@@ -169,6 +191,18 @@ impl Selection {
 
     /// True if the table exists on both sides after the move.
     pub fn has_schema(&self, table: &QualifiedName) -> bool {
+        self.named(table).is_some_and(|table| self.has_schema_by(&table))
+    }
+
+    /// What the table is called on the source.
+    fn named<'a>(&self, table: &'a QualifiedName) -> Option<Cow<'a, QualifiedName>> {
+        match &self.back {
+            Some(Back(map)) => map.source_of(table).map(Cow::Owned),
+            None => Some(Cow::Borrowed(table)),
+        }
+    }
+
+    fn has_schema_by(&self, table: &QualifiedName) -> bool {
         if self.only.as_ref().is_some_and(|only| !only.contains(table)) {
             return false;
         }
@@ -180,7 +214,9 @@ impl Selection {
 
     /// True if the table's rows are copied, followed and verified.
     pub fn has_rows(&self, table: &QualifiedName) -> bool {
-        self.has_schema(table) && !self.covers(&self.schema_only, table)
+        self.named(table).is_some_and(|table| {
+            self.has_schema_by(&table) && !self.covers(&self.schema_only, &table)
+        })
     }
 
     /// True if a sequence goes where its owner goes, and one without where the database goes.

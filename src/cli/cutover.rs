@@ -136,7 +136,7 @@ pub async fn flip(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Res
     if args.json {
         print::json(&outcome)?;
     } else {
-        show(stream, args.dry_run, config.map.is_some(), &outcome);
+        show(stream, args.dry_run, config.is_one_way(), &outcome);
         if routeless && !args.dry_run {
             let (to, from) = ends_of(stream);
             eprintln!(

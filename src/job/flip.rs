@@ -17,14 +17,15 @@ use super::routes::Late;
 use super::run::{Notice, Runner, published};
 use super::state::{Event, Phase};
 use super::store::FlipRecord;
-use super::{Error, Result, admit};
+use super::{Error, Result, admit, mapped};
+use crate::catalog::{self, Table};
 use crate::cutover::{self, FenceKind, Plan, Rules, barrier};
 use crate::id::{QualifiedName, Stream};
 use crate::pg::{Config, Purpose, Session};
 use crate::route;
 use crate::schema::Acting;
 use crate::source::slot;
-use crate::{apply, catalog, large};
+use crate::{apply, large};
 
 /// How long what was written during an undone flip may take to come home.
 const HOME_DRAIN: Duration = Duration::from_secs(60);
@@ -68,7 +69,9 @@ impl Runner {
             self.make_reverse(Duration::from_millis(request.timeout_ms)).await?;
             self.store.set_armed(true).await?;
         }
-        self.follow_reverse_now().await?;
+        if !one_way {
+            self.follow_reverse_now().await?;
+        }
         self.refreshing = None;
         match &request.group {
             Some(_) if request.dry_run => {}
@@ -98,7 +101,7 @@ impl Runner {
         let mut target = Session::connect(&self.config.target, Purpose::Sql).await?;
         let mut source = Session::control(&self.config.source).await?;
         // A canary proves the way, not the right to every table (law 8).
-        let names: Vec<QualifiedName> = tables.iter().map(|table| table.name.clone()).collect();
+        let names = self.names_back(&tables)?;
         let mut grants = super::ability::missing_grants(&mut source, &names).await?;
         if !admit::may_have_tables(&mut source).await? {
             let row = source.query_one("select current_user", &[]).await?;
@@ -130,8 +133,22 @@ impl Runner {
         Ok(())
     }
 
+    /// What the target's tables are called on the source.
+    fn names_back(&self, tables: &[Table]) -> Result<Vec<QualifiedName>> {
+        let names = tables.iter().map(|table| table.name.clone());
+        let (Some(map), Some(back)) = (&self.config.map, self.config.map_back()) else {
+            return Ok(names.collect());
+        };
+        names
+            .map(|name| match map.source_of(&name) {
+                Some(source) if back.target_of(&name) == source => Ok(source),
+                _ => Err(mapped::Error::NamesTorn { table: name }.into()),
+            })
+            .collect()
+    }
+
     pub(super) async fn follow_reverse_now(&mut self) -> Result<()> {
-        if self.reverse.is_none() && self.config.map.is_none() {
+        if self.reverse.is_none() && !self.config.is_one_way() {
             let pipe = self.pipe(Stream::Reverse, Some(HashMap::new())).await?;
             self.reverse = Some(pipe);
         }
@@ -221,7 +238,8 @@ impl Runner {
         flip: Stream,
         request: &FlipRequest,
     ) -> Result<(cutover::Outcome, Vec<Finding>)> {
-        if flip == Stream::Forward && self.config.map.is_none() {
+        let one_way = self.flies_one_way(request)?;
+        if flip == Stream::Forward && !one_way {
             self.refuse_rogue_writes(request.group.as_ref()).await?;
         }
         if request.group.is_none() {
@@ -268,6 +286,9 @@ impl Runner {
         if let Some(group) = group {
             selection = selection.of_group(&group.tables);
         }
+        if let Some(map) = self.config.map.as_ref().filter(|_| flip == Stream::Reverse) {
+            selection = selection.on_target(map);
+        }
         let rest = match group {
             Some(_) => cutover::Rest::default(),
             None => self.rest(flip, request).await?,
@@ -278,10 +299,11 @@ impl Runner {
             job: self.config.job.clone(),
             live: live.clone(),
             dest: dest.clone(),
+            decoded_at: self.config.decode_from.clone().filter(|_| flip == Stream::Forward),
             tables: tables.clone(),
             selection,
-            sequences: self.mapped_sequences().await?,
-            one_way: self.config.map.is_some(),
+            sequences: self.mapped_sequences(flip).await?,
+            one_way: self.flies_one_way(request)?,
             fence: request.fence.parse()?,
             routes: self.config.secrets.routes(&request.routes)?,
             context: route::Context {
@@ -334,7 +356,7 @@ impl Runner {
     /// side after the switch is on the wrong server, and must be told.
     pub(super) async fn fenced_tables(&self, live: &Config) -> Result<Vec<QualifiedName>> {
         let mut session = Session::control(live).await?;
-        let tables = catalog::tables(&mut session, &self.selection).await?;
+        let tables = catalog::tables(&mut session, &self.selection_on(live)).await?;
         Ok(tables.into_iter().map(|table| table.name).collect())
     }
 

@@ -7,14 +7,21 @@
 //! What hangs on the source's table (foreign keys of others, views) stays behind, as with
 //! `--exclude`.
 //!
-//! The map is of the forward stream alone. What is to be undone has to be seen from the other side,
-//! and a target with fewer rows, columns or other values cannot give it. So there is no way back: a
-//! job is told so (`--one-way`) before it begins, a cutover is made only where it is told once
-//! more, and nothing leads back. All else of a cutover is as ever: the source is fenced and sealed,
-//! the stream drained, and sequences that mapped columns own on the target are set past the
-//! source's.
+//! A filter is part of the publication where the source can have it there (15 and on), so that
+//! fewer changes are sent; it is applied here all the same. Column lists are not: a table whose
+//! whole rows identify may have none, and an application could drop none of the columns any more.
+//!
+//! A map of names alone is turned back by its inverse: the reverse stream goes through that, and
+//! the target's tables are selected by the names that they have on the source.
+//!
+//! Any other is of the forward stream alone. What is to be undone has to be seen from the other
+//! side, and a target with fewer rows, columns or other values cannot give it. So there is no way
+//! back: a job is told so (`--one-way`) before it begins, a cutover is made only where it is told
+//! once more, and nothing leads back. All else of a cutover is as ever: the source is fenced and
+//! sealed, the stream drained, and sequences that mapped columns own on the target are set past
+//! the source's.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use tokio::sync::watch;
@@ -27,7 +34,7 @@ use super::store::JobRow;
 use crate::apply::{Applied, Applier};
 use crate::buffer::memory;
 use crate::catalog::{self, Selection, Table};
-use crate::change::Feed;
+use crate::change::{Feed, ReplicaIdentity};
 use crate::fault::{Fault, Faulty};
 use crate::id::{QualifiedName, Stream, quote_ident};
 use crate::limit;
@@ -42,6 +49,16 @@ pub enum Error {
     /// A change cannot be put through it.
     #[error(transparent)]
     Reshape(#[from] reshape::Error),
+    /// A name of the target that sections of the map do not lead back.
+    #[error(
+        "the job's map does not lead table {table} of the target back to the table of the source \
+         that it came from, as another section's names are in the way: say --one-way, or give one \
+         of the two another name"
+    )]
+    NamesTorn {
+        /// The table on the target.
+        table: QualifiedName,
+    },
     /// There would be no way back.
     #[error(
         "the job has a [[map]], and so a cutover has no way back: {reasons}. Say walferry cutover \
@@ -66,7 +83,9 @@ impl Faulty for Error {
     fn fault(&self) -> Fault {
         match self {
             Error::Reshape(error) => error.fault(),
-            Error::OneWay { .. } | Error::NoRollback { .. } => Fault::Stop,
+            Error::OneWay { .. } | Error::NoRollback { .. } | Error::NamesTorn { .. } => {
+                Fault::Stop
+            }
         }
     }
 }
@@ -119,7 +138,41 @@ pub(super) async fn make_tables(target: &mut Session, map: &Map, tables: Vec<Tab
     Ok(())
 }
 
+/// What publications may leave out: rows that a filter does, by its condition, where all that it
+/// speaks of identifies rows. Slices of several targets are not among them: an UPDATE that moves a
+/// row without its long values would come as an INSERT without them.
+pub(super) fn filters(map: &Map, tables: &[Table]) -> BTreeMap<QualifiedName, String> {
+    let filter = |table: &Table| {
+        let mapped = map.of(&table.name).filter(|m| m.filter.is_some() && m.slice.is_none())?;
+        let stored: Vec<&str> = table.stored_columns().map(|c| c.name.as_str()).collect();
+        let spoken = mapped.filter_depends(&stored);
+        let identifies = |column: &&str| table.identity_columns.iter().any(|c| c == column);
+        let told = table.identity == ReplicaIdentity::Full || spoken.iter().all(identifies);
+        Some((table.name.clone(), mapped.condition().filter(|_| told)?))
+    };
+    tables.iter().filter_map(filter).collect()
+}
+
 impl JobConfig {
+    /// What turns the map back, where there is one and it can be; `None` without a map, too.
+    pub(super) fn map_back(&self) -> Option<Arc<Map>> {
+        let map = self.map.as_ref().filter(|_| !self.one_way)?;
+        map.inverse().map(Arc::new)
+    }
+
+    /// What becomes of a stream's changes.
+    pub(super) fn map_of(&self, stream: Stream) -> Option<Arc<Map>> {
+        match stream {
+            Stream::Forward => self.map.clone(),
+            Stream::Reverse => self.map_back(),
+        }
+    }
+
+    /// There is no way back, as the map has none, or none is wanted.
+    pub fn is_one_way(&self) -> bool {
+        self.map.is_some() && self.map_back().is_none()
+    }
+
     /// Refuses to go on with another map, or key of it, than the job was made with: what is on the
     /// target went through that.
     pub(super) fn same_map(&self, row: &JobRow) -> Result<()> {
@@ -133,9 +186,12 @@ impl JobConfig {
 
 impl Runner {
     /// True for a job with a map, whose flip is a cutover that was asked for without a way back; an
-    /// error for any other flip of such a job.
+    /// error for any other flip of a job whose map has none.
     pub(super) fn flies_one_way(&self, request: &FlipRequest) -> Result<bool> {
         let Some(map) = &self.config.map else { return Ok(false) };
+        if !self.config.is_one_way() {
+            return Ok(request.one_way && request.stream() == Stream::Forward);
+        }
         let reasons = one_way(map);
         match (request.stream(), request.one_way) {
             (Stream::Forward, true) => Ok(true),
@@ -147,6 +203,15 @@ impl Runner {
     /// The tables whose schema comes by the dump.
     pub(super) fn selection_by_dump(&self) -> Result<Selection> {
         made_by_dump(&self.selection, self.config.map.as_deref())
+    }
+
+    /// The job's tables by the names that a side has them under.
+    pub(super) fn selection_on(&self, side: &Config) -> Selection {
+        let map = self.config.map.as_ref().filter(|_| side.label == self.config.target.label);
+        match map.filter(|_| !self.config.is_one_way()) {
+            Some(map) => self.selection.on_target(map),
+            None => self.selection.clone(),
+        }
     }
 
     /// All tables of a side that may be of the job, whatever their names.
@@ -163,7 +228,11 @@ impl Runner {
 
     /// Sequences that columns of mapped tables own on the source, and those that the same columns
     /// own on the target, where somebody has made them.
-    pub(super) async fn mapped_sequences(&self) -> Result<HashMap<QualifiedName, QualifiedName>> {
+    /// For the way back the other way round.
+    pub(super) async fn mapped_sequences(
+        &self,
+        flip: Stream,
+    ) -> Result<HashMap<QualifiedName, QualifiedName>> {
         let Some(map) = &self.config.map else { return Ok(HashMap::new()) };
         let mut source = Session::control(&self.config.source).await?;
         let mut target = Session::control(&self.config.target).await?;
@@ -178,7 +247,10 @@ impl Runner {
                 renamed.insert(sequence, other.clone());
             }
         }
-        Ok(renamed)
+        Ok(match flip {
+            Stream::Forward => renamed,
+            Stream::Reverse => renamed.into_iter().map(|(here, there)| (there, here)).collect(),
+        })
     }
 }
 
@@ -213,7 +285,7 @@ pub(super) fn one_way(map: &Map) -> String {
         .map(|table| format!("{}: {}", table.source, table.one_way().join(", ")))
         .collect();
     match lost.is_empty() {
-        true => "names could be turned back, and that is not built".to_string(),
+        true => "its names cannot be turned back one by one, or --one-way was said".to_string(),
         false => format!("a way back cannot give what the target does not have ({})", {
             lost.join("; ")
         }),

@@ -45,7 +45,8 @@ impl Runner {
             .map(|t| format!("{t} is not in the {}'s publication {publication}", names.0))
             .collect();
         let is_there = |table: &QualifiedName| match &self.config.map {
-            Some(map) => there.contains(&map.target_of(table)),
+            Some(map) if flip == Stream::Forward => there.contains(&map.target_of(table)),
+            Some(map) => map.source_of(table).is_some_and(|source| there.contains(&source)),
             None => there.contains(table),
         };
         let absent = here.iter().filter(|t| !is_there(t) && !unpublished.contains(t));

@@ -180,6 +180,37 @@ impl Map {
         self.of(table).map_or_else(|| table.clone(), |map| map.target)
     }
 
+    /// The map from the target's names back to the source's, where it changes nothing but names.
+    pub fn inverse(&self) -> Option<Map> {
+        let mut tables = BTreeMap::new();
+        for table in self.tables.values() {
+            if !table.one_way().is_empty() || table.shared {
+                return None;
+            }
+            let back = TableMap {
+                rename: table.rename.iter().map(|(from, to)| (to.clone(), from.clone())).collect(),
+                ..TableMap::renamed(table.target.clone(), table.source.clone())
+            };
+            tables.insert(table.target.clone(), back);
+        }
+        let schemas: BTreeMap<String, String> =
+            self.schemas.iter().map(|(from, to)| (to.clone(), from.clone())).collect();
+        let whole = tables.len() == self.tables.len() && schemas.len() == self.schemas.len();
+        whole.then(|| Map { tables, schemas, key: None, digest: self.digest.clone() })
+    }
+
+    /// The table of the source whose rows are in this one of the target; `None` for one that no
+    /// table of that name on the source becomes. For a map with an inverse.
+    pub fn source_of(&self, target: &QualifiedName) -> Option<QualifiedName> {
+        if let Some(table) = self.tables.values().find(|table| table.target == *target) {
+            return Some(table.source.clone());
+        }
+        let schema = self.schemas.iter().find(|(_, to)| **to == target.schema);
+        let before = schema.map(|(from, _)| QualifiedName::new(from, &target.name));
+        let source = before.unwrap_or_else(|| target.clone());
+        (self.target_of(&source) == *target).then_some(source)
+    }
+
     /// True if a table of this name on the target may be one that the map fills.
     pub fn may_fill(&self, target: &QualifiedName) -> bool {
         self.tables.values().any(|table| table.target == *target)

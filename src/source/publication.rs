@@ -11,7 +11,7 @@
 //!
 //! <https://www.postgresql.org/docs/current/sql-createpublication.html>
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::id::{QualifiedName, quote_ident, quote_literal};
 use crate::pg::Session;
@@ -86,6 +86,44 @@ pub async fn ensure(
         change(session, &doing, &set_tables(publication, &wanted, &ensured.removed)).await?;
     }
     Ok(ensured)
+}
+
+/// Has the server itself leave out rows of tables of our publication that fail a condition, where
+/// it can (15 and on). Gives the tables of which it does.
+///
+/// A condition it refuses (functions that are not its own, for one) is the reader's to apply, who
+/// applies the others as well: the server only sends less. Each condition must be of columns of the
+/// table's replica identity, or the server would refuse an application's UPDATE and DELETE.
+///
+/// <https://www.postgresql.org/docs/current/logical-replication-row-filter.html>
+pub async fn narrow(
+    session: &mut Session,
+    publication: &str,
+    conditions: &BTreeMap<QualifiedName, String>,
+) -> Result<Vec<QualifiedName>> {
+    let owned = flags(session, publication).await?.is_some_and(|flags| flags.owned);
+    if conditions.is_empty() || session.major_version() < 15 || !owned {
+        return Ok(Vec::new());
+    }
+    let (name, mut narrowed) = (quote_ident(publication), Vec::new());
+    session.execute("begin").await?;
+    for (table, condition) in conditions {
+        let one = table_list([table]);
+        let sql = format!(
+            "savepoint one; alter publication {name} drop table {one}; \
+             alter publication {name} add table {one} where ({condition})"
+        );
+        match session.execute(&sql).await {
+            Ok(_) => narrowed.push(table.clone()),
+            Err(error) if error.is_closed() => return Err(error.into()),
+            Err(error) => {
+                tracing::info!(%table, %error, "its rows are left out here");
+                session.execute("rollback to savepoint one").await?;
+            }
+        }
+    }
+    session.execute("commit").await?;
+    Ok(narrowed)
 }
 
 /// Tables listed in the publication, ordered; `None` if there is no such publication.
@@ -206,7 +244,7 @@ async fn flags(session: &mut Session, publication: &str) -> Result<Option<Flags>
 
 struct Member {
     table: QualifiedName,
-    /// Without row filter and column list (15 and on), which ours never has.
+    /// Without row filter and column list (15 and on). Ours may have a filter: see [`narrow`].
     whole: bool,
 }
 

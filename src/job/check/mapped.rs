@@ -73,6 +73,9 @@ impl Check<'_> {
     }
 
     fn way_back_through(&mut self, map: &Map) {
+        if let Some(back) = map.inverse().filter(|_| !self.options.one_way) {
+            return self.names_back(map, &back);
+        }
         let (object, reasons) = ("map".to_string(), one_way(map));
         self.findings.push(match self.options.one_way {
             true => {
@@ -92,6 +95,20 @@ impl Check<'_> {
                 Finding::error(Side::Here, "no-way-back", object, message)
             }
         });
+    }
+
+    /// A map of names alone is turned back, where each leads to the table that it came from.
+    fn names_back(&mut self, map: &Map, back: &Map) {
+        let torn = |table: &&Table| back.target_of(&map.target_of(&table.name)) != table.name;
+        for table in self.tables.iter().filter(torn) {
+            let message = format!(
+                "would not be led back from {}, as another section's names are in the way: say \
+                 --one-way (one-way = true in walferry.toml), or give one of the two another name",
+                map.target_of(&table.name)
+            );
+            let object = format!("table {}", table.name);
+            self.findings.push(Finding::error(Side::Here, "no-way-back", object, message));
+        }
     }
 
     /// Sections that are about nothing.

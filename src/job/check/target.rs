@@ -101,7 +101,10 @@ impl Check<'_> {
                 "S" => selection.has_sequence(owners.get(&name)),
                 _ => !selection.tables_only,
             };
-            let alone = moves && is_table && !is_partition && !ours.contains(&name);
+            let filled = self.options.map.as_ref().is_some_and(|map| {
+                map.source_of(&name).is_some_and(|source| ours.contains(&source))
+            });
+            let alone = moves && is_table && !is_partition && !ours.contains(&name) && !filled;
             if alone && self.options.reverse {
                 // Its rows could not come along on the way back.
                 let message = format!(
