@@ -49,6 +49,10 @@ do $do$ begin
             where attrelid = 'walferry.job'::regclass and attname = 'timelines') then
         alter table walferry.job add column timelines jsonb not null default '{}';
     end if;
+    if not exists (select from pg_catalog.pg_attribute
+            where attrelid = 'walferry.job'::regclass and attname = 'on_conflict') then
+        alter table walferry.job add column on_conflict text;
+    end if;
 end $do$;
 create table if not exists walferry.schema_dump (
     job text primary key, pre text not null, post text not null);

@@ -24,10 +24,11 @@ use std::time::Duration;
 
 use super::Result;
 use super::pipeline::Task;
-use super::run::{JobConfig, Notice, Runner};
+use super::run::{JobConfig, Notice, Report, Runner};
 use super::state::{Event, Phase, Refused, step};
-use super::store::JobRow;
+use super::store::{JobRow, Store};
 use crate::apply::Open;
+use crate::apply::conflict::Policy;
 use crate::catalog::{self, Sequence, Table};
 use crate::cutover::barrier;
 use crate::id::{JobName, QualifiedName, Stream, quote_ident, quote_literal};
@@ -61,6 +62,35 @@ const FUNCTION: &str = "create or replace function {function}() returns trigger 
      end loop; \
      insert into walferry.two_way_deleted (relation, key) values (tg_relid, key); \
      return null; end $two_way$";
+
+/// Takes the policy that was given, and stores it: from then on conflicts are settled by it, in
+/// later runs as well. Where none is given, the stored one goes on: a default must not settle half
+/// of a job's conflicts in another way.
+pub(super) async fn settle(
+    config: &mut JobConfig,
+    store: &mut Store,
+    report: &Report,
+) -> Result<()> {
+    let Some(default) = config.two_way else { return Ok(()) };
+    let job = config.job.to_string();
+    let sql = "select on_conflict from walferry.job where name = $1";
+    let row = store.session.query_one(sql, &[Some(&job)]).await?;
+    let stored: Option<Policy> =
+        row.opt(0)?.map(str::parse).transpose().map_err(super::Error::State)?;
+    let policy = config.on_conflict.or(stored).unwrap_or(default);
+    config.two_way = Some(policy);
+    if stored == Some(policy) {
+        return Ok(());
+    }
+    if let Some(before) = stored {
+        let (before, now) = (before.as_str(), policy.as_str());
+        let said = format!("conflicts are settled by {now} from now on, and were by {before}");
+        report(Notice::Said(said));
+    }
+    let sql = "update walferry.job set on_conflict = $2, updated_at = now() where name = $1";
+    store.session.query_params(sql, &[Some(&job), Some(policy.as_str())]).await?;
+    Ok(())
+}
 
 impl Runner {
     /// Opens the target to writers, unless it is open; nothing in a job of one way.

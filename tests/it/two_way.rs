@@ -226,7 +226,7 @@ async fn both_sides_are_written_at_once_and_every_conflict_is_on_record() {
 
     by_policy(&ends).await;
 
-    let run = open(&ends, &[]).await;
+    let run = open(&ends, &["--on-conflict", "last-commit"]).await;
     written_on_both_sides(&ends, run, 2, 8, 150).await;
 
     let refused = ends.walferry(&["cutover", "--two-way"]).await;
@@ -273,8 +273,10 @@ async fn by_policy(ends: &Ends) {
     // What became of what came to the target, and to the source.
     for (round, policy, target, source) in [
         (0, "last-commit", all("kept"), all("applied")),
-        (1, "source", all("applied"), all("kept")),
-        (2, "target", all("kept"), all("applied")),
+        (1, "target", all("kept"), all("applied")),
+        (2, "source", all("applied"), all("kept")),
+        // A run that is not told goes on as the one before.
+        (3, "", all("applied"), all("kept")),
     ] {
         let after = (last_record(&ends.source), last_record(&ends.target));
         collide(ends, round);
@@ -288,9 +290,12 @@ async fn by_policy(ends: &Ends) {
             let ended = run.ended().await;
             assert!(ended.err.contains("conflict update_update: UPDATE"), "{ended:?}");
         }
-        let run = open(ends, &["--on-conflict", policy]).await;
+        let given = if policy.is_empty() { &[][..] } else { &["--on-conflict", policy] };
+        let run = open(ends, given).await;
         drain(ends, Duration::from_secs(30)).await;
         assert_equal(ends);
+        let said = "conflicts are settled by source from now on, and were by target";
+        assert_eq!(run.so_far().contains(said), policy == "source", "{}", run.so_far());
         assert_eq!(recorded(&ends.target, &after.1), target, "{policy} on the target");
         assert_eq!(recorded(&ends.source, &after.0), source, "{policy} on the source");
         run.kill9().await;
