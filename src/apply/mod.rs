@@ -19,7 +19,8 @@
 //! Batches grow under a backlog for as long as the target is quick with them: `growth`.
 //!
 //! `routing` and `target` know the tables, `progress` where the position is kept, `durable` what a
-//! crash of the target can take back, `count` law 10's books.
+//! crash of the target can take back, `standby` what its standbys say of that, `count` law 10's
+//! books.
 //!
 //! # Two orders
 //! Row order (`rows`; SQL by `shape` and `statement`) is a prepared statement a change, as the
@@ -89,6 +90,7 @@ mod run;
 mod sets;
 mod setwise;
 mod shape;
+mod standby;
 mod statement;
 mod target;
 mod writer;
@@ -104,7 +106,7 @@ pub use error::{Culprit, Error, Result};
 pub use gate::{Gate, Open};
 pub use growth::Limits;
 pub use parking::{OnRowError, Reason};
-pub use progress::{ProgressKind, begin_at, durable_progress, forget};
+pub use progress::{ProgressKind, begin_at, durable_progress, forget, told_progress};
 
 use altered::{Alter, Known};
 use batch::Batcher;
@@ -162,19 +164,6 @@ pub const DDL: &str = "do $$ begin if pg_catalog.to_regnamespace('walferry') is 
 
 /// Logical messages whose prefix starts with this are handed to [`Options::on_message`].
 pub const MESSAGE_PREFIX: &str = "walferry";
-
-/// Asks where the target's log stands, how much of it nothing can take back any more, and whether
-/// that is for the target's own disk alone to say. Where a commit waits for standbys, one of them
-/// may take over with no more than it has flushed, and the slot must not have been told of what it
-/// lacks. Whoever may not see standbys goes by the target's own disk.
-/// <https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION>
-const POSITION: &str = "select pg_catalog.pg_current_wal_insert_lsn(), \
-     case when own.alone then pg_catalog.pg_current_wal_flush_lsn() \
-     else least(pg_catalog.pg_current_wal_flush_lsn(), coalesce((\
-     select r.flush_lsn from pg_catalog.pg_stat_replication r \
-     where r.sync_state in ('sync', 'quorum') order by r.flush_lsn limit 1), '0/0')) end, \
-     own.alone from (select pg_catalog.current_setting('synchronous_standby_names') = '' \
-     or not pg_catalog.pg_has_role('pg_read_all_stats', 'usage') as alone) own";
 
 /// Source transactions that are settled before positions are told.
 const SETTLED_AT_ONCE: usize = 64;
@@ -403,6 +392,7 @@ impl Applier {
         let (progress, progress_lsn) =
             Progress::open(&mut session, &options.stream, options.progress, options.busy_wait)
                 .await?;
+        let durable = standby::beginning(&mut session, progress_lsn).await?;
         let writer = Writer::new(&mut session, &options).await?;
         let known = match &options.alter {
             Some(_) => altered::known(&mut session, &options.stream).await?,
@@ -424,11 +414,10 @@ impl Applier {
             in_flight_max: options.tuning.in_flight_max.max(1),
             eager: options.tuning.eager,
             canceled: false,
-            durable: Durable::new(progress_lsn),
             flushed_at: Instant::now(),
             applied: Applied {
                 applied_lsn: progress_lsn,
-                durable_lsn: progress_lsn,
+                durable_lsn: durable.durable_lsn(),
                 last_end_lsn: progress_lsn,
                 ..Applied::default()
             },
@@ -437,6 +426,7 @@ impl Applier {
             alter: options.alter,
             known,
             parked_at: Instant::now(),
+            durable,
             settler,
         })
     }

@@ -248,10 +248,19 @@ pub async fn begin_at(
     Ok(())
 }
 
-/// The progress of a stream that is not being applied, durable on return. Error if it has none.
+/// The progress of a stream that is not being applied, on the target's own disk on return. Error if
+/// it has none.
 pub async fn durable_progress(session: &mut Session, stream: &str) -> Result<Lsn> {
     // Of either kind the row is the truth, and the first thing written.
     Progress { stream: stream.to_string(), kind: ProgressKind::Table }.flush(session).await
+}
+
+/// The same, and what of it a slot may be told: `0/0` while a standby that the target's commits
+/// wait for lacks some of it.
+pub async fn told_progress(session: &mut Session, stream: &str) -> Result<(Lsn, Lsn)> {
+    let progress_lsn = durable_progress(session, stream).await?;
+    let durable = super::standby::beginning(session, progress_lsn).await?;
+    Ok((progress_lsn, durable.durable_lsn()))
 }
 
 /// Drops a stream's progress and its counters, and rolls back what it has prepared. Harmless if

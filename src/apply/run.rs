@@ -9,7 +9,8 @@ use super::batch::{Batch, Work};
 use super::count::Entry;
 use super::error::Result;
 use super::release::TURN;
-use super::{Applied, Applier, POSITION};
+use super::standby::POSITION;
+use super::{Applied, Applier};
 use crate::change::{Commit, Ending, Feed};
 use crate::clock::PgTimestamp;
 use crate::lsn::Lsn;
@@ -29,10 +30,6 @@ const RECORD_INTERVAL: Duration = Duration::from_secs(1);
 
 /// So many changes under way, and more, are not followed closely.
 const SMALL_STEPS: usize = 64;
-
-/// At its end a stream waits for synchronous standbys so many times, and so long each time.
-const STANDBY_WAITS: u32 = 25;
-const STANDBY_WAIT: Duration = Duration::from_millis(20);
 
 /// Commits not known to be durable; beyond that the flush is asked for even when busy.
 const PENDING_MAX: usize = 1024;
@@ -378,7 +375,7 @@ impl Applier {
     /// Has the target flush what is committed. Keeping progress in a table, a flush is a commit,
     /// which an open transaction has no room for; then it is asked how far its WAL writer is. A
     /// buffer that is full waits for nothing else, maybe with the rest of this transaction.
-    async fn see_flushed(&mut self) -> Result<()> {
+    pub(super) async fn see_flushed(&mut self) -> Result<()> {
         if !self.batcher.is_open() {
             return self.force_flush().await;
         }
@@ -421,13 +418,7 @@ impl Applier {
             self.enter_counts(true).await?;
         }
         self.flush().await?;
-        for _ in 0..STANDBY_WAITS {
-            if self.durable.pending() == 0 {
-                break;
-            }
-            tokio::time::sleep(STANDBY_WAIT).await;
-            self.see_flushed().await?;
-        }
+        self.wait_for_standbys().await?;
         self.publish(positions);
         Ok(())
     }

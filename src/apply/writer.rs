@@ -91,7 +91,7 @@ impl Writer {
         let mut pipeline = Pipeline::new();
         pipeline.parse("walferry_begin", "begin", &[]);
         pipeline.parse("walferry_commit", "commit", &[]);
-        pipeline.parse("walferry_position", super::POSITION, &[]);
+        pipeline.parse("walferry_position", super::standby::POSITION, &[]);
         pipeline.parse("walferry_counts", &count::upsert(), &[]);
         pipeline.parse("walferry_fallback", count::FALLBACK, &[]);
         match session.exchange(pipeline, |_| {}).await {

@@ -41,7 +41,7 @@ pub struct SpoolOptions {
     pub made_lsn: Lsn,
 }
 
-/// Opens it at the target's progress, which is given too.
+/// Opens it at the target's progress; what of that a slot may be told is given too.
 pub(super) async fn open_once(
     options: &PipeOptions,
     wanted: &SpoolOptions,
@@ -52,14 +52,17 @@ pub(super) async fn open_once(
         return Ok((wanted.open_to_read(options, identity)?, Lsn::ZERO));
     }
     let mut to = Session::control(&options.to).await?;
-    let progress_lsn = apply::durable_progress(&mut to, &name).await?;
-    let mut from = Session::control(&options.from).await?;
+    let (progress_lsn, told_lsn) = apply::told_progress(&mut to, &name).await?;
+    if options.settles_first() && told_lsn < progress_lsn {
+        return Err(apply::Error::standbys_lack(progress_lsn).into());
+    }
+    let mut from = Session::control(options.read_at()).await?;
     let status = slot::status(&mut from, &name).await?;
     let confirmed_lsn = status.and_then(|s| s.confirmed_flush_lsn).unwrap_or(Lsn::ZERO);
     let (asked, options) = (wanted.clone(), options.clone());
     let opening = move || asked.open_at(&options, identity, progress_lsn, confirmed_lsn);
     let opened = tokio::task::spawn_blocking(opening).await;
-    Ok((opened.map_err(|e| Error::State(e.to_string()))??, progress_lsn))
+    Ok((opened.map_err(|e| Error::State(e.to_string()))??, told_lsn))
 }
 
 fn identity(options: &PipeOptions, wanted: &SpoolOptions) -> Identity {
@@ -201,7 +204,7 @@ pub(super) async fn not_lost(options: &PipeOptions, wanted: &SpoolOptions) -> Re
     let name = options.job.object(options.stream);
     let mut to = Session::control(&options.to).await?;
     let progress_lsn = apply::durable_progress(&mut to, &name).await?;
-    let mut from = Session::control(&options.from).await?;
+    let mut from = Session::control(options.read_at()).await?;
     let status = slot::status(&mut from, &name).await?;
     let confirmed_lsn = status.and_then(|s| s.confirmed_flush_lsn).unwrap_or(Lsn::ZERO);
     if confirmed_lsn <= progress_lsn {

@@ -17,11 +17,11 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use super::Result;
 use super::mapped;
 use super::opening::{Half, SpoolOptions, not_lost, open_once};
 use super::pipeline::{Ends, PipeOptions, SpoolState, Task, Visibility, flatten};
 use super::place::wal_budget;
-use super::{Error, Result};
 use crate::apply::{self, Applied};
 use crate::buffer::durable::Durable;
 use crate::clock::Backoff;
@@ -101,7 +101,7 @@ async fn run_once(
     troubles: &Arc<Troubles>,
     ends: &mut Ends,
 ) -> Result<()> {
-    let Some((opened, progress_lsn)) = open(options, wanted, troubles, ends).await? else {
+    let Some((opened, told_lsn)) = open(options, wanted, troubles, ends).await? else {
         return Ok(());
     };
     troubles.set(READING, None);
@@ -109,7 +109,7 @@ async fn run_once(
     let stop = ends.stop.clone();
     let troubles = troubles.clone();
     let joint = Joint { options: options.clone(), spool: spool.clone(), troubles, stop };
-    let (told, telling) = watch::channel(progress_lsn);
+    let (told, telling) = watch::channel(told_lsn);
     let positions = ends.positions.clone();
     let shown = (ends.applied.subscribe(), ends.spool.clone());
     let mut reading = (wanted.half != Half::Apply)
@@ -166,16 +166,16 @@ async fn watch_target(joint: &Joint, ends: &mut Ends) -> Result<()> {
                 Some(session) => session,
                 None => Session::connect(&joint.options.to, Purpose::Sql).await?,
             };
-            let lsn = apply::durable_progress(&mut to, &name).await?;
+            let lsns = apply::told_progress(&mut to, &name).await?;
             session = Some(to);
-            Result::Ok(lsn)
+            Result::Ok(lsns)
         };
         let asked = tokio::time::timeout(Duration::from_secs(5), asking).await;
         // A target that is away is what the topic is for.
-        let Ok(Ok(durable_lsn)) = asked else { continue };
+        let Ok(Ok((applied_lsn, told_lsn))) = asked else { continue };
         ends.applied.send_modify(|applied| {
-            applied.applied_lsn = applied.applied_lsn.max(durable_lsn);
-            applied.durable_lsn = applied.durable_lsn.max(durable_lsn);
+            applied.applied_lsn = applied.applied_lsn.max(applied_lsn);
+            applied.durable_lsn = applied.durable_lsn.max(told_lsn);
         });
     }
 }
@@ -196,8 +196,8 @@ async fn close(spool: Arc<Durable>) {
     }
 }
 
-/// Opens the spool at the target's progress, trying for as long as servers are away. `None` when
-/// told to stop.
+/// Opens the spool at the target's progress, trying for as long as servers are away, and gives what
+/// of that the slot may be told. `None` when told to stop.
 async fn open(
     options: &PipeOptions,
     wanted: &SpoolOptions,
@@ -249,8 +249,8 @@ async fn capture(
         let ended = match opened {
             Ok(reader) => {
                 joint.troubles.set(READING, None);
-                let reading = reader.run(&mut sink, told.clone(), &positions, stop.clone());
-                reading.await.map_err(Error::from)
+                let (told, stop) = (told.clone(), stop.clone());
+                joint.options.read(reader, &mut sink, told, &positions, stop).await
             }
             Err(error) => Err(error),
         };
@@ -386,11 +386,11 @@ async fn retained(
 ) -> Result<u64> {
     let options = &joint.options;
     if budget.is_none() {
-        *budget = Some(wal_budget(&options.from, None).await?);
+        *budget = Some(wal_budget(options.read_at(), None).await?);
     }
     let mut session = match probe.take() {
         Some(session) => session,
-        None => Session::connect(&options.from, Purpose::Sql).await?,
+        None => Session::connect(options.read_at(), Purpose::Sql).await?,
     };
     let status = slot::status(&mut session, &options.job.object(options.stream)).await?;
     *probe = Some(session);

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use super::bulk::Bulk;
-use super::continuity::{check_slot, check_system};
+use super::continuity::{Recorded, System, check_slot, check_system};
 use super::fetch::Watch;
 use super::intake::{Intake, Publisher};
 use super::options::{Spoken, plugin_options};
@@ -49,11 +49,14 @@ impl Stream {
     pub async fn open(config: &Config, options: StreamOptions) -> Result<Stream> {
         let mut session = Session::connect(config, Purpose::Replication).await?;
         let (name, start_lsn) = (options.slot.as_str(), options.start_lsn);
-        let system = check_system(&mut session, &options.recorded, start_lsn).await?;
+        let system = checked(&mut session, &options.recorded, start_lsn).await?;
         let status = slot::status(&mut session, name).await?;
         let confirmed_lsn = check_slot(name, status.as_ref(), &options.recorded, start_lsn)?;
+        // It has been told that much, whatever is known to be durable by now.
+        let told_lsn = options.confirmed_lsn.max(confirmed_lsn);
+        let options = StreamOptions { confirmed_lsn: told_lsn, ..options };
         if status.is_some_and(|status| status.active_pid.is_some()) {
-            slot::free(&mut session, name, FREE_WAIT).await?;
+            slot::free(&mut session, &options.slot, FREE_WAIT).await?;
         }
         let interval = feedback_interval(&mut session).await?;
         session.pass_unknown_bytes().await?;
@@ -143,6 +146,22 @@ impl Stream {
         check_slot(name, status.as_ref(), recorded, durable_lsn)?;
         tracing::debug!(slot = name, %read_lsn, "streaming what is left");
         start(&mut self.session, &self.options, &mut self.spoken, read_lsn).await
+    }
+}
+
+/// [`check_system`]; a standby that was started again is not where it was yet, and lost nothing.
+async fn checked(session: &mut Session, recorded: &Recorded, start_lsn: Lsn) -> Result<System> {
+    let behind = match check_system(session, recorded, start_lsn).await {
+        Err(Error::Behind { peer, flush_lsn, progress_lsn }) => (peer, flush_lsn, progress_lsn),
+        checked => return checked,
+    };
+    let (peer, flush_lsn, progress_lsn) = behind;
+    match slot::in_recovery(session).await? {
+        true => {
+            let (replay_lsn, wanted_lsn) = (flush_lsn, progress_lsn);
+            Err(Error::StandbyBehind { peer, replay_lsn, wanted_lsn })
+        }
+        false => Err(Error::Behind { peer, flush_lsn, progress_lsn }),
     }
 }
 

@@ -1,6 +1,7 @@
 //! A standby takes over: of the source, of the target; nothing is lost, or what is lost is named and
 //! mended.
 
+mod decoding;
 mod patroni;
 mod standby_slots;
 mod switched;
@@ -227,6 +228,19 @@ async fn a_slot_is_not_told_what_a_synchronous_standby_of_the_target_lacks() {
          where slot_name = 'walferry_main_forward'"
     );
     for _ in 0..20 {
+        assert_eq!(ends.source.psql("app", &told).unwrap(), "f", "{}", run.so_far());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    // Nor by the applier that comes next, which finds it on the target's own disk.
+    let reader = "select coalesce(max(active_pid), 0) from pg_replication_slots";
+    let first = ends.source.psql("app", reader).unwrap();
+    ends.source.psql("app", &format!("select pg_terminate_backend({first})")).unwrap();
+    until_within(Duration::from_secs(10), "the next reader", || async {
+        let next = ends.source.psql("app", reader).unwrap();
+        next != "0" && next != first
+    })
+    .await;
+    for _ in 0..15 {
         assert_eq!(ends.source.psql("app", &told).unwrap(), "f", "{}", run.so_far());
         tokio::time::sleep(Duration::from_millis(100)).await;
     }

@@ -194,3 +194,51 @@ async fn a_promoted_standby_of_the_side_that_was_left_is_shut_again() {
         }
     }
 }
+
+/// The target is the live side, and its standby takes over without the last of what it wrote, which
+/// the source has by the way back. Applications go on; the way back ends, and says what it lacks.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_lost_live_rows_in_its_promotion_ends_the_way_back_by_name() {
+    let mut ends = Ends::start(15, 15);
+    create_schema(&ends.source_uri(), 1).await.unwrap();
+    let mut run = ends.spawn(&["run"]);
+    ends.until_phase(&mut run, "following").await;
+    let standby = ends.target.standby(&[]).unwrap();
+    ends.target_via = of_both(&ends.target, &standby);
+    stop(run).await;
+    let mut run = ends.spawn(&["run"]);
+    ends.until_phase(&mut run, "following").await;
+    ends.done(&["cutover"]).await;
+    let kept = start_writer(&ends.target_uri(), 1).await;
+    assert!(kept.committed_more(50).await);
+    let kept = kept.stop().await;
+    level(&ends.target, &standby).await;
+    cut_off(&standby);
+    let lost = start_writer(&ends.target_uri(), 11).await;
+    assert!(lost.committed_more(50).await);
+    lost.stop().await;
+    assert_same(&ends.source_via, &ends.target_uri(), &mut run).await;
+    ends.target.kill9().unwrap();
+    standby.promote().unwrap();
+    let ended = run.ended().await;
+    assert_eq!(ended.code, Some(1), "{}", ended.out);
+    assert!(
+        ended.err.contains("forked at") || ended.err.contains("does not exist"),
+        "{}",
+        ended.err
+    );
+    assert!(ended.err.contains("walferry finish keeps them"), "{}", ended.err);
+    // Not filled again from the side that was left, whatever is asked for.
+    let refill = ends.walferry(&["run", "--after-failover", "refill"]).await;
+    assert!(refill.code == Some(1) && refill.err.contains("walferry finish"), "{}", refill.err);
+    let refused = ends.walferry(&["rollback"]).await;
+    assert_eq!(refused.code, Some(1), "{}", refused.err);
+    let live = start_writer(&standby.uri("app"), 21).await;
+    assert!(live.committed_more(30).await);
+    let live = live.stop().await;
+    for report in [&kept, &live] {
+        assert_kept(&standby, report).await;
+    }
+    refuses_writers(&ends.source_uri()).await;
+    ends.done(&["finish"]).await;
+}
