@@ -42,6 +42,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     wanted.two_phase = config.two_phase;
     wanted.failover = config.failover;
     wanted.standbys.clone_from(&config.standbys);
+    wanted.decode_from.clone_from(&config.decode_from);
     wanted.two_way = config.two_way.is_some();
     wanted.brought = options.brought;
     wanted.alters = config.ddl.is_some();

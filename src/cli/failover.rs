@@ -1,8 +1,10 @@
 //! Options about standbys that take over.
 
 use crate::config;
+use crate::job::JobConfig;
 use crate::job::failover::{AfterFailover, Failover};
 use crate::pg::Config;
+use crate::source::Transport;
 
 /// What is done so that one may, and once one has.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -20,6 +22,10 @@ pub struct FailoverArgs {
     /// may be given again. Of 17 and newer servers keep copies themselves (--failover)
     #[arg(long, value_name = "URI", env = "WALFERRY_STANDBY", hide_env_values = true)]
     standby: Vec<String>,
+    /// A standby of the source, of 16 or newer, to make the slot on and to decode from; all else
+    /// stays with the source. Later commands need it too [default: the source decodes]
+    #[arg(long, value_name = "URI", env = "WALFERRY_DECODE_FROM", hide_env_values = true)]
+    decode_from: Option<String>,
 }
 
 impl FailoverArgs {
@@ -45,6 +51,47 @@ impl FailoverArgs {
         }
         let read = given.iter().map(|text| Ok(Config::parse(text)?.labelled("standby")));
         read.collect()
+    }
+
+    /// Has `job` decode from a standby, where one is given.
+    pub fn decode(&self, in_file: Option<String>, job: &mut JobConfig) -> anyhow::Result<()> {
+        let Some(text) = self.decode_from.clone().or(in_file) else { return Ok(()) };
+        let standby = Config::parse(&text)?.labelled("standby");
+        if standby.hosts.len() > 1 {
+            let message = "has several hosts: a slot is on one server".to_string();
+            return Err(config::Error::Value { option: "--decode-from", message }.into());
+        }
+        if standby.dbname != job.source.dbname {
+            let (theirs, ours) = (&standby.dbname, &job.source.dbname);
+            let message = format!("is of database {theirs}, and --source of {ours}");
+            return Err(config::Error::Value { option: "--decode-from", message }.into());
+        }
+        refuse_others(job)?;
+        job.wanted.transport = Some(Transport::Stream);
+        job.decode_from = Some(standby);
+        Ok(())
+    }
+}
+
+/// What does not go with a slot on a standby, by name.
+fn refuse_others(job: &JobConfig) -> Result<(), config::Error> {
+    let given = [
+        (job.two_phase, "--two-phase on"),
+        (job.two_way.is_some(), "--two-way"),
+        (job.options.brought, "--initial-copy none"),
+        (job.wanted.transport == Some(Transport::Pull), "--transport pull"),
+        (
+            !job.standbys.is_empty(),
+            "--standby: a promoted standby that is decoded from has the slot",
+        ),
+        (job.failover == Failover::On, "--failover on: servers copy slots of the primary only"),
+    ];
+    match given.iter().find(|(given, _)| *given) {
+        Some((_, other)) => {
+            let message = format!("does not go with {other}");
+            Err(config::Error::Value { option: "--decode-from", message })
+        }
+        None => Ok(()),
     }
 }
 

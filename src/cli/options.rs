@@ -136,7 +136,7 @@ pub struct JobArgs {
     #[arg(long)]
     pub two_way: bool,
     /// Who wins where both sides change a row at the same time: last-commit, source, target, or
-    /// error, which stops [default: last-commit]
+    /// error, which stops [default: as the job had it, last-commit for a new one]
     #[arg(long, value_name = "WHO", value_parser = str::parse::<Settling>)]
     pub on_conflict: Option<Settling>,
     #[command(flatten)]
@@ -190,9 +190,10 @@ impl JobArgs {
         let source = source.ok_or_else(|| missing("the source", "source", "WALFERRY_SOURCE"))?;
         let target = self.target.clone().or(file.target.clone());
         let target = target.ok_or_else(|| missing("the target", "target", "WALFERRY_TARGET"))?;
-        let in_file = file.standby.clone();
+        let (in_file, decode_from) = (file.standby.clone(), file.decode_from.clone());
         let mut job = self.between(file, Config::parse(&source)?, Config::parse(&target)?)?;
         job.standbys = self.standbys.standbys(in_file, job.two_phase)?;
+        self.standbys.decode(decode_from, &mut job)?;
         Ok(job)
     }
 
@@ -202,6 +203,7 @@ impl JobArgs {
         let (map, kafka) = (mapping::read(&file)?, kafka_properties(&file)?);
         let (brought, from_lsn) = self.own_copy.read(&file)?;
         let two_way = self.two_way(&file)?;
+        let settles = self.on_conflict.is_some() || file.on_conflict.is_some();
         let job = self.job_name(file.name)?;
         let given = |own: &[String], file: Vec<String>| {
             if own.is_empty() { file } else { own.to_vec() }
@@ -246,6 +248,7 @@ impl JobArgs {
             slot_timeout: Duration::from_secs(3600),
             buffer: self.buffering((file.buffer, file.spool_limit, file.wal_budget), kafka)?,
             two_way,
+            on_conflict: two_way.filter(|_| settles),
             two_phase,
             on_row_error: self.on_row_error(file.on_row_error, two_phase)?,
             ddl,
@@ -256,6 +259,7 @@ impl JobArgs {
             half: Half::Both,
             failover: self.standbys.failover(file.failover)?,
             standbys: Vec::new(),
+            decode_from: None,
             after_failover: self.standbys.after(file.after_failover)?,
             secrets: secrets(&file.cutover.route)?,
             backlog: backlog(&file.tuning),

@@ -58,7 +58,9 @@ fn show(status: &Status) {
     println!("job      {} ({} -> {})", status.job, status.source, status.target);
     println!("phase    {}", status.phase);
     if let Some(reading) = &status.reading {
-        println!("reading  {} by {}", reading.decoder, reading.transport);
+        let at = status.decoded_at.as_ref().map(|at| format!(" from standby {at}"));
+        let at = at.unwrap_or_default();
+        println!("reading  {} by {}{at}", reading.decoder, reading.transport);
     }
     match &status.runner {
         Some(pid) => {

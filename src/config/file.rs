@@ -52,6 +52,8 @@ pub struct File {
     pub after_failover: Option<String>,
     /// `--standby`.
     pub standby: Vec<String>,
+    /// `--decode-from`.
+    pub decode_from: Option<String>,
     /// `--two-way`.
     pub two_way: bool,
     /// `--on-conflict`.

@@ -10,6 +10,7 @@ use crate::clock::Deadline;
 use crate::id::{QualifiedName, quote_literal};
 use crate::lsn::Lsn;
 use crate::pg::{self, Session};
+use crate::source::continuity;
 
 /// How long a transaction may stay prepared before it counts as left behind, and between looks.
 const PREPARED_WAIT: Duration = Duration::from_secs(2);
@@ -50,6 +51,23 @@ pub async fn reached(
         Ok(Ok(_)) => Ok(true),
         Ok(Err(_)) => Err(Error::StreamStopped),
         Err(_) => Ok(false),
+    }
+}
+
+/// Refuses where the standby that the live side is decoded from is not on its timeline: it was
+/// promoted, or follows another, and positions of the two mean different things. `decoder` is a
+/// replication session. Asked behind a drained barrier, as a standby replays one history: what it
+/// gave before is the live side's then.
+pub async fn refuse_parted(live: &mut Session, decoder: &mut Session) -> Result<()> {
+    let at_live = continuity::identify_by_sql(live).await?.timeline;
+    let found = continuity::identify(decoder).await?.timeline;
+    match found == at_live {
+        true => Ok(()),
+        false => Err(Error::Parted {
+            standby: decoder.peer().to_string(),
+            found_timeline: found,
+            timeline: at_live,
+        }),
     }
 }
 

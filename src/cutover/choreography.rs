@@ -44,6 +44,8 @@ pub struct Plan {
     pub live: Config,
     /// Where they will.
     pub dest: Config,
+    /// A standby of the live side that its log is decoded from.
+    pub decoded_at: Option<Config>,
     /// The live side's tables to fence.
     pub tables: Vec<QualifiedName>,
     /// Which tables take part; sequences owned by others do not.

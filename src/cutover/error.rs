@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::fault::{Fault, Faulty};
 use crate::id::QualifiedName;
 use crate::lsn::Lsn;
-use crate::{copy, large, pg, route, schema};
+use crate::{copy, large, pg, route, schema, source};
 
 /// What stopped the choreography. Everything done before it has been undone unless the error is
 /// [`Error::NotUndone`].
@@ -14,6 +14,23 @@ pub enum Error {
     /// A server or the connection to it.
     #[error(transparent)]
     Pg(#[from] pg::Error),
+    /// Where servers stand.
+    #[error(transparent)]
+    Source(#[from] source::Error),
+    /// The standby that is decoded from left the live side.
+    #[error(
+        "standby {standby}, which is decoded from, is on timeline {found_timeline}, and the source \
+         on {timeline}: it was promoted, or follows another primary; nothing was switched and \
+         writers go on. Let --source lead to the primary of timeline {found_timeline}"
+    )]
+    Parted {
+        /// The standby.
+        standby: String,
+        /// Its timeline.
+        found_timeline: u32,
+        /// The live side's.
+        timeline: u32,
+    },
     /// A route.
     #[error(transparent)]
     Route(#[from] route::Error),
@@ -285,6 +302,7 @@ impl Faulty for Error {
     fn fault(&self) -> Fault {
         match self {
             Error::Pg(error) => error.fault(),
+            Error::Source(error) => error.fault(),
             Error::Large(error) => error.fault(),
             Error::Unlogged(error) => error.fault(),
             // The stored phase says what is to be done, and is looked at again. A drain that

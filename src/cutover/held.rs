@@ -26,7 +26,7 @@ use crate::apply::Applied;
 use crate::catalog;
 use crate::id::{QualifiedName, Stream};
 use crate::lsn::Lsn;
-use crate::pg::Session;
+use crate::pg::{Purpose, Session};
 use crate::route::{self, Route};
 use crate::schema;
 
@@ -36,6 +36,8 @@ pub(super) struct Ready {
     dest: Session,
     /// Another session with the other side, for what is asked beside something else.
     look: Session,
+    /// A replication session with the standby that the live side is decoded from.
+    decoder: Option<Session>,
     /// After which triggers, rules and foreign keys act on the other side.
     waking: Vec<String>,
     /// The other side's seal, if an earlier flip has shut it.
@@ -47,11 +49,15 @@ impl Ready {
         let live = Session::control(&plan.live).await?;
         let mut dest = Session::control(&plan.dest).await?;
         let look = Session::control(&plan.dest).await?;
+        let decoder = match &plan.decoded_at {
+            Some(standby) => Some(Session::connect(standby, Purpose::Replication).await?),
+            None => None,
+        };
         let group = plan.context.group();
         seal::clear_way(&mut dest, &plan.job, group).await?;
         let waking = plan.rules.waking(&mut dest).await?;
         let shut = Shut::find(&mut dest, &plan.job, group).await?;
-        Ok(Ready { live, dest, look, waking, shut })
+        Ok(Ready { live, dest, look, decoder, waking, shut })
     }
 }
 
@@ -143,6 +149,9 @@ impl<J: Journal> Flight<'_, J> {
         let plan = &mut *self.plan;
         let (flip, statements) = (plan.flip, &ready.waking);
         let (live, dest, look) = (&mut ready.live, &mut ready.dest, &mut ready.look);
+        if let Some(decoder) = &mut ready.decoder {
+            barrier::refuse_parted(live, decoder).await?;
+        }
         let mut done = Vec::new();
         if plan.rest.is_there() {
             done.push(timed("rest", plan.rest.carry(live, dest)).await?.1);

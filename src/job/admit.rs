@@ -21,6 +21,7 @@ impl JobConfig {
         let name = lease::application_name(&self.job);
         self.source = self.source.labelled("source").with_application_name(&name);
         self.target = self.target.labelled("target").with_application_name(&name);
+        self.decode_from = self.decode_from.map(|standby| standby.with_application_name(&name));
         self
     }
 }

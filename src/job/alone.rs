@@ -22,7 +22,8 @@ impl JobConfig {
     /// Where Citus captures changes of shards under their table's name.
     pub async fn reaching_shards(mut self) -> Result<JobConfig> {
         if self.options.tables_only {
-            for side in [&mut self.source, &mut self.target] {
+            let sides = [&mut self.source, &mut self.target];
+            for side in sides.into_iter().chain(&mut self.decode_from) {
                 if shard::is_captured(side).await? {
                     return Err(Error::ShardsCaptured { side: side.label.clone() });
                 }

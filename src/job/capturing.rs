@@ -26,7 +26,7 @@ use super::run::{JobConfig, Notice, Report};
 use super::state::Phase;
 use super::store::{JobRow, Store};
 use super::streams::{STREAM_PATIENCE, pipe_options};
-use super::{Error, Result};
+use super::{Error, Result, decoding};
 use crate::clock::Backoff;
 use crate::fault::{Fault, Faulty};
 use crate::id::Stream;
@@ -90,6 +90,7 @@ pub async fn capture(
     config.half = Half::Capture;
     config.source = config.source.labelled("source").with_application_name(&name);
     config.target = config.target.labelled("target").with_application_name(&name);
+    config.decode_from = config.decode_from.map(|standby| standby.with_application_name(&name));
     let begun = tokio::time::Instant::now();
     let (mut running, mut had, mut said) = (None, false, String::new());
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
@@ -214,6 +215,7 @@ async fn keep_reading(
         return Err(Error::NoTopic);
     }
     unchanged(config, store, report).await?;
+    decoding::settle(config, store).await?;
     let options = options(config, store, row).await?;
     *running = Some(Running { pipe: Pipe::start(options), slot_lsn: row.slot_lsn });
     Ok(())

@@ -118,8 +118,8 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
         }
         drop_objects(session, &config.source, &config.job, Stream::Forward, &mut dropped).await?;
     }
+    standby_status::clean_up(config, &row, &mut store, &mut dropped, &mut left).await?;
     let home = &mut store.session;
-    standby_status::clean_up(config, &row, home, &mut dropped, &mut left).await?;
     if left_side == Some(Stream::Reverse) {
         recycled = config.recycle(home).await?;
     }

@@ -55,8 +55,10 @@ pub struct JobConfig {
     pub ddl: Option<Policy>,
     /// Keep the source's log moving, and measure lag by that.
     pub heartbeat: Option<HeartbeatOptions>,
-    /// Applications write to both sides, and who wins a conflict.
+    /// Applications write to both sides, and who wins a conflict: as given, or else as stored.
     pub two_way: Option<conflict::Policy>,
+    /// Who is to win from now on, where that was given.
+    pub on_conflict: Option<conflict::Policy>,
     /// `--from-lsn`: where the copy that the target is stands, exclusive.
     pub from_lsn: Option<Lsn>,
     /// Passwords of routes.
@@ -69,6 +71,8 @@ pub struct JobConfig {
     pub failover: Failover,
     /// Standbys of the source that are given slots of their own.
     pub standbys: Vec<Config>,
+    /// A standby of the source that has the forward slot and is decoded from; `None`: the source.
+    pub decode_from: Option<Config>,
     /// What is done where a side has lost what the stream needs.
     pub after_failover: AfterFailover,
     /// What becomes of its tables on the way.

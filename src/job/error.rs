@@ -260,6 +260,19 @@ pub enum Error {
         /// The slot's plugin.
         bound: String,
     },
+    /// The forward slot is on another server than it is to be read from.
+    #[error(
+        "slot {slot} is not on {peer}: {mend}. If the slot is lost with its server, walferry run \
+         --after-failover refill makes one here and reads again what differs"
+    )]
+    SlotElsewhere {
+        /// The slot.
+        slot: String,
+        /// Where it was looked for.
+        peer: String,
+        /// Where it should be.
+        mend: String,
+    },
     /// No decoder that the side lets us use.
     #[error(
         "decoder {decoder} cannot be used: {reason}; choose another by --decoder, or install the \

@@ -167,7 +167,7 @@ impl Runner {
         };
         if slot_too {
             let progress_lsn = apply::durable_progress(home, &name).await?;
-            let mut session = Session::control(source).await?;
+            let mut session = Session::control(self.config.read_at(Stream::Forward)).await?;
             let status = slot::status(&mut session, &name).await?;
             check_slot(&name, status.as_ref(), &recorded, progress_lsn)?;
         }

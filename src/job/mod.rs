@@ -26,6 +26,7 @@
 //!   `quarantine`: what is kept aside, and what becomes of it. `nudging`: WAL that is let go.
 //! - `brought`: a target that is a copy of somebody else's; `reserve`: what is made before it, and
 //!   `seam`: where it stands.
+//! - `decoding`: the source read from a standby of it.
 //! - `two_way`: both sides written at once. `failover`: a source, or a target, whose standby took
 //!   over; `standbys`: slots that are kept there for it, `standby_status`: how those are. `gone`:
 //!   what is said of runners and servers that are.
@@ -56,6 +57,7 @@ pub mod comparing;
 pub mod config;
 mod copying;
 mod ddl;
+mod decoding;
 pub mod ending;
 pub mod error;
 pub mod failover;

@@ -16,15 +16,16 @@ const TURN: Duration = Duration::from_secs(1);
 /// Begins to look after the slot of a stream, until the task is dropped. Does not wait for a
 /// connection.
 pub(super) fn start(options: &PipeOptions) -> Task<()> {
-    let (from, name) = (options.from.clone(), options.job.object(options.stream));
+    let (from, standby) = (options.from.clone(), options.decode_from.clone());
+    let name = options.job.object(options.stream);
     let mut nudge = Nudge::new(&name, &options.recorded.plugin);
     Task(tokio::spawn(async move {
-        let mut session = None;
+        let mut sessions = Sessions::default();
         let mut turn = tokio::time::interval(TURN);
         turn.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             turn.tick().await;
-            match look(&mut nudge, &from, &mut session).await {
+            match look(&mut nudge, &from, standby.as_ref(), &mut sessions).await {
                 Ok(Nudged::No) => {}
                 Ok(Nudged::Yes) => {
                     tracing::debug!(slot = %name, "had a record of running transactions logged");
@@ -38,21 +39,42 @@ pub(super) fn start(options: &PipeOptions) -> Task<()> {
                 ),
                 Err(error) => {
                     tracing::debug!(slot = %name, %error, "its WAL could not be looked at");
-                    session = None;
+                    sessions = Sessions::default();
                 }
             }
         }
     }))
 }
 
+/// With the server that writes the log, and with its standby, where that has the slot.
+#[derive(Default)]
+struct Sessions {
+    from: Option<Session>,
+    standby: Option<Session>,
+}
+
 async fn look(
     nudge: &mut Nudge,
     from: &Config,
-    session: &mut Option<Session>,
+    standby: Option<&Config>,
+    sessions: &mut Sessions,
 ) -> pg::Result<Nudged> {
-    let open = match session {
+    let from = opened(&mut sessions.from, from).await?;
+    match standby {
+        Some(standby) => {
+            let standby = opened(&mut sessions.standby, standby).await?;
+            nudge.look_from(standby, from).await
+        }
+        None => nudge.look(from).await,
+    }
+}
+
+async fn opened<'a>(
+    session: &'a mut Option<Session>,
+    config: &Config,
+) -> pg::Result<&'a mut Session> {
+    Ok(match session {
         Some(open) => open,
-        None => session.insert(Session::control(from).await?),
-    };
-    nudge.look(open).await
+        None => session.insert(Session::control(config).await?),
+    })
 }

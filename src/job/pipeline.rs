@@ -20,7 +20,7 @@ use super::error::Error;
 use super::failover::{is_loss, record_timeline};
 use super::mapped;
 use super::opening::{Half, SpoolOptions};
-use super::{Result, nudging, spooling};
+use super::{Result, decoding, nudging, spooling};
 use crate::apply::altered::Alter;
 use crate::apply::{self, Applied, Applier, Gate, OnRowError, Tuning};
 use crate::buffer::memory;
@@ -63,6 +63,8 @@ pub struct PipeOptions {
     pub stream: Stream,
     /// The side that is read.
     pub from: Config,
+    /// A standby of it that has the slot; `None`: it has the slot itself.
+    pub decode_from: Option<Config>,
     /// The side that is written.
     pub to: Config,
     /// They are tables alone, and may be shards of a Citus cluster.
@@ -140,6 +142,26 @@ impl PipeOptions {
         Ok(Applier::connect(&self.to, wanted).await?)
     }
 
+    /// The server that has the slot.
+    pub(super) fn read_at(&self) -> &Config {
+        self.decode_from.as_ref().unwrap_or(&self.from)
+    }
+
+    /// Reads, for as long as a standby that is decoded from goes with the source.
+    pub(super) async fn read<S: change::Sink>(
+        &self,
+        reader: source::Reader,
+        sink: &mut S,
+        durable: watch::Receiver<Lsn>,
+        positions: &watch::Sender<Positions>,
+        stop: watch::Receiver<bool>,
+    ) -> Result<source::End> {
+        tokio::select! {
+            ended = reader.run(sink, durable, positions, stop) => Ok(ended?),
+            error = decoding::parted(self) => Err(error),
+        }
+    }
+
     /// True if the slot must have been told all that is in hand before it is read again: by SQL it
     /// gives everything since, and test_decoding does not say in time where that commits.
     pub(super) fn settles_first(&self) -> bool {
@@ -169,6 +191,10 @@ impl PipeOptions {
         let opposite = self.job.object(self.stream.opposite());
         let before = self.timeline.load(Ordering::SeqCst);
         let recorded = Recorded { timeline: before, ..self.recorded.clone() };
+        let recorded = match &self.decode_from {
+            Some(standby) => decoding::in_step(&self.from, standby, &recorded, start_lsn).await?,
+            None => recorded,
+        };
         let wanted = StreamOptions {
             // Not origin 'none' at the server: an application's own transactions may carry an
             // origin (it may itself be fed by a subscription), and would be left out without a
@@ -184,7 +210,7 @@ impl PipeOptions {
             two_phase: self.two_phase && self.transport == Transport::Stream,
             ..StreamOptions::new(&name, &name, start_lsn, recorded)
         };
-        let reader = source::Reader::open(&self.from, self.transport, wanted).await?;
+        let reader = source::Reader::open(self.read_at(), self.transport, wanted).await?;
         let timeline = reader.timeline();
         if timeline != before {
             let mut home = Session::control(&self.home).await?;
@@ -360,14 +386,20 @@ async fn supervise(options: &PipeOptions, mut ends: Ends) -> Result<()> {
 /// Connects both ends, checks that slot and progress fit, and runs until something ends.
 async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
     let mut applier = options.open_applier(options.visibility.clone().unwrap_or_default()).await?;
-    let progress_lsn = applier.progress();
-    let reader = options.open_reader(progress_lsn, progress_lsn).await?;
+    if options.settles_first() {
+        applier.await_durable().await?;
+    }
+    let told_lsn = applier.durable();
+    let reader = options.open_reader(applier.progress(), told_lsn).await?;
     let _ = ends.trouble.send(None);
     let (mut queue, feed) = memory::queue(limit::BUFFER_BYTES);
-    let (durable_tx, durable) = watch::channel(progress_lsn);
+    let (durable_tx, durable) = watch::channel(told_lsn);
     let (positions, stop) = (ends.positions.clone(), ends.stop.clone());
+    let own = options.clone();
     let mut reading =
-        Task(tokio::spawn(async move { reader.run(&mut queue, durable, &positions, stop).await }));
+        Task(tokio::spawn(
+            async move { own.read(reader, &mut queue, durable, &positions, stop).await },
+        ));
     let (applied, hold, stop) = (ends.applied.clone(), ends.hold.clone(), ends.stop.clone());
     let map = options.map.clone().map(|map| (map, options.from.clone()));
     let mut applying = Task(tokio::spawn(async move {
@@ -397,7 +429,7 @@ async fn attempt(options: &PipeOptions, ends: &mut Ends) -> Result<()> {
                 // What was received is still applied; then both begin again.
                 let read = flatten(done);
                 flatten((&mut applying.0).await)?;
-                return read.map(|_| ()).map_err(Error::from);
+                return read.map(|_| ());
             }
         }
     }

@@ -253,11 +253,12 @@ async fn leave(
         if !exists {
             continue;
         }
-        let (from, to) = match stream {
-            Stream::Forward => (&mut *source, &mut store.session),
-            Stream::Reverse => (&mut store.session, &mut *source),
+        let to = match stream {
+            Stream::Forward => &mut store.session,
+            Stream::Reverse => &mut *source,
         };
-        let status = slot::status(from, &name).await?;
+        let mut there = Session::control(config.read_at(stream)).await?;
+        let status = slot::status(&mut there, &name).await?;
         let confirmed_lsn = status.and_then(|s| s.confirmed_flush_lsn).unwrap_or(Lsn::ZERO);
         let progress_lsn = apply::durable_progress(to, &name).await?;
         if confirmed_lsn > progress_lsn {

@@ -13,7 +13,7 @@ use super::{Error, Result, altering, check, mapped};
 use crate::catalog::{Selection, Table};
 use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
-use crate::pg::{Purpose, Session};
+use crate::pg::{Purpose, Session, SlotKind};
 use crate::source::{Blocker, Transport, publication, slot};
 use crate::{apply, catalog, schema};
 
@@ -46,6 +46,7 @@ impl Runner {
             true => self.keep_publication(&mut source, &tables, marked).await?,
             false => publish(&mut source, &name, &followed, &reading).await?,
         }
+        self.narrow(&mut source, &name, &tables).await?;
         let unmade = self.row().await?.slot_lsn.is_none();
         let described = altering::describe_all(&mut source).await?;
         self.make_slot(&mut source, &name, &reading).await?;
@@ -89,6 +90,17 @@ impl Runner {
             mapped::make_tables(&mut target, &map, tables).await?;
         }
         Ok(Event::SchemaMade)
+    }
+
+    /// Has the source leave out what the map's filters leave out, where it can.
+    async fn narrow(&mut self, source: &mut Session, name: &str, tables: &[Table]) -> Result<()> {
+        let ours = self.config.options.publication.is_none();
+        let Some(map) = self.config.map.clone().filter(|_| ours) else { return Ok(()) };
+        let narrowed = publication::narrow(source, name, &mapped::filters(&map, tables)).await?;
+        for table in narrowed {
+            self.say(Notice::Said(format!("the source leaves out rows of {table} by itself")));
+        }
+        Ok(())
     }
 
     /// DDL may be captured where all of it is wanted, in a job of all tables, and where nothing
@@ -164,7 +176,7 @@ impl Runner {
     /// died here) may go on being used, and progress of an earlier life under the same name is
     /// forgotten together with making a new one (law 4).
     ///
-    /// A slot made by SQL comes without a snapshot: the copy then takes one of its own, and exact
+    /// A slot made by SQL, or on a standby, has none: the copy takes one of its own, and exact
     /// visibility tells which of the slot's transactions are in it.
     async fn make_slot(
         &mut self,
@@ -173,10 +185,11 @@ impl Runner {
         reading: &Reading,
     ) -> Result<()> {
         let made = self.row().await?.slot_lsn.is_some();
-        if made && slot::status(source, name).await?.is_some() {
+        let mut there = Session::control(self.config.read_at(Stream::Forward)).await?;
+        if made && slot::status(&mut there, name).await?.is_some() {
             return Ok(());
         }
-        slot::drop(source, name).await?;
+        slot::drop(&mut there, name).await?;
         if let Some(place) = &self.spool {
             // What an earlier slot of this name gave is of no use to this one.
             super::place::remove(place, name).await?;
@@ -184,13 +197,17 @@ impl Runner {
         self.say(Notice::Said("creating the replication slot".to_string()));
         let options = self.slot_options(name, reading, source);
         let waiting = self.tell_blockers();
-        let lsn = match reading.transport()? {
-            Transport::Stream => {
+        let lsn = match (self.config.decode_from.clone(), reading.transport()?) {
+            (Some(standby), _) => {
+                let options = slot::CreateOptions { kind: SlotKind::Permanent, ..options };
+                self.make_slot_there(source, &standby, &options).await?
+            }
+            (None, Transport::Stream) => {
                 let maker = Session::connect(&self.config.source, Purpose::Replication).await?;
                 let held = slot::create(maker, source, &options, waiting).await?;
                 self.slot.insert(held).consistent_lsn
             }
-            Transport::Pull => {
+            (None, Transport::Pull) => {
                 let mut maker = Session::connect(&self.config.source, Purpose::Sql).await?;
                 slot::create_plain(&mut maker, source, &options, waiting).await?
             }
@@ -198,6 +215,7 @@ impl Runner {
         let kind = self.row().await?.abilities.target.progress();
         apply::begin_at(&mut self.store.session, name, kind, lsn).await?;
         self.store.set_system(Stream::Forward, &system_of(source).await?).await?;
+        self.keep_place().await?;
         self.store.set_slot_lsn(lsn).await?;
         Ok(())
     }
@@ -318,6 +336,7 @@ pub(super) fn check_options(config: &JobConfig, selection: &Selection) -> check:
     options.two_phase = config.two_phase;
     options.failover = config.failover;
     options.standbys.clone_from(&config.standbys);
+    options.decode_from.clone_from(&config.decode_from);
     options.two_way = config.two_way.is_some();
     options.brought = config.options.brought;
     options.alters = config.ddl.is_some();

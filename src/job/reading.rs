@@ -102,6 +102,9 @@ pub struct Readings {
     /// The publications that the forward stream reads; none: one of its own name.
     #[serde(default)]
     pub publications: Vec<String>,
+    /// The standby that has the forward slot, without secrets; `None`: the source has it.
+    #[serde(default)]
+    pub decoded_at: Option<String>,
 }
 
 impl Readings {

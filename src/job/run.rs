@@ -28,7 +28,7 @@ use super::store::{JobRow, Store};
 use super::streams::STREAM_PATIENCE;
 use super::validating::Validating;
 use super::vigil::Vigil;
-use super::{Error, Result, client};
+use super::{Error, Result, client, decoding, two_way};
 use crate::apply::{Applied, Gate};
 use crate::catalog::{Selection, Table, tables};
 use crate::clock::{Backoff, Deadline};
@@ -269,6 +269,8 @@ impl Runner {
         let checked = admit(&config, &selection, &mut source, &mut store, report).await?;
         lease::end_predecessors(&mut source, &config.job, &[]).await?;
         make_tables(&config, &mut store, &mut source).await?;
+        decoding::settle(&config, &mut store).await?;
+        two_way::settle(&mut config, &mut store, report).await?;
         let spool = super::place::choose(&config, &mut store, &mut source).await?;
         let capture = capturing::settle_half(&mut config, spool.as_ref()).await?;
         if config.half == Half::Apply
@@ -435,8 +437,9 @@ impl Runner {
     pub(super) async fn tables_with_rows(&self, side: &Config) -> Result<Vec<Table>> {
         let mut session = Session::control(side).await?;
         session.set_patience(CATALOG_WAIT);
-        let mut all = tables(&mut session, &self.selection).await?;
-        all.retain(|table| self.selection.has_rows(&table.name));
+        let selection = self.selection_on(side);
+        let mut all = tables(&mut session, &selection).await?;
+        all.retain(|table| selection.has_rows(&table.name));
         Ok(all)
     }
 

@@ -8,7 +8,7 @@ use super::Result;
 use super::admit::{identifier, system_of};
 use super::run::JobConfig;
 use super::standbys::place;
-use super::store::JobRow;
+use super::store::{JobRow, Store};
 use crate::id::{JobName, Stream, quote_literal};
 use crate::pg::{Config, Session};
 use crate::source::slot;
@@ -21,7 +21,7 @@ const DROP_WAIT: Duration = Duration::from_secs(10);
 pub struct StandbyStatus {
     /// Host, port and database.
     pub standby: String,
-    /// `ready`, `ahead`, `making`, `unfit` or `away`.
+    /// `ready`, `ahead`, `unheard`, `making`, `unfit` or `away`.
     pub state: String,
     /// Exclusive: what its slot was told last.
     pub slot_lsn: Option<String>,
@@ -59,14 +59,14 @@ pub(super) async fn load(home: &mut Session, job: &JobName) -> Result<Vec<Standb
 pub(super) async fn clean_up(
     config: &JobConfig,
     row: &JobRow,
-    home: &mut Session,
+    store: &mut Store,
     dropped: &mut Vec<String>,
     left: &mut Vec<String>,
 ) -> Result<()> {
     let name = config.job.object(Stream::Forward);
     let by_hand = format!("select pg_drop_replication_slot({});", quote_literal(&name));
     let mut places = Vec::new();
-    for standby in &config.standbys {
+    for standby in config.standbys.iter().chain(&config.decode_from) {
         let place = place(standby);
         let dropping = drop_on(standby, &name, row.source_system.as_deref());
         match tokio::time::timeout(DROP_WAIT, dropping).await {
@@ -82,11 +82,15 @@ pub(super) async fn clean_up(
         }
         places.push(place);
     }
-    for known in load(home, &config.job).await? {
-        if !places.contains(&known.standby) {
+    let decoded_at = store.load_readings().await?.decoded_at;
+    let known =
+        load(&mut store.session, &config.job).await?.into_iter().map(|s| (s.standby, "--standby"));
+    let decoded = decoded_at.into_iter().map(|standby| (standby, "--decode-from"));
+    for (standby, option) in known.chain(decoded) {
+        if !places.contains(&standby) {
             left.push(format!(
-                "standby {} may still have the slot, as it was not given by --standby: {by_hand}",
-                known.standby
+                "standby {standby} may still have the slot, as it was not given by {option}: \
+                 {by_hand}"
             ));
         }
     }

@@ -31,13 +31,13 @@ use serde::Serialize;
 
 use super::Result;
 use super::admit::{identifier, system_of};
+use super::decoding::make_slot;
 use super::lease;
 use super::pipeline::Task;
 use super::run::{JobConfig, Notice, Report, Runner};
 use crate::id::{JobName, Stream, quote_literal};
 use crate::lsn::Lsn;
-use crate::pg::{Config, Purpose, Session, SlotKind};
-use crate::source::nudge::Nudge;
+use crate::pg::{Config, Session, SlotKind};
 use crate::source::slot::{self, CreateOptions, SlotStatus};
 
 /// The first version whose standbys may have logical slots.
@@ -48,9 +48,6 @@ const TURN: Duration = Duration::from_secs(1);
 
 /// Advancing decodes again from restart_lsn, which moves four times a minute at most.
 const ADVANCE_INTERVAL: Duration = Duration::from_secs(5);
-
-/// Between two records of running transactions that are asked for. A slot takes up to three.
-const RECORD_INTERVAL: Duration = Duration::from_millis(300);
 
 /// What is unchanged is stored again after so long, which shows that somebody looks.
 const STORE_INTERVAL: Duration = Duration::from_secs(5);
@@ -63,6 +60,8 @@ pub enum State {
     Ready,
     /// It is there, and begins beyond that.
     Ahead,
+    /// It is there, and its primary does not keep the rows that it needs.
+    Unheard,
     /// It is being made, or the job has no slot itself.
     Making,
     /// What is there cannot be used, or may not be touched.
@@ -76,6 +75,7 @@ impl State {
         match self {
             State::Ready => "ready",
             State::Ahead => "ahead",
+            State::Unheard => "unheard",
             State::Making => "making",
             State::Unfit => "unfit",
             State::Away => "away",
@@ -244,6 +244,9 @@ impl Tender {
         if lsn > told_lsn {
             return Ok(self.ahead(lsn));
         }
+        if !self.heard().await? {
+            return Ok(Found::new(State::Unheard, Some(lsn), self.with_loss(UNHEARD)));
+        }
         let due = self.advanced.is_none_or(|at| at.elapsed() >= ADVANCE_INTERVAL);
         let standby = opened(&mut self.on_standby, &self.standby).await?;
         if !due || lsn == told_lsn {
@@ -265,6 +268,40 @@ impl Tender {
         Ok(Found::new(State::Ready, Some(lsn), self.with_loss("")))
     }
 
+    /// Whether the source keeps the catalog rows that the standby's slot needs, for a standby that
+    /// told it so: in the slot that feeds one, or in its walsender. Who may not see walsenders, and
+    /// finds no such slot, believes it.
+    async fn heard(&mut self) -> Result<bool> {
+        let standby = opened(&mut self.on_standby, &self.standby).await?;
+        let sql = "select catalog_xmin from pg_catalog.pg_replication_slots where slot_name = $1 \
+             and catalog_xmin is not null and pg_catalog.pg_is_in_recovery()";
+        let Some(row) = standby.query_opt(sql, &[Some(&self.slot)]).await? else {
+            return Ok(true);
+        };
+        let xmin = row.string(0)?;
+        let asking = async {
+            let source = opened(&mut self.on_source, &self.source).await?;
+            let sql = "select coalesce(pg_catalog.bool_or( \
+                   pg_catalog.age(h.xmin) >= pg_catalog.age($1::xid)), false) \
+                 or not pg_catalog.pg_has_role('pg_read_all_stats', 'usage') \
+                 from (select s.catalog_xmin as xmin from pg_catalog.pg_replication_slots s \
+                   where s.slot_type = 'physical' and s.catalog_xmin is not null union all \
+                   select r.backend_xmin from pg_catalog.pg_stat_replication r \
+                   where r.backend_xmin is not null and not exists (select \
+                     from pg_catalog.pg_replication_slots s \
+                     where s.active_pid = r.pid and s.slot_type = 'logical')) h";
+            Result::Ok(source.query_one(sql, &[Some(&xmin)]).await?.bool(0)?)
+        };
+        match asking.await {
+            Ok(heard) => Ok(heard),
+            Err(error) => {
+                tracing::debug!(%error, "the source was not asked what it keeps");
+                self.on_source = None;
+                Ok(true)
+            }
+        }
+    }
+
     fn ahead(&self, lsn: Lsn) -> Found {
         let said = format!("it can take over once the target has all up to {lsn}");
         Found::new(State::Ahead, Some(lsn), self.with_loss(&said))
@@ -281,33 +318,13 @@ impl Tender {
 
     /// Makes the slot, while the primary logs what it waits for.
     async fn make(&mut self, plugin: &str) -> Result<Lsn> {
-        let mut maker = Session::connect(&self.standby, Purpose::Sql).await?;
-        let mut watcher = Session::control(&self.standby).await?;
         let options = CreateOptions {
             name: self.slot.clone(),
             plugin: plugin.to_string(),
             kind: SlotKind::Permanent,
             wait: self.wait,
         };
-        let making = slot::create_plain(&mut maker, &mut watcher, &options, |_| {});
-        tokio::pin!(making);
-        let mut nudge = Nudge::new(&self.slot, plugin);
-        let mut asked: Option<Session> = None;
-        loop {
-            tokio::select! {
-                made = &mut making => return Ok(made?),
-                () = tokio::time::sleep(RECORD_INTERVAL) => {}
-            }
-            // A primary that refuses or is away writes one by itself, sooner or later.
-            let asking = async {
-                let session = opened(&mut asked, &self.source).await?;
-                nudge.ask(session).await.map_err(super::Error::from)
-            };
-            if let Err(error) = asking.await {
-                tracing::debug!(%error, "no record of running transactions was asked for");
-                asked = None;
-            }
-        }
+        make_slot(&self.standby, &self.source, &options, |_| {}).await
     }
 
     /// Tells what is new, and stores it.
@@ -381,6 +398,11 @@ async fn unfit(
     }
     Ok(ours.failover.then(|| SYNCHRONIZED.to_string()))
 }
+
+/// How a slot comes to be invalidated.
+const UNHEARD: &str = "the source has not heard what rows its slot needs, and may remove them: on \
+     the standby, hot_standby_feedback = on, and wal_receiver_status_interval not 0 (it is told \
+     once in that time)";
 
 /// A slot for failover is the server's to copy, and slots of that name on standbys stop it.
 pub(super) const SYNCHRONIZED: &str = "the source's slot is one that the servers keep copies of \

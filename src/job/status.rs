@@ -78,6 +78,8 @@ pub struct Status {
     /// How the forward stream is read, once that is chosen.
     #[serde(flatten)]
     pub reading: Option<Reading>,
+    /// The standby of the source that it is read from (`--decode-from`).
+    pub decoded_at: Option<String>,
     /// A cutover or rollback is under way, or was cut short: clients may be waiting. With no
     /// runner alive, `run` undoes or finishes it.
     pub held_clients: bool,
@@ -193,6 +195,7 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
         target: row.target,
         runner,
         reading: readings.forward,
+        decoded_at: readings.decoded_at,
         error: row.error.or_else(|| positions.error.clone()),
         positions,
         tables: tables(&mut store.session, job.as_str(), &name).await?,

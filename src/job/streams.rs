@@ -150,6 +150,7 @@ pub(super) async fn pipe_options(
         job: config.job.clone(),
         stream,
         from: from.clone(),
+        decode_from: config.decode_from.clone().filter(|_| stream == Stream::Forward),
         to: to.clone(),
         tables_only: config.options.tables_only,
         transport: reading.transport()?,
@@ -188,7 +189,7 @@ pub(super) async fn pipe_options(
             Stream::Reverse => OnRowError::Stop,
         },
         alter: alter(config, stream).await?,
-        map: config.map.clone().filter(|_| stream == Stream::Forward),
+        map: config.map_of(stream),
         two_way: config.two_way,
         backlog: config.backlog,
     })

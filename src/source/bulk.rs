@@ -22,7 +22,7 @@
 //! 5. The marks are dropped, and the job's slot streamed from the end of what was read: the server
 //!    passes over what committed before. No record is missed between, and none comes twice.
 //!
-//! Where it cannot be (before 12, on a standby, without a free slot), the stream begins at once;
+//! Where it cannot be (before 12, without a free slot), the stream begins at once;
 //! without a second free slot, nothing is read ahead. Nothing survives a crash, and nothing has to:
 //! a mark is no promise to anybody.
 //!

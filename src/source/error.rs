@@ -135,9 +135,9 @@ pub enum Error {
     /// The server removed WAL that the slot needs.
     #[error(
         "slot {slot} was invalidated by the server ({reason}), confirmed up to {confirmed_lsn} \
-         with the target at {progress_lsn}; WAL it needs is gone (more room: alter system set \
-         max_slot_wal_keep_size = -1; select pg_reload_conf()); walferry run --after-failover \
-         refill makes a new slot and reads again what differs"
+         with the target at {progress_lsn}; {}; walferry run --after-failover refill makes a new \
+         slot and reads again what differs",
+        removed(reason)
     )]
     SlotLost {
         /// The slot.
@@ -300,6 +300,48 @@ pub enum Error {
         /// The server.
         peer: String,
     },
+    /// A standby that is decoded from has not replayed what is needed of it yet.
+    #[error(
+        "standby {peer} has replayed the log up to {replay_lsn}, and {wanted_lsn} is needed: it is \
+         waited for; see there pg_stat_wal_receiver and pg_is_wal_replay_paused()"
+    )]
+    StandbyBehind {
+        /// The standby.
+        peer: String,
+        /// Where it is.
+        replay_lsn: Lsn,
+        /// Where it has to be.
+        wanted_lsn: Lsn,
+    },
+    /// A standby that is decoded from is on a timeline that the source is not on.
+    #[error(
+        "standby {standby} is on timeline {found_timeline}, the source {peer} on {timeline}: it \
+         was promoted, or follows another primary; let --source lead to the primary of timeline \
+         {found_timeline}"
+    )]
+    SourceLeft {
+        /// The standby.
+        standby: String,
+        /// The source.
+        peer: String,
+        /// The standby's.
+        found_timeline: u32,
+        /// The source's.
+        timeline: u32,
+    },
+    /// A stream from a standby was opened on another timeline.
+    #[error(
+        "the stream was opened on timeline {expected}, and the source is on {source_timeline}, its \
+         standby on {standby}: it is opened again"
+    )]
+    TimelineLeft {
+        /// The stream's.
+        expected: u32,
+        /// The source's.
+        source_timeline: u32,
+        /// The standby's.
+        standby: u32,
+    },
     /// No room for a transaction in progress.
     #[error(
         "slot {slot}: changes of transactions in progress could not be kept on disk: {source}; \
@@ -346,6 +388,9 @@ impl Faulty for Error {
             // Open transactions end, readers go away, networks come back, snapshots are taken anew.
             Error::Blocked { .. } | Error::SlotInUse { .. } => Fault::Retry,
             Error::Silent { .. } | Error::SnapshotGone { .. } | Error::Spill { .. } => Fault::Retry,
+            // A standby follows, and a source that failed over is found by its hosts.
+            Error::StandbyBehind { .. } | Error::SourceLeft { .. } => Fault::Retry,
+            Error::TimelineLeft { .. } => Fault::Retry,
             _ => Fault::Stop,
         }
     }
@@ -355,6 +400,22 @@ impl Faulty for Error {
 /// that pulls runs out of them, and a new one has room again. Mended in 11.19 to 15.2, never in 10.
 fn is_session_spent(error: &pg::Error) -> bool {
     error.code() == Some("XX000") && error.to_string().contains("relcache_callback_list slots")
+}
+
+/// What the slot needs and has not any more.
+fn removed(reason: &str) -> &'static str {
+    match reason {
+        // 16 says the latter, 17 and newer the former; a primary's slots keep their rows.
+        "rows_removed" | "conflicting" => {
+            "the primary removed rows that a slot of this standby needs (on the standby: alter \
+             system set hot_standby_feedback = on, and a slot of the primary in primary_slot_name; \
+             select pg_reload_conf())"
+        }
+        _ => {
+            "WAL it needs is gone (more room: alter system set max_slot_wal_keep_size = -1; select \
+             pg_reload_conf())"
+        }
+    }
 }
 
 struct Blockers<'a>(&'a [Blocker]);

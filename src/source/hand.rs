@@ -264,7 +264,8 @@ struct Stand {
 
 async fn stand(session: &mut Session, slot: &str) -> pg::Result<Option<Stand>> {
     let sql = format!(
-        "select pg_catalog.pg_current_wal_flush_lsn(), confirmed_flush_lsn, restart_lsn \
+        "select case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_replay_lsn() \
+           else pg_catalog.pg_current_wal_flush_lsn() end, confirmed_flush_lsn, restart_lsn \
          from pg_catalog.pg_replication_slots where slot_name = {}",
         quote_literal(slot)
     );

@@ -126,6 +126,30 @@ impl Nudge {
         self.nudge(way, session).await
     }
 
+    /// The same for a slot on a standby, whose `primary` writes the log.
+    pub async fn look_from(
+        &mut self,
+        standby: &mut Session,
+        primary: &mut Session,
+    ) -> pg::Result<Nudged> {
+        let sql = format!(
+            "select coalesce(pg_catalog.pg_wal_lsn_diff( \
+               s.confirmed_flush_lsn, s.restart_lsn), 0)::int8 \
+             from pg_catalog.pg_replication_slots s where s.slot_name = {}",
+            quote_literal(&self.slot)
+        );
+        let rows = standby.query(&sql).await?;
+        let Some(row) = rows.first() else { return Ok(Nudged::No) };
+        let kept: i64 = row.parse(0)?;
+        let end = primary.query_one("select pg_catalog.pg_current_wal_insert_lsn()", &[]).await?;
+        let end_lsn = end.lsn(0)?;
+        if !due(STEP_BYTES, kept, end_lsn, self.nudged_lsn) {
+            return Ok(Nudged::No);
+        }
+        self.nudged_lsn = end_lsn;
+        self.ask(primary).await
+    }
+
     /// Has a record logged now, if the server lets us. `session` as for [`Nudge::look`], and of a
     /// primary.
     ///

@@ -486,7 +486,8 @@ async fn backend_gone(session: &mut Session, pid: i32) -> Result<bool> {
     Ok(true)
 }
 
-async fn in_recovery(session: &mut Session) -> Result<bool> {
+/// True on a standby.
+pub(super) async fn in_recovery(session: &mut Session) -> Result<bool> {
     let rows = session.query("select pg_catalog.pg_is_in_recovery()").await?;
     rows.first().map_or(Ok(false), |row| Ok(row.bool(0)?))
 }

@@ -80,6 +80,8 @@ pub struct CheckOptions {
     pub failover: Failover,
     /// Standbys of the source that are to have slots of their own.
     pub standbys: Vec<Config>,
+    /// A standby of the source that is to be decoded from.
+    pub decode_from: Option<Config>,
     /// Applications are to write to both sides.
     pub two_way: bool,
     /// The target is a copy that somebody else made: nothing is made there, all has to be there.
@@ -119,6 +121,7 @@ impl CheckOptions {
             two_phase: false,
             failover: Failover::Auto,
             standbys: Vec::new(),
+            decode_from: None,
             two_way: false,
             brought: false,
             shared: false,
@@ -137,7 +140,7 @@ impl CheckOptions {
     pub fn with_map(&mut self, config: &JobConfig) {
         self.map.clone_from(&config.map);
         self.one_way = config.one_way;
-        self.reverse = config.map.is_none();
+        self.reverse = !config.is_one_way();
         self.shared = config.options.shared;
     }
 }

@@ -1,10 +1,10 @@
-//! What it takes that a slot can be kept on a standby that was given by `--standby`; and Patroni,
-//! which drops slots that it does not know.
+//! What it takes that a slot can be kept on a standby that was given by `--standby` or
+//! `--decode-from`; and Patroni, which drops slots that it does not know.
 //!
 //! <https://www.postgresql.org/docs/16/logicaldecoding-explanation.html#LOGICALDECODING-REPLICATION-SLOTS>,
 //! <https://patroni.readthedocs.io/en/latest/dynamic_configuration.html>
 
-use super::finding::Finding;
+use super::finding::{Finding, Level};
 use super::{Check, Side};
 use crate::id::Stream;
 use crate::job::failover::{FAILOVER_SLOTS, Failover};
@@ -39,12 +39,48 @@ impl Check<'_> {
                 }
             }
         }
-        let hint = options.standbys.is_empty() && options.failover != Failover::Off;
+        self.decoded_from(major).await?;
+        let hint = options.decode_from.is_none()
+            && options.standbys.is_empty()
+            && options.failover != Failover::Off;
         if hint && major < FAILOVER_SLOTS {
             self.standbys_seen(major).await?;
         }
         let found = patroni(&mut self.source.session, &options.job.object(Stream::Forward)).await;
         self.take(Side::Source, "Patroni", found)
+    }
+
+    /// The standby that is to have the slot, and to send.
+    async fn decoded_from(&mut self, major: u32) -> pg::Result<()> {
+        let (options, begun) = (self.options, self.begun.is_some());
+        let Some(standby) = &options.decode_from else { return Ok(()) };
+        let object = format!("standby {}", place(standby));
+        if major < STANDBY_SLOTS {
+            let message = format!(
+                "standbys of release {major} do not decode, {STANDBY_SLOTS} is the first: leave \
+                 --decode-from out"
+            );
+            self.findings.push(Finding::error(Side::Source, CODE, object, message));
+            return Ok(());
+        }
+        let system = self.source.facts.system_identifier.clone();
+        let looked = async {
+            let mut found = look(standby, &object, system.as_deref()).await?;
+            if begun {
+                // It has its slot, or was promoted with it: the stream tells.
+                found.retain(|finding| finding.level != Level::Error);
+            }
+            Session::connect(standby, Purpose::Replication).await?;
+            Ok::<_, pg::Error>(found)
+        };
+        match looked.await {
+            Ok(found) => self.findings.extend(found),
+            Err(error) => {
+                let message = format!("cannot be decoded from: {error}");
+                self.findings.push(Finding::error(Side::Source, CODE, object, message));
+            }
+        }
+        Ok(())
     }
 
     /// Before 17 nobody keeps the slot on a standby by itself.
@@ -90,7 +126,7 @@ async fn look(standby: &Config, object: &str, system: Option<&str>) -> pg::Resul
         |message: &str| Finding::warning(Side::Source, CODE, object, message),
     );
     if !row.bool(0)? {
-        return Ok(vec![error("is no standby: give --standby those of now")]);
+        return Ok(vec![error("is no standby: give those of now")]);
     }
     if system.is_some_and(|system| row.opt(5).ok().flatten() != Some(system)) {
         return Ok(vec![error("is a standby of another server than the source")]);

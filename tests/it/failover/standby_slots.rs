@@ -118,7 +118,7 @@ async fn a_promoted_standby_of_16_is_followed_from_the_slot_that_was_kept_there(
 async fn a_standby_that_cannot_have_a_slot_says_so() {
     let ends = Ends::start(17, 17);
     ends.source.psql("app", "create table public.t (a int primary key)").unwrap();
-    let standby = ends.source.standby(&[FEEDBACK]).unwrap();
+    let standby = ends.source.standby(&[FEEDBACK, "wal_receiver_status_interval = 0"]).unwrap();
     let uri = standby.uri("app");
     let both = ends.walferry(&["check", "--standby", &uri]).await;
     assert!(both.out.contains("leave --standby out"), "{}", both.out);
@@ -142,6 +142,16 @@ async fn a_standby_that_cannot_have_a_slot_says_so() {
     })
     .await;
     standby.psql("app", "select pg_drop_replication_slot('walferry_main_forward')").unwrap();
+    // A source that was never told what the slot needs does not keep it.
+    until_within(Duration::from_secs(20), "what the source has not heard", || async {
+        let found = standby_of(&ends).await;
+        assert_ne!(found["state"], "ready", "{found}");
+        let said = found["said"].as_str().unwrap_or_default();
+        found["state"] == "unheard" && said.contains("wal_receiver_status_interval")
+    })
+    .await;
+    standby.configure(&["wal_receiver_status_interval = 1"]).unwrap();
+    standby.reload().unwrap();
     until_ready(&ends, &standby, &mut run).await;
     let ended = ends.done(&["cancel"]).await;
     assert!(ended.err.contains("was not given by --standby"), "{}", ended.err);
