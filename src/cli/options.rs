@@ -262,6 +262,7 @@ impl JobArgs {
             bulk,
             map,
             one_way: self.one_way || file.one_way,
+            insert_only: false,
         })
     }
 }

@@ -134,6 +134,27 @@ pub async fn is_shut(session: &mut Session, job: &JobName) -> Result<bool> {
     database::noted(session, job, "and opened_at is null").await
 }
 
+/// Of these tables, those that are there and that the job has not shut.
+pub async fn unsealed(
+    session: &mut Session,
+    job: &JobName,
+    tables: &[QualifiedName],
+) -> Result<Vec<QualifiedName>> {
+    let sql = "select n.nspname, c.relname from pg_catalog.pg_class c \
+         join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+         where c.relkind in ('r', 'p') and not exists (select 1 from pg_catalog.pg_trigger t \
+            where t.tgrelid = c.oid and t.tgname = $1 and t.tgenabled <> 'D') order by 1, 2";
+    let wanted: HashSet<&QualifiedName> = tables.iter().collect();
+    let mut open = Vec::new();
+    for row in session.query_params(sql, &[Some(&seal_name(job))]).await? {
+        let table = QualifiedName::new(row.str(0)?, row.str(1)?);
+        if wanted.contains(&table) {
+            open.push(table);
+        }
+    }
+    Ok(open)
+}
+
 /// A lock wait cancels an autovacuum in the way only after deadlock_timeout (1 s), which is longer
 /// than a short try waits. Only superusers may shorten it; gives false for others.
 pub async fn hasten(session: &mut Session) -> bool {

@@ -309,6 +309,7 @@ pub(super) async fn check_ready(
 /// What check is told of a job.
 pub(super) fn check_options(config: &JobConfig, selection: &Selection) -> check::CheckOptions {
     let mut options = check::CheckOptions::new(config.job.clone());
+    options.insert_only = config.insert_only;
     options.selection = selection.clone();
     options.large_objects = config.options.moves_large_objects();
     options.copy_jobs = config.jobs;

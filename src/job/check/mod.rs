@@ -86,6 +86,8 @@ pub struct CheckOptions {
     pub brought: bool,
     /// Other jobs write the same tables of the target, which are there.
     pub shared: bool,
+    /// Tables without a replica identity are moved all the same, and see INSERT alone meanwhile.
+    pub insert_only: bool,
     /// Tables that are altered on the source are on the target as well, by the stream.
     pub alters: bool,
     /// Parallel copies: each needs a connection on both sides.
@@ -122,6 +124,7 @@ impl CheckOptions {
             two_way: false,
             brought: false,
             shared: false,
+            insert_only: false,
             alters: false,
             copy_jobs: 4,
             reverse: true,
