@@ -42,9 +42,10 @@ fn main() -> ExitCode {
     code
 }
 
-/// Memory in pages of 4 kB. A backlog takes 200 MB within a second or two, and of huge pages each has
-/// to be zeroed, and often made by moving others, first: up to a third of the time to catch up, where
-/// small ones cost a tenth of a second. What is started from here (pg_dump, hooks) inherits it.
+/// Memory in pages of 4 kB. A backlog takes 200 MB within a second or two, and of huge pages each
+/// has to be zeroed, and often made by moving others, first: up to a third of the time to catch up,
+/// where small ones cost a tenth of a second. What is started from here (pg_dump, hooks) inherits
+/// it.
 ///
 /// <https://man7.org/linux/man-pages/man2/pr_set_thp_disable.2const.html>
 fn take_small_pages() {
