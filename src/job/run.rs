@@ -102,8 +102,8 @@ pub struct Runner {
     pub(super) heartbeat: Option<Heartbeat>,
     /// Keeps slots on standbys of the source.
     pub(super) standbys: Option<Standbys>,
-    /// With the side that is not live, while that is known to be shut.
-    pub(super) sealed: Option<Session>,
+    /// With the side that a flip of this direction has left, while that is known to be shut.
+    pub(super) sealed: Option<(crate::id::Stream, Session)>,
     /// Looks at what no stream shows.
     pub(super) silent: Option<Silent>,
     /// What the reverse stream applies beside canaries: tables that applications write to on the

@@ -34,13 +34,13 @@ impl Runner {
             Phase::RolledBack => (Stream::Reverse, self.config.target.clone()),
             _ => return Ok(()),
         };
-        if let Some(open) = &mut self.sealed {
+        if let Some((_, open)) = self.sealed.as_mut().filter(|(left, _)| *left == flip) {
             let asked = tokio::time::timeout(PATIENCE, open.query("select 1")).await;
             if matches!(asked, Ok(Ok(_))) {
                 return Ok(());
             }
-            self.sealed = None;
         }
+        self.sealed = None;
         let fence = self.row().await?.flip.map(|record| record.fence);
         if fence.as_deref() == Some("none") {
             return Ok(());
@@ -59,7 +59,7 @@ impl Runner {
         };
         let open = match tokio::time::timeout(PATIENCE, looking).await {
             Ok(Ok((None, session))) => {
-                self.sealed = Some(session);
+                self.sealed = Some((flip, session));
                 return Ok(());
             }
             Ok(Ok((Some(open), _))) => open,

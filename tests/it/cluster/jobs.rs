@@ -342,6 +342,20 @@ async fn a_table_without_identity_is_refused_or_moves_with_inserts_alone() {
     }
     run.signal("INT");
     run.ended().await.expect_success();
-    cluster(&stage.address, &["finish", "1"]).await.expect_success();
+
+    // A job that is just making its tables there keeps them.
+    let mut making = session(&stage.b, "app").await;
+    making.execute("select pg_advisory_lock_shared(7823, 1)").await.unwrap();
+    let finish = Walferry::spawn(&["cluster", "--cluster", &stage.address, "finish", "1"]);
+    let slots = "select count(*) from pg_replication_slots";
+    until_within(Duration::from_secs(60), "slots are dropped", || {
+        std::future::ready(stage.b.psql("app", slots).unwrap() == "0")
+    })
+    .await;
+    making.execute("create table walferry.canary_other (id int)").await.unwrap();
+    making.execute("select pg_advisory_unlock_shared(7823, 1)").await.unwrap();
+    finish.ended().await.expect_success();
+    let there = "select to_regclass('walferry.canary_other') is not null";
+    assert_eq!(stage.b.psql("app", there).unwrap(), "t");
     update(&stage.a).unwrap();
 }
