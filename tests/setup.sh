@@ -7,9 +7,9 @@ set -eu
 what=${1:-test}
 here=$(cd "$(dirname "$0")/.." && pwd)
 
-# The majors whose servers the tests start: the oldest, the newest, and the pair that is moved
-# between. Debian's own 15 serves the rest.
-majors=${WALFERRY_TEST_MAJORS-"10 14 16 17 18"}
+# The majors whose servers the tests start: the oldest, the newest, and some between. Debian's own
+# 15 serves the rest.
+majors=${WALFERRY_TEST_MAJORS-"10 12 14 16 17 18"}
 if [ -n "${WALFERRY_CACHE:-}" ]; then cache=$WALFERRY_CACHE
 elif [ "$(id -u)" = 0 ]; then cache=/var/cache/walferry
 else cache=${XDG_CACHE_HOME:-$HOME/.cache}/walferry

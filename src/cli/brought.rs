@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::options::JobArgs;
+use super::options::{JobArgs, MOVED};
 use crate::config::{self, File};
 use crate::job::JobConfig;
 use crate::job::store::JobOptions;
@@ -21,11 +21,11 @@ impl JobArgs {
 pub struct BroughtArgs {
     /// copy, or none: the target is a copy that somebody else made after walferry slot create, a
     /// physical clone or a dump [default: copy]
-    #[arg(long, value_name = "WHAT")]
+    #[arg(long, value_name = "WHAT", help_heading = MOVED)]
     pub initial_copy: Option<String>,
     /// With --initial-copy none: exclusive end of what the copy has of the source's log, where the
     /// copy does not tell itself
-    #[arg(long, value_name = "LSN")]
+    #[arg(long, value_name = "LSN", help_heading = MOVED)]
     pub from_lsn: Option<String>,
 }
 

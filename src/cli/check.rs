@@ -27,25 +27,12 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         // A side that cannot be reached is a finding, as below.
         Err(_) => {}
     }
-    let options = &config.options;
-    let mut selection = options.patterns()?;
+    let mut selection = config.options.patterns()?;
     // A source that cannot be reached is a finding; see there.
     if let Ok(mut source) = Session::connect(&config.source, Purpose::Sql).await {
         selection = selection.with_partitions(&mut source).await?;
     }
-    let mut wanted = CheckOptions::new(config.job.clone());
-    wanted.selection = selection;
-    wanted.large_objects = options.moves_large_objects();
-    wanted.copy_jobs = config.jobs;
-    wanted.wanted = config.wanted.clone();
-    wanted.streaming = config.streaming.is_some();
-    wanted.two_phase = config.two_phase;
-    wanted.failover = config.failover;
-    wanted.standbys.clone_from(&config.standbys);
-    wanted.two_way = config.two_way.is_some();
-    wanted.brought = options.brought;
-    wanted.alters = config.ddl.is_some();
-    wanted.with_map(&config);
+    let wanted = CheckOptions::of(&config, selection);
     let report = check::run(&config.source, &config.target, wanted).await?;
     if args.json {
         print::json(&report)?;
@@ -56,7 +43,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
                 Level::Warning => "warning",
                 Level::Info => "info",
             };
-            println!("{level:>8}  {}: {}", finding.object, finding.message);
+            println!("{level:>8}  {}: {}", finding.place(), finding.message);
             for line in finding.fix.iter().flat_map(|fix| fix.lines()) {
                 println!("{:>10}{line}", "");
             }

@@ -163,8 +163,8 @@ struct Planned<'a> {
 
 /// Shows, plans, or runs. 0 done, 1 not.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let (option, variable) = ("cluster", "WALFERRY_CLUSTER");
-    let missing = config::Error::Missing { what: "the cluster", option, variable };
+    let message = "is missing: give it, or set WALFERRY_CLUSTER".to_string();
+    let missing = config::Error::Value { option: "--cluster", message };
     // A mistake in the wish is told before anything is read.
     let wish = args.command.wish()?;
     let address = Address::parse(&args.cluster.ok_or(missing)?)?;

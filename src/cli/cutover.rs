@@ -6,10 +6,11 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
+use super::limits::LimitArgs;
 use super::options::{JobArgs, learn};
 use super::run::stop_on_signal;
 use super::{print, reads};
-use crate::config::{self, parse_duration};
+use crate::config;
 use crate::id::Stream;
 use crate::job::ask::Asker;
 use crate::job::groups::Part;
@@ -26,7 +27,7 @@ const PREPARATION: Duration = Duration::from_secs(3600);
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct FlipArgs {
     /// Lead only those who read, by routes of their own, ahead of the writes: nobody is fenced, and
-    /// writes stay where they are. rollback --reads leads them back to the source
+    /// writes stay where they are. They are led back by rollback with the same option
     #[arg(long, conflicts_with_all =
         ["fence", "route", "no_route", "max_hold", "refresh", "unlogged", "leave_quarantined"])]
     pub reads: bool,
@@ -52,18 +53,9 @@ pub struct FlipArgs {
     /// Lead no clients: neither by the routes of the last switch nor by those of walferry.toml
     #[arg(long, conflicts_with = "route")]
     pub no_route: bool,
-    /// Do not begin while the stream is further behind [default: 1s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub max_lag: Option<Duration>,
-    /// Give up after trying for so long to stop writers [default: 30s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub timeout: Option<Duration>,
-    /// No statement waits longer for us in one try [default: 200ms]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub lock_timeout: Option<Duration>,
-    /// Once writers are stopped, let them go on if the target needs longer to drain [default: 5s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub max_hold: Option<Duration>,
+    /// How long it may take.
+    #[command(flatten)]
+    pub limits: LimitArgs,
     /// When materialized views are refreshed on the side to come: before (writers are held), after
     /// (once clients are there, beside their work) or never [default: before; of rollback: after]
     #[arg(long, value_name = "WHEN", value_parser = str::parse::<Refresh>)]
@@ -95,21 +87,6 @@ pub struct Args {
 /// Switches applications to the target. 0 switched, 1 not.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     flip(Stream::Forward, &args.job, &args.flip).await
-}
-
-/// A time as given, else as the file has it, else this, in milliseconds.
-pub fn milliseconds(
-    own: Option<Duration>,
-    file: Option<String>,
-    default: u64,
-) -> Result<u64, config::Error> {
-    let value = match (own, file) {
-        (Some(own), _) => Ok(own),
-        (None, Some(text)) => parse_duration(&text),
-        (None, None) => Ok(Duration::from_millis(default)),
-    };
-    let value = value.map_err(|message| config::Error::Value { option: "[cutover]", message });
-    Ok(value?.as_millis() as u64)
 }
 
 /// Cutover and rollback alike.
@@ -170,7 +147,7 @@ async fn ask(
     asker: &mut Asker,
     stopping: &mut watch::Receiver<bool>,
 ) -> anyhow::Result<Value> {
-    let wait = Duration::from_millis(request.timeout_ms + request.max_hold_ms) + PREPARATION;
+    let wait = request.limits.together().saturating_add(PREPARATION);
     let request = serde_json::to_value(request)?;
     let answer = tokio::select! {
         answer = asker.ask("flip", &request, wait) => answer.map_err(anyhow::Error::from),
@@ -296,6 +273,7 @@ fn request(
     config: &JobConfig,
 ) -> anyhow::Result<FlipRequest> {
     let file = job.file()?.cutover;
+    let limits = args.limits.limits(&file)?;
     let given = match (args.route.as_slice(), args.no_route) {
         ([], true) => Vec::new(),
         ([], false) => file.route,
@@ -323,10 +301,7 @@ fn request(
         fence,
         routes,
         letter: None,
-        max_lag_ms: milliseconds(args.max_lag, file.max_lag, 1_000)?,
-        timeout_ms: milliseconds(args.timeout, file.timeout, 30_000)?,
-        lock_timeout_ms: milliseconds(args.lock_timeout, file.lock_timeout, 200)?,
-        max_hold_ms: milliseconds(args.max_hold, file.max_hold, 5_000)?,
+        limits,
         refresh,
         unlogged,
         leave_quarantined: args.leave_quarantined,
@@ -351,9 +326,7 @@ fn ends_of(stream: Stream) -> (&'static str, &'static str) {
 }
 
 fn show(stream: Stream, dry_run: bool, one_way: bool, outcome: &Value) {
-    for step in print::list(outcome, "/steps") {
-        println!("{:>10.1} ms  {}", print::number(step, "/ms"), print::text(step, "/name"));
-    }
+    print::steps(outcome);
     let left = print::list(outcome, "/not_carried");
     if !left.is_empty() {
         println!("not carried by this:");
@@ -383,6 +356,7 @@ fn show(stream: Stream, dry_run: bool, one_way: bool, outcome: &Value) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cutover::Limits;
 
     #[test]
     fn max_hold_and_no_owner_may_stand_in_the_file_and_options_come_first() {
@@ -394,10 +368,11 @@ mod tests {
         let mut flip = FlipArgs::default();
         let config = job.job().unwrap();
         let asked = request(Stream::Forward, &job, &flip, &config).unwrap();
-        assert_eq!((asked.max_hold_ms, asked.lock_timeout_ms), (7_000, 200));
-        flip.max_hold = Some(Duration::from_secs(2));
+        let limits = Limits { max_hold: Duration::from_secs(7), ..Limits::default() };
+        assert_eq!(asked.limits, limits);
+        flip.limits.max_hold = Some(Duration::from_secs(2));
         let asked = request(Stream::Forward, &job, &flip, &config).unwrap();
-        assert_eq!(asked.max_hold_ms, 2_000);
+        assert_eq!(asked.limits.max_hold, Duration::from_secs(2));
         assert!(!config.owners);
         std::fs::remove_file(&path).unwrap();
     }

@@ -30,14 +30,22 @@ const WORK_TRANSACTIONS: u64 = 3000;
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Size of the database, about 5 MB for each
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, value_name = "N", default_value_t = 60,
+        value_parser = clap::value_parser!(u32).range(1..))]
     scale: u32,
     /// Transactions a second that the writer aims at
-    #[arg(long, default_value_t = 300.0)]
+    #[arg(long, value_name = "N", default_value_t = 300.0, value_parser = rate)]
     rate: f64,
     /// Move through a throw-away Apache Kafka (Java 17 and Maven are needed)
     #[arg(long)]
     kafka: bool,
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(rate) if rate.is_finite() && rate > 0.0 => Ok(rate),
+        _ => Err("is not a number of transactions a second, such as 300".to_string()),
+    }
 }
 
 /// The stage: two servers, a pooler, and this binary.

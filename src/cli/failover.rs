@@ -1,5 +1,6 @@
 //! Options about standbys that take over.
 
+use super::options::READ;
 use crate::config;
 use crate::job::failover::{AfterFailover, Failover};
 use crate::pg::Config;
@@ -9,16 +10,19 @@ use crate::pg::Config;
 pub struct FailoverArgs {
     /// Have standbys of 17 and newer keep copies of our slots: on, off, or auto, where the server
     /// can [default: auto]
-    #[arg(long, value_name = "auto|on|off", value_parser = str::parse::<Failover>)]
+    #[arg(long, value_name = "auto|on|off", value_parser = str::parse::<Failover>,
+        help_heading = READ)]
     failover: Option<Failover>,
     /// What is done where a promoted standby lacks what the stream needs: stop and say so, or
     /// refill, which makes a new slot, compares every table and reads again what differs
     /// [default: stop]
-    #[arg(long, value_name = "stop|refill", value_parser = str::parse::<AfterFailover>)]
+    #[arg(long, value_name = "stop|refill", value_parser = str::parse::<AfterFailover>,
+        help_heading = READ)]
     after_failover: Option<AfterFailover>,
     /// A standby of the source, of 16 or newer, on which a slot is kept for when it is promoted;
     /// may be given again. Of 17 and newer servers keep copies themselves (--failover)
-    #[arg(long, value_name = "URI", env = "WALFERRY_STANDBY", hide_env_values = true)]
+    #[arg(long, value_name = "URI", env = "WALFERRY_STANDBY", hide_env_values = true,
+        help_heading = READ)]
     standby: Vec<String>,
 }
 

@@ -18,7 +18,9 @@ mod cutover;
 mod demo;
 mod failover;
 mod finish;
+mod help;
 mod lasting;
+mod limits;
 mod mapping;
 mod options;
 mod print;
@@ -43,7 +45,7 @@ use crate::{config, job, pg};
 
 /// walferry moves a live PostgreSQL database between servers while applications write.
 #[derive(Debug, Parser)]
-#[command(name = "walferry", version, about, max_term_width = 100)]
+#[command(name = "walferry", version, about, max_term_width = 100, after_help = help::ALL)]
 pub struct Cli {
     /// More about what happens, on standard error; twice for everything.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
@@ -57,34 +59,49 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Move a database between two throw-away local servers under a live writer, and back
+    #[command(after_help = help::DEMO)]
     Demo(demo::Args),
     /// Say what stands in the way, each with the SQL that mends it
+    #[command(after_help = help::CHECK)]
     Check(check::Args),
     /// Make slot and publication first, for a copy that you make yourself
+    #[command(after_help = help::SLOT)]
     Slot(slot::Args),
     /// Plan, make the schema, copy, catch up and follow; the same command resumes
+    #[command(after_help = help::RUN)]
     Run(run::Args),
     /// The half of run that only reads the source, into a Kafka topic, on a host of its own
+    #[command(after_help = help::CAPTURE)]
     Capture(capture::Args),
     /// The other half: all that run does, applying what capture has read
+    #[command(after_help = help::APPLY)]
     Apply(apply::Args),
     /// Show phase, positions, lag and tables
+    #[command(after_help = help::STATUS)]
     Status(status::Args),
     /// Compare both sides row by row while they live
+    #[command(after_help = help::VERIFY)]
     Verify(verify::Args),
     /// List, retry or drop rows that the target refused, and what waits behind them
+    #[command(after_help = help::QUARANTINE)]
     Quarantine(quarantine::Args),
     /// Switch applications to the target
+    #[command(after_help = help::CUTOVER)]
     Cutover(cutover::Args),
     /// Switch applications back to the source
+    #[command(after_help = help::ROLLBACK)]
     Rollback(rollback::Args),
     /// Drop all that walferry made, on both sides
+    #[command(after_help = help::FINISH)]
     Finish(finish::Args),
     /// Give up before the switch, and clean up
+    #[command(after_help = help::CANCEL)]
     Cancel(cancel::Args),
     /// Show a sharded cluster, and plan moves between its nodes
+    #[command(after_help = help::CLUSTER)]
     Cluster(cluster::Args),
     /// Share the rows of several databases out among several others, and switch all at once
+    #[command(after_help = help::RESHARD)]
     Reshard(reshard::Args),
 }
 
@@ -151,6 +168,43 @@ pub async fn run(cli: Cli) -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_that_mean_nothing_are_mistakes_of_usage() {
+        let is_taken = |line: &str| Cli::try_parse_from(line.split(' ')).is_ok();
+        assert!(is_taken("walferry demo --scale 1 --rate 0.5"));
+        for bad in ["--scale 0", "--scale -1", "--rate 0", "--rate -5", "--rate NaN", "--rate inf"]
+        {
+            assert!(!is_taken(&format!("walferry demo {bad}")), "{bad}");
+        }
+        for bad in ["0x", "-1s", "25d", "99999999999999999999d", "1e3"] {
+            assert!(!is_taken(&format!("walferry cutover --timeout {bad}")), "{bad}");
+        }
+        assert!(!is_taken("walferry run --jobs -1") && !is_taken("walferry run --jobs many"));
+        assert!(!is_taken("walferry cutover --groups 0"));
+    }
+
+    /// Of a job, which every command takes, and what stands in walferry.toml.
+    #[test]
+    fn the_readme_has_every_option_of_a_job() {
+        let readme = include_str!("../../README.md");
+        let cli = Cli::command();
+        let of = |name: &str| cli.find_subcommand(name).unwrap().get_arguments();
+        let options = of("run").chain(of("cutover")).chain(of("finish")).chain(of("cancel"));
+        let options = options.filter_map(Arg::get_long).filter(|name| *name != "help");
+        let missing = |name: &&str| {
+            !readme.contains(&format!("`--{name}")) && !readme.contains(&format!(" --{name}"))
+        };
+        assert_eq!(options.filter(missing).collect::<Vec<_>>(), Vec::<&str>::new());
+        // The list of keys that is told of an unknown one is serde's.
+        for section in ["x = 1", "cutover.x = 1", "tuning.x = 1"] {
+            let said = toml::from_str::<config::File>(section).unwrap_err().to_string();
+            let keys: Vec<&str> = said.split('`').skip(3).step_by(2).collect();
+            assert!(keys.len() > 5, "{said}");
+            let missing: Vec<_> = keys.iter().filter(|key| !readme.contains(**key)).collect();
+            assert_eq!(missing, Vec::<&&str>::new());
+        }
+    }
 
     #[test]
     fn options_may_stand_before_the_command() {

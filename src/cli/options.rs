@@ -29,115 +29,124 @@ use crate::source::BulkOptions;
 /// Name of a job that was not given one.
 const DEFAULT_NAME: &str = "main";
 
+/// Heads of the lists that a command's own options are followed by.
+const WHICH: &str = "Which job";
+pub(super) const MOVED: &str = "What is moved";
+pub(super) const READ: &str = "How the source is read";
+const KEPT: &str = "How changes are kept and written";
+
 /// Which job.
 #[derive(Clone, Debug, Default, Args)]
 pub struct JobArgs {
     /// Where rows come from: a libpq URI or key=value string
-    #[arg(long, value_name = "URI", env = "WALFERRY_SOURCE", hide_env_values = true)]
+    #[arg(long, value_name = "URI", env = "WALFERRY_SOURCE", hide_env_values = true,
+        help_heading = WHICH)]
     pub source: Option<String>,
     /// Where they go; the job's own tables live there too, in schema walferry
-    #[arg(long, value_name = "URI", env = "WALFERRY_TARGET", hide_env_values = true)]
+    #[arg(long, value_name = "URI", env = "WALFERRY_TARGET", hide_env_values = true,
+        help_heading = WHICH)]
     pub target: Option<String>,
     /// The job's name: part of the names of slot, publication and origin [default: main]
-    #[arg(long, value_name = "NAME", env = "WALFERRY_NAME")]
+    #[arg(long, value_name = "NAME", env = "WALFERRY_NAME", help_heading = WHICH)]
     pub name: Option<String>,
     /// A file with these options [default: walferry.toml, if there is one]
-    #[arg(short, long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE", help_heading = WHICH)]
     pub config: Option<PathBuf>,
     /// Only these tables (schema.table, with * and ?); may be given again
-    #[arg(long, value_name = "TABLE")]
+    #[arg(long, value_name = "TABLE", help_heading = MOVED)]
     pub include: Vec<String>,
     /// Not these tables; may be given again
-    #[arg(long, value_name = "TABLE")]
+    #[arg(long, value_name = "TABLE", help_heading = MOVED)]
     pub exclude: Vec<String>,
     /// Create these tables and leave their rows behind; may be given again
-    #[arg(long, value_name = "TABLE")]
+    #[arg(long, value_name = "TABLE", help_heading = MOVED)]
     pub schema_only: Vec<String>,
     /// Only the tables of --include and what belongs to them (indexes, keys, triggers, grants, the
     /// sequences they own), into a database that has all else: shards of a cluster, for one
-    #[arg(long)]
+    #[arg(long, help_heading = MOVED)]
     pub tables_only: bool,
     /// Whether large objects move: copy or leave [default: copy, but leave with --include]
-    #[arg(long, value_name = "WHAT")]
+    #[arg(long, value_name = "WHAT", help_heading = MOVED)]
     pub large_objects: Option<String>,
     /// A copy that somebody else made.
     #[command(flatten)]
     pub own_copy: BroughtArgs,
     /// Tables copied, and indexes built, at the same time [default: 4]
-    #[arg(short, long, value_name = "N")]
+    #[arg(short, long, value_name = "N", help_heading = KEPT)]
     pub jobs: Option<usize>,
     /// How changes are written: row (one by one), set (the net change of a batch), or auto
     /// [default: auto]
-    #[arg(long, value_name = "ORDER", value_parser = str::parse::<Mode>)]
+    #[arg(long, value_name = "ORDER", value_parser = str::parse::<Mode>, help_heading = KEPT)]
     pub apply: Option<Mode>,
     /// What becomes of a row that the target refuses: stop, or quarantine, which keeps it and all
     /// later changes of its table aside while other tables go on [default: stop]
-    #[arg(long, value_name = "WHAT", value_parser = str::parse::<OnRowError>)]
+    #[arg(long, value_name = "WHAT", value_parser = str::parse::<OnRowError>, help_heading = KEPT)]
     pub on_row_error: Option<OnRowError>,
     /// What is done on the target where a table of the source is altered: apply (at its place in
     /// the stream), hold (keep the table's changes until the SQL was run) or stop; or by class, as
     /// in hold,add-column=apply [default: what does not fit stops]
-    #[arg(long, value_name = "POLICY", value_parser = str::parse::<Policy>)]
+    #[arg(long, value_name = "POLICY", value_parser = str::parse::<Policy>, help_heading = KEPT)]
     pub ddl: Option<Policy>,
     /// Write something of ours into the source's log this often, and measure lag by it while nobody
     /// else writes [default: never]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, help_heading = READ)]
     pub heartbeat: Option<Duration>,
     /// The statement for each beat, tables named with their schema [default: a logical message, or
     /// a row of our own; with this alone every 10s]
-    #[arg(long, value_name = "SQL")]
+    #[arg(long, value_name = "SQL", help_heading = READ)]
     pub heartbeat_sql: Option<String>,
     /// Read the source by this publication, which an administrator made; its row filters, column
     /// lists and operations are what the job is of
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help_heading = READ)]
     pub publication: Option<String>,
     /// What decodes the source's log: pgoutput, wal2json, test_decoding or auto [default: auto]
-    #[arg(long, value_name = "PLUGIN")]
+    #[arg(long, value_name = "PLUGIN", help_heading = READ)]
     pub decoder: Option<String>,
     /// How it is read: stream (replication protocol), pull (SQL) or auto [default: auto]
-    #[arg(long, value_name = "KIND")]
+    #[arg(long, value_name = "KIND", help_heading = READ)]
     pub transport: Option<String>,
     /// No column holds NaN or an infinity, which wal2json before 2.6 cannot tell from NULL
-    #[arg(long)]
+    #[arg(long, help_heading = READ)]
     pub no_nan: bool,
     /// There will be no way back: what a job whose walferry.toml has a [[map]] must be told, and
     /// its cutover once more
-    #[arg(long)]
+    #[arg(long, help_heading = MOVED)]
     pub one_way: bool,
     /// Leave owners and grants behind
-    #[arg(long)]
+    #[arg(long, help_heading = MOVED)]
     pub no_owner: bool,
     /// Where changes wait for the target: memory; spool, files on this host (in DIR, or
     /// ~/.local/state/walferry); or kafka, a topic of one partition (and TOPIC.reverse for the way
     /// back) [default: as the job had it, memory for a new one]
-    #[arg(long, value_name = "memory|spool[:DIR]|kafka:BROKERS/TOPIC", env = "WALFERRY_BUFFER")]
+    #[arg(long, value_name = "memory|spool[:DIR]|kafka:BROKERS/TOPIC", env = "WALFERRY_BUFFER",
+        help_heading = KEPT)]
     pub buffer: Option<String>,
     /// Limit of a stream's spool, or of what the target lacks of a topic; beyond, WAL stays on the
     /// source [default: 100GB]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", help_heading = KEPT)]
     pub spool_limit: Option<String>,
     /// Until the source keeps so much WAL, it is told only what the target has; from half of it on,
     /// what the spool or topic has [default: a third of its max_slot_wal_keep_size, at most 10GB]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", help_heading = KEPT)]
     pub wal_budget: Option<String>,
     /// Have the source send large transactions while they are in progress, on or off: 14 and newer,
     /// pgoutput by stream [default: off]
-    #[arg(long, value_name = "on|off")]
+    #[arg(long, value_name = "on|off", help_heading = READ)]
     pub streaming: Option<String>,
     /// Disk that transactions in progress may take here; beyond, the source keeps them
     /// [default: 10GB]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", help_heading = READ)]
     pub streaming_limit: Option<String>,
     /// Prepare on the target what is prepared on the source, on or off: 15 and newer, pgoutput by
     /// stream; a slot read so once is read so for ever [default: off, they arrive at their commit]
-    #[arg(long, value_name = "on|off")]
+    #[arg(long, value_name = "on|off", help_heading = READ)]
     pub two_phase: Option<String>,
     /// Applications write to both sides from the moment that the target is level (phase following)
-    #[arg(long)]
+    #[arg(long, help_heading = KEPT)]
     pub two_way: bool,
     /// Who wins where both sides change a row at the same time: last-commit, source, target, or
     /// error, which stops [default: last-commit]
-    #[arg(long, value_name = "WHO", value_parser = str::parse::<Settling>)]
+    #[arg(long, value_name = "WHO", value_parser = str::parse::<Settling>, help_heading = KEPT)]
     pub on_conflict: Option<Settling>,
     #[command(flatten)]
     pub standbys: FailoverArgs,

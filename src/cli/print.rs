@@ -46,6 +46,13 @@ pub fn list<'a>(value: &'a Value, pointer: &str) -> &'a [Value] {
     value.pointer(pointer).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default()
 }
 
+/// The steps of a flip's outcome, with their times.
+pub fn steps(outcome: &Value) {
+    for step in list(outcome, "/steps") {
+        println!("{:>10.1} ms  {}", number(step, "/ms"), text(step, "/name"));
+    }
+}
+
 /// Bytes for people: `1.2 GB`, in powers of 1000 as disks are sold.
 pub fn bytes(count: u64) -> String {
     let units = ["B", "kB", "MB", "GB", "TB"];

@@ -10,6 +10,7 @@ use super::print;
 use crate::config::{self, parse_duration};
 use crate::job::ask::Asker;
 use crate::job::quarantine::{self, Listed, Tried};
+use crate::job::store::Store;
 use crate::pg::Session;
 
 /// What to do.
@@ -67,8 +68,9 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 async fn list(args: &Args) -> anyhow::Result<ExitCode> {
     let (job, home, _) = args.job.home()?;
-    let mut home = Session::control(&home).await?;
-    let listed = quarantine::list(&mut home, &job, &args.tables, args.limit).await?;
+    let mut store = Store::new(Session::control(&home).await?, job.clone());
+    store.load_existing().await?;
+    let listed = quarantine::list(&mut store.session, &job, &args.tables, args.limit).await?;
     if args.json {
         print::json(&json!({ "tables": listed }))?;
         return Ok(ExitCode::SUCCESS);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::cutover::{FlipArgs, letter, milliseconds};
+use super::cutover::{FlipArgs, letter};
 use super::options::{JobArgs, learn};
 use super::print;
 use crate::config;
@@ -31,9 +31,7 @@ pub async fn lead(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Res
         attempt: format!("{:016x}", fastrand::u64(..)),
         routes: learn(&config.secrets, "--read-route", &given)?,
         letter: None,
-        max_lag_ms: milliseconds(args.max_lag, file.max_lag, 1_000)?,
-        timeout_ms: milliseconds(args.timeout, file.timeout, 30_000)?,
-        lock_timeout_ms: milliseconds(args.lock_timeout, file.lock_timeout, 200)?,
+        limits: args.limits.limits(&file)?,
         dry_run: args.dry_run,
     };
     if there && request.routes.is_empty() {
@@ -47,7 +45,8 @@ pub async fn lead(stream: Stream, job: &JobArgs, args: &FlipArgs) -> anyhow::Res
         _ => request.routes.clone(),
     };
     request.letter = letter(&mut asker, &routes).await?;
-    let wait = Duration::from_millis(request.timeout_ms + request.max_lag_ms) + SLACK;
+    let wait = [request.limits.timeout, request.limits.max_lag, SLACK];
+    let wait = wait.into_iter().fold(Duration::ZERO, Duration::saturating_add);
     let answer = asker.ask("reads", &serde_json::to_value(&request)?, wait).await;
     let own = asker.is_own();
     let closed = asker.close().await;

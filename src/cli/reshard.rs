@@ -3,17 +3,16 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use clap::Subcommand;
 use serde_json::json;
 use tokio::sync::watch;
 
-use super::cutover::milliseconds;
+use super::limits::LimitArgs;
 use super::options::{JobArgs, learn};
 use super::print;
 use super::run::{UntilArg, stop_on_signal};
-use crate::config::{self, File, parse_duration};
+use crate::config::{self, File};
 use crate::fault::Level;
 use crate::job;
 use crate::job::place::Buffer;
@@ -68,18 +67,8 @@ struct CutoverArgs {
     /// A command that leads clients over: hook:COMMAND; may be given again
     #[arg(long, value_name = "hook:COMMAND")]
     route: Vec<String>,
-    /// Do not begin while a stream is further behind [default: 1s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    max_lag: Option<Duration>,
-    /// Give up after trying for so long to stop writers on all sources [default: 30s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    timeout: Option<Duration>,
-    /// No statement waits longer for us in one try [default: 200ms]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    lock_timeout: Option<Duration>,
-    /// Once writers are stopped, let them go on if a target needs longer to drain [default: 5s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    max_hold: Option<Duration>,
+    #[command(flatten)]
+    limits: LimitArgs,
     /// There will be no way back, which is to be said
     #[arg(long)]
     one_way: bool,
@@ -277,10 +266,7 @@ async fn cutover(
     let wanted = Wanted {
         attempt: format!("{:016x}", fastrand::u64(..)),
         routes,
-        max_lag_ms: milliseconds(args.max_lag, flip.max_lag, 1_000)?,
-        timeout_ms: milliseconds(args.timeout, flip.timeout, 30_000)?,
-        lock_timeout_ms: milliseconds(args.lock_timeout, flip.lock_timeout, 200)?,
-        max_hold_ms: milliseconds(args.max_hold, flip.max_hold, 5_000)?,
+        limits: args.limits.limits(&file.cutover)?,
         dry_run: args.dry_run,
     };
     let (stop, stopping) = watch::channel(false);
@@ -290,9 +276,7 @@ async fn cutover(
         print::json(&outcome)?;
         return Ok(ExitCode::SUCCESS);
     }
-    for step in print::list(&outcome, "/steps") {
-        println!("{:>10.1} ms  {}", print::number(step, "/ms"), print::text(step, "/name"));
-    }
+    print::steps(&outcome);
     if args.dry_run {
         println!("ready, and there will be no way back; nothing was changed");
         return Ok(ExitCode::SUCCESS);

@@ -2,12 +2,17 @@
 
 use std::time::Duration;
 
-/// Reads `200ms`, `1s`, `1.5s`, `2m`, `1h`, `7d`; a bare number is seconds.
+/// Nothing here lasts longer, and every clock can count it.
+const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// Reads `200ms`, `1s`, `1.5s`, `2m`, `1h`, `7d`; a bare number is seconds. Ten years at the most.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let text = text.trim();
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
-    let number: f64 = number.parse().map_err(|_| format!("\"{text}\" is not a duration"))?;
+    let number: f64 = number
+        .parse()
+        .map_err(|_| format!("\"{text}\" is not a duration: use a number and ms, s, m, h or d"))?;
     let seconds = match unit.trim() {
         "ms" => number / 1000.0,
         "" | "s" => number,
@@ -16,7 +21,10 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         "d" => number * 24.0 * 3600.0,
         other => return Err(format!("\"{other}\" is not a unit of time: use ms, s, m, h or d")),
     };
-    Duration::try_from_secs_f64(seconds).map_err(|e| format!("\"{text}\": {e}"))
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(duration) if duration <= LONGEST => Ok(duration),
+        _ => Err(format!("\"{text}\" is too long: ten years are the most")),
+    }
 }
 
 #[cfg(test)]
@@ -30,7 +38,9 @@ mod tests {
         assert_eq!(parse_duration("30"), Ok(Duration::from_secs(30)));
         assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
         assert_eq!(parse_duration("7d"), Ok(Duration::from_secs(604_800)));
-        for bad in ["", "s", "1x", "-1s", "1e99h"] {
+        for bad in
+            ["", "s", "1x", "-1s", "1e99h", "4000d", "99999999999999999999d", "1.2.3s", "1 2"]
+        {
             assert!(parse_duration(bad).is_err(), "{bad}");
         }
     }

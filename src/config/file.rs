@@ -229,7 +229,12 @@ pub fn load(path: Option<&Path>) -> Result<File, Error> {
             1 + text.as_bytes().iter().take(span.start).filter(|b| **b == b'\n').count()
         });
         let line = line.map_or(String::new(), |line| format!("line {line}: "));
-        Error::Parse { path: shown, message: format!("{line}{}", error.message()) }
+        // Of a key or a value that is not one of ours, the message says what may be there.
+        let form = match toml::from_str::<toml::Table>(&text) {
+            Ok(_) => "",
+            Err(_) => " (the file is TOML: source = \"postgres://admin@old/shop\")",
+        };
+        Error::Parse { path: shown, message: format!("{line}{}{form}", error.message()) }
     })
 }
 
@@ -245,6 +250,18 @@ mod tests {
         std::fs::remove_file(&dir).unwrap();
         assert!(error.contains("line 2") && error.contains("targett"), "{error}");
         assert!(!error.contains("secret"), "{error}");
+    }
+
+    #[test]
+    fn a_file_of_another_form_is_told_what_it_should_be() {
+        let dir = std::env::temp_dir().join(format!("walferry-yaml-{}", std::process::id()));
+        let told = |text: &str| {
+            std::fs::write(&dir, text).unwrap();
+            load(Some(&dir)).unwrap_err().to_string()
+        };
+        assert!(told("source: yaml").contains("line 1") && told("{\"a\": 1}").contains("is TOML"));
+        assert!(!told("jobs = \"many\"").contains("is TOML"));
+        std::fs::remove_file(&dir).unwrap();
     }
 
     #[test]

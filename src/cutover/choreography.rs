@@ -11,7 +11,7 @@ use super::fence::{Fence, FenceKind};
 use super::held::Ready;
 use super::seal::Sealing;
 use super::sequences::Stood;
-use super::{Error, Rest, Result, Rules, barrier, canary, undo};
+use super::{Error, Limits, Rest, Result, Rules, barrier, canary, undo};
 use crate::apply::Applied;
 use crate::catalog::Selection;
 use crate::clock::{Backoff, Deadline};
@@ -58,14 +58,8 @@ pub struct Plan {
     pub routes: Vec<Route>,
     /// What the routes are told.
     pub context: route::Context,
-    /// Lag allowed at the start.
-    pub max_lag: Duration,
-    /// Longest wait for clients to be held, and then for locks, in one try.
-    pub lock_timeout: Duration,
-    /// Limit of all tries together.
-    pub timeout: Duration,
-    /// Longest time writers are held for the drain.
-    pub max_hold: Duration,
+    /// How long it may take.
+    pub limits: Limits,
     /// Triggers, rules and foreign keys of either side.
     pub rules: Rules,
     /// What no stream carries.
@@ -225,7 +219,7 @@ impl<J: Journal> Flight<'_, J> {
             let mut session = Session::control(&plan.live).await?;
             let mut dest = Session::control(&plan.dest).await?;
             self.stood = Some(Stood::read(&mut session, &mut dest).await?);
-            barrier::gate(&mut session, &mut plan.carry, plan.max_lag).await?;
+            barrier::gate(&mut session, &mut plan.carry, plan.limits.max_lag).await?;
             refuse_parked(self.plan, &mut dest).await
         });
         Ok(())
@@ -249,13 +243,13 @@ impl<J: Journal> Flight<'_, J> {
         // All sessions are opened before anybody is held.
         let is_group = plan.context.is_group;
         let sealing = Sealing { job: &plan.job, tables: &plan.tables, is_group };
-        let mut fence = Fence::prepare(plan.fence, &plan.live, sealing, plan.max_hold).await?;
+        let max_hold = plan.limits.max_hold;
+        let mut fence = Fence::prepare(plan.fence, &plan.live, sealing, max_hold).await?;
         if plan.rest.fences_large_objects() {
             fence.take_large_objects().await?;
         }
         let fence = slot.insert(fence);
         let mut ready = Ready::make(plan).await?;
-        let max_hold = plan.max_hold;
         let (held, retries) = step!(self, "fence", self.stop_writers(fence).await);
         let limit = max_hold.saturating_sub(held.elapsed());
         // A server that no longer answers must not keep writers waiting either.
@@ -295,7 +289,7 @@ impl<J: Journal> Flight<'_, J> {
             Ok(Ok(blockers)) => blockers,
             _ => String::new(),
         };
-        Error::Held { after, waited: self.plan.max_hold, blockers }
+        Error::Held { after, waited: self.plan.limits.max_hold, blockers }
     }
 
     /// After the point of no return an error must not undo anything: it is logged, the job stays
@@ -328,15 +322,16 @@ impl<J: Journal> Flight<'_, J> {
     /// moment from which writers wait, and the number of tries that failed.
     async fn stop_writers(&self, fence: &mut Fence) -> Result<(Instant, u32)> {
         let plan = &*self.plan;
-        let deadline = Deadline::after(plan.timeout);
+        let Limits { timeout, lock_timeout, .. } = plan.limits;
+        let deadline = Deadline::after(timeout);
         // Between tries the application runs undisturbed for longer than it was held.
-        let mut backoff = Backoff::new(plan.lock_timeout * 2, plan.lock_timeout * 10);
+        let mut backoff = Backoff::new(lock_timeout * 2, lock_timeout * 10);
         let mut retries = 0;
         loop {
-            fence.begin(plan.lock_timeout).await?;
+            fence.begin(lock_timeout).await?;
             let held = Instant::now();
             let mut busy = self.hold_routes(held).await?;
-            if busy.is_none() && fence.raise(plan.lock_timeout).await? {
+            if busy.is_none() && fence.raise(lock_timeout).await? {
                 return Ok((held, retries));
             }
             undo::release(&plan.routes, &plan.context, |_| {}).await?;
@@ -347,7 +342,7 @@ impl<J: Journal> Flight<'_, J> {
                     Some(route::Error::Held { blockers, .. }) => blockers,
                     _ => fence.blockers().await?,
                 };
-                return Err(Error::Fence { waited: plan.timeout, blockers });
+                return Err(Error::Fence { waited: timeout, blockers });
             }
             self.pause(backoff.step().min(deadline.left())).await?;
         }
@@ -356,7 +351,7 @@ impl<J: Journal> Flight<'_, J> {
     /// What is left of one try's time for routes. Locks have the same time to themselves: a hook
     /// that takes longer to hold clients would otherwise leave them none in any try.
     fn left(&self, held: Instant) -> Duration {
-        self.plan.lock_timeout.saturating_sub(held.elapsed())
+        self.plan.limits.lock_timeout.saturating_sub(held.elapsed())
     }
 
     /// Sleeps, unless asked to stop.

@@ -105,7 +105,7 @@ impl<J: Journal> Flight<'_, J> {
         names.extend(["seal", "switch"]);
         let noting = self.journal.begin(&names, &self.steps);
         let (plan, stood) = (&mut *self.plan, &mut self.stood);
-        let (live, dest, max_hold) = (&mut ready.live, &mut ready.dest, plan.max_hold);
+        let (live, dest, max_hold) = (&mut ready.live, &mut ready.dest, plan.limits.max_hold);
         let (rest, mark) = (&mut plan.rest, plan.mark.as_deref());
         let (selection, tables) = (&plan.selection, &*plan.tables);
         let those = (selection, &plan.sequences);

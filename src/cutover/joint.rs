@@ -32,7 +32,7 @@ use super::choreography::{Outcome, PONR_WAIT, Step, timed};
 use super::fence::{Fence, FenceKind};
 use super::seal::Sealing;
 use super::sequences::{self, Stood};
-use super::{Error, Result, Rules, barrier, seal, undo};
+use super::{Error, Limits, Result, Rules, barrier, seal, undo};
 use crate::apply::Applied;
 use crate::catalog;
 use crate::clock::{Backoff, Deadline};
@@ -68,14 +68,8 @@ pub struct Joint {
     pub routes: Vec<Route>,
     /// What the routes are told.
     pub context: route::Context,
-    /// Lag allowed at the start, of each stream.
-    pub max_lag: Duration,
-    /// Longest wait for clients to be held, and then for locks, in one try.
-    pub lock_timeout: Duration,
-    /// Limit of all tries together.
-    pub timeout: Duration,
-    /// Longest time writers are held for the drain.
-    pub max_hold: Duration,
+    /// How long it may take.
+    pub limits: Limits,
     /// Stop after the gates.
     pub dry_run: bool,
 }
@@ -188,7 +182,7 @@ async fn gates(plan: &mut Joint) -> Result<()> {
     for route in &plan.routes {
         route.check(&plan.context).await?;
     }
-    let max_lag = plan.max_lag;
+    let max_lag = plan.limits.max_lag;
     let gates = plan.sources.iter_mut().map(|source| async move {
         let mut live = Session::control(&source.live).await?;
         barrier::refuse_left_prepared(&mut live, Some(&source.tables)).await?;
@@ -212,7 +206,7 @@ async fn fly<J: JointJournal>(
 ) -> Result<Outcome> {
     let prepare = plan.sources.iter().map(|source| {
         let sealing = Sealing { job: &plan.job, tables: &source.tables, is_group: false };
-        Fence::prepare(FenceKind::Lock, &source.live, sealing, plan.max_hold)
+        Fence::prepare(FenceKind::Lock, &source.live, sealing, plan.limits.max_hold)
     });
     for fence in join_all(prepare).await {
         fences.push(fence?);
@@ -221,13 +215,13 @@ async fn fly<J: JointJournal>(
     journal.begin(&["fence"]).await?;
     let ((held, retries), step) = timed("fence", stop_writers(plan, fences)).await?;
     steps.push(step);
-    let limit = plan.max_hold.saturating_sub(held.elapsed());
+    let limit = plan.limits.max_hold.saturating_sub(held.elapsed());
     let flipping = while_held(plan, journal, (fences, steps), &mut ready, held);
     let barriers = match tokio::time::timeout(limit, flipping).await {
         Ok(barriers) => barriers?,
         Err(_) => {
             let after = steps.last().map_or("", |step| &step.name).to_string();
-            let (waited, blockers) = (plan.max_hold, String::new());
+            let (waited, blockers) = (plan.limits.max_hold, String::new());
             return Err(Error::Held { after, waited, blockers });
         }
     };
@@ -266,8 +260,8 @@ impl Ready {
 /// Raises all fences or none, again and again until all hold or time is up. Gives the moment from
 /// which writers wait, and the number of tries that failed.
 async fn stop_writers(plan: &Joint, fences: &mut [Fence]) -> Result<(Instant, u32)> {
-    let wait = plan.lock_timeout;
-    let deadline = Deadline::after(plan.timeout);
+    let wait = plan.limits.lock_timeout;
+    let deadline = Deadline::after(plan.limits.timeout);
     let mut backoff = Backoff::new(wait * 2, wait * 10);
     let mut retries = 0;
     loop {
@@ -290,7 +284,7 @@ async fn stop_writers(plan: &Joint, fences: &mut [Fence]) -> Result<(Instant, u3
         undo::release(&plan.routes, &plan.context, |_| {}).await?;
         retries += 1;
         if deadline.passed() {
-            let (waited, blockers) = (plan.timeout, blockers.unwrap_or_default());
+            let (waited, blockers) = (plan.limits.timeout, blockers.unwrap_or_default());
             return Err(Error::Fence { waited, blockers });
         }
         tokio::time::sleep(backoff.step().min(deadline.left())).await;
@@ -300,7 +294,7 @@ async fn stop_writers(plan: &Joint, fences: &mut [Fence]) -> Result<(Instant, u3
 /// Gives why a route could not hold its clients in time.
 async fn hold_routes(plan: &Joint, held: Instant) -> Result<Option<String>> {
     for route in &plan.routes {
-        let left = plan.lock_timeout.saturating_sub(held.elapsed());
+        let left = plan.limits.lock_timeout.saturating_sub(held.elapsed());
         match route.hold(&plan.context, left).await {
             Ok(()) => {}
             Err(busy @ (route::Error::Busy { .. } | route::Error::Held { .. })) => {
@@ -325,7 +319,7 @@ async fn while_held<J: JointJournal>(
     let (barriers, step) = timed("barriers", marking).await?;
     steps.push(step);
     let noting = journal.begin(&["drain", "sequences", "seal", "switch"]);
-    let (max_hold, sources) = (plan.max_hold, &mut plan.sources);
+    let (max_hold, sources) = (plan.limits.max_hold, &mut plan.sources);
     let tables: Vec<Vec<QualifiedName>> = sources.iter().map(|s| s.tables.clone()).collect();
     let drains = sources.iter_mut().zip(&barriers);
     let drains = drains.map(|(source, lsn)| drain(source, *lsn, held, max_hold));

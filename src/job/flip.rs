@@ -65,7 +65,7 @@ impl Runner {
             // A stream that stands still would keep the slot from being made, and says less then.
             self.gate(request).await?;
             self.say(Notice::Said("arming the way back".to_string()));
-            self.make_reverse(Duration::from_millis(request.timeout_ms)).await?;
+            self.make_reverse(request.limits.timeout).await?;
             self.store.set_armed(true).await?;
         }
         self.follow_reverse_now().await?;
@@ -86,7 +86,7 @@ impl Runner {
         let tables = self.fenced_tables(&self.config.source).await?;
         barrier::refuse_left_prepared(&mut source, self.own(&tables)).await?;
         // Streams of a runner that has just begun are still connecting.
-        let max_lag = Duration::from_millis(request.max_lag_ms).max(HOME_WAIT);
+        let max_lag = request.limits.max_lag.max(HOME_WAIT);
         Ok(barrier::gate(&mut source, &mut carry, max_lag).await?)
     }
 
@@ -154,6 +154,9 @@ impl Runner {
                     object.insert("tables".to_string(), tables.into());
                 }
                 self.answer_flip(Ok(value)).await?;
+                if !request.dry_run {
+                    self.say(Notice::Phase(row.phase));
+                }
                 self.late = row.flip.filter(|flip| !flip.released).map(|_| Late::release());
                 match row.phase {
                     Phase::Split => Ok(Event::Parted),
@@ -178,6 +181,9 @@ impl Runner {
                 self.turn_back(flip, request.group.as_ref());
                 let back = self.note_undone().await?;
                 self.answer_flip(Err(error.to_string())).await?;
+                if !request.dry_run {
+                    self.say(Notice::Phase(back));
+                }
                 Ok(Event::FlipUndone(back))
             }
         }
@@ -275,7 +281,6 @@ impl Runner {
             Some(_) => cutover::Rest::default(),
             None => self.rest(flip, request).await?,
         };
-        let millis = Duration::from_millis;
         Ok(Plan {
             flip,
             job: self.config.job.clone(),
@@ -292,10 +297,7 @@ impl Runner {
                 is_group: group.is_some(),
                 ..context(&self.config, flip)
             },
-            max_lag: millis(request.max_lag_ms),
-            lock_timeout: millis(request.lock_timeout_ms),
-            timeout: millis(request.timeout_ms),
-            max_hold: millis(request.max_hold_ms),
+            limits: request.limits,
             rules: self.rules(flip).await?,
             rest,
             carry,

@@ -2,8 +2,12 @@
 //!
 //! The lock belongs to a session of its own that does nothing else, so it is free the moment its
 //! holder's process dies, and within seconds of its network dying (the session asks its server for
-//! short TCP keepalives). What a dead predecessor left running is ended before the new holder
-//! works: a backend that still builds an index or applies a batch would otherwise race it.
+//! short TCP keepalives). A holder that hangs, its host and network well, is told by its silence:
+//! the session is used every second, and its server ends one that is idle for half a minute. From
+//! 14 on that is a setting; before, only sessions inside a transaction are looked at in this way,
+//! so there it waits in one, of a second, with neither a snapshot nor a transaction id that would
+//! hold anything up. What a dead predecessor left running is ended before the new holder works: a
+//! backend that still builds an index or applies a batch would otherwise race it.
 
 use std::time::Duration;
 
@@ -22,7 +26,13 @@ const LOCK_CLASS: i32 = 0x77_61_6c_66;
 pub struct Lease {
     session: Session,
     holder: Holder,
+    /// It waits in a transaction.
+    in_transaction: bool,
 }
+
+/// The next transaction to wait in. Under a database's default of repeatable read it would keep a
+/// snapshot.
+const NEXT: &str = "commit; begin isolation level read committed; select 1";
 
 /// The backend that holds a lease.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,10 +57,11 @@ impl Lease {
         let keepalives = "set tcp_keepalives_idle = 5; set tcp_keepalives_interval = 3; \
                           set tcp_keepalives_count = 3";
         let _ = session.execute(keepalives).await;
-        if session.major_version() >= 14 {
-            // It is asked every second: silent for longer, its holder is gone or cut off.
-            session.execute("set idle_session_timeout = '30s'").await?;
-        }
+        // It is asked every second: silent for longer, its holder is gone, cut off, or hangs.
+        // https://www.postgresql.org/docs/current/runtime-config-client.html
+        let in_transaction = session.major_version() < 14;
+        let idle = if in_transaction { "idle_in_transaction_session" } else { "idle_session" };
+        session.execute(&format!("set {idle}_timeout = '30s'")).await?;
         let row = session
             .query_one(
                 "select pg_catalog.pg_try_advisory_lock($1, pg_catalog.hashtext($2)), \
@@ -61,12 +72,18 @@ impl Lease {
             .await?;
         let started = row.opt(1)?.unwrap_or_default().to_string();
         let holder = Holder { pid: session.process_id(), started };
-        Ok(if row.bool(0)? { Some(Lease { session, holder }) } else { None })
+        if !row.bool(0)? {
+            return Ok(None);
+        }
+        if in_transaction {
+            session.execute(&format!("begin; {NEXT}")).await?;
+        }
+        Ok(Some(Lease { session, holder, in_transaction }))
     }
 
     /// Fails once the lease is lost with its session. Cheap; asked every second.
     pub async fn check(&mut self) -> Result<()> {
-        let asking = self.session.query("select 1");
+        let asking = self.session.query(if self.in_transaction { NEXT } else { "select 1" });
         match tokio::time::timeout(Duration::from_secs(10), asking).await {
             Ok(answer) => answer.map(|_| ()).map_err(Error::from),
             Err(_) => Err(Error::LeaseLost),
@@ -76,7 +93,13 @@ impl Lease {
     /// True if finish or cancel asks for the runner's end; answers them.
     pub async fn stop_asked(&mut self, job: &JobName) -> Result<bool> {
         let asking = client::take_stop(&mut self.session, job);
-        tokio::time::timeout(Duration::from_secs(10), asking).await.map_err(|_| Error::LeaseLost)?
+        let asked = tokio::time::timeout(Duration::from_secs(10), asking).await;
+        let asked = asked.map_err(|_| Error::LeaseLost)??;
+        if self.in_transaction {
+            // Commits that it was heard, and lets the table's lock go.
+            self.check().await?;
+        }
+        Ok(asked)
     }
 
     /// Process id of the backend that holds it.

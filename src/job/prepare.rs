@@ -5,6 +5,7 @@
 //! copy; a run that comes later reads under a fresh one.
 
 use super::admit::{may_have_tables, system_of};
+use super::check::CheckOptions;
 use super::reading::{Reading, Wanted, choose, refuse_blind, refuse_garbled};
 use super::run::{JobConfig, Notice, Report, Runner, published};
 use super::state::Event;
@@ -293,7 +294,8 @@ pub(super) async fn check_ready(
     selection: &Selection,
     report: &Report,
 ) -> Result<()> {
-    let options = check_options(config, selection);
+    let mut options = CheckOptions::of(config, selection.clone());
+    options.sample_only_for_limit = true;
     let mut found = check::run(&config.source, &config.target, options.clone()).await?;
     while found.findings.iter().any(|finding| finding.code == "unreachable") {
         // To a person this is a finding; the runner was there a moment ago, and knows from the
@@ -304,26 +306,6 @@ pub(super) async fn check_ready(
         found = check::run(&config.source, &config.target, options.clone()).await?;
     }
     refuse_errors(found.findings.iter(), report)
-}
-
-/// What check is told of a job.
-pub(super) fn check_options(config: &JobConfig, selection: &Selection) -> check::CheckOptions {
-    let mut options = check::CheckOptions::new(config.job.clone());
-    options.insert_only = config.insert_only;
-    options.selection = selection.clone();
-    options.large_objects = config.options.moves_large_objects();
-    options.copy_jobs = config.jobs;
-    options.wanted = config.wanted.clone();
-    options.sample_only_for_limit = true;
-    options.streaming = config.streaming.is_some();
-    options.two_phase = config.two_phase;
-    options.failover = config.failover;
-    options.standbys.clone_from(&config.standbys);
-    options.two_way = config.two_way.is_some();
-    options.brought = config.options.brought;
-    options.alters = config.ddl.is_some();
-    options.with_map(config);
-    options
 }
 
 /// Tells warnings; errors are one error.

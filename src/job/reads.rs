@@ -40,7 +40,7 @@ use super::state::{Event, Phase};
 use super::store::{JobRow, Store};
 use super::{Error, Result};
 use crate::clock::{Backoff, Deadline};
-use crate::cutover::{self, barrier};
+use crate::cutover::{self, Limits, barrier};
 use crate::id::Stream;
 use crate::pg::Session;
 use crate::route::{self, Route};
@@ -95,12 +95,9 @@ pub struct ReadRequest {
     /// The passwords, for the runner that was asked alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub letter: Option<String>,
-    /// `--max-lag`, in milliseconds.
-    pub max_lag_ms: u64,
-    /// `--timeout`, in milliseconds.
-    pub timeout_ms: u64,
-    /// `--lock-timeout`, in milliseconds: for how long readers are held in one try.
-    pub lock_timeout_ms: u64,
+    /// How long it may take, and hold readers in one try.
+    #[serde(flatten)]
+    pub limits: Limits,
     /// Look, and change nothing.
     pub dry_run: bool,
 }
@@ -385,7 +382,7 @@ impl Runner {
         let carry = pipe.as_ref().map(|pipe| pipe.applied.clone());
         let mut carry = carry.ok_or(cutover::Error::StreamStopped)?;
         let (mut live, mut dest) = (Session::control(live).await?, Session::control(dest).await?);
-        let max_lag = Duration::from_millis(request.max_lag_ms);
+        let max_lag = request.limits.max_lag;
         barrier::gate(&mut live, &mut carry, max_lag).await?;
         barrier::refuse_parked(&mut dest, &self.config.job.object(stream)).await?;
         Ok(())
@@ -415,8 +412,8 @@ impl Runner {
         routes: &[Route],
         request: &ReadRequest,
     ) -> Result<Instant> {
-        let wait = Duration::from_millis(request.lock_timeout_ms);
-        let deadline = Deadline::after(Duration::from_millis(request.timeout_ms));
+        let wait = request.limits.lock_timeout;
+        let deadline = Deadline::after(request.limits.timeout);
         let (context, mut backoff) =
             (read_context(&self.config), Backoff::new(wait * 2, wait * 10));
         loop {

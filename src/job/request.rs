@@ -7,6 +7,7 @@ use super::rest::{Refresh, Unlogged};
 use super::run::JobConfig;
 use super::state::Phase;
 use super::store::FlipRecord;
+use crate::cutover::Limits;
 use crate::id::Stream;
 use crate::route;
 
@@ -24,14 +25,9 @@ pub struct FlipRequest {
     /// The passwords, for the runner that was asked alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub letter: Option<String>,
-    /// `--max-lag`, in milliseconds.
-    pub max_lag_ms: u64,
-    /// `--timeout`, in milliseconds.
-    pub timeout_ms: u64,
-    /// `--lock-timeout`, in milliseconds.
-    pub lock_timeout_ms: u64,
-    /// `--max-hold`, in milliseconds.
-    pub max_hold_ms: u64,
+    /// How long it may take.
+    #[serde(flatten)]
+    pub limits: Limits,
     /// `--refresh`.
     #[serde(default)]
     pub refresh: Refresh,

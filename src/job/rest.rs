@@ -224,7 +224,7 @@ impl Runner {
 
     /// What is left for the fence; refused where that would hold writers for too long.
     pub(super) async fn rest(&mut self, flip: Stream, request: &FlipRequest) -> Result<Rest> {
-        let max_hold = Duration::from_millis(request.max_hold_ms);
+        let max_hold = request.limits.max_hold;
         let unlogged = self.unlogged(flip, request, max_hold).await?;
         if !self.begin_large_objects().await? {
             return Ok(Rest { large: None, unlogged });

@@ -66,12 +66,7 @@ impl Pipeline {
 
     /// Binds and runs a prepared statement with text parameters; results come as text.
     pub fn run<'a>(&mut self, name: &str, params: impl Iterator<Item = Option<&'a [u8]>>) {
-        self.out.put_u8(b'B');
-        let start = self.out.len();
-        self.out.put_u32(0);
-        self.out.put_u8(0); // the unnamed portal
-        self.out.put_slice(name.as_bytes());
-        self.out.put_u8(0);
+        let start = self.begin_bind(name);
         self.out.put_u16(0); // every parameter is text
         let count_at = self.out.len();
         self.out.put_u16(0);
@@ -86,21 +81,13 @@ impl Pipeline {
                 }
             }
         }
-        self.out.put_u16(0); // every result is text
         patch(&mut self.out, count_at, &count.to_be_bytes());
-        let len = (self.out.len() - start) as u32;
-        patch(&mut self.out, start, &len.to_be_bytes());
-        let _ = frontend::execute("", 0, &mut self.out);
+        self.end_bind_and_execute(start);
     }
 
     /// Binds and runs a prepared statement with parameters of either form; results come as text.
     pub fn run_mixed(&mut self, name: &str, params: &[Param<'_>]) {
-        self.out.put_u8(b'B');
-        let start = self.out.len();
-        self.out.put_u32(0);
-        self.out.put_u8(0); // the unnamed portal
-        self.out.put_slice(name.as_bytes());
-        self.out.put_u8(0);
+        let start = self.begin_bind(name);
         self.out.put_u16(params.len() as u16);
         for param in params {
             self.out.put_u16(u16::from(matches!(param, Param::Binary(_))));
@@ -115,6 +102,21 @@ impl Pipeline {
                 }
             }
         }
+        self.end_bind_and_execute(start);
+    }
+
+    /// The head of a Bind message to the unnamed portal; gives where its length stands.
+    fn begin_bind(&mut self, name: &str) -> usize {
+        self.out.put_u8(b'B');
+        let start = self.out.len();
+        self.out.put_u32(0);
+        self.out.put_u8(0); // the unnamed portal
+        self.out.put_slice(name.as_bytes());
+        self.out.put_u8(0);
+        start
+    }
+
+    fn end_bind_and_execute(&mut self, start: usize) {
         self.out.put_u16(0); // every result is text
         let len = (self.out.len() - start) as u32;
         patch(&mut self.out, start, &len.to_be_bytes());

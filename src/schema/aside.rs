@@ -59,53 +59,47 @@ pub const ASIDE_DDL: &str = "create table if not exists walferry.set_aside (\
      definition text not null, note text, later boolean not null, aside boolean not null, \
      primary key (job, kind, relation, name))";
 
-/// Rows before 15 of partitions' copies of a trigger are internal, and only a superuser may disable
-/// those: there the trigger of the whole tree is dropped. Parts of a tree's foreign key go with it.
-const FOUND: &str = "with t as (select c.oid, c.relkind from pg_catalog.pg_class c \
-         join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-         where (n.nspname, c.relname) in (values {tables})) \
-     select 'foreign key', k.conrelid::regclass::text, k.conname, \
+/// The tables; followed by one or more of the queries below.
+const TABLES: &str = "with t as (select c.oid, c.relkind from pg_catalog.pg_class c \
+     join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+     where (n.nspname, c.relname) in (values {tables})) ";
+
+/// Their foreign keys that act, but for parts of a tree's, which go with it.
+const KEYS: &str = "select 'foreign key', k.conrelid::regclass::text, k.conname, \
          pg_catalog.pg_get_constraintdef(k.oid), \
          pg_catalog.obj_description(k.oid, 'pg_constraint'), \
          k.convalidated and r.relkind <> 'p' \
            and coalesce((pg_catalog.to_jsonb(k) ->> 'conenforced')::bool, true) \
      from pg_catalog.pg_constraint k join pg_catalog.pg_class r on r.oid = k.conrelid \
      where k.contype = 'f' and coalesce(pg_catalog.to_jsonb(k) ->> 'conparentid', '0') = '0' \
-       and (k.conrelid in (select oid from t) or k.confrelid in (select oid from t)) \
        and not exists (select from pg_catalog.pg_trigger g \
-         where g.tgconstraint = k.oid and g.tgenabled in ('D', 'R')) \
-     union all select case when t.relkind = 'p' and {major} < 15 and g.tgtype & 1 = 1 \
-         then 'tree trigger' else 'trigger' end, t.oid::regclass::text, g.tgname, \
-         pg_catalog.pg_get_triggerdef(g.oid), \
+         where g.tgconstraint = k.oid and g.tgenabled in ('D', 'R')) ";
+
+/// Of [`KEYS`], those from the tables or to them.
+const OWN_KEYS: &str =
+    "and (k.conrelid in (select oid from t) or k.confrelid in (select oid from t)) ";
+
+/// Of [`KEYS`], those to tables that stay, for roles that may not disable what they do there.
+const BORDER_KEYS: &str =
+    "and k.conrelid in (select oid from t) and k.confrelid not in (select oid from t) ";
+
+/// Rows before 15 of partitions' copies of a trigger are internal, and only a superuser may disable
+/// those: there the trigger of the whole tree is dropped.
+const TRIGGERS_AND_RULES: &str = "select case when t.relkind = 'p' and {major} < 15 \
+         and g.tgtype & 1 = 1 then 'tree trigger' else 'trigger' end, t.oid::regclass::text, \
+         g.tgname, pg_catalog.pg_get_triggerdef(g.oid), \
          pg_catalog.obj_description(g.oid, 'pg_trigger'), false \
      from pg_catalog.pg_trigger g join t on t.oid = g.tgrelid \
      where not g.tgisinternal and g.tgenabled = 'O' and g.tgname not like 'walferry\\_%' \
      union all select 'rule', t.oid::regclass::text, w.rulename, '', null, false \
      from pg_catalog.pg_rewrite w join t on t.oid = w.ev_class \
-     where w.ev_enabled = 'O' and w.rulename <> '_RETURN' \
-     order by 1, 2, 3";
+     where w.ev_enabled = 'O' and w.rulename <> '_RETURN' ";
 
 /// What foreign keys of the tables do at tables that stay.
-const BORDERS: &str = "with t as (select c.oid from pg_catalog.pg_class c \
-         join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-         where (n.nspname, c.relname) in (values {tables})) \
-     select 'key trigger', g.tgrelid::regclass::text, g.tgname, '', null, false \
+const BORDERS: &str = "select 'key trigger', g.tgrelid::regclass::text, g.tgname, '', null, false \
      from pg_catalog.pg_trigger g join pg_catalog.pg_constraint k on k.oid = g.tgconstraint \
      where k.contype = 'f' and g.tgenabled = 'O' and k.conrelid in (select oid from t) \
-       and g.tgrelid not in (select oid from t) order by 2, 3";
-
-/// The keys themselves, for roles that may not disable that.
-const BORDER_KEYS: &str = "with t as (select c.oid from pg_catalog.pg_class c \
-         join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-         where (n.nspname, c.relname) in (values {tables})) \
-     select 'foreign key', k.conrelid::regclass::text, k.conname, \
-         pg_catalog.pg_get_constraintdef(k.oid), \
-         pg_catalog.obj_description(k.oid, 'pg_constraint'), \
-         k.convalidated and r.relkind <> 'p' \
-     from pg_catalog.pg_constraint k join pg_catalog.pg_class r on r.oid = k.conrelid \
-     where k.contype = 'f' and coalesce(pg_catalog.to_jsonb(k) ->> 'conparentid', '0') = '0' \
-       and k.conrelid in (select oid from t) and k.confrelid not in (select oid from t) \
-     order by 2, 3";
+       and g.tgrelid not in (select oid from t) ";
 
 /// Sets aside whatever of `acting` would act on rows written to `tables`, inside the session's
 /// transaction if one is open, else in one of its own. Idempotent.
@@ -132,9 +126,9 @@ pub async fn setting_aside(
 ) -> Result<Vec<String>> {
     let is_superuser = session.parameter("is_superuser") == Some("on");
     let found = match acting {
-        Acting::Everything => FOUND,
-        Acting::Borders if is_superuser => BORDERS,
-        Acting::Borders => BORDER_KEYS,
+        Acting::Everything => [KEYS, OWN_KEYS, "union all ", TRIGGERS_AND_RULES].concat(),
+        Acting::Borders if is_superuser => BORDERS.to_string(),
+        Acting::Borders => [KEYS, BORDER_KEYS].concat(),
         Acting::Nothing => return Ok(Vec::new()),
     };
     if tables.is_empty() {
@@ -145,7 +139,9 @@ pub async fn setting_aside(
         .map(|t| format!("({}, {})", quote_literal(&t.schema), quote_literal(&t.name)))
         .collect();
     let major = session.major_version().to_string();
-    let sql = found.replace("{tables}", &names.join(", ")).replace("{major}", &major);
+    let sql = TABLES.replace("{tables}", &names.join(", "))
+        + &found.replace("{major}", &major)
+        + "order by 1, 2, 3";
     let mut sqls = Vec::new();
     let rows = session.query(&sql).await?;
     for row in &rows {

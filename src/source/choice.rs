@@ -16,6 +16,10 @@ const PROBE: Duration = Duration::from_millis(500);
 const LOOKS: u32 = 5;
 const LOOK: Duration = Duration::from_millis(200);
 
+/// From this major on no wal2json before 2.5 can be built: a transaction's commit time has another
+/// place there than those read it from (ReorderBufferTXN).
+const BUILDS_FROM_2_5: u32 = 15;
+
 /// Said of wal2json 2.3 and 2.4.
 const UNTYPED: &str = "the server's wal2json is older than 2.5, and does not tell the types of \
      columns: install 2.5 or newer";
@@ -97,8 +101,8 @@ impl Probe {
         )
     }
 
-    /// Whether this wal2json is 2.5 or newer. 2.3 and 2.4 take the same options, so that only a
-    /// change tells them apart: one that is written while we look.
+    /// Whether this wal2json is 2.5 or newer. 2.3 and 2.4 take the same options, so that before 15
+    /// only a change tells them apart: one that is written while we look.
     async fn tells_types(&self, session: &mut Session) -> pg::Result<Tried> {
         let mut version = wal2json::Plugin::V2_6;
         let peeks = loop {
@@ -117,7 +121,7 @@ impl Probe {
             // The error has dropped it.
             session.query(&self.make()).await?;
         };
-        if version == wal2json::Plugin::V2_6 {
+        if version == wal2json::Plugin::V2_6 || session.major_version() >= BUILDS_FROM_2_5 {
             return Ok(Tried::Fit);
         }
         for _ in 0..LOOKS {
@@ -127,7 +131,8 @@ impl Probe {
             tokio::time::sleep(LOOK).await;
         }
         Ok(Tried::Unsure(
-            "if its wal2json is older than 2.5, the first change will stop the stream",
+            "if its wal2json is older than 2.5, which no change has shown within a second, the \
+             first one will stop the stream: check again while rows are written",
         ))
     }
 }

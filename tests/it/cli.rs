@@ -38,6 +38,7 @@ async fn mistakes_of_usage_are_told_with_exit_code_2() {
     usage(&["cutover", "--fence", "wall"], &both, &["--fence", "wall"]).await;
     usage(&["cutover", "--route", "carrier:pigeon"], &both, &["--route", "hook:COMMAND"]).await;
     usage(&["cutover", "--timeout", "1 fortnight"], &both, &["fortnight"]).await;
+    usage(&["cluster", "show"], &both, &["--cluster", "WALFERRY_CLUSTER"]).await;
 }
 
 #[tokio::test]
@@ -77,6 +78,19 @@ async fn options_come_from_the_line_then_variables_then_the_file() {
     says_job(&[], &[], "filed").await;
     says_job(&[], &[("WALFERRY_NAME", "varied")], "varied").await;
     says_job(&["--name", "lined"], &[("WALFERRY_NAME", "varied")], "lined").await;
+    // What lists nothing because there is nothing does not say so of a job that is not there.
+    let none = Walferry::run(&["quarantine", "list", "-c", path]).await;
+    assert!(none.code == Some(1) && none.err.contains("no job \"filed\""), "{none:?}");
+    // Whose database and role it is where both sides have the same.
+    let same = ["check", "-c", path, "--target", &source, "--buffer", "spool:/proc/nowhere"];
+    let same = Walferry::run(&same).await;
+    for said in [
+        "target: app: source and target are the same",
+        "info  source: role postgres",
+        "error  directory /proc/nowhere: the spool cannot be kept there",
+    ] {
+        assert!(same.code == Some(1) && same.out.contains(said), "no {said}: {}", same.out);
+    }
     write("sorce = 'x'\n");
     usage(&["status", "-c", path], &[], &["mine.toml", "line 1", "sorce"]).await;
     usage(&["status", "-c", "/nowhere.toml"], &[], &["cannot read /nowhere.toml"]).await;

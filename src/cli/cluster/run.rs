@@ -10,12 +10,13 @@ use tokio::sync::watch;
 
 use super::jobs::{done, home_of, overall, progress};
 use super::print;
+use crate::cli::limits::LimitArgs;
 use crate::cli::options;
 use crate::cli::run::stop_on_signal;
 use crate::cluster::guard::Allowed;
 use crate::cluster::schedule::Limits;
 use crate::cluster::{self, Address, TaskState};
-use crate::config::{self, parse_duration};
+use crate::config::{self, file};
 use crate::cutover::FenceKind;
 use crate::job::cluster::log::Log;
 use crate::job::cluster::undo::Gone;
@@ -71,18 +72,8 @@ pub struct FlipArgs {
     /// What stops writers: lock, read-only or none [default: lock]
     #[arg(long, value_name = "KIND")]
     fence: Option<String>,
-    /// Do not begin a cutover while the stream is further behind [default: 1s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    max_lag: Option<Duration>,
-    /// Give a cutover up after trying for so long to stop writers [default: 30s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    timeout: Option<Duration>,
-    /// No statement waits longer for us in one try [default: 200ms]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    lock_timeout: Option<Duration>,
-    /// Once writers are stopped, let them go on if the target needs longer to drain [default: 5s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    max_hold: Option<Duration>,
+    #[command(flatten)]
+    limits: LimitArgs,
     /// How often a cutover that was given up is tried before its task is in error [default: 5]
     #[arg(long, value_name = "N")]
     tries: Option<u32>,
@@ -143,19 +134,18 @@ impl TaskArgs {
 }
 
 impl FlipArgs {
-    fn flip(&self) -> anyhow::Result<Flip> {
+    /// As given, else as the file has it.
+    fn flip(&self, file: &file::Cutover) -> anyhow::Result<Flip> {
         let default = Flip::default();
-        let fence = self.fence.as_ref().map(|text| text.parse::<FenceKind>()).transpose();
+        let fence = self.fence.as_ref().or(file.fence.as_ref());
+        let fence = fence.map(|text| text.parse::<FenceKind>()).transpose();
         let value = |e: crate::cutover::Error| config::Error::Value {
             option: "--fence",
             message: e.to_string(),
         };
         Ok(Flip {
             fence: fence.map_err(value)?.unwrap_or(default.fence),
-            max_lag: self.max_lag.unwrap_or(default.max_lag),
-            timeout: self.timeout.unwrap_or(default.timeout),
-            lock_timeout: self.lock_timeout.unwrap_or(default.lock_timeout),
-            max_hold: self.max_hold.unwrap_or(default.max_hold),
+            limits: self.limits.limits(file)?,
             tries: self.tries.unwrap_or(default.tries),
             read_only: self.read_only,
         })
@@ -176,13 +166,14 @@ async fn load(
         let (job, planned) = (job.job, job.cluster);
         anyhow::bail!("job {job} was planned of {planned}: give the same --cluster");
     }
-    let base = task_options.between(task_options.file()?, home.clone(), home.clone())?;
+    let file = task_options.file()?;
+    let flip = flip.flip(&file.cutover)?;
+    let base = task_options.between(file, home.clone(), home.clone())?;
     if base.map.is_some() {
         let message = "is of one database's job, not of a cluster's: leave it out".to_string();
         return Err(config::Error::Value { option: "[[map]]", message }.into());
     }
     let allowed = Allowed::default();
-    let flip = flip.flip()?;
     let log = Log::default();
     let setup = Setup { address, layout, home, base, flip, verify: true, allowed, log };
     Ok((setup, job))

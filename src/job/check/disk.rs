@@ -1,4 +1,5 @@
-//! Free disk under the target's data directory, which SQL does not show: read where the target is
+//! Disk on this machine: whether a spool may be where it is wanted, and what is free under the
+//! target's data directory, which SQL does not show: read where the target is
 //! on this very machine and we may look, else left unsaid. A port of this machine may lead to a
 //! container or through a tunnel, so the directory is believed only if its postmaster is the parent
 //! of our own session's backend.
@@ -25,6 +26,23 @@ pub(super) async fn room(target: &End, needed: u64) -> Option<Finding> {
     let output = asking.args(["-P", "-k", dir]).output().await.ok()?;
     let free = available(&String::from_utf8_lossy(&output.stdout))?;
     Some(judged(dir, free, needed))
+}
+
+/// Why a spool cannot be kept in this directory, which is made with it; tried by a file that goes
+/// again at once.
+pub(super) fn unfit_spool(dir: &Path) -> Option<Finding> {
+    let there = dir.ancestors().find(|dir| dir.exists()).unwrap_or(dir);
+    let probe = there.join(format!(".walferry-probe-{:016x}", fastrand::u64(..)));
+    let error = std::fs::File::create_new(&probe).err();
+    let _ = std::fs::remove_file(&probe);
+    let message = format!(
+        "the spool cannot be kept there, as nothing can be written to {}: {}; give --buffer \
+         spool:DIR a directory that this user may write to",
+        there.display(),
+        error?
+    );
+    let object = format!("directory {}", dir.display());
+    Some(Finding::error(Side::Here, "spool-directory", object, message))
 }
 
 fn judged(dir: &str, free: u64, needed: u64) -> Finding {
@@ -64,6 +82,19 @@ fn available(output: &str) -> Option<u64> {
 mod tests {
     use super::super::Level;
     use super::*;
+
+    #[test]
+    fn a_directory_that_takes_no_spool_is_found_before_anything_is_made() {
+        let dir = std::env::temp_dir().join(format!("walferry-fit-{:016x}", fastrand::u64(..)));
+        assert_eq!(unfit_spool(&dir.join("a/b")), None);
+        assert!(!dir.exists());
+        std::fs::write(&dir, "").unwrap();
+        let finding = unfit_spool(&dir).unwrap();
+        std::fs::remove_file(&dir).unwrap();
+        assert_eq!((finding.level, finding.side), (Level::Error, Side::Here));
+        assert!(finding.message.contains("--buffer spool:DIR"), "{finding}");
+        assert!(unfit_spool(Path::new("/proc/nowhere")).is_some());
+    }
 
     #[test]
     fn what_df_says_is_read_and_judged() {

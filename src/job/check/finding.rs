@@ -56,7 +56,7 @@ pub struct Finding {
 /// One line, what mends it included.
 impl std::fmt::Display for Finding {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}: {}", self.object, self.message)?;
+        write!(f, "{}: {}", self.place(), self.message)?;
         match &self.fix {
             Some(fix) => write!(f, " (mend it with: {})", fix.replace('\n', " ")),
             None => Ok(()),
@@ -65,6 +65,15 @@ impl std::fmt::Display for Finding {
 }
 
 impl Finding {
+    /// The object with its side: both servers have a database, and a role, of the same name.
+    pub fn place(&self) -> String {
+        match self.side {
+            Side::Here => self.object.clone(),
+            side if self.object == side.as_str() => self.object.clone(),
+            side => format!("{side}: {}", self.object),
+        }
+    }
+
     fn new(
         level: Level,
         side: Side,

@@ -41,6 +41,7 @@ mod traffic;
 mod two_phase;
 mod two_way;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -51,6 +52,7 @@ use crate::pg::{self, Config, Session};
 
 use super::config::JobConfig;
 use super::failover::Failover;
+use super::place::Buffer;
 use super::reading::Wanted;
 use super::state::Phase;
 pub use carried::not_carried;
@@ -90,6 +92,8 @@ pub struct CheckOptions {
     pub insert_only: bool,
     /// Tables that are altered on the source are on the target as well, by the stream.
     pub alters: bool,
+    /// Where a spool is to be, on this machine.
+    pub spool: Option<PathBuf>,
     /// Parallel copies: each needs a connection on both sides.
     pub copy_jobs: usize,
     /// Whether a way back will be armed, for which both sides need the rights of the other.
@@ -126,6 +130,7 @@ impl CheckOptions {
             shared: false,
             insert_only: false,
             alters: false,
+            spool: None,
             copy_jobs: 4,
             reverse: true,
             copy_bytes_per_second: 50_000_000,
@@ -136,12 +141,32 @@ impl CheckOptions {
         }
     }
 
-    /// With a map there is no way back, and none of its rights is asked for.
-    pub fn with_map(&mut self, config: &JobConfig) {
-        self.map.clone_from(&config.map);
-        self.one_way = config.one_way;
-        self.reverse = config.map.is_none();
-        self.shared = config.options.shared;
+    /// What a job is going to be by its options.
+    pub fn of(config: &JobConfig, selection: Selection) -> CheckOptions {
+        CheckOptions {
+            selection,
+            map: config.map.clone(),
+            one_way: config.one_way,
+            large_objects: config.options.moves_large_objects(),
+            wanted: config.wanted.clone(),
+            streaming: config.streaming.is_some(),
+            two_phase: config.two_phase,
+            failover: config.failover,
+            standbys: config.standbys.clone(),
+            two_way: config.two_way.is_some(),
+            brought: config.options.brought,
+            shared: config.options.shared,
+            insert_only: config.insert_only,
+            alters: config.ddl.is_some(),
+            spool: match &config.buffer.kind {
+                Some(Buffer::Spool(dir)) => Some(dir.clone()),
+                _ => None,
+            },
+            copy_jobs: config.jobs,
+            // With a map there is no way back, and none of its rights is asked for.
+            reverse: config.map.is_none(),
+            ..CheckOptions::new(config.job.clone())
+        }
     }
 }
 
@@ -178,6 +203,7 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
     let begun = begun(&mut target.session, &options.job).await?;
     let findings = begun.iter().map(|phase| existing(*phase, &options.job)).collect();
     let mut check = Check { options: &options, source, target, tables, findings, begun };
+    check.findings.extend(options.spool.as_deref().and_then(disk::unfit_spool));
     check.patterns().await?;
     check.servers().await?;
     check.rights().await?;

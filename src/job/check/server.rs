@@ -60,7 +60,7 @@ impl Check<'_> {
                 Side::Target,
                 "same-database",
                 target.dbname.clone(),
-                "source and target are the same database of the same server",
+                "source and target are the same database of the same server: give another --target",
             ));
         } else if same_server {
             self.findings.push(Finding::warning(

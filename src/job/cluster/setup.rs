@@ -1,12 +1,10 @@
 //! What a command knows of its cluster, and a task as an ordinary job.
 
-use std::time::Duration;
-
 use super::log::Log;
 use super::store::{ClusterStore, TaskRow};
 use crate::cluster::guard::{Allowed, WithoutIdentity};
 use crate::cluster::{Address, Layout, Move};
-use crate::cutover::FenceKind;
+use crate::cutover::{FenceKind, Limits};
 use crate::id::Stream;
 use crate::job::groups::Part;
 use crate::job::place::Buffer;
@@ -21,14 +19,8 @@ use crate::secret::{ExposeSecret, SecretString};
 pub struct Flip {
     /// `--fence`.
     pub fence: FenceKind,
-    /// `--max-lag`.
-    pub max_lag: Duration,
-    /// `--timeout`.
-    pub timeout: Duration,
-    /// `--lock-timeout`.
-    pub lock_timeout: Duration,
-    /// `--max-hold`.
-    pub max_hold: Duration,
+    /// How long it may take.
+    pub limits: Limits,
     /// How often a cutover that could not be made is tried before its task is in error, at least 1.
     pub tries: u32,
     /// Clients of a plproxy partition may only read while it is switched.
@@ -37,32 +29,20 @@ pub struct Flip {
 
 impl Default for Flip {
     fn default() -> Self {
-        Flip {
-            fence: FenceKind::Lock,
-            max_lag: Duration::from_secs(1),
-            timeout: Duration::from_secs(30),
-            lock_timeout: Duration::from_millis(200),
-            max_hold: Duration::from_secs(5),
-            tries: 5,
-            read_only: false,
-        }
+        Flip { fence: FenceKind::Lock, limits: Limits::default(), tries: 5, read_only: false }
     }
 }
 
 impl Flip {
     /// A cutover or rollback by these routes.
     pub fn request(&self, stream: Stream, routes: Vec<String>) -> FlipRequest {
-        let millis = |time: Duration| time.as_millis() as u64;
         FlipRequest {
             flip: stream.to_string(),
             attempt: format!("{:016x}", fastrand::u64(..)),
             fence: self.fence.as_str().to_string(),
             routes,
             letter: None,
-            max_lag_ms: millis(self.max_lag),
-            timeout_ms: millis(self.timeout),
-            lock_timeout_ms: millis(self.lock_timeout),
-            max_hold_ms: millis(self.max_hold),
+            limits: self.limits,
             refresh: match stream {
                 Stream::Forward => Refresh::Before,
                 Stream::Reverse => Refresh::After,

@@ -393,7 +393,7 @@ impl Task {
         let request = flip.request(Stream::Forward, self.ready.routes.clone());
         let request = FlipRequest { mark: Some(mark), ..request };
         let request = serde_json::to_value(&request).map_err(|e| Error::State(e.to_string()))?;
-        let wait = flip.timeout + flip.max_hold + PREPARATION;
+        let wait = flip.limits.together().saturating_add(PREPARATION);
         let outcome = client.ask("flip", &request, wait).await?;
         if outcome.pointer("/released") == Some(&Value::Bool(false)) {
             let why = outcome.pointer("/unreleased").and_then(Value::as_str).unwrap_or_default();

@@ -130,7 +130,7 @@ pub async fn rollback(
         let last = asker.row.flip.as_ref().map(|flip| flip.waiting()).unwrap_or_default();
         let request = setup.flip.request(Stream::Reverse, last);
         let request = serde_json::to_value(&request).map_err(|e| Error::State(e.to_string()))?;
-        let wait = setup.flip.timeout + setup.flip.max_hold + PREPARATION;
+        let wait = setup.flip.limits.together().saturating_add(PREPARATION);
         let outcome = asker.ask("flip", &request, wait).await;
         let closed = asker.close().await;
         let held_ms = outcome?.pointer("/fenced_ms").and_then(serde_json::Value::as_f64);

@@ -4,8 +4,7 @@ use std::collections::BTreeSet;
 
 use super::Reshard;
 use crate::job::Result;
-use crate::job::check::{self, Finding};
-use crate::job::prepare::check_options;
+use crate::job::check::{self, CheckOptions, Finding};
 use crate::pg::{Purpose, Session};
 
 /// Findings with the pair that each is of first, as `source 1 to target 2`; what is found of one
@@ -24,7 +23,7 @@ pub async fn check(reshard: &Reshard) -> Result<Vec<(String, Finding)>> {
         let config = &pair.config;
         let mut source = Session::connect(&config.source, Purpose::Sql).await?;
         let selection = config.options.selection(&mut source).await?;
-        let mut options = check_options(config, &selection);
+        let mut options = CheckOptions::of(config, selection);
         options.sample_only_for_limit = true;
         let report = check::run(&config.source, &config.target, options).await?;
         let name = format!("source {} to target {}", pair.source + 1, pair.target + 1);

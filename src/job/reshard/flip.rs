@@ -9,7 +9,7 @@ use super::layout::{Layout, Pair};
 use super::pairs::Pairs;
 use super::store::{Stage, Store};
 use super::{Error, Reshard};
-use crate::cutover::{self, Joint, JointJournal, Leaving, Outcome, run_joint, undo_joint};
+use crate::cutover::{self, Joint, JointJournal, Leaving, Limits, Outcome, run_joint, undo_joint};
 use crate::id::{QualifiedName, Stream};
 use crate::job::store::FlipRecord;
 use crate::job::{self, Phase, Result};
@@ -30,14 +30,9 @@ pub struct Wanted {
     pub attempt: String,
     /// `--route`, hooks alone, as they are stored.
     pub routes: Vec<String>,
-    /// `--max-lag`, in milliseconds.
-    pub max_lag_ms: u64,
-    /// `--timeout`, in milliseconds.
-    pub timeout_ms: u64,
-    /// `--lock-timeout`, in milliseconds.
-    pub lock_timeout_ms: u64,
-    /// `--max-hold`, in milliseconds.
-    pub max_hold_ms: u64,
+    /// How long it may take.
+    #[serde(flatten)]
+    pub limits: Limits,
     /// `--dry-run`.
     pub dry_run: bool,
 }
@@ -149,7 +144,6 @@ impl Reshard {
     }
 
     fn plan(&self, pairs: &Pairs, layout: &Layout, wanted: &Wanted) -> Result<Joint> {
-        let millis = Duration::from_millis;
         let mut sources = Vec::new();
         for (place, source) in self.sources.iter().enumerate() {
             let own = layout.0.iter().filter(|(_, slices)| slices.is_some() || place == 0);
@@ -163,10 +157,7 @@ impl Reshard {
             targets: self.targets.iter().map(|target| self.named(target)).collect(),
             routes: self.base.secrets.routes(&wanted.routes)?,
             context: self.context()?,
-            max_lag: millis(wanted.max_lag_ms),
-            lock_timeout: millis(wanted.lock_timeout_ms),
-            timeout: millis(wanted.timeout_ms),
-            max_hold: millis(wanted.max_hold_ms),
+            limits: wanted.limits,
             dry_run: wanted.dry_run,
         })
     }

@@ -281,7 +281,7 @@ pub async fn lead_over(
         let why = "walferry reshard finish ends it";
         return Err(Error::Refused { asked: "cutover", name, stage, why }.into());
     }
-    let wait = Duration::from_millis(wanted.timeout_ms + wanted.max_hold_ms) + ANSWER_SLACK;
+    let wait = wanted.limits.together().saturating_add(ANSWER_SLACK);
     let deadline = Deadline::after(wait);
     let request = json!(wanted);
     let mut own = None;

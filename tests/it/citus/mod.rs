@@ -12,11 +12,10 @@ mod plain;
 mod runs;
 mod stalls;
 
-use std::time::Duration;
-
 use serde_json::Value;
 use walferry::demo::server::Server;
 
+use crate::support::job::until_phase;
 use crate::support::{Ended, Walferry};
 
 pub use cluster::{Cluster, Load};
@@ -69,8 +68,7 @@ impl Move {
     }
 
     pub async fn status(&self) -> Value {
-        let ended = self.command(&["status", "--json"]).await;
-        if ended.code == Some(0) { ended.json() } else { Value::Null }
+        self.command(&["status", "--json"]).await.json_if_done()
     }
 
     /// Starts the run and waits until it follows.
@@ -81,15 +79,6 @@ impl Move {
     }
 
     pub async fn until_phase(&self, run: &mut Walferry, phase: &str) {
-        let mut last = Value::Null;
-        for _ in 0..300 {
-            last = self.status().await;
-            if last["phase"] == phase {
-                return;
-            }
-            assert!(!run.has_ended(), "the run ended: {last}\n{}", run.so_far());
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        panic!("not {phase}: {last}\n{}", run.so_far());
+        until_phase(&self.target, &self.name, run, phase).await;
     }
 }

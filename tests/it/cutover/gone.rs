@@ -37,6 +37,37 @@ async fn verify_goes_on_by_itself_where_the_runner_dies() {
     assert_eq!(ended.json()["equal"], true);
 }
 
+/// Before 14 no setting ends an idle session, and so the lease of a runner that hangs.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_runner_that_hangs_is_left_behind_on_a_target_of_12() {
+    let mut stage = Stage::of(Ends::start(12, 12)).await;
+    let mut target = session(&stage.ends.target_uri()).await;
+    // What waits there for its end holds nothing up.
+    let holder = "select state = 'idle in transaction' and backend_xid is null \
+        and backend_xmin is null and xact_start > now() - interval '5s' \
+        from pg_stat_activity where pid = (select pid from pg_locks \
+            where locktype = 'advisory' and classid = 2002873446)";
+    support::until_sql(&mut target, holder).await;
+    stage.run.signal("STOP");
+    let begun = Instant::now();
+    stage.ends.source.psql("app", "insert into public.t values (1, 'while it hung')").unwrap();
+    stage.ends.done(&["cutover"]).await;
+    println!("switched {:?} after the runner began to hang", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
+    stage.run.signal("CONT");
+    let runs = "select exists (select from pg_locks \
+        where locktype = 'advisory' and classid = 2002873446)";
+    support::until_sql(&mut target, runs).await;
+    stage.ends.target.psql("app", "insert into public.t values (2, 'after it')").unwrap();
+    stage.ends.done(&["rollback"]).await;
+    stage.until_phase("rolled_back").await;
+    // It is the runner again, and says what it did.
+    stage.run.says("phase rolled_back").await;
+    let ends = stage.end().await;
+    let rows = "select string_agg(id::text, ',' order by id) from public.t";
+    assert_eq!(ends.source.psql("app", rows).unwrap(), "1,2");
+}
+
 /// What takes long before writers are held is done for somebody. Once he has gone, the runner is
 /// there for others.
 #[tokio::test(flavor = "multi_thread")]

@@ -56,13 +56,7 @@ impl Stage {
     }
 
     async fn until_phase(&mut self, phase: &str) {
-        let sql = "select phase from walferry.job";
-        let begun = Instant::now();
-        while self.ends.target.psql("app", sql).ok().as_deref() != Some(phase) {
-            assert!(!self.run.has_ended(), "the run ended:\n{}", self.run.so_far());
-            assert!(begun.elapsed().as_secs() < 30, "not {phase}:\n{}", self.run.so_far());
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        self.ends.until_phase(&mut self.run, phase).await;
     }
 
     /// Steps of the newest attempt; those that were begun and not ended with a `!`.

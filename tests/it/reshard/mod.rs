@@ -79,8 +79,7 @@ impl Stage {
     }
 
     async fn status(&self) -> Value {
-        let ended = self.walferry(&["--json", "status"]).await;
-        if ended.code == Some(0) { ended.json() } else { Value::Null }
+        self.walferry(&["--json", "status"]).await.json_if_done()
     }
 
     /// Waits until every pair is following.

@@ -261,7 +261,8 @@ async fn peerdb_4589_timeouts_of_idle_sessions_end_nothing() {
     story.done(&["verify"]).await;
     // That the settings are not carried is told, by their names.
     let said = run.so_far();
-    let ended = |line: &&str| line.contains("timeout") && !line.starts_with("warning: setting");
+    let ended =
+        |line: &&str| line.contains("timeout") && !line.starts_with("warning: source: setting");
     assert_eq!(said.lines().find(ended), None, "{said}");
     story.same().await;
     run.signal("INT");

@@ -140,6 +140,11 @@ impl Ended {
         serde_json::from_str(&self.out).unwrap_or_else(|e| panic!("{e}: {self:?}"))
     }
 
+    /// The same if it ended well, else null.
+    pub fn json_if_done(&self) -> serde_json::Value {
+        if self.code == Some(0) { self.json() } else { serde_json::Value::Null }
+    }
+
     /// Panics with all output unless it ended well.
     pub fn expect_success(self) -> Ended {
         assert_eq!(self.code, Some(0), "stdout:\n{}\nstderr:\n{}", self.out, self.err);

@@ -110,40 +110,12 @@ impl Ends {
 
     /// `status --json`; null while there is no job.
     pub async fn status(&self) -> Value {
-        let ended = self.walferry(&["status", "--json"]).await;
-        if ended.code == Some(0) { ended.json() } else { Value::Null }
+        self.walferry(&["status", "--json"]).await.json_if_done()
     }
 
-    /// Waits until the job is in the phase; panics after two minutes, or when no runner is left. The
-    /// home is asked in SQL, as a process for each look would take most of what is waited for.
+    /// Waits until the job is in the phase; panics after two minutes, or when no runner is left.
     pub async fn until_phase(&self, run: &mut Walferry, phase: &str) {
-        let (begun, mut home) = (Instant::now(), None);
-        while self.phase(&mut home).await.as_deref() != Some(phase) {
-            if run.has_ended() || begun.elapsed() > Duration::from_secs(120) {
-                let (after, last) = (begun.elapsed(), self.status().await);
-                // It may have come to the phase, and then to its end, since the look.
-                assert!(last["phase"] == phase, "{after:?}, {last}\n{}", run.so_far());
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-
-    /// The job's phase by a session that is kept, or as status tells it where there is none to be
-    /// had; none while there is no job.
-    async fn phase(&self, home: &mut Option<Session>) -> Option<String> {
-        if home.is_none() {
-            let config = Config::parse(&self.target_uri()).unwrap().with_application_name("phase");
-            *home = Session::connect(&config, Purpose::Sql).await.ok();
-        }
-        let Some(mut session) = home.take() else {
-            return self.status().await["phase"].as_str().map(str::to_string);
-        };
-        let rows = session.query("select phase from walferry.job where name = 'main'").await;
-        // Not there yet, or the session is gone.
-        let phase = rows.ok()?.first()?.string(0).ok();
-        *home = Some(session);
-        phase
+        until_phase(&self.target_uri(), "main", run, phase).await;
     }
 
     /// A writer of so many transactions a second on the source.
@@ -200,6 +172,37 @@ impl Ends {
     pub async fn inventories(&self) -> (Inventory, Inventory) {
         (Inventory::take(&self.source_uri()).await, Inventory::take(&self.target_uri()).await)
     }
+}
+
+/// Waits until the job of this name is in the phase; panics after two minutes, or when no runner is
+/// left. The home is asked in SQL, as a process for each look would take most of what is waited for.
+pub async fn until_phase(home: &str, job: &str, run: &mut Walferry, phase: &str) {
+    let (begun, config) = (Instant::now(), Config::parse(home).unwrap());
+    let (config, mut session) = (config.with_application_name("phase"), None);
+    loop {
+        // A runner may come to the phase and then to its end between two looks.
+        let is_over = run.has_ended() || begun.elapsed() > Duration::from_secs(120);
+        let now = phase_now(&config, &mut session, job).await;
+        if now.as_deref() == Some(phase) {
+            return;
+        }
+        assert!(!is_over, "{:?}, in {now:?}, not {phase}\n{}", begun.elapsed(), run.so_far());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// By a session that is kept; none while there is no job, or the home does not answer.
+async fn phase_now(home: &Config, kept: &mut Option<Session>, job: &str) -> Option<String> {
+    let mut session = match kept.take() {
+        Some(session) => session,
+        None => Session::connect(home, Purpose::Sql).await.ok()?,
+    };
+    let sql = "select phase from walferry.job where name = $1";
+    // Not there yet, or the session is gone.
+    let rows = session.query_params(sql, &[Some(job)]).await.ok()?;
+    let phase = rows.first().map(|row| row.str(0).unwrap().to_string());
+    *kept = Some(session);
+    phase
 }
 
 /// A broker that the tests share; each has topics of its own. Its guard ends it with this process.
