@@ -20,4 +20,6 @@ pub use mark::mark;
 pub use publication::{Publication, Published};
 pub use select::{PatternError, Selection};
 pub use sequence::{Sequence, sequences};
-pub use table::{Column, Named, Table, TableKind, named, oids, tables};
+pub use table::{
+    Column, Named, Table, TableKind, list_of, named, oids, plain_of, published_of, tables,
+};

@@ -39,6 +39,8 @@
 //! Materialized views are not refreshed.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -57,6 +59,9 @@ use crate::pg::{Config, Session};
 
 /// A hook gets the names of its tables in one variable, of which Linux takes 128 KiB.
 const NAMES_BYTES_LIMIT: usize = 100 << 10;
+
+/// For so long the names of a side's tables are those that were read.
+const NAMED_FOR: Duration = Duration::from_secs(10);
 
 /// What of a job a flip is asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -146,7 +151,13 @@ impl Runner {
         self.refuse_unfit(request, &row).await?;
         let side = self.live(flip).clone();
         let mut live = Session::control(&side).await?;
-        let named = catalog::named(&mut live, &self.selection).await?;
+        // The last of a series is to leave nothing behind.
+        let last = match &request.part {
+            Part::All => true,
+            Part::Tables(_) => false,
+            Part::Share(number, of) => number >= of,
+        };
+        let named = self.named_lately(flip, &mut live, !last).await?;
         if request.unlogged != rest::Unlogged::Leave {
             let unlogged = named.iter().filter(|t| t.unlogged).map(|t| t.name.to_string());
             let unlogged: Vec<String> = unlogged.collect();
@@ -172,6 +183,26 @@ impl Runner {
         request.refresh = rest::Refresh::Never;
         request.group = Some(Group { label, tables });
         Ok(())
+    }
+
+    /// The live side's tables, as they were a moment ago if that `will_do`: a series of groups asks
+    /// again and again, and thousands take long to read. What was made since is found a bit later.
+    pub(super) async fn named_lately(
+        &mut self,
+        flip: Stream,
+        live: &mut Session,
+        will_do: bool,
+    ) -> Result<Arc<Vec<catalog::Named>>> {
+        if let Some((at, side, named)) = &self.named
+            && will_do
+            && *side == flip
+            && at.elapsed() < NAMED_FOR
+        {
+            return Ok(named.clone());
+        }
+        let named = Arc::new(catalog::named(live, &self.selection).await?);
+        self.named = Some((Instant::now(), flip, named.clone()));
+        Ok(named)
     }
 
     pub(super) fn live(&self, flip: Stream) -> &Config {
@@ -246,21 +277,14 @@ impl Runner {
     ) -> Result<()> {
         let dest = self.live(flip.opposite()).clone();
         let mut there = Session::control(&dest).await?;
-        let there = catalog::named(&mut there, &self.selection).await?;
-        let there: HashSet<&QualifiedName> =
-            there.iter().filter(|t| t.kind == TableKind::Plain).map(|t| &t.name).collect();
+        let there = catalog::plain_of(&mut there, tables).await?;
         let absent = tables.iter().filter(|table| !there.contains(table));
         let mut wrong: Vec<String> =
             absent.map(|t| format!("{t} is no plain table on the {}", dest.label)).collect();
         let reading = self.reading(flip).await?;
         if reading.plugin()? == Plugin::Pgoutput {
             let publication = self.config.job.object(flip);
-            let sql = "select schemaname, tablename from pg_catalog.pg_publication_tables \
-                 where pubname = $1";
-            let rows = live.query_params(sql, &[Some(&publication)]).await?;
-            let shown: Result<HashSet<QualifiedName>> =
-                rows.iter().map(|r| Ok(QualifiedName::new(r.str(0)?, r.str(1)?))).collect();
-            let shown = shown?;
+            let shown = catalog::published_of(live, &publication, tables).await?;
             let missing =
                 tables.iter().filter(|t| self.selection.has_rows(t) && !shown.contains(*t));
             wrong.extend(missing.map(|t| format!("{t} is not in publication {publication}")));

@@ -102,7 +102,7 @@ impl Runner {
     pub(super) async fn part(&mut self, flip: Stream) -> Result<()> {
         let row = self.row().await?;
         let mut live = Session::control(self.live(flip)).await?;
-        let named = catalog::named(&mut live, &self.selection).await?;
+        let named = self.named_lately(flip, &mut live, true).await?;
         let owners = self.owners(&row, &named).await?;
         let known = match row.phase {
             Phase::Split => self.store.owners().await?,

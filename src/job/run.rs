@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
@@ -30,11 +30,11 @@ use super::validating::Validating;
 use super::vigil::Vigil;
 use super::{Error, Result, client};
 use crate::apply::{Applied, Gate};
-use crate::catalog::{Selection, Table, tables};
+use crate::catalog::{Named, Selection, Table, tables};
 use crate::clock::{Backoff, Deadline};
 use crate::copy::CopyProgress;
 use crate::fault::{Fault, Faulty};
-use crate::id::{JobName, QualifiedName};
+use crate::id::{JobName, QualifiedName, Stream};
 use crate::limit::CATALOG_WAIT;
 use crate::lsn::Lsn;
 use crate::pg::{Config, Session};
@@ -94,6 +94,8 @@ pub struct Runner {
     pub(super) store: Store,
     pub(super) listener: Session,
     pub(super) selection: Selection,
+    /// The tables of the side that a flip leads from, and when they were read.
+    pub(super) named: Option<(Instant, Stream, Arc<Vec<Named>>)>,
     pub(super) forward: Option<Pipe>,
     pub(super) reverse: Option<Pipe>,
     /// Forgets what a job of two ways needs no more.
@@ -292,6 +294,7 @@ impl Runner {
             store,
             listener,
             selection,
+            named: None,
             forward: None,
             reverse: None,
             keeper: None,
