@@ -132,6 +132,11 @@ impl Batcher {
         self.bytes >= bytes || self.queue.len() >= self.limits.transactions.max(1)
     }
 
+    /// Bytes of what is here.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// True if no chunk is here.
     pub fn is_empty(&self) -> bool {
         self.queue.is_empty()

@@ -1,7 +1,9 @@
 //! Which target table a relation of the stream goes to, remembered between batches.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{self, BTreeMap};
 use std::sync::Arc;
+
+use foldhash::{HashMap, HashMapExt};
 
 use super::count::Counts;
 use super::error::{Error, Result};
@@ -64,7 +66,7 @@ pub(super) struct Routes {
     /// Routes of relations that were described anew; the batch at hand may still use them.
     superseded: Vec<usize>,
     tables: Option<TableFilter>,
-    visibility: HashMap<QualifiedName, (Snapshot, Lsn)>,
+    visibility: collections::HashMap<QualifiedName, (Snapshot, Lsn)>,
     gate: Option<Arc<Gate>>,
     tuning: Tuning,
     /// Names of prepared statements that no route uses any more.

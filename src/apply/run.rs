@@ -121,7 +121,7 @@ impl Applier {
         let room = match self.writer.in_flight() {
             0 => true,
             count if count >= self.in_flight_max || self.batcher.is_empty() => false,
-            _ => self.follows_closely() || !self.batcher.wants_more(),
+            _ => self.follows_closely() || self.is_worth_sending() || !self.batcher.wants_more(),
         };
         if room { self.batcher.take(hold_lsn) } else { None }
     }
@@ -135,7 +135,7 @@ impl Applier {
         shutdown: &mut watch::Receiver<bool>,
     ) -> Result<bool> {
         let room = self.writer.in_flight() < self.in_flight_max && self.batcher.wants_more();
-        let listens = room && !*ended && self.follows_closely();
+        let listens = room && !*ended && self.eager;
         tokio::select! {
             biased;
             item = feed.pop(), if listens => {
@@ -155,6 +155,12 @@ impl Applier {
     /// they cost less the fewer they are.
     fn follows_closely(&self) -> bool {
         self.eager && self.writer.in_flight_steps() < SMALL_STEPS && !self.batcher.is_open()
+    }
+
+    /// True if as much is gathered as is under way: the target is to find it when it is done, and
+    /// not wait while it is put together. Were less sent, batches would become smaller and smaller.
+    fn is_worth_sending(&self) -> bool {
+        self.eager && self.batcher.bytes() >= self.writer.in_flight_bytes()
     }
 
     /// Takes what is there, without waiting.

@@ -2,8 +2,9 @@
 //! that come. Tables do not act on each other here (foreign keys and triggers are off), so their
 //! order does not matter; a TRUNCATE is written where it stands, after all that came before it.
 
-use std::collections::HashMap;
 use std::sync::Arc;
+
+use foldhash::HashMap;
 
 use super::admit::Step;
 use super::batch::Batch;

@@ -126,6 +126,11 @@ impl Writer {
         self.flights.iter().map(|flight| flight.admitted.steps.len()).sum()
     }
 
+    /// Bytes of the changes under way.
+    pub fn in_flight_bytes(&self) -> usize {
+        self.flights.iter().flat_map(|flight| &flight.batch.chunks).map(|chunk| chunk.bytes).sum()
+    }
+
     /// True if the batch needs nothing of the target before it is sent.
     pub fn knows(&self, batch: &Batch) -> bool {
         let mut relations =

@@ -4,6 +4,7 @@
 //! import each other, so the answers live here, a floor below them. Queries run on PostgreSQL 10
 //! to 18 and name every schema, as sessions have an empty search_path. Nothing here writes.
 
+pub mod client;
 pub mod describe;
 pub mod foreign_key;
 pub mod mark;
@@ -12,10 +13,13 @@ pub mod select;
 pub mod sequence;
 pub mod table;
 
+pub use client::CLIENT;
 pub use describe::describe;
 pub use foreign_key::{ForeignKey, foreign_keys};
 pub use mark::mark;
 pub use publication::{Publication, Published};
 pub use select::{PatternError, Selection};
 pub use sequence::{Sequence, sequences};
-pub use table::{Column, Named, Table, TableKind, named, oids, tables};
+pub use table::{
+    Column, Named, Table, TableKind, list_of, named, oids, plain_of, published_of, tables,
+};

@@ -31,23 +31,25 @@ pub struct Sequence {
 ///
 /// Two round trips however many there are. Errors if one may not be read (42501).
 pub async fn sequences(session: &mut Session) -> Result<Vec<Sequence>> {
+    // The limits keep a planner without statistics from reading all of pg_depend for a few.
     let parameters = session
         .query(
             "select n.nspname, c.relname, s.seqincrement, s.seqmin, s.seqmax, s.seqcache, \
                 s.seqcycle, tn.nspname, t.relname \
              from pg_catalog.pg_sequence s join pg_catalog.pg_class c on c.oid = s.seqrelid \
              join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-             left join pg_catalog.pg_depend o on o.objid = c.oid and o.objsubid = 0 \
-                and o.classid = 'pg_catalog.pg_class'::pg_catalog.regclass \
-                and o.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass \
-                and o.deptype in ('a', 'i') \
+             left join lateral (select d.refobjid from pg_catalog.pg_depend d \
+                where d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass and d.objid = c.oid \
+                and d.objsubid = 0 and d.deptype in ('a', 'i') \
+                and d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass limit 1) o on true \
              left join pg_catalog.pg_class t on t.oid = o.refobjid \
              left join pg_catalog.pg_namespace tn on tn.oid = t.relnamespace \
              where c.relpersistence <> 't' \
              and n.nspname not in ('pg_catalog', 'information_schema', 'walferry') \
              and n.nspname !~ '^pg_(toast|temp)' \
-             and not exists (select 1 from pg_catalog.pg_depend d where d.objid = c.oid \
-                 and d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass and d.deptype = 'e') \
+             and (select d.objid from pg_catalog.pg_depend d where d.objid = c.oid \
+                 and d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass and d.deptype = 'e' \
+                 limit 1) is null \
              order by n.nspname, c.relname",
         )
         .await?;

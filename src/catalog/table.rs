@@ -1,6 +1,6 @@
 //! Tables and their columns.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::change::ReplicaIdentity;
@@ -203,6 +203,51 @@ pub async fn oids(
     );
     let rows = session.query(&sql).await?;
     rows.iter().map(|r| Ok((QualifiedName::new(r.str(0)?, r.str(1)?), r.parse(2)?))).collect()
+}
+
+/// A JSON array of quoted names, which a server takes apart and looks up.
+pub fn list_of(names: &[QualifiedName]) -> String {
+    let quoted = names.iter().map(|name| serde_json::Value::from(name.quoted()));
+    serde_json::Value::Array(quoted.collect()).to_string()
+}
+
+/// Those of `names` that are plain tables, which hold rows. One round trip.
+pub async fn plain_of(
+    session: &mut Session,
+    names: &[QualifiedName],
+) -> Result<HashSet<QualifiedName>> {
+    let sql = "select n.nspname, c.relname \
+         from pg_catalog.jsonb_array_elements_text($1::jsonb) t(name) \
+         join pg_catalog.pg_class c on c.oid = pg_catalog.to_regclass(t.name) \
+         join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+         where c.relkind = 'r' and c.relpersistence <> 't'";
+    let rows = session.query_params(sql, &[Some(&list_of(names))]).await?;
+    rows.iter().map(|r| Ok(QualifiedName::new(r.str(0)?, r.str(1)?))).collect()
+}
+
+/// Those of `names` that a publication made FOR TABLE shows: they are in it, or a partitioned table
+/// above them is. One round trip.
+///
+/// `pg_publication_tables` says the same of all tables, at the cost of looking at each.
+pub async fn published_of(
+    session: &mut Session,
+    publication: &str,
+    names: &[QualifiedName],
+) -> Result<HashSet<QualifiedName>> {
+    let list = list_of(names);
+    let sql = "with recursive up(root, oid) as ( \
+           select c.oid, c.oid from pg_catalog.jsonb_array_elements_text($2::jsonb) t(name) \
+           join pg_catalog.pg_class c on c.oid = pg_catalog.to_regclass(t.name) \
+           union select up.root, i.inhparent from up \
+           join pg_catalog.pg_class c on c.oid = up.oid and c.relispartition \
+           join pg_catalog.pg_inherits i on i.inhrelid = up.oid) \
+         select distinct n.nspname, c.relname from up \
+         join pg_catalog.pg_publication_rel r on r.prrelid = up.oid \
+         join pg_catalog.pg_publication p on p.oid = r.prpubid and p.pubname = $1 \
+         join pg_catalog.pg_class c on c.oid = up.root \
+         join pg_catalog.pg_namespace n on n.oid = c.relnamespace";
+    let rows = session.query_params(sql, &[Some(publication), Some(&list)]).await?;
+    rows.iter().map(|r| Ok(QualifiedName::new(r.str(0)?, r.str(1)?))).collect()
 }
 
 /// What a row of [`TABLES`] and [`COLUMNS`] is filtered by.

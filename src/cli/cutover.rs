@@ -46,7 +46,7 @@ pub struct FlipArgs {
     #[arg(long, value_name = "KIND")]
     pub fence: Option<String>,
     /// Where clients find the data: hook:COMMAND, pgbouncer:ADMIN_URI,INI_PATH,DBNAME,
-    /// fdw:URI,SERVER, plproxy:URI,CLUSTER,PARTITION (URI of the router's database) or
+    /// fdw:URI,SERVER, plproxy:URI,CLUSTER,PARTITION[,read-only] (URI of the router's database) or
     /// citus:COORDINATOR_URI; may be given again [default: those of the last switch]
     #[arg(long, value_name = "KIND:...")]
     pub route: Vec<String>,

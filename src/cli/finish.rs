@@ -20,12 +20,17 @@ pub struct Args {
     /// The source does not exist any more: clean up the target only
     #[arg(long)]
     source_is_gone: bool,
+    /// End a job whose tables are on both sides: each stays with those who write to it, and its
+    /// copy on the other side, which goes stale, may be written again
+    #[arg(long, conflicts_with = "source_is_gone")]
+    split: bool,
 }
 
 /// Drops all that walferry made. 0 done.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let (keep_history, source_is_gone) = (args.keep_history, args.source_is_gone);
-    let ending = Ending { event: Event::FinishAsked, keep_history, source_is_gone };
+    let event = if args.split { Event::FinishSplitAsked } else { Event::FinishAsked };
+    let ending = Ending { event, keep_history, source_is_gone };
     let done = end(&args.job.job()?, ending, &print::sayings()).await.map_err(hint)?;
     show(&done);
     let side = if source_is_gone { "on the target" } else { "on either side" };

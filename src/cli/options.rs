@@ -275,6 +275,7 @@ impl JobArgs {
             bulk,
             map,
             one_way: self.one_way || file.one_way,
+            insert_only: false,
         })
     }
 }

@@ -162,6 +162,16 @@ impl Move {
             }
         }
     }
+
+    /// Clients of a plproxy partition are to read only while they are led over.
+    pub fn read_only(&mut self) {
+        for route in &mut self.routes {
+            let text = route.expose_secret();
+            if text.starts_with("plproxy:") {
+                *route = SecretString::from(format!("{text},read-only"));
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -204,6 +214,9 @@ mod tests {
         let moved = Move::of(&address, &layout(), &errand, &routers).unwrap();
         assert_eq!((moved.source.dbname.as_str(), moved.target.dbname.as_str()), ("db16", "db16"));
         assert!(moved.include.is_empty() && moved.own_database);
+        let mut reading = moved.clone();
+        reading.read_only();
+        assert!(reading.routes[1].expose_secret().ends_with("q/proxy,shop,p16,read-only"));
         let routes: Vec<&str> = moved.routes.iter().map(|r| r.expose_secret()).collect();
         let expected =
             ["plproxy:postgres://u:pw@p/proxy,shop,p16", "plproxy:postgres://u@q/proxy,shop,p16"];

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{Error, Result};
+use crate::catalog::CLIENT;
 use crate::id::{JobName, quote_ident, quote_literal};
 use crate::pg::Session;
 
@@ -10,15 +11,6 @@ use crate::pg::Session;
 const TERMINATE_CLIENTS: &str = "select pid, pg_catalog.pg_terminate_backend(pid) \
      from pg_catalog.pg_stat_activity where datname = pg_catalog.current_database() \
      and {CLIENT}";
-
-/// A client session but our own and our runner's. What kind of backend another role's session is
-/// stays hidden from roles without pg_read_all_stats: it counts as a client unless it has no role
-/// (autovacuum) or is a walsender.
-const CLIENT: &str = "(backend_type = 'client backend' or backend_type is null \
-        and usesysid is not null \
-        and pid not in (select w.pid from pg_catalog.pg_stat_get_wal_senders() w)) \
-     and pid <> pg_catalog.pg_backend_pid() and application_name is distinct from 'walferry' \
-     and application_name is distinct from pg_catalog.current_setting('application_name')";
 
 /// Clients that pg_terminate_backend would refuse to end for us.
 const UNENDABLE: &str = "select pid, coalesce(r.rolname, '?'), m.rolname \

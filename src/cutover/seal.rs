@@ -108,20 +108,28 @@ async fn seals(
     which: &str,
     group: Option<&[QualifiedName]>,
 ) -> Result<Vec<Seal>> {
+    // Of thousands of tables a group's are few.
+    let among = match group {
+        None => "",
+        Some(_) => {
+            "and t.tgrelid = any (array(select pg_catalog.to_regclass(g)::oid \
+             from pg_catalog.jsonb_array_elements_text($3::jsonb) g))"
+        }
+    };
     let sql = format!(
         "select n.nspname, c.relname, t.tgname from pg_catalog.pg_trigger t \
          join pg_catalog.pg_class c on c.oid = t.tgrelid \
          join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-         where t.tgname in ($1, $2) and not t.tgisinternal {which} order by 1, 2, 3"
+         where t.tgname in ($1, $2) and not t.tgisinternal {which} {among} order by 1, 2, 3"
     );
-    let names = [Some(&*seal_name(job)), Some(&*rows_seal_name(job))];
-    let group: Option<HashSet<&QualifiedName>> = group.map(|group| group.iter().collect());
+    let group = group.map(crate::catalog::list_of);
+    let mut names = vec![Some(seal_name(job)), Some(rows_seal_name(job))];
+    names.extend(group.map(Some));
+    let names: Vec<Option<&str>> = names.iter().map(Option::as_deref).collect();
     let mut seals = Vec::new();
     for row in session.query_params(&sql, &names).await? {
         let table = QualifiedName::new(row.str(0)?, row.str(1)?);
-        if group.as_ref().is_none_or(|group| group.contains(&table)) {
-            seals.push(Seal { table, trigger: row.string(2)? });
-        }
+        seals.push(Seal { table, trigger: row.string(2)? });
     }
     Ok(seals)
 }
@@ -132,6 +140,27 @@ pub async fn is_shut(session: &mut Session, job: &JobName) -> Result<bool> {
         return Ok(true);
     }
     database::noted(session, job, "and opened_at is null").await
+}
+
+/// Of these tables, those that are there and that the job has not shut.
+pub async fn unsealed(
+    session: &mut Session,
+    job: &JobName,
+    tables: &[QualifiedName],
+) -> Result<Vec<QualifiedName>> {
+    let sql = "select n.nspname, c.relname from pg_catalog.pg_class c \
+         join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+         where c.relkind in ('r', 'p') and not exists (select 1 from pg_catalog.pg_trigger t \
+            where t.tgrelid = c.oid and t.tgname = $1 and t.tgenabled <> 'D') order by 1, 2";
+    let wanted: HashSet<&QualifiedName> = tables.iter().collect();
+    let mut open = Vec::new();
+    for row in session.query_params(sql, &[Some(&seal_name(job))]).await? {
+        let table = QualifiedName::new(row.str(0)?, row.str(1)?);
+        if wanted.contains(&table) {
+            open.push(table);
+        }
+    }
+    Ok(open)
 }
 
 /// A lock wait cancels an autovacuum in the way only after deadlock_timeout (1 s), which is longer

@@ -2,10 +2,10 @@
 //!
 //! <https://www.postgresql.org/docs/current/protocol-logicalrep-message-formats.html>
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::{Buf, Bytes};
+use foldhash::HashMap;
 
 use super::{Error, Event, Prepared, Result};
 use crate::change::{

@@ -6,7 +6,7 @@ use super::lease;
 use super::run::{JobConfig, Report};
 use super::seam::Seam;
 use super::state::{Event, step};
-use super::store::{DDL_BOTH, JobRow, Store, ensure};
+use super::store::{BESIDE, DDL_BOTH, JobRow, NOT_BESIDE, Store, ensure};
 use super::{Error, Result};
 use crate::catalog::Selection;
 use crate::cutover::canary;
@@ -63,7 +63,9 @@ pub(super) async fn make_tables(
     store: &mut Store,
     source: &mut Session,
 ) -> Result<()> {
+    let beside = format!("select {BESIDE}");
     let on_target = async {
+        store.session.execute(&beside).await?;
         store.ensure(&[apply::DDL, copy::DDL, schema::DDL, schema::ASIDE_DDL]).await?;
         if config.two_way.is_some() {
             store.ensure(&[apply::conflict::DDL]).await?;
@@ -72,6 +74,7 @@ pub(super) async fn make_tables(
         Ok::<_, super::Error>((system, Ability::probe(&mut store.session).await?))
     };
     let on_source = async {
+        source.execute(&beside).await?;
         // Following needs none of them; the way back does, and asks again.
         if may_have_tables(source).await? {
             make_source_tables(config, source).await?;
@@ -79,12 +82,16 @@ pub(super) async fn make_tables(
         let system = system_of(source).await?;
         Ok((system, Ability::probe(source).await?))
     };
-    let ((target_system, target), (source_system, source)) =
+    let ((target_system, on_target), (source_system, on_source)) =
         tokio::try_join!(on_target, on_source)?;
-    let abilities = Abilities { source, target };
+    let abilities = Abilities { source: on_source, target: on_target };
     let places = (place(&config.source), place(&config.target));
     let systems = (source_system.as_str(), target_system.as_str());
-    store.create((&places.0, &places.1), systems, &config.options, abilities).await
+    store.create((&places.0, &places.1), systems, &config.options, abilities).await?;
+    for session in [source, &mut store.session] {
+        session.execute(&format!("select {NOT_BESIDE}")).await?;
+    }
+    Ok(())
 }
 
 /// Tables on the source, where the way back keeps its progress.

@@ -43,10 +43,18 @@ impl JobConfig {
         let is_on_target = match row.phase {
             Phase::Switched => true,
             Phase::RolledBack => false,
-            // A finish that was cut short: the last switch tells, unless it was undone.
+            // A finish that was cut short, perhaps of a job that was split.
+            _ if last.is_some_and(|f| f.group.is_some()) => return None,
+            // The last switch tells, unless it was undone.
             _ => last.is_some_and(|f| (f.flip == "forward") == f.switched_lsn.is_some()),
         };
         Some(if is_on_target { Stream::Forward } else { Stream::Reverse })
+    }
+
+    /// The target's database is in use by others: the job is about tables alone, or about a group
+    /// of a cluster's tables.
+    pub(super) fn is_beside_others(&self) -> bool {
+        self.options.tables_only || (self.bin.is_some() && !self.options.include.is_empty())
     }
 
     /// Drops the tables that the job made on its target; `source` knows their partitions best. That

@@ -44,6 +44,11 @@ struct Probes {
 const LIVE_ROWS: &str = ". After a switch no table is read again, as the rows of the live side are \
      those that count: walferry finish keeps them and ends the job, without a way back";
 
+/// The same where each side has some of them.
+const SPLIT_ROWS: &str = ". Of a job that is split no table is read again, as each side's rows \
+     count where applications write to them: walferry finish --split keeps them so, and ends the \
+     job";
+
 impl Runner {
     /// Works until an event, or `None` when it is time to return.
     pub(super) async fn attend(&mut self, until: &Until) -> Result<Option<Event>> {
@@ -52,6 +57,9 @@ impl Runner {
         let phase = row.phase;
         if matches!(phase, Phase::Finished | Phase::Canceled) {
             return Ok(None);
+        }
+        if phase == Phase::Following {
+            self.rejoin().await?;
         }
         self.reads_due = row.reads.is_some().then(|| Deadline::after(Duration::ZERO));
         self.keep_heartbeat(phase).await?;
@@ -129,9 +137,13 @@ impl Runner {
         for (stream, pipe) in [(Stream::Forward, &self.forward), (Stream::Reverse, &self.reverse)] {
             let Some(pipe) = pipe else { continue };
             if let Some(mut message) = pipe.fatal() {
-                let flipped = matches!(phase, Phase::Split | Phase::Switched | Phase::RolledBack);
-                if pipe.lost().is_some() && flipped {
-                    message.push_str(LIVE_ROWS);
+                let rows = match phase {
+                    Phase::Split => SPLIT_ROWS,
+                    Phase::Switched | Phase::RolledBack => LIVE_ROWS,
+                    _ => "",
+                };
+                if pipe.lost().is_some() {
+                    message.push_str(rows);
                 }
                 return Err(Error::Stream { stream: stream.to_string(), message });
             }
@@ -193,6 +205,9 @@ impl Runner {
         }
         match armed {
             Ok(_) if client::asker_gone(&mut self.store.session, &asked.id).await? => {
+                if self.row().await?.phase == Phase::Following {
+                    self.rejoin().await?;
+                }
                 Ok(Flipping::Answer(Err(Gone::Asker.to_string())))
             }
             // Proofs only: neither the phase nor the record of the last flip changes.

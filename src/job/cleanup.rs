@@ -13,8 +13,9 @@ use super::place::Place;
 use super::request::context_of;
 use super::run::JobConfig;
 use super::state::{Event, Phase};
-use super::store::{JobRow, Store};
+use super::store::{JobRow, Store, TRY_ALONE};
 use super::{Result, lease, standby_status, two_way};
+use crate::clock::Deadline;
 use crate::cluster::shard;
 use crate::cutover::{self, seal};
 use crate::id::{JobName, Stream};
@@ -42,6 +43,10 @@ const HOME_TABLES: [(&str, &str); 13] = [
 /// What a route that could not be reached before may take now.
 const RELEASE_WAIT: Duration = Duration::from_secs(5);
 
+/// How long others that are making their tables in the schema are waited for, and between looks.
+const MAKING_WAIT: Duration = Duration::from_secs(30);
+const AGAIN: Duration = Duration::from_millis(100);
+
 /// What a clean-up did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CleanedUp {
@@ -58,7 +63,7 @@ pub struct CleanedUp {
 /// How a job is ended.
 #[derive(Clone, Copy, Debug)]
 pub struct Ending {
-    /// FinishAsked or CancelAsked.
+    /// FinishAsked, FinishSplitAsked or CancelAsked.
     pub event: Event,
     /// Keep schema walferry on the target.
     pub keep_history: bool,
@@ -85,7 +90,7 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
     let row = store.load_existing().await?;
     let phase = match (row.phase, event) {
         // A clean-up that was cut short is taken up again.
-        (Phase::Finished, Event::FinishAsked) => Phase::Finished,
+        (Phase::Finished, Event::FinishAsked | Event::FinishSplitAsked) => Phase::Finished,
         (_, event) => {
             super::reads::refuse_end(&row, ending)?;
             two_way::ended(&row, event)?
@@ -132,21 +137,20 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
     if let Some(source) = &mut source {
         drop_schema(source, &config.job, &mut dropped, false).await?;
     }
-    let keep = keep_history || forget_job(&mut store, config, keep_history).await? > 0;
-    drop_schema(&mut store.session, &config.job, &mut dropped, keep).await?;
+    drop_home(&mut store, config, keep_history, &mut dropped).await?;
     Ok(CleanedUp { dropped, recycled, left, tables_stay })
 }
 
-/// Takes away the tables that a job of tables alone has made on its target and not switched to:
-/// beside others of a database in use they would be in the way. True if tables that a job of a
-/// whole database has made are still there.
+/// Takes away the tables that a job beside others of a database has made on its target and not
+/// switched to: they would be in the way there. True if tables that a job of a whole database has
+/// made are still there.
 async fn drop_made(
     config: &JobConfig,
     source: Option<&mut Session>,
     home: &mut Session,
     dropped: &mut Vec<String>,
 ) -> Result<bool> {
-    if !config.options.tables_only {
+    if !config.is_beside_others() {
         return Ok(schema::is_made(home, config.job.as_str()).await?);
     }
     // May wait for readers.
@@ -159,7 +163,7 @@ async fn drop_made(
 /// Clients that a route still holds, as it could not be reached after the switch, are not waited
 /// for any more. Gives what a person has to do.
 async fn let_clients_go(config: &JobConfig, row: &JobRow) -> Result<Vec<String>> {
-    let flipped = matches!(row.phase, Phase::Switched | Phase::RolledBack);
+    let flipped = matches!(row.phase, Phase::Split | Phase::Switched | Phase::RolledBack);
     let mut left = Vec::new();
     let Some(record) = row.flip.as_ref().filter(|flip| flipped && !flip.released) else {
         return Ok(left);
@@ -250,7 +254,8 @@ async fn remove_spool(config: &JobConfig, row: &JobRow, dropped: &mut Vec<String
 async fn forget_routes(config: &JobConfig, row: &JobRow, left: &mut Vec<String>) -> Result<()> {
     let Some(record) = &row.flip else { return Ok(()) };
     let context = context_of(config, record);
-    let switched = matches!(row.phase, Phase::Switched | Phase::RolledBack | Phase::Finished);
+    let switched =
+        matches!(row.phase, Phase::Split | Phase::Switched | Phase::RolledBack | Phase::Finished);
     let routes = [&*record.routes, &*record.earlier_routes].concat();
     for route in config.secrets.routes(&routes)? {
         if route.kind() == "citus" {
@@ -271,13 +276,59 @@ async fn forget_routes(config: &JobConfig, row: &JobRow, left: &mut Vec<String>)
     Ok(())
 }
 
-/// Drops schema walferry, or only this job's rows where other jobs use it too.
+/// What is left of the job in its home.
+async fn drop_home(
+    store: &mut Store,
+    config: &JobConfig,
+    keep_history: bool,
+    dropped: &mut Vec<String>,
+) -> Result<()> {
+    let keep = keep_history || forget_job(store, config, keep_history).await? > 0;
+    let stays = drop_schema(&mut store.session, &config.job, dropped, keep).await?;
+    if stays && !keep {
+        // Another job has begun since.
+        forget_job(store, config, keep_history).await?;
+    }
+    Ok(())
+}
+
+/// Drops schema walferry, or only this job's canary where other jobs use it too, of which one may
+/// be about to begin. True if the schema stays.
 pub(super) async fn drop_schema(
     session: &mut Session,
     job: &JobName,
     dropped: &mut Vec<String>,
     keep_history: bool,
-) -> Result<()> {
+) -> Result<bool> {
+    let deadline = Deadline::after(MAKING_WAIT);
+    let alone = loop {
+        session.execute("begin").await?;
+        if session.query_one(&format!("select {TRY_ALONE}"), &[]).await?.bool(0)? {
+            break true;
+        }
+        session.execute("rollback").await?;
+        if deadline.passed() {
+            break false;
+        }
+        tokio::time::sleep(AGAIN).await;
+    };
+    let outcome = drop_unused(session, job, keep_history || !alone).await;
+    if session.in_transaction() {
+        let end = if outcome.is_ok() { "commit" } else { "rollback" };
+        session.execute(end).await?;
+    }
+    let said = outcome?;
+    dropped.extend(said.map(|said| format!("{said} on {}", session.peer())));
+    Ok(said.is_none())
+}
+
+/// What went; `None` if the schema stays, or is not there.
+async fn drop_unused(
+    session: &mut Session,
+    job: &JobName,
+    keep: bool,
+) -> Result<Option<&'static str>> {
+    let canary = job.canary();
     let others = session
         .query_one(
             "select (select count(*) from pg_catalog.pg_publication \
@@ -285,24 +336,24 @@ pub(super) async fn drop_schema(
              + (select count(*) from pg_catalog.pg_replication_slots \
                 where slot_name like 'walferry\\_%' \
                 and database = pg_catalog.current_database()) \
+             + (select count(*) from pg_catalog.pg_class c \
+                join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+                where n.nspname = 'walferry' and c.relkind = 'r' \
+                and c.relname like 'canary\\_%' and c.relname <> $1) \
              + case when pg_catalog.to_regclass('walferry.cluster_job') is null then 0 else 1 end",
-            &[],
+            &[Some(&canary.name)],
         )
         .await?;
-    if keep_history || others.parse::<i64>(0)? > 0 {
-        let canary = job.canary().quoted();
-        let captured = job.captured().quoted();
-        let sql = format!(
-            "set client_min_messages = error; drop table if exists {canary}, {captured}; \
-             reset client_min_messages"
-        );
-        session.execute(&sql).await?;
-        return Ok(());
+    if !keep && others.parse::<i64>(0)? == 0 {
+        return empty_or_drop(session).await;
     }
-    if let Some(said) = empty_or_drop(session).await? {
-        dropped.push(format!("{said} on {}", session.peer()));
-    }
-    Ok(())
+    let (canary, captured) = (canary.quoted(), job.captured().quoted());
+    let sql = format!(
+        "set client_min_messages = error; drop table if exists {canary}, {captured}; \
+         reset client_min_messages"
+    );
+    session.execute(&sql).await?;
+    Ok(None)
 }
 
 /// A schema that an administrator made for a role that may make none stays, empty; it could not be

@@ -79,6 +79,8 @@ pub struct JobConfig {
     pub map: Option<Arc<Map>>,
     /// There is to be no way back.
     pub one_way: bool,
+    /// Tables without a replica identity are moved all the same, and see INSERT alone meanwhile.
+    pub insert_only: bool,
     /// How rows and indexes are made.
     pub bulk: Bulk,
 }

@@ -253,8 +253,11 @@ impl Runner {
         }
         self.stop_validating().await;
         self.stop_looking().await;
-        // It is another side that has to be shut then, or other tables of it.
-        self.sealed = None;
+        // It is another side that has to be shut then. What a group's own fence shuts needs no look
+        // for as long as that server is there.
+        if request.group.is_none() {
+            self.sealed = None;
+        }
         let mut plan = self.flight_plan(flip, request).await?;
         let left = match request.group {
             None => self.left_behind(&plan, request).await?,

@@ -19,6 +19,10 @@
 //! - A switch and its undoing are those of a whole job, with the locks, seals, sequences and routes
 //!   of one group (`route::Context::group`). A crash between groups finds nothing half done; inside
 //!   one, that group is undone, or finished past its point of no return.
+//! - Before the first group is switched the job still follows, and where that group is refused, or
+//!   the runner dies, nothing stays sealed ([`Runner::rejoin`]). A source whose standby took over
+//!   is shut again where its tables have gone (`sealing`). Should a stream then be lost for good,
+//!   `finish --split` ends the job with each table where it is.
 //!
 //! # What applications must expect
 //! A transaction that touches tables on both sides cannot be made on one of them: the other's are
@@ -35,6 +39,8 @@
 //! Materialized views are not refreshed.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -44,7 +50,7 @@ use super::run::Runner;
 use super::state::{Event, Phase, step};
 use super::store::JobRow;
 use super::{Result, rest};
-use crate::catalog::{self, Selection, TableKind};
+use crate::catalog::{self, ForeignKey, Selection, TableKind};
 use crate::cutover::FenceKind;
 use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
@@ -53,6 +59,9 @@ use crate::pg::{Config, Session};
 
 /// A hook gets the names of its tables in one variable, of which Linux takes 128 KiB.
 const NAMES_BYTES_LIMIT: usize = 100 << 10;
+
+/// For so long the names of a side's tables are those that were read.
+const NAMED_FOR: Duration = Duration::from_secs(10);
 
 /// What of a job a flip is asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,7 +73,7 @@ pub enum Part {
     /// Tables by patterns, partitions under their partitioned table's as well.
     Tables(Vec<String>),
     /// Of so many groups, about equal in number of tables, the next: its number, from 1 on, and how
-    /// many there are in all.
+    /// many there are in all. Tables that foreign keys join are in one.
     Share(usize, usize),
 }
 
@@ -142,7 +151,13 @@ impl Runner {
         self.refuse_unfit(request, &row).await?;
         let side = self.live(flip).clone();
         let mut live = Session::control(&side).await?;
-        let named = catalog::named(&mut live, &self.selection).await?;
+        // The last of a series is to leave nothing behind.
+        let last = match &request.part {
+            Part::All => true,
+            Part::Tables(_) => false,
+            Part::Share(number, of) => number >= of,
+        };
+        let named = self.named_lately(flip, &mut live, !last).await?;
         if request.unlogged != rest::Unlogged::Leave {
             let unlogged = named.iter().filter(|t| t.unlogged).map(|t| t.name.to_string());
             let unlogged: Vec<String> = unlogged.collect();
@@ -168,6 +183,26 @@ impl Runner {
         request.refresh = rest::Refresh::Never;
         request.group = Some(Group { label, tables });
         Ok(())
+    }
+
+    /// The live side's tables, as they were a moment ago if that `will_do`: a series of groups asks
+    /// again and again, and thousands take long to read. What was made since is found a bit later.
+    pub(super) async fn named_lately(
+        &mut self,
+        flip: Stream,
+        live: &mut Session,
+        will_do: bool,
+    ) -> Result<Arc<Vec<catalog::Named>>> {
+        if let Some((at, side, named)) = &self.named
+            && will_do
+            && *side == flip
+            && at.elapsed() < NAMED_FOR
+        {
+            return Ok(named.clone());
+        }
+        let named = Arc::new(catalog::named(live, &self.selection).await?);
+        self.named = Some((Instant::now(), flip, named.clone()));
+        Ok(named)
     }
 
     pub(super) fn live(&self, flip: Stream) -> &Config {
@@ -242,21 +277,14 @@ impl Runner {
     ) -> Result<()> {
         let dest = self.live(flip.opposite()).clone();
         let mut there = Session::control(&dest).await?;
-        let there = catalog::named(&mut there, &self.selection).await?;
-        let there: HashSet<&QualifiedName> =
-            there.iter().filter(|t| t.kind == TableKind::Plain).map(|t| &t.name).collect();
+        let there = catalog::plain_of(&mut there, tables).await?;
         let absent = tables.iter().filter(|table| !there.contains(table));
         let mut wrong: Vec<String> =
             absent.map(|t| format!("{t} is no plain table on the {}", dest.label)).collect();
         let reading = self.reading(flip).await?;
         if reading.plugin()? == Plugin::Pgoutput {
             let publication = self.config.job.object(flip);
-            let sql = "select schemaname, tablename from pg_catalog.pg_publication_tables \
-                 where pubname = $1";
-            let rows = live.query_params(sql, &[Some(&publication)]).await?;
-            let shown: Result<HashSet<QualifiedName>> =
-                rows.iter().map(|r| Ok(QualifiedName::new(r.str(0)?, r.str(1)?))).collect();
-            let shown = shown?;
+            let shown = catalog::published_of(live, &publication, tables).await?;
             let missing =
                 tables.iter().filter(|t| self.selection.has_rows(t) && !shown.contains(*t));
             wrong.extend(missing.map(|t| format!("{t} is not in publication {publication}")));
@@ -283,7 +311,8 @@ async fn chosen(
         Part::Share(number, of) => {
             let left = of.saturating_sub(*number).saturating_add(1).max(1);
             let take = here.len().div_ceil(left);
-            (format!("{number} of {of}"), here.into_iter().take(take).collect())
+            let keys = catalog::foreign_keys(live).await?;
+            (format!("{number} of {of}"), together(here, &keys, take))
         }
         Part::Tables(patterns) => {
             let selection = Selection::parse(patterns, &[], &[])?.with_partitions(live).await?;
@@ -293,6 +322,32 @@ async fn chosen(
     })
 }
 
+/// The first of these tables, at least so many, each with all that keys join to it, at any
+/// distance.
+fn together(here: Vec<QualifiedName>, keys: &[ForeignKey], least: usize) -> Vec<QualifiedName> {
+    let there: HashSet<&QualifiedName> = here.iter().collect();
+    let mut joined: HashMap<&QualifiedName, Vec<&QualifiedName>> = HashMap::new();
+    for key in keys {
+        for (one, other) in [(&key.table, &key.other), (&key.other, &key.table)] {
+            joined.entry(one).or_default().push(other);
+        }
+    }
+    let (mut chosen, mut seen) = (Vec::new(), HashSet::new());
+    for table in &here {
+        if chosen.len() >= least {
+            break;
+        }
+        let mut reached = vec![table];
+        while let Some(table) = reached.pop() {
+            if there.contains(table) && seen.insert(table) {
+                chosen.push(table.clone());
+                reached.extend(joined.get(table).into_iter().flatten());
+            }
+        }
+    }
+    chosen
+}
+
 /// Foreign keys between a table of the group and one that would have another owner then.
 async fn refuse_crossing(
     live: &mut Session,
@@ -300,32 +355,41 @@ async fn refuse_crossing(
     group: &[QualifiedName],
     from: bool,
 ) -> Result<()> {
-    let rows = live
-        .query(
-            "select n.nspname, c.relname, fn.nspname, f.relname, k.conname \
-             from pg_catalog.pg_constraint k \
-             join pg_catalog.pg_class c on c.oid = k.conrelid \
-             join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-             join pg_catalog.pg_class f on f.oid = k.confrelid \
-             join pg_catalog.pg_namespace fn on fn.oid = f.relnamespace \
-             where k.contype = 'f' and k.conrelid <> k.confrelid order by 1, 2, 5",
-        )
-        .await?;
     let group: HashSet<&QualifiedName> = group.iter().collect();
     let after = |table: &QualifiedName| {
         let owner = owners.get(table)?;
         Some(if group.contains(table) { !from } else { *owner })
     };
     let mut crossing = Vec::new();
-    for row in &rows {
-        let (table, other) = (
-            QualifiedName::new(row.str(0)?, row.str(1)?),
-            QualifiedName::new(row.str(2)?, row.str(3)?),
-        );
+    for ForeignKey { name, table, other, .. } in catalog::foreign_keys(live).await? {
         let (Some(one), Some(two)) = (after(&table), after(&other)) else { continue };
         if one != two && (group.contains(&table) || group.contains(&other)) {
-            crossing.push(format!("{table} to {other} ({})", row.str(4)?));
+            crossing.push(format!("{table} to {other} ({name})"));
         }
     }
     if crossing.is_empty() { Ok(()) } else { Err(Refused::Crossing(crossing).into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_that_keys_join_are_in_one_group_at_any_distance() {
+        let name = |name: &str| QualifiedName::new("public", name);
+        let key = |table: &str, other: &str| ForeignKey {
+            name: "k".to_string(),
+            table: name(table),
+            other: name(other),
+            columns: String::new(),
+        };
+        let keys = [key("a", "e"), key("c", "e"), key("b", "b"), key("d", "elsewhere")];
+        let here: Vec<QualifiedName> = ["a", "b", "c", "d", "e"].map(name).to_vec();
+        let chosen = |least| -> String {
+            let chosen = together(here.clone(), &keys, least);
+            chosen.iter().map(|table| table.name.as_str()).collect()
+        };
+        assert_eq!([1, 3, 4, 5].map(chosen), ["aec", "aec", "aecb", "aecbd"]);
+        assert_eq!(together(Vec::new(), &keys, 1), Vec::<QualifiedName>::new());
+    }
 }

@@ -55,6 +55,13 @@ impl Store {
         Ok(())
     }
 
+    async fn forget_owners(&mut self) -> Result<()> {
+        let job = self.job().as_str().to_string();
+        let sql = "delete from walferry.ownership where job = $1";
+        self.session.query_params(sql, &[Some(&job)]).await?;
+        Ok(())
+    }
+
     /// Where each group is, the largest first.
     pub(super) async fn groups(&mut self) -> Result<Vec<GroupStatus>> {
         let sql = "select switched_by, on_target, count(*), max(lsn::text) \
@@ -95,7 +102,7 @@ impl Runner {
     pub(super) async fn part(&mut self, flip: Stream) -> Result<()> {
         let row = self.row().await?;
         let mut live = Session::control(self.live(flip)).await?;
-        let named = catalog::named(&mut live, &self.selection).await?;
+        let named = self.named_lately(flip, &mut live, true).await?;
         let owners = self.owners(&row, &named).await?;
         let known = match row.phase {
             Phase::Split => self.store.owners().await?,
@@ -112,12 +119,18 @@ impl Runner {
                 fresh.len(),
                 side_name(!on_target)
             )));
-            self.store.note_owners(&fresh, on_target).await?;
+            // What is on record is taken for sealed in a job that is split; in one that is not, it
+            // tells `rejoin` what there is to be opened.
+            if row.phase != Phase::Split {
+                self.store.note_owners(&fresh, on_target).await?;
+            }
             let side = self.live(other).clone();
             let mut session = Session::control(&side).await?;
             let job = self.config.job.clone();
             Sealing { job: &job, tables: &fresh, is_group: true }.shut(&mut session).await?;
-            if row.phase != Phase::Split {
+            if row.phase == Phase::Split {
+                self.store.note_owners(&fresh, on_target).await?;
+            } else {
                 self.unseal_parents(&named).await?;
                 self.disjoin_shared(on_target, &owners).await?;
             }
@@ -125,6 +138,38 @@ impl Runner {
         let owners = self.store.owners().await?;
         self.gate.set(Open::Tables(on_target(owners)));
         Ok(())
+    }
+
+    /// A job that still follows has no table on the target. Where its first group was refused, or
+    /// its runner killed before that was switched, seals and stretched sequences are taken away, as
+    /// if it had never been asked for. Every step may be repeated.
+    pub(super) async fn rejoin(&mut self) -> Result<()> {
+        let owners = self.store.owners().await?;
+        if owners.is_empty() {
+            return Ok(());
+        }
+        let tables: Vec<QualifiedName> = owners.into_keys().collect();
+        self.say(Notice::Said(format!(
+            "no group was switched: opening {} tables on the target",
+            tables.len()
+        )));
+        let job = self.config.job.clone();
+        let mut source = Session::control(&self.config.source).await?;
+        let mut target = Session::control(&self.config.target).await?;
+        Sealing { job: &job, tables: &tables, is_group: true }.open(&mut target).await?;
+        two_way::part(Some(&mut source), &mut target, &job).await?;
+        self.store.forget_owners().await
+    }
+
+    /// The tables that are shut, group by group, on the side that `flip` led away from; none in a
+    /// job that never was switched so.
+    pub(super) async fn shut_by_group(&mut self, flip: Stream) -> Result<Vec<QualifiedName>> {
+        let gone = flip == Stream::Forward;
+        let owners = self.store.owners().await?.into_iter();
+        let mut shut: Vec<QualifiedName> =
+            owners.filter(|(_, there)| *there == gone).map(|(table, _)| table).collect();
+        shut.sort();
+        Ok(shut)
     }
 
     /// A statement by a partitioned parent may reach tables of either owner: the seal of each is

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
@@ -30,11 +30,11 @@ use super::validating::Validating;
 use super::vigil::Vigil;
 use super::{Error, Result, client, decoding, two_way};
 use crate::apply::{Applied, Gate};
-use crate::catalog::{Selection, Table, tables};
+use crate::catalog::{Named, Selection, Table, tables};
 use crate::clock::{Backoff, Deadline};
 use crate::copy::CopyProgress;
 use crate::fault::{Fault, Faulty};
-use crate::id::{JobName, QualifiedName};
+use crate::id::{JobName, QualifiedName, Stream};
 use crate::limit::CATALOG_WAIT;
 use crate::lsn::Lsn;
 use crate::pg::{Config, Session};
@@ -94,6 +94,8 @@ pub struct Runner {
     pub(super) store: Store,
     pub(super) listener: Session,
     pub(super) selection: Selection,
+    /// The tables of the side that a flip leads from, and when they were read.
+    pub(super) named: Option<(Instant, Stream, Arc<Vec<Named>>)>,
     pub(super) forward: Option<Pipe>,
     pub(super) reverse: Option<Pipe>,
     /// Forgets what a job of two ways needs no more.
@@ -102,8 +104,8 @@ pub struct Runner {
     pub(super) heartbeat: Option<Heartbeat>,
     /// Keeps slots on standbys of the source.
     pub(super) standbys: Option<Standbys>,
-    /// With the side that is not live, while that is known to be shut.
-    pub(super) sealed: Option<Session>,
+    /// With the side that a flip of this direction has left, while that is known to be shut.
+    pub(super) sealed: Option<(crate::id::Stream, Session)>,
     /// Looks at what no stream shows.
     pub(super) silent: Option<Silent>,
     /// What the reverse stream applies beside canaries: tables that applications write to on the
@@ -294,6 +296,7 @@ impl Runner {
             store,
             listener,
             selection,
+            named: None,
             forward: None,
             reverse: None,
             keeper: None,

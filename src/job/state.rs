@@ -8,7 +8,8 @@
 //!                                                            |    ^          ^             ^
 //!                            a group, and others stay behind v    |          | the last    |
 //!                                                            split ----------+-------------+
-//! finished: from switched or rolled_back.   canceled: from anything before switched.
+//! finished: from switched or rolled_back, and from split where that is said.
+//! canceled: from anything before switched.
 //! ```
 //!
 //! Every phase is stored in the home database before its work begins, so a run that died is taken
@@ -108,6 +109,8 @@ pub enum Event {
     FlipUndone(Phase),
     /// The end is asked for.
     FinishAsked,
+    /// The end of a job that is split, each table staying where it is.
+    FinishSplitAsked,
     /// Giving up is asked for.
     CancelAsked,
 }
@@ -187,13 +190,18 @@ pub fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refused
         (Phase::Switched | Phase::RolledBack, Event::FinishAsked) => {
             (Phase::Finished, vec![CleanUp])
         }
-        (Phase::CuttingOver, Event::FinishAsked | Event::CancelAsked) => {
+        (Phase::CuttingOver, Event::FinishAsked | Event::FinishSplitAsked | Event::CancelAsked) => {
             return refuse(asked(event), NOT_UNDONE);
+        }
+        (Phase::Split, Event::FinishSplitAsked) => (Phase::Finished, vec![CleanUp]),
+        (_, Event::FinishSplitAsked) => {
+            return refuse("finish --split", "it ends a job whose tables are on both sides");
         }
         (Phase::Split, Event::FinishAsked) => {
             return refuse(
                 "finish",
-                "some tables are on either side: cutover or rollback the rest",
+                "some tables are on either side: cutover or rollback the rest, or leave each \
+                 where it is by finish --split",
             );
         }
         (Phase::Split, Event::CancelAsked) => {
@@ -312,6 +320,7 @@ fn asked(event: Event) -> &'static str {
         Event::FlipAsked(Stream::Forward) => "cutover",
         Event::FlipAsked(Stream::Reverse) => "rollback",
         Event::FinishAsked => "finish",
+        Event::FinishSplitAsked => "finish --split",
         Event::CancelAsked => "cancel",
         _ => "this",
     }
@@ -328,7 +337,9 @@ fn unexpected(phase: Phase, event: Event) -> Result<(Phase, Vec<Command>), Refus
         Event::Flipped(_) => "flipped",
         Event::Parted => "parted",
         Event::FlipUndone(_) => "flip undone",
-        Event::FlipAsked(_) | Event::FinishAsked | Event::CancelAsked => "this",
+        Event::FlipAsked(_) | Event::FinishAsked | Event::FinishSplitAsked | Event::CancelAsked => {
+            "this"
+        }
     };
     Err(Refused { phase, asked, why: "this is a fault of walferry itself; please report it" })
 }
@@ -390,6 +401,7 @@ mod tests {
             Just(FlipUndone(Phase::Switched)),
             Just(FlipUndone(Phase::Copying)),
             Just(FinishAsked),
+            Just(FinishSplitAsked),
             Just(CancelAsked),
         ]
     }

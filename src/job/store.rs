@@ -436,6 +436,17 @@ fn columns(done: &[(String, f64)]) -> Result<(String, String)> {
     Ok((json(&lines)?, json(&ms)?))
 }
 
+/// Held by whoever makes a job's tables, until what shows that the schema is in use is there: no
+/// other's clean-up drops it meanwhile.
+pub(super) const BESIDE: &str = "pg_catalog.pg_advisory_lock_shared(7823, 1)";
+
+/// Ends that.
+pub(super) const NOT_BESIDE: &str = "pg_catalog.pg_advisory_unlock_shared(7823, 1)";
+
+/// True if nobody does, until the transaction's end. Never waited for by those who hold it on
+/// another database, as they may wait for each other's.
+pub(super) const TRY_ALONE: &str = "pg_catalog.pg_try_advisory_xact_lock(7823, 1)";
+
 /// Runs idempotent DDL quietly, one statement list after another, under a lock of our own so that
 /// two processes starting together do not trip over `if not exists`.
 pub async fn ensure(session: &mut Session, ddl: &[&str]) -> Result<()> {

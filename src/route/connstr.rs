@@ -90,6 +90,22 @@ pub(super) fn lead_to(text: &str, to: &Place) -> Option<String> {
     Some(text)
 }
 
+/// What makes sessions of a connection string read-only unless they say otherwise.
+const READ_ONLY: &str = "-c default_transaction_read_only=true";
+
+/// The text with sessions that only read; its other options stay.
+pub(super) fn read_only(text: &str) -> Option<String> {
+    let mut led = text.to_string();
+    match pairs(text)?.into_iter().rfind(|pair| pair.key == "options") {
+        Some(pair) => {
+            let value = format!("{} {READ_ONLY}", pair.value);
+            led.replace_range(pair.value_start..pair.end, &quote(value.trim_start()));
+        }
+        None => led.push_str(&format!(" options={}", quote(READ_ONLY))),
+    }
+    Some(led)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -111,6 +127,16 @@ mod tests {
         for odd in ["postgres://h/d", "host='", "=x", "host=a\\", "port"] {
             assert_eq!(place(odd), None, "{odd}");
         }
+    }
+
+    #[test]
+    fn sessions_are_made_read_only_beside_what_they_were() {
+        let made = |text: &str| read_only(text).unwrap();
+        assert_eq!(made("host=h"), format!("host=h options='{READ_ONLY}'"));
+        assert_eq!(made("options='' host=h"), format!("options='{READ_ONLY}' host=h"));
+        let led = made("options='-c a=\\'b\\'' port=1");
+        assert_eq!(led, format!("options='-c a=\\'b\\' {READ_ONLY}' port=1"));
+        assert_eq!(read_only("postgres://h/d"), None);
     }
 
     proptest! {

@@ -26,6 +26,7 @@
 //!   (`foreign`).
 //! - **fdw** and **plproxy** change a foreign server in a router's database by ALTER SERVER. They
 //!   cannot hold clients, and let them through in `release`, not in `switch` (`sqlmed` says why).
+//!   Clients of a plproxy partition may be made to read only meanwhile (`read_only`).
 //!
 //! What survives a crash: the line in pgbouncer.ini as it was, in a file beside it
 //! (`pgbouncer.ini.walferry_<job>_<dbname>`, written before the first change, same owner, mode
@@ -45,9 +46,11 @@ mod file;
 mod foreign;
 mod hook;
 mod ini;
+mod mapping;
 mod note;
 mod pgbouncer;
 mod place;
+mod read_only;
 mod sqlmed;
 
 use std::path::PathBuf;
@@ -117,7 +120,7 @@ pub enum Error {
     /// The text is not a route.
     #[error(
         "{0}; a route is hook:COMMAND, pgbouncer:ADMIN_URI,INI_PATH,DBNAME, fdw:URI,SERVER, \
-         plproxy:URI,CLUSTER,PARTITION or citus:COORDINATOR_URI"
+         plproxy:URI,CLUSTER,PARTITION[,read-only] or citus:COORDINATOR_URI"
     )]
     Usage(String),
     /// Clients could not be held in time. They have been let go again.
@@ -316,7 +319,7 @@ impl Route {
         match self {
             Route::Hook(hook) => hook.run("hold", context, Some(wait)).await,
             Route::Pgbouncer(pooler) => pooler.hold(wait).await,
-            Route::SqlMed(_) => Ok(()),
+            Route::SqlMed(server) => server.hold(context, wait).await,
             Route::Citus(cluster) => cluster.hold(context, wait).await,
         }
     }
@@ -412,6 +415,8 @@ mod tests {
             "fdw:postgres://u:hush@h:x/d,s",
             "plproxy:postgres://u:hush@h/d,c",
             "plproxy:postgres://u:hush@h/d,c,16",
+            "plproxy:postgres://u:hush@h/d,c,read-only",
+            "plproxy:postgres://u:hush@h/d,c,p16,readonly",
             "citus:",
             "citus:postgres://u:hush@h:x/d",
         ] {
@@ -451,6 +456,7 @@ mod tests {
         for (given, tail) in [
             ("fdw:postgres://u:hush@h/d,srv", ",srv"),
             ("plproxy:postgres://u:hush@h/d,cluster,p16", ",cluster,p16"),
+            ("plproxy:postgres://u:hush@h/d,cluster,p16,read-only", ",cluster,p16,read-only"),
             ("citus:postgres://u:hush@h:1,g:2/d", " user='u'"),
         ] {
             let (stored, password) = Route::stored(given).unwrap();

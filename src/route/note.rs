@@ -27,6 +27,9 @@ pub(super) struct Note {
     pub armed: Option<String>,
     /// Our options as they were.
     pub kept: Options,
+    /// As they are to be again once clients may write: see `read_only`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub before: Option<Options>,
 }
 
 impl Notes {
@@ -57,7 +60,8 @@ mod tests {
             let mut notes = Notes::read(comment).unwrap();
             for (partition, job) in [("p0", "one"), ("p1", "two")] {
                 let kept = Options::from([(partition.to_string(), "host=a".to_string())]);
-                let note = Note { job: job.to_string(), armed: None, kept };
+                let (job, armed, before) = (job.to_string(), None, None);
+                let note = Note { job, armed, kept, before };
                 notes.led.insert(partition.to_string(), note);
                 notes = Notes::read(notes.text().unwrap().as_deref()).unwrap();
             }

@@ -33,9 +33,11 @@ const LEADING: [&str; 4] = ["host", "hostaddr", "port", "dbname"];
 #[derive(Clone, Debug)]
 pub struct SqlMed {
     router: Config,
-    server: String,
+    pub(super) server: String,
     /// `pNN` of a plproxy cluster.
     partition: Option<String>,
+    /// Its clients may only read while writers are stopped: `read_only` says how.
+    pub(super) read_only: bool,
     /// A session between two steps: making one while writers wait would take longer than the step.
     idle: Arc<Mutex<Option<Session>>>,
     /// The flip that the server is armed for, as far as this process knows.
@@ -43,14 +45,20 @@ pub struct SqlMed {
 }
 
 /// A server as it is.
-struct Found {
+pub(super) struct Found {
     wrapper: String,
     owned: bool,
     notes: Notes,
     /// Our own of them.
-    note: Option<Note>,
-    options: Options,
+    pub(super) note: Option<Note>,
+    /// All of them, ours as they are when clients may write.
+    pub(super) options: Options,
+    /// Ours as they are now.
+    now: Options,
 }
+
+/// How the text of a route ends whose clients are to be read-only for a time.
+const READ_ONLY: &str = ",read-only";
 
 /// Locks out other jobs that lead partitions of the same server, until the transaction's end. The
 /// class is the one of our leases; names of servers are not names of jobs.
@@ -67,8 +75,10 @@ impl SqlMed {
         }
     }
 
-    /// Reads `URI,CLUSTER,PARTITION`.
+    /// Reads `URI,CLUSTER,PARTITION[,read-only]`.
     pub(super) fn parse_plproxy(text: &str) -> Result<SqlMed> {
+        let (text, read_only) =
+            text.strip_suffix(READ_ONLY).map_or((text, false), |text| (text, true));
         let mut parts = text.rsplitn(3, ',').map(str::trim);
         let (partition, cluster, uri) = (parts.next(), parts.next(), parts.next());
         let is_partition = |text: &str| {
@@ -79,7 +89,8 @@ impl SqlMed {
             (Some(uri), Some(cluster), Some(partition))
                 if !uri.is_empty() && !cluster.is_empty() && is_partition(partition) =>
             {
-                SqlMed::new(uri, cluster, Some(partition.to_string()))
+                let route = SqlMed::new(uri, cluster, Some(partition.to_string()))?;
+                Ok(SqlMed { read_only, ..route })
             }
             _ => Err(Error::Usage(
                 "plproxy needs three parts joined by commas, the last such as p16".to_string(),
@@ -90,12 +101,13 @@ impl SqlMed {
     fn new(uri: &str, server: &str, partition: Option<String>) -> Result<SqlMed> {
         let router = Config::parse(uri).map_err(|e| Error::Usage(e.to_string()))?;
         let (router, server) = (router.labelled("router"), server.to_string());
-        Ok(SqlMed { router, server, partition, idle: Arc::default(), armed: Arc::default() })
+        let (idle, armed) = (Arc::default(), Arc::default());
+        Ok(SqlMed { router, server, partition, read_only: false, idle, armed })
     }
 
     /// `URI,SERVER` or `URI,CLUSTER,PARTITION` as it may be stored, and the password.
     pub(super) fn stored(kind: &str, text: &str) -> Result<(String, Option<SecretString>)> {
-        let names = if kind == "fdw" { 1 } else { 2 };
+        let names = if kind == "fdw" { 1 } else { 2 + usize::from(text.ends_with(READ_ONLY)) };
         let at = text.rmatch_indices(',').nth(names - 1).map_or(text.len(), |(at, _)| at);
         let (uri, names) = text.split_at(at);
         let (uri, password) =
@@ -126,9 +138,10 @@ impl SqlMed {
             side.hosts.iter().map(|h| format!("host={} port={}", h.host, h.port)).collect();
         let peer = self.router.hosts.first().map(|h| self.router.peer(h)).unwrap_or_default();
         let part = self.partition.as_ref().map_or(String::new(), |p| format!(" {p} of"));
+        let writing = if self.read_only { " without default_transaction_read_only" } else { "" };
         format!(
             "on {peer}, have{part} server \"{}\" lead to {} dbname={} (ALTER SERVER ... OPTIONS \
-             (SET ...)), and give it its comment back",
+             (SET ...)){writing}, and give it its comment back",
             self.server,
             hosts.join(" or "),
             side.dbname
@@ -139,7 +152,7 @@ impl SqlMed {
         if self.partition.is_some() { "plproxy" } else { "postgres_fdw" }
     }
 
-    fn setup(&self, detail: impl Into<String>) -> Error {
+    pub(super) fn setup(&self, detail: impl Into<String>) -> Error {
         let peer = self.router.hosts.first().map(|h| self.router.peer(h)).unwrap_or_default();
         Error::Setup { peer, detail: format!("server \"{}\" {}", self.server, detail.into()) }
     }
@@ -162,11 +175,11 @@ impl SqlMed {
     }
 
     /// Keeps the session for the next step.
-    fn keep(&self, session: Session) {
+    pub(super) fn keep(&self, session: Session) {
         *self.idle.lock().unwrap_or_else(PoisonError::into_inner) = Some(session);
     }
 
-    async fn execute(&self, session: &mut Session, sql: &str) -> Result<()> {
+    pub(super) async fn execute(&self, session: &mut Session, sql: &str) -> Result<()> {
         let done = session.execute(sql).await;
         let doing = format!("leading server \"{}\"", self.server);
         done.map(|_| ()).map_err(|source| Error::Router { doing, source })
@@ -190,21 +203,20 @@ impl SqlMed {
             return Err(self.setup("is not there; name one that \\des lists"));
         };
         let comment = row.opt(2).map_err(wrong)?;
-        let options = serde_json::from_str(row.str(3).map_err(wrong)?);
+        let options = serde_json::from_str::<Options>(row.str(3).map_err(wrong)?);
+        let mut options =
+            options.map_err(|e| self.setup(format!("has unreadable options: {e}")))?;
         let notes = Notes::read(comment);
         let notes = notes.map_err(|e| self.setup(format!("has a damaged note of ours: {e}")))?;
-        Ok(Found {
-            wrapper: row.string(0).map_err(wrong)?,
-            owned: row.bool(1).map_err(wrong)?,
-            note: notes.led.get(self.key()).cloned(),
-            notes,
-            options: options.map_err(|e| self.setup(format!("has unreadable options: {e}")))?,
-        })
+        let (note, now) = (notes.led.get(self.key()).cloned(), self.ours(&options));
+        options.extend(note.iter().filter_map(|note| note.before.clone()).flatten());
+        let (wrapper, owned) = (row.string(0).map_err(wrong)?, row.bool(1).map_err(wrong)?);
+        Ok(Found { wrapper, owned, notes, note, options, now })
     }
 
     /// Begins a transaction in which no other job changes the server, and looks at it: by the
     /// session of the step before, if that is still there.
-    async fn find_locked(&self) -> Result<(Session, Found)> {
+    pub(super) async fn find_locked(&self) -> Result<(Session, Found)> {
         let first = format!("begin; {LOCK}{}));", quote_literal(&self.server));
         if let Some(mut session) = self.idle() {
             match self.find(&mut session, &first).await {
@@ -236,7 +248,7 @@ impl SqlMed {
         connstr::place(text).ok_or_else(|| self.unreadable(partition))
     }
 
-    fn unreadable(&self, partition: &str) -> Error {
+    pub(super) fn unreadable(&self, partition: &str) -> Error {
         self.setup(format!(
             "has an option {partition} that is no list of key=value pairs; write it so that a part \
              of it can be changed"
@@ -244,7 +256,7 @@ impl SqlMed {
     }
 
     /// Our options, of all of them.
-    fn ours(&self, options: &Options) -> Options {
+    pub(super) fn ours(&self, options: &Options) -> Options {
         let is_ours = |key: &str| match &self.partition {
             Some(partition) => key == partition,
             None => LEADING.contains(&key),
@@ -280,8 +292,8 @@ impl SqlMed {
     }
 
     /// ALTER SERVER from what is to what is wanted; nothing where that is the same.
-    fn alter(&self, found: &Found, wanted: &Options) -> String {
-        let now = self.ours(&found.options);
+    pub(super) fn alter(&self, found: &Found, wanted: &Options) -> String {
+        let now = &found.now;
         let mut clauses = Vec::new();
         for (key, value) in wanted {
             let word = match now.get(key) {
@@ -300,7 +312,7 @@ impl SqlMed {
     }
 
     /// The comment with our note in it, or without; the others' stay.
-    fn comment(&self, found: &Found, note: Option<Note>) -> Result<String> {
+    pub(super) fn comment(&self, found: &Found, note: Option<Note>) -> Result<String> {
         let mut notes = found.notes.clone();
         match note {
             Some(note) => notes.led.insert(self.key().to_string(), note),
@@ -377,45 +389,17 @@ impl SqlMed {
         }
     }
 
-    /// Every role that a user mapping goes to may log in on the new side. Options of others'
-    /// mappings are hidden from all but superusers; those are passed over.
-    async fn check_mappings(&self, session: &mut Session, context: &Context) -> Result<()> {
-        let wrong = |source| Error::Router { doing: "reading user mappings".into(), source };
-        let sql = "select coalesce((select o.option_value from \
-             pg_catalog.pg_options_to_table(m.umoptions) o where o.option_name = 'user'), \
-             nullif(m.usename, 'public')) from pg_catalog.pg_user_mappings m where m.srvname = $1 \
-             and (m.umoptions is not null or m.usename in ('public', current_user) \
-             or pg_catalog.current_setting('is_superuser') = 'on')";
-        let rows = session.query_params(sql, &[Some(&self.server)]).await.map_err(wrong)?;
-        let any = "select 1 from pg_catalog.pg_user_mappings where srvname = $1 limit 1";
-        if session.query_opt(any, &[Some(&self.server)]).await.map_err(wrong)?.is_none() {
-            return Err(self.setup(format!(
-                "has no user mapping, so nobody can use it: create user mapping for ROLE server {} \
-                 options (user '...', password '...')",
-                quote_ident(&self.server)
-            )));
-        }
-        let config = Side::destination(context).config(context);
-        let there = Session::control(config).await;
-        let mut there = there.map_err(Error::Destination)?;
-        for row in rows {
-            let Some(role) = row.opt(0).map_err(wrong)? else { continue };
-            let sql = "select 1 from pg_catalog.pg_roles where rolname = $1 and rolcanlogin";
-            let found = there.query_opt(sql, &[Some(role)]).await.map_err(Error::Destination)?;
-            if found.is_none() {
-                return Err(self.setup(format!(
-                    "has a user mapping to role \"{role}\", which may not log in on {}: create \
-                     it there first",
-                    there.peer()
-                )));
-            }
-        }
-        Ok(())
-    }
-
     /// Arms the change, unless that was done ahead.
     pub(super) async fn switch(&self, context: &Context) -> Result<()> {
         if self.is_armed(context) { Ok(()) } else { self.arm(context).await }
+    }
+
+    /// Our note as it is, or a fresh one.
+    pub(super) fn note(&self, found: &Found, context: &Context) -> Note {
+        let kept = || self.ours(&found.options);
+        let fresh =
+            || Note { job: context.job.to_string(), armed: None, kept: kept(), before: None };
+        found.note.clone().unwrap_or_else(fresh)
     }
 
     /// Tries the change and arms it; `release` does it.
@@ -425,9 +409,7 @@ impl SqlMed {
         if alter.is_empty() {
             return self.execute(&mut session, "rollback").await;
         }
-        let fresh =
-            || Note { job: context.job.to_string(), armed: None, kept: self.ours(&found.options) };
-        let mut note = found.note.clone().unwrap_or_else(fresh);
+        let mut note = self.note(&found, context);
         note.armed = Some(context.flip.to_string());
         let note = self.comment(&found, Some(note))?;
         let sql = format!("savepoint tried; {alter} rollback to tried; {note} commit");
@@ -444,12 +426,17 @@ impl SqlMed {
         let (mut session, found) = self.find_locked().await?;
         let armed = |note: &&Note| note.armed.as_deref() == Some(context.flip.as_str());
         let Some(note) = found.note.as_ref().filter(armed) else {
-            self.execute(&mut session, "rollback").await?;
+            let sql = match found.note.as_ref().is_some_and(|note| note.before.is_some()) {
+                true => self.let_write(&found, context)?,
+                false => "rollback".to_string(),
+            };
+            self.execute(&mut session, &sql).await?;
             self.keep(session);
             return Ok(());
         };
         let alter = self.alter(&found, &self.wanted(&found, context).await?);
-        let note = self.comment(&found, Some(Note { armed: None, ..note.clone() }))?;
+        let note = Note { armed: None, before: None, ..note.clone() };
+        let note = self.comment(&found, Some(note))?;
         self.execute(&mut session, &format!("{alter} {note} commit")).await
     }
 
@@ -460,11 +447,14 @@ impl SqlMed {
             return self.execute(&mut session, "rollback").await;
         };
         let (alter, note) = match context.flip {
-            Stream::Forward => (self.alter(&found, &note.kept), None),
+            Stream::Forward => {
+                (self.alter(&found, note.before.as_ref().unwrap_or(&note.kept)), None)
+            }
             Stream::Reverse => {
                 let target = Place::of(context, Side::Target).await?;
                 let wanted = self.leading_to(&found.options, &target)?;
-                (self.alter(&found, &wanted), Some(Note { armed: None, ..note.clone() }))
+                let note = Note { armed: None, before: None, ..note.clone() };
+                (self.alter(&found, &wanted), Some(note))
             }
         };
         let note = self.comment(&found, note)?;
@@ -488,7 +478,10 @@ impl fmt::Display for SqlMed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let peer = self.router.hosts.first().map(|h| self.router.peer(h)).unwrap_or_default();
         match &self.partition {
-            Some(partition) => write!(f, "plproxy {peer}, {}, {partition}", self.server),
+            Some(partition) => {
+                let how = if self.read_only { ", read-only" } else { "" };
+                write!(f, "plproxy {peer}, {}, {partition}{how}", self.server)
+            }
             None => write!(f, "fdw {peer}, {}", self.server),
         }
     }

@@ -10,8 +10,8 @@
 //! 2. Chunks are taken with `pg_logical_slot_get_binary_changes`, which moves the mark behind
 //!    them. Nothing of one is sent before the source has decoded all of it. So two marks take
 //!    turns (`hand`): one is read ahead while what the other gave is applied. The source decodes
-//!    from the mark's restart_lsn for each, so they grow; the first is small, that the target has
-//!    something to do.
+//!    from the mark's restart_lsn for each, so they grow, by half as much as the last; the first
+//!    is small, that the target has something to do.
 //! 3. A chunk of log in which no transaction ended is followed by one that is long enough for
 //!    most; the source keeps what comes of it in a temporary file. If that has no end either, or
 //!    there is no room for it, the walsender sends that transaction piece by piece.

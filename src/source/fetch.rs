@@ -11,7 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::watch;
 
-use super::intake::Intake;
+use super::intake::{Intake, Taken};
 use super::link::Link;
 use super::peek::Canceled;
 use super::rows::Rows;
@@ -114,7 +114,16 @@ impl Taking {
         while let Some(message) = self.rows.next()? {
             self.count = self.count.saturating_add(1);
             let lsn = message.lsn.unwrap_or_else(|| intake.decoded_lsn());
-            let mut item = Some(intake.message(message.data, lsn).await?);
+            let mut item = match intake.at_once(message.data, lsn)? {
+                Taken::Whole(None) => continue,
+                Taken::Whole(Some(item)) => {
+                    if let Some(end) = push(intake, watch, item, confirmed_lsn).await {
+                        return Ok(Some(end));
+                    }
+                    continue;
+                }
+                later => Some(intake.later(later, lsn).await?),
+            };
             while let Some(said) = item {
                 if let Some(said) = said
                     && let Some(end) = push(intake, watch, said, confirmed_lsn).await

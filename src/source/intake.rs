@@ -38,6 +38,16 @@ pub(super) struct Intake<'a, S> {
     passing: bool,
 }
 
+/// How far a message was taken at once.
+pub(super) enum Taken {
+    /// It is done, and has no more to say.
+    Whole(Option<Item>),
+    /// It has to do with a streamed transaction, whose file may have to be waited for.
+    Streamed(Box<Event>),
+    /// The decoder may have to know more; it has seen nothing of it.
+    Asks(Bytes),
+}
+
 impl<'a, S: Sink> Intake<'a, S> {
     /// Begins at the options' start position.
     pub fn new(
@@ -84,15 +94,46 @@ impl<'a, S: Sink> Intake<'a, S> {
         self.passing || self.assembler.in_transaction()
     }
 
-    /// Takes a message of the plugin; gives the item that it completes, if it does. The message may
-    /// have more to say: call [`Intake::more`] until it gives nothing.
-    ///
-    /// Waits for the source's answer where the decoder must know more; nothing is taken before.
-    pub async fn message(&mut self, data: Bytes, lsn: Lsn) -> Result<Option<Item>> {
+    /// Takes a message of the plugin as far as nothing has to be waited for, which is true of
+    /// nearly all that pgoutput says: a future for each of a million messages costs as much as
+    /// decoding them. Whatever is not [`Taken::Whole`] goes to [`Intake::later`].
+    pub fn at_once(&mut self, data: Bytes, lsn: Lsn) -> Result<Taken> {
+        if self.plugin != Plugin::Pgoutput {
+            return Ok(Taken::Asks(data));
+        }
+        let event = match self.decoder.decode(data, lsn).map_err(|e| self.wrong(e))? {
+            Step::Event(event) if self.streams.pass(&event) => event,
+            Step::Event(event) => return Ok(Taken::Streamed(Box::new(event))),
+            // Asked and described by text alone.
+            Step::Before(_) | Step::Describe(_) | Step::Nothing => return Ok(Taken::Whole(None)),
+        };
+        let item = self.event(event).map_err(|e| self.wrong(e))?;
+        Ok(Taken::Whole(item.and_then(|item| self.filter(item))))
+    }
+
+    /// Goes on with a message that was not taken at once; gives the item that it completes, if it
+    /// does. It may have more to say: call [`Intake::more`] until that gives nothing.
+    pub async fn later(&mut self, taken: Taken, lsn: Lsn) -> Result<Option<Item>> {
+        let event = match taken {
+            Taken::Whole(item) => return Ok(item),
+            Taken::Streamed(event) => *event,
+            Taken::Asks(data) => match self.asked(data, lsn).await? {
+                Some(event) => event,
+                None => return Ok(None),
+            },
+        };
+        let Some(event) = self.streams.take(event).await? else { return Ok(None) };
+        let item = self.event(event).map_err(|e| self.wrong(e))?;
+        Ok(item.and_then(|item| self.filter(item)))
+    }
+
+    /// The event of a message. Waits for the source's answer where the decoder must know more;
+    /// nothing is taken before.
+    async fn asked(&mut self, data: Bytes, lsn: Lsn) -> Result<Option<Event>> {
         loop {
             // A clone counts a reference; nothing is copied.
             let step = self.decoder.decode(data.clone(), lsn).map_err(|e| self.wrong(e))?;
-            let event = match step {
+            return Ok(Some(match step {
                 Step::Event(Event::Begin(begin)) if self.is_nameless(&begin) => {
                     for (id, name) in self.describer.origins().await? {
                         self.decoder.name_origin(id, &name);
@@ -113,10 +154,7 @@ impl<'a, S: Sink> Intake<'a, S> {
                     continue;
                 }
                 Step::Nothing => return Ok(None),
-            };
-            let Some(event) = self.streams.take(event).await? else { return Ok(None) };
-            let item = self.event(event).map_err(|e| self.wrong(e))?;
-            return Ok(item.and_then(|item| self.filter(item)));
+            }));
         }
     }
 
@@ -162,7 +200,7 @@ impl<'a, S: Sink> Intake<'a, S> {
             }
         }
         match self.more.take() {
-            Some((data, lsn)) => self.message(data, lsn).await.map(Some),
+            Some((data, lsn)) => self.later(Taken::Asks(data), lsn).await.map(Some),
             None => Ok(None),
         }
     }

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use super::bulk::Bulk;
 use super::continuity::{Recorded, System, check_slot, check_system};
 use super::fetch::Watch;
-use super::intake::{Intake, Publisher};
+use super::intake::{Intake, Publisher, Taken};
 use super::options::{Spoken, plugin_options};
 use super::pace::Pace;
 use super::{End, Error, Positions, Result, StreamOptions, slot};
@@ -270,8 +270,12 @@ impl<S: Sink> Reader<'_, S> {
         let item = match message {
             ReplicationMessage::Data { start_lsn, data, .. } => {
                 self.pace.heard(false);
+                let later = match self.intake.at_once(data, start_lsn)? {
+                    Taken::Whole(item) => return self.pass_on(item).await,
+                    later => later,
+                };
                 let publisher = self.intake.publisher();
-                let taking = self.intake.message(data, start_lsn);
+                let taking = self.intake.later(later, start_lsn);
                 match attend(&mut self.pace, &mut self.session, publisher, taking).await? {
                     Ok(taken) => taken?,
                     Err(end) => return Ok(Some(end)),
@@ -282,10 +286,7 @@ impl<S: Sink> Reader<'_, S> {
                 self.intake.idle(end_lsn)
             }
         };
-        self.pace.received_lsn = self.pace.received_lsn.max(self.intake.decoded_lsn());
-        if let Some(item) = item
-            && let Some(end) = self.push(item).await?
-        {
+        if let Some(end) = self.pass_on(item).await? {
             return Ok(Some(end));
         }
         loop {
@@ -305,6 +306,15 @@ impl<S: Sink> Reader<'_, S> {
                 Some(None) => {}
                 None => return Ok(None),
             }
+        }
+    }
+
+    /// Everything up to here has been received; hands the item on, if there is one.
+    async fn pass_on(&mut self, item: Option<Item>) -> Result<Option<End>> {
+        self.pace.received_lsn = self.pace.received_lsn.max(self.intake.decoded_lsn());
+        match item {
+            Some(item) => self.push(item).await,
+            None => Ok(None),
         }
     }
 

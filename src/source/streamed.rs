@@ -85,6 +85,20 @@ impl Streams {
         Streams { slot: slot.to_string(), spill, under_way, current, delivery }
     }
 
+    /// True of an event that [`Streams::take`] would give back as it is.
+    pub fn pass(&self, event: &Event) -> bool {
+        let streams = matches!(
+            event,
+            Event::StreamStart { .. }
+                | Event::StreamStop
+                | Event::StreamAbort { .. }
+                | Event::StreamCommit { .. }
+                | Event::StreamPrepare(_)
+                | Event::Change { xid: Some(_), .. }
+        );
+        self.current.is_none() && self.delivery.is_none() && !streams
+    }
+
     /// Takes an event that has to do with streaming; gives back any other. After an event that
     /// completes a transaction, [`Streams::next`] must be called until it gives nothing.
     pub async fn take(&mut self, event: Event) -> Result<Option<Event>> {

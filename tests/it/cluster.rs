@@ -48,8 +48,11 @@ fn stage() -> Citus {
     citus.everywhere(
         "create table regions (id int primary key); create table log (id int); \
          create table twice (id int); create unlogged table fast (id int); \
-         create table own (id int); \
+         create table own (id int); create extension postgres_fdw; \
+         create server far foreign data wrapper postgres_fdw; \
+         create foreign table far (id int) server far; \
          insert into pg_dist_partition (logicalrelid, partmethod, colocationid, repmodel) values \
+         ('far', 'h', 8, 's'), \
          ('regions', 'n', 3, 't'), ('log', 'a', 0, 'c'), ('twice', 'h', 4, 'c'), \
          ('fast', 'h', 5, 's'), ('own', 'n', 0, 's'); \
          insert into pg_dist_shard values ('regions', 1, 't', null, null), \
@@ -86,6 +89,7 @@ async fn a_citus_cluster_is_shown_and_planned_and_nothing_is_changed() {
         .map(|f| (f["table"].as_str().unwrap().into(), f["kind"].as_str().unwrap().into()))
         .collect();
     let expected = [
+        ("public.far", "foreign"),
         ("public.fast", "unlogged"),
         ("public.log", "append"),
         ("public.own", "local"),

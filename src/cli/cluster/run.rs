@@ -77,6 +77,10 @@ pub struct FlipArgs {
     /// How often a cutover that was given up is tried before its task is in error [default: 5]
     #[arg(long, value_name = "N")]
     tries: Option<u32>,
+    /// Clients of a plproxy partition only read from when its writers are stopped until it is
+    /// switched, and sessions from before are ended; else calls that write wait for the fence
+    #[arg(long)]
+    read_only: bool,
 }
 
 /// Options of what is done to single tasks.
@@ -143,6 +147,7 @@ impl FlipArgs {
             fence: fence.map_err(value)?.unwrap_or(default.fence),
             limits: self.limits.limits(file)?,
             tries: self.tries.unwrap_or(default.tries),
+            read_only: self.read_only,
         })
     }
 }
@@ -183,6 +188,10 @@ pub async fn run(
 ) -> anyhow::Result<ExitCode> {
     let task_options =
         options::JobArgs { config: args.config, jobs: args.jobs, ..options::JobArgs::default() };
+    if args.flip.read_only && !matches!(address, Address::Plproxy { .. }) {
+        let message = "is for plproxy clusters".to_string();
+        return Err(config::Error::Value { option: "--read-only", message }.into());
+    }
     let (mut setup, job) = load(address, args.job, &task_options, &args.flip).await?;
     setup.verify = !args.no_verify;
     setup.allowed = allowed;
@@ -220,12 +229,13 @@ async fn remember_routers(setup: &Setup, job: &ClusterJob, given: &[String]) -> 
         return Err(config::Error::Value { option: "--router", message }.into());
     };
     let mut routers = Vec::new();
+    let how = if setup.flip.read_only { ",read-only" } else { "" };
     for uri in given {
         let (stored, _) = crate::pg::Config::split_password(uri)?;
         // One for each partition; the password is learned for those of this job.
         for row in &job.tasks {
             let partition = row.errand.partition.as_deref().unwrap_or("p0");
-            let route = format!("plproxy:{uri},{cluster},{partition}");
+            let route = format!("plproxy:{uri},{cluster},{partition}{how}");
             options::learn(&setup.base.secrets, "--router", &[route])?;
         }
         routers.push(stored);

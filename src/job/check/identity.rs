@@ -77,17 +77,21 @@ impl Check<'_> {
             };
             let fix = format!("ALTER TABLE {} REPLICA IDENTITY {clause};", name.quoted());
             let (code, why) = wrong(deferrable, nothing, row.bool(7)?);
-            let (level, seen) = if changes > 0 {
-                (Level::Error, format!("statistics count {changes} of them"))
-            } else {
-                (Level::Warning, "statistics count none so far".to_string())
-            };
             // PostgreSQL 18 refuses them; earlier ones leave the column out of the stream.
-            let so = match code == "generated-key" && self.source.major_version() < 18 {
-                true => {
+            let refused = code != "generated-key" || self.source.major_version() >= 18;
+            let so = match refused {
+                false => {
                     "the stream leaves that out, so UPDATE and DELETE find no row on the target"
                 }
-                false => "once it is published the application's own UPDATE and DELETE of it fail",
+                true => "once it is published the application's own UPDATE and DELETE of it fail",
+            };
+            let (level, seen) = match changes > 0 {
+                // As was asked for.
+                true if refused && self.options.insert_only => {
+                    (Level::Warning, format!("statistics count {changes} of them"))
+                }
+                true => (Level::Error, format!("statistics count {changes} of them")),
+                false => (Level::Warning, "statistics count none so far".to_string()),
             };
             let message = format!("{why}: {so}; {seen}");
             let finding = Finding::error(Side::Source, code, format!("table {name}"), message);

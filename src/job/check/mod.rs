@@ -90,6 +90,8 @@ pub struct CheckOptions {
     pub brought: bool,
     /// Other jobs write the same tables of the target, which are there.
     pub shared: bool,
+    /// Tables without a replica identity are moved all the same, and see INSERT alone meanwhile.
+    pub insert_only: bool,
     /// Tables that are altered on the source are on the target as well, by the stream.
     pub alters: bool,
     /// Where a spool is to be, on this machine.
@@ -129,6 +131,7 @@ impl CheckOptions {
             two_way: false,
             brought: false,
             shared: false,
+            insert_only: false,
             alters: false,
             spool: None,
             copy_jobs: 4,
@@ -157,6 +160,7 @@ impl CheckOptions {
             two_way: config.two_way.is_some(),
             brought: config.options.brought,
             shared: config.options.shared,
+            insert_only: config.insert_only,
             alters: config.ddl.is_some(),
             spool: match &config.buffer.kind {
                 Some(Buffer::Spool(dir)) => Some(dir.clone()),

@@ -2,7 +2,7 @@
 
 use super::log::Log;
 use super::store::{ClusterStore, TaskRow};
-use crate::cluster::guard::Allowed;
+use crate::cluster::guard::{Allowed, WithoutIdentity};
 use crate::cluster::{Address, Layout, Move};
 use crate::cutover::{FenceKind, Limits};
 use crate::id::Stream;
@@ -23,11 +23,13 @@ pub struct Flip {
     pub limits: Limits,
     /// How often a cutover that could not be made is tried before its task is in error, at least 1.
     pub tries: u32,
+    /// Clients of a plproxy partition may only read while it is switched.
+    pub read_only: bool,
 }
 
 impl Default for Flip {
     fn default() -> Self {
-        Flip { fence: FenceKind::Lock, limits: Limits::default(), tries: 5 }
+        Flip { fence: FenceKind::Lock, limits: Limits::default(), tries: 5, read_only: false }
     }
 }
 
@@ -100,6 +102,9 @@ impl Setup {
         let routers: Vec<SecretString> =
             routers.iter().map(|uri| SecretString::from(uri.as_str())).collect();
         let mut moved = Move::of(&self.address, &self.layout, &row.errand, &routers)?;
+        if self.flip.read_only {
+            moved.read_only();
+        }
         let witness = self.log.witness(row.task);
         moved.source = moved.source.with_witness(witness.clone());
         moved.target = moved.target.with_witness(witness.clone());
@@ -120,6 +125,7 @@ impl Setup {
             place.topic = format!("{}.{}", place.topic, config.job);
         }
         config.wanted.publication = None;
+        config.insert_only = self.allowed.without_identity == WithoutIdentity::InsertOnly;
         let tables_only = moved.tables_only;
         config.bin = row.cluster_job().map(str::to_string);
         config.options =

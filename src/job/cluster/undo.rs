@@ -1,7 +1,7 @@
 //! Taking back what tasks began, leading one back after its switch, and ending ways back.
 //!
-//! Each of these may be cut short and given again. What a task made on its target goes first, and
-//! only then its own job, which remembers that it was made.
+//! Each of these may be cut short and given again. What a task made on its target goes with its own
+//! job, which remembers that it was made; a database that was made for it goes last.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,15 +12,14 @@ use super::setup::{Ready, Setup};
 use super::store::{Change, ClusterJob, ClusterStore, TaskRow};
 use crate::clock::Deadline;
 use crate::cluster::TaskState;
-use crate::fault::{Fault, Faulty};
 use crate::id::Stream;
 use crate::job::ask::Asker;
 use crate::job::cleanup::{Ending, clean_up};
 use crate::job::run::Report;
 use crate::job::state::Event;
 use crate::job::store::Store;
-use crate::job::{Error, Notice, Phase, Result, Runner, Until, ending, lease};
-use crate::pg::{Purpose, Session};
+use crate::job::{Error, Notice, Phase, Result, Runner, Until, ending};
+use crate::pg::Session;
 
 /// How long a runner that is alive may take to see that the job is canceled, and to stop.
 const STOP_WAIT: Duration = Duration::from_secs(90);
@@ -159,9 +158,10 @@ pub async fn finish(
 ) -> Result<Vec<u32>> {
     let mut store = ClusterStore::open(&setup.home).await?;
     let mut done = Vec::new();
-    for row in chosen(job, tasks, |row| row.way_back)? {
-        let rolled_back = row.phase.as_deref() == Some("rolled_back");
-        if !row.way_back && !rolled_back {
+    // One that was rolled back has its slots as well.
+    let has_ways = |row: &TaskRow| row.way_back || row.phase.as_deref() == Some("rolled_back");
+    for row in chosen(job, tasks, has_ways)? {
+        if !has_ways(row) {
             return Err(Error::TaskState {
                 task: row.task,
                 state: row.state.to_string(),
@@ -239,9 +239,6 @@ async fn take_back(
                       and then roll the task back",
             });
         }
-        if own_job.phase >= Phase::Schema && !own {
-            drop_relations(&ready, lease.process_id(), gone).await?;
-        }
         let source_is_gone = gone == Gone::Source;
         let ending = Ending { event: Event::CancelAsked, keep_history: false, source_is_gone };
         clean_up(&ready.config, ending, &lease).await?;
@@ -274,40 +271,5 @@ async fn undo_flip(ready: &Ready, report: &Report) -> Result<()> {
             let verb = "undo of a cutover that was cut short".to_string();
             Err(Error::NoAnswer { verb, wait: UNDO_WAIT, pid: String::new() })
         }
-    }
-}
-
-/// Drops the task's relations on its target. Check saw that none of them was there before, so
-/// they were made by the task's own job.
-async fn drop_relations(ready: &Ready, keep: i32, gone: Gone) -> Result<()> {
-    // Whoever still builds an index on them.
-    let mut home = Session::control(&ready.config.target).await?;
-    lease::end_predecessors(&mut home, &ready.config.job, &[keep]).await?;
-    let mut session = Session::connect(&ready.config.target, Purpose::Sql).await?;
-    let options = &ready.config.options;
-    // Its partitions are known best by the side that they came from.
-    let selection = match gone {
-        Gone::Source => options.selection(&mut session).await?,
-        Gone::None => options.selection(&mut Session::control(&ready.config.source).await?).await?,
-    };
-    let tables = crate::catalog::tables(&mut session, &selection).await?;
-    let names: Vec<String> = tables.iter().map(|table| table.name.quoted()).collect();
-    if names.is_empty() {
-        return Ok(());
-    }
-    // Of Citus, a setting that nobody else reads.
-    let sql = format!(
-        "set citus.enable_ddl_propagation = off; set client_min_messages = error; \
-         drop table if exists {}",
-        names.join(", ")
-    );
-    match session.execute(&sql).await {
-        Ok(_) => Ok(()),
-        Err(error) if error.fault() == Fault::Retry => Err(error.into()),
-        Err(error) => Err(Error::State(format!(
-            "the tables that the task made on its target cannot be dropped: {error}; drop them by \
-             hand ({}), and reset again",
-            names.join(", ")
-        ))),
     }
 }

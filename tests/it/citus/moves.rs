@@ -1,6 +1,6 @@
 //! One group there and back again.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use walferry::demo::server::Server;
 
@@ -38,6 +38,34 @@ fn described(cluster: &Cluster, port: u16, shards: &[String]) -> String {
     cluster.worker(port).psql("postgres", &sql).unwrap()
 }
 
+/// Of a cutover, as it is by default.
+const LOCK_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// A cutover that meets a transaction which is left open on the moving shards: it gives up, and
+/// names it. Gives when that was.
+async fn behind_an_open_transaction(
+    cluster: &Cluster,
+    job: &Move,
+    shards: &[String],
+) -> (Instant, Instant) {
+    let moving: Vec<&str> = shards.iter().filter_map(|s| s.rsplit('_').next()).collect();
+    // A row that no client writes.
+    let id = cluster.sql(&format!(
+        "select min(i) from generate_series(1001, 2000) i \
+         where get_shard_id_for_distribution_column('accounts', i) in ({})",
+        moving.join(", ")
+    ));
+    let mut open = support::session(&cluster.coordinator, "postgres").await;
+    open.execute(&format!("begin; insert into public.accounts values ({id}, 1)")).await.unwrap();
+    let pid = open.process_id();
+    tokio::time::sleep(LOCK_TIMEOUT * 2).await;
+    let from = Instant::now();
+    let ended = job.command(&["cutover", "--timeout", "3s"]).await;
+    assert!(ended.code == Some(1) && ended.err.contains(&format!("pid {pid} ")), "{ended:?}");
+    open.execute("rollback").await.unwrap();
+    (from, Instant::now())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_group_goes_there_and_back_under_writers_on_every_node() {
     let Some(cluster) = Cluster::start(3) else { return };
@@ -54,6 +82,8 @@ async fn a_group_goes_there_and_back_under_writers_on_every_node() {
     job.done(&["cutover", "--dry-run"]).await;
     assert_eq!(cluster.placements(), first);
     load.more(100).await;
+    let waited = behind_an_open_transaction(&cluster, &job, &shards).await;
+    assert_eq!(cluster.placements(), first);
     job.done(&["cutover"]).await;
     let moved = cluster.placements();
     assert_ne!(moved, first);
@@ -72,6 +102,9 @@ async fn a_group_goes_there_and_back_under_writers_on_every_node() {
     load.more(200).await;
     let seen = load.end().await;
     assert_eq!(seen.errors, Vec::<String>::new());
+    let longest = seen.longest(waited.0, waited.1);
+    println!("beside a transaction that was left open, the longest write took {longest:?}");
+    assert!(longest < LOCK_TIMEOUT + Duration::from_secs(1), "{longest:?}");
     job.done(&["verify"]).await;
     assert_eq!(cluster.audit(), seen.acknowledged);
     assert_eq!((cluster.placements(), cluster.prepared().as_str()), (moved, ""));

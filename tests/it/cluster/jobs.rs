@@ -289,3 +289,73 @@ async fn ddl_in_the_middle_and_a_long_transaction_put_a_task_into_error_and_rese
     assert_eq!(states, ["init", "running", "completed"]);
     assert_eq!(job["tasks"][0]["phase"], "finished");
 }
+
+/// Of a table that has nothing to tell its rows by, INSERT alone can be followed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_without_identity_is_refused_or_moves_with_inserts_alone() {
+    let stage = Stage::new(500, "home");
+    stage.a.psql("app", "alter table t_1 drop constraint t_1_pkey").unwrap();
+    stage.a.psql("app", "update t_1 set v = 'once' where id = 1").unwrap();
+    stage.a.psql("app", "select pg_stat_force_next_flush()").unwrap();
+    let planned = asked(&stage.address, &["move", "--shard", "3"]).await;
+    assert_eq!(planned["ready"], false, "{planned}");
+    assert!(planned["findings"].to_string().contains("--without-identity insert-only"));
+    let ended = stage.run(&["1"]).ended().await;
+    assert!(ended.code == Some(1) && ended.err.contains("no replica identity"), "{ended:?}");
+    assert_eq!(states(&stage.job("1").await), ["error"]);
+    cluster(&stage.address, &["reset", "1"]).await.expect_success();
+
+    let insert_only = ["--without-identity", "insert-only"];
+    let planned = [&["move", "--shard", "3", "--dry-run"], &insert_only[..]].concat();
+    assert_eq!(asked(&stage.address, &planned).await["ready"], true);
+    let uris = vec![stage.a.uri("app"), stage.b.uri("app")];
+    let put = "insert into t_1 values ($1, 'put')".to_string();
+    let load = Load::start(vec![(uris.clone(), put.clone()), (uris, put)]);
+    let mut run = stage.run(&[&["1", "--stay"], &insert_only[..]].concat());
+    run.says("task 1: following").await;
+    let update = |server: &Server| {
+        let done = server.psql("app", "update t_1 set v = 'twice' where id = 1");
+        done.map_err(|error| error.to_string())
+    };
+    let said = update(&stage.a).unwrap_err();
+    assert!(said.contains("does not have a replica identity"), "{said}");
+    run.says("task 1: completed").await;
+    load.more().await;
+    let said = update(&stage.b).unwrap_err();
+    assert!(said.contains("does not have a replica identity"), "{said}");
+    cluster(&stage.address, &["rollback", "1", "--tasks", "1"]).await.expect_success();
+    load.more().await;
+    let puts = load.end().await;
+    let put: BTreeSet<u64> = puts.iter().flat_map(|put| put.answered.clone()).collect();
+    for client in &puts {
+        assert_eq!((&client.failed, client.moved > 0), (&Vec::new(), true));
+    }
+    assert_eq!(stage.put(&stage.a, "t_1"), put);
+    // Each row once, on both sides.
+    until_within(Duration::from_secs(60), "t_1 on the other node", || {
+        std::future::ready(stage.put(&stage.b, "t_1") == put)
+    })
+    .await;
+    for server in [&stage.a, &stage.b] {
+        let sql = "select count(*) from t_1";
+        assert_eq!(server.psql("app", sql).unwrap(), (put.len() + 500).to_string());
+    }
+    run.signal("INT");
+    run.ended().await.expect_success();
+
+    // A job that is just making its tables there keeps them.
+    let mut making = session(&stage.b, "app").await;
+    making.execute("select pg_advisory_lock_shared(7823, 1)").await.unwrap();
+    let finish = Walferry::spawn(&["cluster", "--cluster", &stage.address, "finish", "1"]);
+    let slots = "select count(*) from pg_replication_slots";
+    until_within(Duration::from_secs(60), "slots are dropped", || {
+        std::future::ready(stage.b.psql("app", slots).unwrap() == "0")
+    })
+    .await;
+    making.execute("create table walferry.canary_other (id int)").await.unwrap();
+    making.execute("select pg_advisory_unlock_shared(7823, 1)").await.unwrap();
+    finish.ended().await.expect_success();
+    let there = "select to_regclass('walferry.canary_other') is not null";
+    assert_eq!(stage.b.psql("app", there).unwrap(), "t");
+    update(&stage.a).unwrap();
+}

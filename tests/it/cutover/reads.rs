@@ -9,7 +9,7 @@ use walferry::demo::pgbouncer::PgBouncer;
 use walferry::demo::server::Server;
 
 use super::{Hook, Load, Stage, assert_all_there, session};
-use crate::route::sqlmed::lead_by_fdw;
+use crate::route::sqlmed::{lead_by_fdw, lead_by_plproxy};
 use crate::support::job::route_of;
 use crate::support::{self, server};
 
@@ -52,12 +52,18 @@ async fn read_at(pooler: &PgBouncer) -> u16 {
     session.query("select current_setting('port')").await.unwrap()[0].parse(0).unwrap()
 }
 
-/// The port that the router's foreign server leads to, and the server's comment.
+/// The port that the router's foreign server of postgres_fdw leads to, and that server's comment;
+/// its partition of plproxy leads there too.
 fn led_to(router: &Server) -> String {
     let sql = "select (select option_value from pg_options_to_table(srvoptions) \
          where option_name = 'port') || ' ' || obj_description(oid, 'pg_foreign_server') \
-         from pg_foreign_server";
-    router.psql("postgres", sql).unwrap()
+         from pg_foreign_server where srvname = 'live'";
+    let live = router.psql("postgres", sql).unwrap();
+    let sql = "select substring(option_value from 'port=([0-9]+)') from pg_foreign_server, \
+         pg_options_to_table(srvoptions) where srvname = 'shop' and option_name = 'p0'";
+    let partition = router.psql("postgres", sql).unwrap();
+    assert_eq!(live.split(' ').next(), Some(&*partition));
+    live
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -67,7 +73,9 @@ async fn readers_are_led_ahead_of_the_writes_and_back_and_never_to_a_side_that_i
     let pooler = PgBouncer::start(&stage.ends.source, &["app"]).unwrap();
     let router = server();
     lead_by_fdw(&router, &stage.ends.source, "app", "t (id bigint, v text)");
+    lead_by_plproxy(&router, &stage.ends.source, "app");
     let readers = Readers::start(&pooler);
+    let partition = format!("plproxy:{},shop,p0", router.uri("postgres"));
     let (pool, fdw) = (route_of(&pooler), format!("fdw:{},live", router.uri("postgres")));
     let hook = Hook::new(&stage, None);
     let script = hook.route();
@@ -78,6 +86,8 @@ async fn readers_are_led_ahead_of_the_writes_and_back_and_never_to_a_side_that_i
         &pool,
         "--read-route",
         &fdw,
+        "--read-route",
+        &partition,
         "--read-route",
         &script,
     ];

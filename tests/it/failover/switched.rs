@@ -242,3 +242,46 @@ async fn a_target_that_lost_live_rows_in_its_promotion_ends_the_way_back_by_name
     refuses_writers(&ends.source_uri()).await;
     ends.done(&["finish"]).await;
 }
+
+/// The same of a job that is split, of the tables that have gone; others are left as they are.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_promoted_source_of_a_split_job_is_shut_again_where_its_tables_have_gone() {
+    let mut ends = Ends::start(15, 15);
+    let tables = "create table public.gone (id int primary key); \
+         create table public.stays (id int primary key); create table public.gone_before (id int)";
+    ends.source.psql("app", tables).unwrap();
+    let standby = ends.source.standby(&[]).unwrap();
+    ends.source_via = of_both(&ends.source, &standby);
+    let mut run = ends.spawn(&["run"]);
+    ends.until_phase(&mut run, "following").await;
+    ends.done(&["cutover", "--tables", "public.gone_before"]).await;
+    level(&ends.source, &standby).await;
+    cut_off(&standby);
+    ends.done(&["cutover", "--tables", "public.gone"]).await;
+    assert_eq!(ends.status().await["phase"], "split");
+    ends.source.kill9().unwrap();
+    standby.promote().unwrap();
+    until_within(Duration::from_secs(20), "the seal", || async {
+        run.so_far().contains("the source has lost its seal on 1 tables")
+    })
+    .await;
+    let write =
+        |table: &str| standby.psql("app", &format!("insert into public.{table} values (1)"));
+    until_within(Duration::from_secs(10), "a shut table", || async {
+        write("gone").is_err_and(|error| error.to_string().contains("is on the other server"))
+    })
+    .await;
+    assert!(write("gone_before").is_err());
+    write("stays").unwrap();
+    // Without its slot the rest cannot be followed any more: each side keeps what it has.
+    let said = run.ended().await.err;
+    assert!(said.contains("walferry finish --split keeps them"), "{said}");
+    let refused = ends.walferry(&["finish"]).await;
+    assert!(refused.code == Some(1) && refused.err.contains("finish --split"), "{refused:?}");
+    ends.done(&["finish", "--split"]).await;
+    for (server, table) in [(&ends.target, "gone"), (&standby, "stays"), (&standby, "gone")] {
+        server.psql("app", &format!("insert into public.{table} values (2)")).unwrap();
+        let left = "select count(*) from pg_trigger where tgname like 'walferry%'";
+        assert_eq!(server.psql("app", left).unwrap(), "0");
+    }
+}

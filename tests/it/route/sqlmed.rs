@@ -350,3 +350,118 @@ async fn a_job_leads_clients_of_two_fdw_routers_and_a_plproxy_there_and_back() {
         assert_eq!(router.psql("postgres", sql).unwrap(), "the shop's own");
     }
 }
+
+/// A proxy's calls, and what becomes of them.
+async fn called(proxy: &mut Session, sql: &str) -> String {
+    match proxy.query(sql).await {
+        Ok(rows) => rows[0].string(0).unwrap(),
+        Err(error) => error.to_string(),
+    }
+}
+
+/// The same of a proxy whose session may have been ended: it does not look before it calls.
+async fn called_again(proxy: &mut Session, sql: &str) -> String {
+    match called(proxy, sql).await {
+        said if said.contains("terminating connection") => called(proxy, sql).await,
+        said => said,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_of_a_partition_read_only_while_it_is_switched_where_that_is_asked_for() {
+    let ends = Ends::start(15, 15);
+    ends.source.psql("app", "create table public.t (id bigint primary key, v int)").unwrap();
+    let nap = "create function nap() returns text language sql as \
+         $$ select pg_sleep(20); select 'slept'::text $$";
+    let port = "create function port() returns text language sql as \
+         $$ select current_setting('port') $$";
+    for sql in [PUT, nap, port] {
+        ends.source.psql("app", sql).unwrap();
+    }
+    let router = support::server();
+    lead_by_plproxy(&router, &ends.source, "app");
+    for function in ["put(i bigint) returns bigint", "nap() returns text", "port() returns text"] {
+        let sql = format!(
+            "create function {function} language plproxy as $$ cluster 'shop'; run on 0; $$"
+        );
+        router.psql("postgres", &sql).unwrap();
+    }
+    let options = || {
+        let sql = "select array_to_string(srvoptions, ' ') || \
+             coalesce(obj_description(oid, 'pg_foreign_server'), '-') from pg_foreign_server";
+        router.psql("postgres", sql).unwrap()
+    };
+    let (before, text) =
+        (options(), format!("plproxy:{},shop,p0,read-only", router.uri("postgres")));
+    let route = || Route::parse(&text).unwrap();
+    let forward = context(Stream::Forward, &ends.source_uri(), &ends.target_uri());
+    let mut proxy = support::session(&router, "postgres").await;
+    proxy.execute("set search_path = public").await.unwrap();
+    assert_eq!(called(&mut proxy, "select put(1)").await, "1");
+    // Whoever does not end by himself is ended.
+    let mut late = support::session(&router, "postgres").await;
+    let napping = tokio::spawn(async move { called(&mut late, "select public.nap()").await });
+    let mut there = support::session(&ends.source, "app").await;
+    let asleep = "select exists (select from pg_stat_activity where query like '%nap%' \
+         and state = 'active' and pid <> pg_backend_pid())";
+    support::until_sql(&mut there, asleep).await;
+    let first = route();
+    first.check(&forward).await.unwrap();
+    assert_eq!(options(), before);
+    first.hold(&forward, Duration::from_millis(300)).await.unwrap();
+    let ended = napping.await.unwrap();
+    assert!(ended.contains("terminating connection"), "{ended}");
+    let source = ends.source.port().to_string();
+    for _ in 0..2 {
+        let said = called(&mut proxy, "select put(2)").await;
+        assert!(said.contains("read-only transaction"), "{said}");
+        assert_eq!(called(&mut proxy, "select port()").await, source);
+        first.hold(&forward, Duration::from_millis(300)).await.unwrap();
+    }
+    assert!(options().contains(" options='-c default_transaction_read_only=true'"));
+    // A try that could not stop all writers, and one whose process is gone.
+    first.release(&forward).await.unwrap();
+    assert_eq!(
+        (options(), called(&mut proxy, "select put(2)").await),
+        (before.clone(), "2".into())
+    );
+    first.hold(&forward, Duration::from_millis(300)).await.unwrap();
+    first.switch(&forward).await.unwrap();
+    drop(first);
+    route().undo(&forward).await.unwrap();
+    assert_eq!(
+        (options(), called(&mut proxy, "select put(3)").await),
+        (before.clone(), "3".into())
+    );
+
+    let mut run = ends.spawn(&["run"]);
+    ends.until_phase(&mut run, "following").await;
+    let put = "select put($1)";
+    let load = Load::start(vec![(router.uri("postgres"), put), (router.uri("postgres"), put)]);
+    let mut live = ends.source.port().to_string();
+    for (command, to) in
+        [("cutover", &ends.target), ("rollback", &ends.source), ("cutover", &ends.target)]
+    {
+        load.more().await;
+        ends.done(&[command, "--route", &text]).await;
+        assert!(!options().contains("default_transaction_read_only"), "{}", options());
+        let next = to.port().to_string();
+        let port = called_again(&mut proxy, "select port()").await;
+        assert_eq!((port, next != live), (next.clone(), true));
+        live = next;
+        load.more().await;
+    }
+    let (answered, failed) = load.end().await;
+    ends.done(&["verify"]).await;
+    ends.done(&["finish"]).await;
+    run.ended().await.expect_success();
+    let rows = ends.target.psql("app", "select id from t order by 1").unwrap();
+    let rows: std::collections::BTreeSet<u64> = rows.lines().map(|l| l.parse().unwrap()).collect();
+    assert_eq!(answered.iter().filter(|id| !rows.contains(id)).count(), 0);
+    println!("{} rows put, {} calls failed at three switches", answered.len(), failed.len());
+    let expected = ["read-only transaction", "terminating connection", "this database has moved"];
+    for error in &failed {
+        assert!(expected.iter().any(|said| error.contains(said)), "{error}");
+    }
+    assert!(options().ends_with('-'), "{}", options());
+}
