@@ -28,7 +28,7 @@ use super::store::{JobRow, Store};
 use super::streams::STREAM_PATIENCE;
 use super::validating::Validating;
 use super::vigil::Vigil;
-use super::{Error, Result, client, decoding, two_way};
+use super::{Error, Result, client, two_way};
 use crate::apply::{Applied, Gate};
 use crate::catalog::{Named, Selection, Table, tables};
 use crate::clock::{Backoff, Deadline};
@@ -271,7 +271,6 @@ impl Runner {
         let checked = admit(&config, &selection, &mut source, &mut store, report).await?;
         lease::end_predecessors(&mut source, &config.job, &[]).await?;
         make_tables(&config, &mut store, &mut source).await?;
-        decoding::settle(&config, &mut store).await?;
         two_way::settle(&mut config, &mut store, report).await?;
         let spool = super::place::choose(&config, &mut store, &mut source).await?;
         let capture = capturing::settle_half(&mut config, spool.as_ref()).await?;
