@@ -53,6 +53,11 @@ impl JobArgs {
         }
     }
 
+    /// Who wins was said, and is not the default.
+    pub(super) fn settles(&self, file: &File) -> bool {
+        self.on_conflict.is_some() || file.on_conflict.is_some()
+    }
+
     /// `--two-way` and `--on-conflict`: only what the streams bring whole, and to both sides alike.
     pub(super) fn two_way(&self, file: &File) -> Result<Option<Settling>, config::Error> {
         let value = |message| config::Error::Value { option: "--two-way", message };

@@ -211,8 +211,7 @@ impl JobArgs {
         let (tuning, bulk) = (tuning(self.apply, &file)?, bulk(&file));
         let (map, kafka) = (mapping::read(&file)?, kafka_properties(&file)?);
         let (brought, from_lsn) = self.own_copy.read(&file)?;
-        let two_way = self.two_way(&file)?;
-        let settles = self.on_conflict.is_some() || file.on_conflict.is_some();
+        let (two_way, settles) = (self.two_way(&file)?, self.settles(&file));
         let job = self.job_name(file.name)?;
         let given = |own: &[String], file: Vec<String>| {
             if own.is_empty() { file } else { own.to_vec() }

@@ -28,7 +28,7 @@ use super::store::{JobRow, Store};
 use super::streams::STREAM_PATIENCE;
 use super::validating::Validating;
 use super::vigil::Vigil;
-use super::{Error, Result, client, two_way};
+use super::{Error, Result, client, decoding, two_way};
 use crate::apply::{Applied, Gate};
 use crate::catalog::{Named, Selection, Table, tables};
 use crate::clock::{Backoff, Deadline};
@@ -139,6 +139,12 @@ pub struct Runner {
     pub(super) checked: bool,
     /// Where changes wait: a spool, or memory.
     pub(super) spool: Chosen,
+}
+
+/// What the job had is held against what is given: where it is decoded, who wins a conflict.
+async fn take_over(config: &mut JobConfig, store: &mut Store, report: &Report) -> Result<()> {
+    decoding::settle(config, store).await?;
+    two_way::settle(config, store, report).await
 }
 
 /// What one life of a runner leaves to the next.
@@ -271,7 +277,7 @@ impl Runner {
         let checked = admit(&config, &selection, &mut source, &mut store, report).await?;
         lease::end_predecessors(&mut source, &config.job, &[]).await?;
         make_tables(&config, &mut store, &mut source).await?;
-        two_way::settle(&mut config, &mut store, report).await?;
+        take_over(&mut config, &mut store, report).await?;
         let spool = super::place::choose(&config, &mut store, &mut source).await?;
         let capture = capturing::settle_half(&mut config, spool.as_ref()).await?;
         if config.half == Half::Apply
