@@ -64,6 +64,14 @@ async fn end(reshard: &Reshard, tell: &Tell, event: Event) -> Result<Ended> {
             ended.tables_stay |= tables::is_made(&mut session, reshard).await?;
         }
     }
+    for target in &reshard.targets {
+        // The last pair's clean-up would take it for that of a job in use, and leave the schema.
+        let mut session = Session::control(target).await?;
+        if is_there(&mut session).await? {
+            let canary = reshard.name.canary().quoted();
+            session.execute(&format!("drop table if exists {canary}")).await?;
+        }
+    }
     for pair in &pairs {
         end_pair(pair, event, tell, &mut ended).await?;
     }
