@@ -11,7 +11,7 @@ use crate::pg::{self, Config, Session};
 use crate::source::nudge::{Nudge, Nudged};
 
 /// Between two looks.
-const TURN: Duration = Duration::from_secs(1);
+const TURN: Duration = Duration::from_millis(500);
 
 /// Begins to look after the slot of a stream, until the task is dropped. Does not wait for a
 /// connection.

@@ -29,9 +29,9 @@ use crate::id::quote_literal;
 use crate::lsn::Lsn;
 use crate::pg::{self, Session};
 
-/// Bytes of log between two records that are asked for. Two such steps are kept, and what comes in
-/// between two looks.
-pub const STEP_BYTES: u64 = 16 << 20;
+/// Bytes of log between two records that are asked for. Two such steps are kept, and twice what
+/// comes in between two looks: of twice as much, 71 MB at 12 MB/s on a machine full of other work.
+pub const STEP_BYTES: u64 = 8 << 20;
 
 /// The same where a slot has to be made for it in a database that is busy.
 pub const BUSY_STEP_BYTES: u64 = 256 << 20;
