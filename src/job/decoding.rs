@@ -35,7 +35,7 @@ use std::time::Duration;
 
 use super::admit::recorded;
 use super::config::JobConfig;
-use super::failover::AfterFailover;
+use super::failover::{AfterFailover, record_timeline};
 use super::opening::Half;
 use super::pipeline::PipeOptions;
 use super::run::{Notice, Runner};
@@ -189,8 +189,18 @@ pub(super) async fn settle(config: &JobConfig, store: &mut Store) -> Result<()> 
     let mut recorded = recorded(at, row.source_system.as_deref(), plugin);
     recorded.timeline = row.timelines.forward.unwrap_or(recorded.timeline);
     let progress_lsn = apply::durable_progress(&mut store.session, &name).await?;
+    // The standby was promoted, and brought along the slot that it was read from. All that came of
+    // it is of this history, also what came after the fork, before anybody had looked.
+    let came_along = known.is_some() && given.is_none();
+    if came_along {
+        recorded.timeline = identify(&mut session).await?.timeline;
+    }
     check_system(&mut session, &recorded, progress_lsn).await?;
     check_slot(&name, Some(&status), &recorded, progress_lsn)?;
+    if came_along {
+        let what = Stream::Forward.as_str();
+        record_timeline(&mut store.session, &config.job, what, recorded.timeline).await?;
+    }
     readings.decoded_at = given;
     store.save_readings(&readings).await
 }

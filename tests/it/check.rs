@@ -8,7 +8,7 @@ use walferry::demo::server::{Server, StopMode};
 use walferry::job::check::{CheckOptions, Finding, Level, Report, Side, run};
 use walferry::pg::{Config, Purpose, Session};
 
-use crate::support;
+use crate::support::{self, until};
 
 /// A source and a target that are separate servers.
 struct World {
@@ -662,6 +662,13 @@ async fn pgdog_914_wal_that_outgrows_its_limit_during_the_copy_is_forecast() {
     world.options.copy_bytes_per_second = 1000;
     let report = world.check().await;
     writing.abort();
+    // Its last statement goes on for a moment.
+    until("the writer is gone", || async {
+        let sql = "select count(*) from pg_stat_activity where state = 'active' \
+            and backend_type = 'client backend' and pid <> pg_backend_pid()";
+        world.source.psql("postgres", sql).unwrap() == "0"
+    })
+    .await;
     let forecast = find(&report, "wal-forecast", "max_slot_wal_keep_size");
     assert_eq!(forecast.level, Error);
     assert!(forecast.message.contains("32 MB"), "{}", forecast.message);
