@@ -13,9 +13,10 @@
 //! writes this table's changes one by one, which also finds the culprit. Nothing is dropped that
 //! has to meet a row: an update that sets nothing, or a row that goes and comes again, still does.
 
-use foldhash::{HashMap, HashMapExt};
 use std::borrow::Cow;
 use std::collections::hash_map::Entry as Slot;
+
+use foldhash::{HashMap, HashMapExt};
 
 use crate::change::{Change, OldRow, Row, RowBuilder, Value};
 
