@@ -126,8 +126,8 @@ impl Applier {
         if room { self.batcher.take(hold_lsn) } else { None }
     }
 
-    /// Waits until the oldest batch under way is over, and gives true; or, where another may be sent
-    /// behind it, until there is more for that.
+    /// Waits until the oldest batch under way is over, and gives true; or, where another may be
+    /// sent behind it, until there is more for that.
     async fn arrived_or_fed<F: Feed>(
         &mut self,
         feed: &mut F,

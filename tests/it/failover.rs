@@ -252,6 +252,18 @@ async fn a_slot_is_not_told_what_a_synchronous_standby_of_the_target_lacks() {
     stop(run).await;
 }
 
+/// A job that follows, and then goes on with a standby of its target beside that.
+async fn followed_by_a_standby(ends: &mut Ends) -> (Walferry, Server) {
+    let mut run = ends.spawn(&["run"]);
+    ends.until_phase(&mut run, "following").await;
+    let standby = ends.target.standby(&[]).unwrap();
+    ends.target_via = of_both(&ends.target, &standby);
+    stop(run).await;
+    let mut run = ends.spawn(&["run"]);
+    ends.until_phase(&mut run, "following").await;
+    (run, standby)
+}
+
 /// The target's own standby takes over without what the slot was told. A spool gives it again;
 /// without one it is named, and read again.
 #[tokio::test(flavor = "multi_thread")]
@@ -260,13 +272,7 @@ async fn a_target_that_came_back_behind_is_filled_from_the_spool_or_read_again()
         let ends = Ends::start(15, 15);
         let mut ends = if spool { ends.with_spool() } else { ends };
         create_schema(&ends.source_uri(), 1).await.unwrap();
-        let mut run = ends.spawn(&["run"]);
-        ends.until_phase(&mut run, "following").await;
-        let standby = ends.target.standby(&[]).unwrap();
-        ends.target_via = of_both(&ends.target, &standby);
-        stop(run).await;
-        let mut run = ends.spawn(&["run"]);
-        ends.until_phase(&mut run, "following").await;
+        let (mut run, standby) = followed_by_a_standby(&mut ends).await;
         level(&ends.target, &standby).await;
         cut_off(&standby);
         let writer = start_writer(&ends.source_uri(), 1).await;

@@ -6,7 +6,8 @@ use walferry::demo::server::Server;
 use walferry::demo::writer::{Writer, create_schema};
 
 use super::{
-    SLOT, SYNCS_SLOTS, assert_kept, assert_same, cut_off, level, of_both, start_writer, stop,
+    SLOT, SYNCS_SLOTS, assert_kept, assert_same, cut_off, followed_by_a_standby, level, of_both,
+    start_writer, stop,
 };
 use crate::support::job::Ends;
 use crate::support::{Walferry, until_within};
@@ -201,13 +202,7 @@ async fn a_promoted_standby_of_the_side_that_was_left_is_shut_again() {
 async fn a_target_that_lost_live_rows_in_its_promotion_ends_the_way_back_by_name() {
     let mut ends = Ends::start(15, 15);
     create_schema(&ends.source_uri(), 1).await.unwrap();
-    let mut run = ends.spawn(&["run"]);
-    ends.until_phase(&mut run, "following").await;
-    let standby = ends.target.standby(&[]).unwrap();
-    ends.target_via = of_both(&ends.target, &standby);
-    stop(run).await;
-    let mut run = ends.spawn(&["run"]);
-    ends.until_phase(&mut run, "following").await;
+    let (mut run, standby) = followed_by_a_standby(&mut ends).await;
     ends.done(&["cutover"]).await;
     let kept = start_writer(&ends.target_uri(), 1).await;
     assert!(kept.committed_more(50).await);

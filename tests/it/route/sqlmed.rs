@@ -10,7 +10,7 @@ use walferry::pg::{Config, Purpose, Session};
 use walferry::route::{Context, Route};
 
 use super::context;
-use crate::support::{self, job::Ends};
+use crate::support::{self, Walferry, job::Ends};
 
 /// Two sides that know who they are, and routers that lead to the first.
 struct Stage {
@@ -287,6 +287,21 @@ impl Load {
     }
 }
 
+/// Ends clients and job, which moved them three times: both sides are equal, and no row that was
+/// put is missing. Gives what failed.
+async fn put_and_kept(load: Load, ends: &Ends, run: Walferry) -> Vec<String> {
+    let (answered, failed) = load.end().await;
+    ends.done(&["verify"]).await;
+    ends.done(&["finish"]).await;
+    run.ended().await.expect_success();
+    let rows = ends.target.psql("app", "select id from t order by 1").unwrap();
+    let rows: std::collections::BTreeSet<u64> = rows.lines().map(|l| l.parse().unwrap()).collect();
+    let lost = answered.iter().filter(|id| !rows.contains(id)).count();
+    println!("{} rows put, {} statements failed at three switches", answered.len(), failed.len());
+    assert_eq!(lost, 0, "of {} rows", answered.len());
+    failed
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_job_leads_clients_of_two_fdw_routers_and_a_plproxy_there_and_back() {
     let ends = Ends::start(15, 15);
@@ -331,15 +346,7 @@ async fn a_job_leads_clients_of_two_fdw_routers_and_a_plproxy_there_and_back() {
         assert!(count() > before, "{command}: nobody writes to the new side");
         ends.done(&["verify"]).await;
     }
-    let (answered, failed) = load.end().await;
-    ends.done(&["verify"]).await;
-    ends.done(&["finish"]).await;
-    run.ended().await.expect_success();
-    let rows = ends.target.psql("app", "select id from t order by 1").unwrap();
-    let rows: std::collections::BTreeSet<u64> = rows.lines().map(|l| l.parse().unwrap()).collect();
-    let lost = answered.iter().filter(|id| !rows.contains(id)).count();
-    println!("{} rows put, {} statements failed at three switches", answered.len(), failed.len());
-    assert_eq!(lost, 0, "of {} rows", answered.len());
+    let failed = put_and_kept(load, &ends, run).await;
     // From the seal to the release the old side refuses writes by its trigger; nothing else fails.
     for error in &failed {
         assert!(error.contains("this database has moved"), "{error}");
@@ -451,14 +458,7 @@ async fn clients_of_a_partition_read_only_while_it_is_switched_where_that_is_ask
         live = next;
         load.more().await;
     }
-    let (answered, failed) = load.end().await;
-    ends.done(&["verify"]).await;
-    ends.done(&["finish"]).await;
-    run.ended().await.expect_success();
-    let rows = ends.target.psql("app", "select id from t order by 1").unwrap();
-    let rows: std::collections::BTreeSet<u64> = rows.lines().map(|l| l.parse().unwrap()).collect();
-    assert_eq!(answered.iter().filter(|id| !rows.contains(id)).count(), 0);
-    println!("{} rows put, {} calls failed at three switches", answered.len(), failed.len());
+    let failed = put_and_kept(load, &ends, run).await;
     let expected = ["read-only transaction", "terminating connection", "this database has moved"];
     for error in &failed {
         assert!(expected.iter().any(|said| error.contains(said)), "{error}");
