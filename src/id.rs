@@ -69,6 +69,11 @@ impl JobName {
         QualifiedName::new("walferry", format!("ddl_{}", self.0))
     }
 
+    /// The channel on which answers to commands are announced: 54 bytes at most.
+    pub fn answers(&self) -> String {
+        format!("walferry_answer_{}", self.0)
+    }
+
     /// The channel on which commands are announced with NOTIFY.
     pub fn channel(&self) -> String {
         format!("walferry_{}", self.0)

@@ -10,7 +10,7 @@ use super::print;
 use crate::clock::Deadline;
 use crate::config::parse_duration;
 use crate::job::ask::Asker;
-use crate::job::state::flowing;
+use crate::job::state::may_compare;
 use crate::job::store::JobRow;
 use crate::job::{self, Gone, JobConfig, comparing, quarantine};
 use crate::large;
@@ -32,7 +32,7 @@ pub struct Args {
 
 /// Compares both sides while they live. 0 equal, 1 different.
 pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let fits = |row: &JobRow| flowing(row.phase).map(|_| ()).map_err(job::Error::from);
+    let fits = |row: &JobRow| may_compare(row.phase).map_err(job::Error::from);
     let mut asker = Asker::connect_if(&args.job.job()?, print::sayings(), fits).await?;
     let outcome = async {
         let config = asker.config().clone();

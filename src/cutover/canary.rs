@@ -1,5 +1,5 @@
 //! The proof of both streams: a row written on one side arrives on the other, and another comes
-//! back.
+//! back. Neither waits for the other.
 //!
 //! The canary table is in both publications. A canary that arrives has passed slot, decoding,
 //! rights, triggers and origin of its direction, so a way back that lacks a right is found before
@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::{Error, Result};
 use crate::clock::Deadline;
 use crate::id::{JobName, Stream};
-use crate::pg::{Config, Session};
+use crate::pg::Session;
 
 /// The job's canary table, on both sides.
 pub fn ddl(job: &JobName) -> String {
@@ -22,23 +22,22 @@ pub fn ddl(job: &JobName) -> String {
 pub async fn prove(
     job: &JobName,
     flip: Stream,
-    live: &Config,
-    dest: &Config,
+    live: &mut Session,
+    dest: &mut Session,
     wait: Duration,
 ) -> Result<()> {
-    let mut live = Session::control(live).await?;
-    let mut dest = Session::control(dest).await?;
-    send(job, flip, &mut live, &mut dest, wait).await?;
-    send(job, flip.opposite(), &mut dest, &mut live, wait).await
+    let back = flip.opposite();
+    let sent = tokio::try_join!(send(job, flip, live), send(job, back, dest))?;
+    let deadline = Deadline::after(wait);
+    tokio::try_join!(
+        arrived(job, flip, &sent.0, dest, (deadline, wait)),
+        arrived(job, back, &sent.1, live, (deadline, wait)),
+    )?;
+    Ok(())
 }
 
-async fn send(
-    job: &JobName,
-    leg: Stream,
-    from: &mut Session,
-    to: &mut Session,
-    wait: Duration,
-) -> Result<()> {
+/// Gives what tells this canary from those before it.
+async fn send(job: &JobName, leg: Stream, from: &mut Session) -> Result<String> {
     let token = format!("{:016x}", fastrand::u64(..));
     let table = job.canary().quoted();
     from.query_params(
@@ -49,12 +48,22 @@ async fn send(
         &[Some(leg.as_str()), Some(&token)],
     )
     .await?;
-    let deadline = Deadline::after(wait);
+    Ok(token)
+}
+
+async fn arrived(
+    job: &JobName,
+    leg: Stream,
+    token: &str,
+    to: &mut Session,
+    (deadline, wait): (Deadline, Duration),
+) -> Result<()> {
+    let table = job.canary().quoted();
     loop {
         let arrived = to
             .query_opt(
                 &format!("select 1 from {table} where leg = $1 and token = $2"),
-                &[Some(leg.as_str()), Some(&token)],
+                &[Some(leg.as_str()), Some(token)],
             )
             .await?;
         if arrived.is_some() {

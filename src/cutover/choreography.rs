@@ -8,7 +8,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use super::fence::{Fence, FenceKind};
-use super::held::Ready;
+use super::held::{Ends, Ready};
 use super::seal::Sealing;
 use super::sequences::Stood;
 use super::{Error, Limits, Rest, Result, Rules, barrier, canary, undo};
@@ -147,7 +147,7 @@ pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome
     // so nothing that can fail may come after it. Foreign servers flip at the release.
     plan.routes.sort_by_key(|route| (!route.holds(), matches!(route, Route::Hook(_))));
     let mut flight = Flight { plan, journal, steps: Vec::new(), stood: None };
-    flight.gates().await?;
+    let ends = flight.gates().await?;
     if flight.plan.dry_run {
         flight.end_steps().await?;
         let steps = flight.steps;
@@ -163,7 +163,7 @@ pub async fn run<J: Journal>(plan: &mut Plan, journal: &mut J) -> Result<Outcome
         });
     }
     let mut fence = None;
-    match flight.fly(&mut fence).await {
+    match flight.fly(&mut fence, ends).await {
         Ok(outcome) => Ok(outcome),
         // Only the home database knows now: what it says is done by whoever asks it next.
         Err(unknown @ Error::Unknown { .. }) => Err(unknown),
@@ -208,28 +208,30 @@ macro_rules! step {
 }
 
 impl<J: Journal> Flight<'_, J> {
-    async fn gates(&mut self) -> Result<()> {
-        step!(self, "check routes", self.check_routes().await);
+    /// Gives the sessions that were asked: what they know of the catalogs by now, they need not
+    /// read while writers wait.
+    async fn gates(&mut self) -> Result<Ends> {
+        let mut ends = Ends::open(self.plan).await?;
+        let Ends { live, dest } = &mut ends;
+        step!(self, "check routes", self.check_routes(live).await);
         if !self.plan.one_way {
             step!(self, "canary", {
                 let plan = &*self.plan;
-                canary::prove(&plan.job, plan.flip, &plan.live, &plan.dest, CANARY_WAIT).await
+                canary::prove(&plan.job, plan.flip, live, dest, CANARY_WAIT).await
             });
         }
         step!(self, "lag", {
-            let plan = &mut *self.plan;
-            let mut session = Session::control(&plan.live).await?;
-            let mut dest = Session::control(&plan.dest).await?;
-            self.stood = Some(Stood::read(&mut session, &mut dest).await?);
-            barrier::gate(&mut session, &mut plan.carry, plan.limits.max_lag).await?;
-            refuse_parked(self.plan, &mut dest).await
+            let plan = &*self.plan;
+            self.stood = Some(Stood::read(live, dest).await?);
+            let mut carry = plan.carry.clone();
+            let arriving = barrier::gate(live, &mut carry, plan.limits.max_lag);
+            tokio::try_join!(arriving, refuse_parked(plan, dest)).map(|_| ())
         });
-        Ok(())
+        Ok(ends)
     }
 
-    async fn check_routes(&self) -> Result<()> {
-        let mut live = Session::control(&self.plan.live).await?;
-        barrier::refuse_left_prepared(&mut live, self.plan.own_tables()).await?;
+    async fn check_routes(&self, live: &mut Session) -> Result<()> {
+        barrier::refuse_left_prepared(live, self.plan.own_tables()).await?;
         for route in &self.plan.routes {
             route.check(&self.plan.context).await?;
         }
@@ -240,18 +242,21 @@ impl<J: Journal> Flight<'_, J> {
         self.journal.end(&self.steps).await
     }
 
-    async fn fly(&mut self, slot: &mut Option<Fence>) -> Result<Outcome> {
+    async fn fly(&mut self, slot: &mut Option<Fence>, ends: Ends) -> Result<Outcome> {
         let plan = &*self.plan;
         // All sessions are opened before anybody is held.
         let is_group = plan.context.is_group;
         let sealing = Sealing { job: &plan.job, tables: &plan.tables, is_group };
         let max_hold = plan.limits.max_hold;
-        let mut fence = Fence::prepare(plan.fence, &plan.live, sealing, max_hold).await?;
-        if plan.rest.fences_large_objects() {
-            fence.take_large_objects().await?;
-        }
+        let fencing = async {
+            let mut fence = Fence::prepare(plan.fence, &plan.live, sealing, max_hold).await?;
+            if plan.rest.fences_large_objects() {
+                fence.take_large_objects().await?;
+            }
+            Ok::<_, Error>(fence)
+        };
+        let (fence, mut ready) = tokio::try_join!(fencing, Ready::make(plan, ends))?;
         let fence = slot.insert(fence);
-        let mut ready = Ready::make(plan).await?;
         let (held, retries) = step!(self, "fence", self.stop_writers(fence).await);
         let limit = max_hold.saturating_sub(held.elapsed());
         // A server that no longer answers must not keep writers waiting either.

@@ -25,6 +25,7 @@ use std::time::Duration;
 use super::database::{self, refuse_unendable, shut_database};
 use super::seal::{self, Sealing, hasten};
 use super::{Error, Result, Rules};
+use crate::catalog;
 use crate::id::{JobName, QualifiedName};
 use crate::large;
 use crate::pg::{Config, Row, Session};
@@ -345,18 +346,12 @@ const OLDEST: &str = "order by a.xact_start limit 5";
 
 /// Whoever has the right TRIGGER may seal a table, but only its owner may open it again.
 async fn refuse_not_owned(session: &mut Session, tables: &[QualifiedName]) -> Result<()> {
-    let rows = session
-        .query(
-            "select n.nspname, c.relname from pg_catalog.pg_class c \
-             join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-             where c.relkind in ('r', 'p') and not pg_catalog.pg_has_role(c.relowner, 'usage')",
-        )
-        .await?;
-    for row in &rows {
-        let table = QualifiedName::new(row.str(0)?, row.str(1)?);
-        if tables.contains(&table) {
-            return Err(Error::NotOwned { table });
-        }
-    }
-    Ok(())
+    let sql = "select n.nspname, c.relname \
+         from pg_catalog.jsonb_array_elements_text($1::jsonb) t(name) \
+         join pg_catalog.pg_class c on c.oid = pg_catalog.to_regclass(t.name) \
+         join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+         where not pg_catalog.pg_has_role(c.relowner, 'usage') order by 1, 2 limit 1";
+    let row = session.query_opt(sql, &[Some(&catalog::list_of(tables))]).await?;
+    let Some(row) = row else { return Ok(()) };
+    Err(Error::NotOwned { table: QualifiedName::new(row.str(0)?, row.str(1)?) })
 }

@@ -30,6 +30,20 @@ use crate::pg::{Purpose, Session};
 use crate::route::{self, Route};
 use crate::schema;
 
+/// Sessions with both sides for short questions.
+pub(super) struct Ends {
+    pub(super) live: Session,
+    pub(super) dest: Session,
+}
+
+impl Ends {
+    pub(super) async fn open(plan: &Plan) -> Result<Ends> {
+        let opening = (Session::control(&plan.live), Session::control(&plan.dest));
+        let (live, dest) = tokio::try_join!(opening.0, opening.1)?;
+        Ok(Ends { live, dest })
+    }
+}
+
 /// What is made before anybody is held.
 pub(super) struct Ready {
     pub(super) live: Session,
@@ -45,9 +59,8 @@ pub(super) struct Ready {
 }
 
 impl Ready {
-    pub(super) async fn make(plan: &Plan) -> Result<Ready> {
-        let live = Session::control(&plan.live).await?;
-        let mut dest = Session::control(&plan.dest).await?;
+    pub(super) async fn make(plan: &Plan, ends: Ends) -> Result<Ready> {
+        let Ends { live, mut dest } = ends;
         let look = Session::control(&plan.dest).await?;
         let decoder = match &plan.decoded_at {
             Some(standby) => Some(Session::connect(standby, Purpose::Replication).await?),

@@ -46,15 +46,20 @@ impl Sealing<'_> {
     /// For each table the SQL by which its seal is shut, made where there is none: ends with a
     /// semicolon.
     pub async fn statements(&self, session: &mut Session) -> Result<Vec<String>> {
-        let there = seals(session, self.job, "", None).await?;
+        let group = self.is_group.then_some(self.tables);
+        let there = seals(session, self.job, "", group).await?;
         let there: HashSet<(&QualifiedName, &str)> =
             there.iter().map(|seal| (&seal.table, &*seal.trigger)).collect();
         let (seal, rows) = (seal_name(self.job), rows_seal_name(self.job));
         let shut = |table: &QualifiedName| {
             let on = table.quoted();
-            let enable = |trigger: &str| format!("alter table {on} enable trigger {trigger};");
+            let is_there = |trigger: &str| there.contains(&(table, trigger));
+            if self.is_group && is_there(&seal) && is_there(&rows) {
+                return turned(table, "enable", &[&seal, &rows]);
+            }
+            let enable = |trigger: &str| turned(table, "enable", &[trigger]);
             let said = if self.is_group { "'group'" } else { "" };
-            let mut sql = match there.contains(&(table, &*seal)) {
+            let mut sql = match is_there(&seal) {
                 true => enable(&seal),
                 false => format!(
                     "create trigger {seal} before insert or update or delete or truncate on {on} \
@@ -62,7 +67,7 @@ impl Sealing<'_> {
                 ),
             };
             if self.is_group {
-                sql += &match there.contains(&(table, &*rows)) {
+                sql += &match is_there(&rows) {
                     true => enable(&rows),
                     false => format!(
                         "create trigger {rows} before insert or update or delete on {on} \
@@ -95,10 +100,11 @@ pub(super) struct Seal {
     trigger: String,
 }
 
-impl Seal {
-    fn turn(&self, how: &str) -> String {
-        format!("alter table {} {how} trigger {};", self.table.quoted(), self.trigger)
-    }
+/// SQL that enables or disables triggers of a table at once: each such statement has the table's
+/// description read anew.
+fn turned(table: &QualifiedName, how: &str, triggers: &[&str]) -> String {
+    let turns: Vec<String> = triggers.iter().map(|name| format!("{how} trigger {name}")).collect();
+    format!("alter table {} {};", table.quoted(), turns.join(", "))
 }
 
 /// The job's seals, of those that `which` allows, on `group` alone or on every table.
@@ -247,8 +253,11 @@ impl Shut {
 }
 
 async fn turn(session: &mut Session, seals: &[Seal], how: &str) -> Result<()> {
-    let statements: Vec<String> = seals.iter().map(|seal| seal.turn(how)).collect();
-    change(session, &statements).await
+    let statements = seals.chunk_by(|one, next| one.table == next.table).filter_map(|seals| {
+        let triggers: Vec<&str> = seals.iter().map(|seal| &*seal.trigger).collect();
+        Some(turned(&seals.first()?.table, how, &triggers))
+    });
+    change(session, &statements.collect::<Vec<String>>()).await
 }
 
 /// Many in one message, as writers may be waiting; where a lock is in the way, one by one.

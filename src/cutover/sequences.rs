@@ -35,9 +35,9 @@ pub struct Stood {
 impl Stood {
     /// Reads both sides. Done while nobody is held.
     pub async fn read(live: &mut Session, dest: &mut Session) -> Result<Stood> {
-        let dest = catalog::sequences(dest).await?;
+        let (dest, sequences) =
+            tokio::try_join!(catalog::sequences(dest), catalog::sequences(live))?;
         let dest = dest.into_iter().map(|s| (s.name, s.last_value)).collect();
-        let sequences = catalog::sequences(live).await?;
         let values = sequences.into_iter().map(|s| (s.name, s.last_value)).collect();
         Ok(Stood { at: Instant::now(), values, dest })
     }

@@ -19,8 +19,7 @@ const TAKE_WAIT: Duration = Duration::from_secs(60);
 /// One that has just begun connects its streams first, or undoes a switch that was cut short.
 const OWN_TAKE_WAIT: Duration = Duration::from_secs(300);
 
-/// Between two looks at a command, and between two at who runs the job.
-const POLL: Duration = Duration::from_millis(25);
+/// Between two looks at who runs the job.
 const RUNNER_LOOK: Duration = Duration::from_secs(1);
 
 /// A way to reach the job's runner.
@@ -129,7 +128,7 @@ impl Asker {
                     (self.report)(Notice::Trouble(trouble));
                 }
             }
-            tokio::time::sleep(POLL).await;
+            self.client.pause().await;
         }
     }
 

@@ -2,7 +2,7 @@
 //! target is level.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -19,7 +19,7 @@ use crate::clock::{Deadline, PgTimestamp};
 use crate::cutover::{self, barrier};
 use crate::id::Stream;
 use crate::lsn::Lsn;
-use crate::pg::{Config, Session};
+use crate::pg::Session;
 
 /// Commands are announced by NOTIFY; this is how often the table is looked at all the same, and
 /// positions are stored.
@@ -31,13 +31,6 @@ enum Flipping {
     Begin(Event),
     /// It does not, or was a dry run.
     Answer(std::result::Result<Value, String>),
-}
-
-/// Sessions that ask each side for its end of WAL, opened when needed and again after a loss.
-#[derive(Default)]
-struct Probes {
-    source: Option<Session>,
-    target: Option<Session>,
 }
 
 /// A loss that `--after-failover refill` does not mend.
@@ -65,9 +58,10 @@ impl Runner {
         self.keep_heartbeat(phase).await?;
         self.keep_standbys();
         self.keep_looking(phase).await?;
-        self.validate_beside().await?;
-        self.refresh_beside().await?;
-        let mut probes = Probes::default();
+        self.validate_beside(&row).await?;
+        self.refresh_beside(&row).await?;
+        // One of a series of groups has just begun where the last one ended.
+        let mut lately = phase == Phase::Split && self.stored_within(TURN);
         loop {
             if *self.stop.borrow() {
                 return Ok(None);
@@ -79,7 +73,9 @@ impl Runner {
             self.keep_sealed(phase).await?;
             self.check_streams(phase)?;
             self.busy.store(false, Ordering::SeqCst);
-            self.store_positions(&mut probes).await?;
+            if !std::mem::take(&mut lately) {
+                self.store_positions().await?;
+            }
             let led = self.lead_late().await?;
             self.settle_reads().await?;
             self.busy.store(true, Ordering::SeqCst);
@@ -188,16 +184,16 @@ impl Runner {
         let mut request: FlipRequest =
             serde_json::from_value(asked.args.clone()).map_err(|e| Error::State(e.to_string()))?;
         self.take_letter(request.letter.as_deref());
-        match self.choose_group(&mut request).await {
+        let row = match self.choose_group(&mut request).await {
             Err(error) if keeps_running(&error) => {
                 return Ok(Flipping::Answer(Err(error.to_string())));
             }
             chosen => chosen?,
-        }
+        };
         // Arming may wait for long transactions, and views take long to be refreshed.
         let home = self.config.target.clone();
         let armed = tokio::select! {
-            armed = self.arm(&request) => armed,
+            armed = self.arm(&request, &row) => armed,
             () = client::until_gone(&home, &asked.id) => Err(Gone::Asker.into()),
         };
         if matches!(armed, Err(Error::Gone(Gone::Asker))) {
@@ -312,16 +308,15 @@ impl Runner {
         }
     }
 
-    async fn store_positions(&mut self, probes: &mut Probes) -> Result<()> {
-        let sides = [
-            (Stream::Forward, &self.forward, &self.config.source, &mut probes.source),
-            (Stream::Reverse, &self.reverse, &self.config.target, &mut probes.target),
-        ];
+    async fn store_positions(&mut self) -> Result<()> {
+        let (source, target) = (&self.config.source, &self.config.target);
+        let asked = (self.forward.as_ref().map(|_| source), self.reverse.as_ref().map(|_| target));
+        let ends = self.probes.ends_of_wal(asked).await;
+        let sides = [(Stream::Forward, &self.forward), (Stream::Reverse, &self.reverse)];
         let mut rows = Vec::new();
-        for (stream, pipe, config, probe) in sides {
+        for ((stream, pipe), end_lsn) in sides.into_iter().zip(ends) {
             if let Some(pipe) = pipe {
                 let beat = self.heartbeat.as_ref().filter(|_| stream == Stream::Forward);
-                let end_lsn = end_of_wal(config, probe).await;
                 rows.push((stream, end_lsn, positions(pipe, end_lsn, beat)));
             }
         }
@@ -344,6 +339,7 @@ impl Runner {
             }
             self.store.save_stream(stream, &row).await?;
         }
+        self.probes.stored_at = Some(Instant::now());
         Ok(())
     }
 }
@@ -352,22 +348,6 @@ impl Runner {
 pub(super) fn keeps_running(error: &Error) -> bool {
     use crate::fault::{Fault, Faulty};
     error.fault() != Fault::Bug && !matches!(error, Error::LeaseLost)
-}
-
-/// The side's end of WAL; `None` while it cannot be asked.
-async fn end_of_wal(config: &Config, probe: &mut Option<Session>) -> Option<Lsn> {
-    let asking = async {
-        let mut session = match probe.take() {
-            Some(session) => session,
-            None => Session::control(config).await.ok()?,
-        };
-        let sql = "select pg_catalog.pg_current_wal_insert_lsn()";
-        let row = session.query_one(sql, &[]).await.ok()?;
-        *probe = Some(session);
-        row.lsn(0).ok()
-    };
-    // Commands wait meanwhile, so a silent server gets little time.
-    tokio::time::timeout(Duration::from_secs(2), asking).await.ok().flatten()
 }
 
 fn positions(pipe: &Pipe, end_lsn: Option<Lsn>, beat: Option<&Heartbeat>) -> StreamRow {

@@ -1,4 +1,5 @@
-//! Commands to a runner that may be alive on any host: a row in the home database, and NOTIFY.
+//! Commands to a runner that may be alive on any host: a row in the home database, and NOTIFY,
+//! both ways. The row is looked at from time to time all the same: what is notified may be lost.
 //!
 //! The asker keeps its row fresh; a runner ignores rows whose asker is gone, so that a cutover
 //! asked for by a process that was killed does not happen an hour later.
@@ -13,7 +14,7 @@ use super::store::{JobRow, Store};
 use super::{Gone, Result, lease};
 use crate::clock::Deadline;
 use crate::fault::{Fault, Faulty};
-use crate::id::JobName;
+use crate::id::{JobName, quote_ident};
 use crate::pg::{Config, Session};
 
 /// A row whose asker was silent for so many seconds is not acted on.
@@ -22,8 +23,8 @@ pub const STALE_SECONDS: u32 = 5;
 /// A home database that does not answer so simple a question by then is asked on a new connection.
 const HOME_SILENCE: Duration = Duration::from_secs(5);
 
-/// Between two looks at a command, and between two at the lease.
-const POLL: Duration = Duration::from_millis(25);
+/// Between two looks at a command whose answer is not announced, and between two at the lease.
+const POLL: Duration = Duration::from_millis(100);
 const LEASE_LOOK: Duration = Duration::from_secs(1);
 
 /// A runner that begins anew after a fault is without the lease for two seconds and a little.
@@ -69,7 +70,7 @@ pub struct Client {
 impl Client {
     /// Connects to the home database.
     pub async fn connect(home: &Config, job: &JobName) -> Result<Client> {
-        let session = Session::control(home).await?;
+        let session = hearing(home, job).await?;
         Ok(Client {
             session,
             home: home.clone(),
@@ -90,13 +91,16 @@ impl Client {
         let row = self
             .session
             .query_one(
-                "insert into walferry.command (job, verb, args) values ($1, $2, $3::jsonb) \
-                 returning id",
-                &[Some(self.job.as_str()), Some(verb), Some(&args.to_string())],
+                "with posted as (insert into walferry.command (job, verb, args) \
+                   values ($1, $2, $3::jsonb) returning id) \
+                 select id, pg_catalog.pg_notify($4, '') from posted",
+                &[
+                    Some(self.job.as_str()),
+                    Some(verb),
+                    Some(&args.to_string()),
+                    Some(&self.job.channel()),
+                ],
             )
-            .await?;
-        self.session
-            .query_params("select pg_catalog.pg_notify($1, '')", &[Some(&self.job.channel())])
             .await?;
         let id = row.string(0)?;
         self.last = Some(id.clone());
@@ -113,10 +117,17 @@ impl Client {
             Ok(polled) => return polled,
             Err(_) => {}
         }
-        if let Ok(session) = Session::control(&self.home).await {
+        if let Ok(session) = hearing(&self.home, &self.job).await {
             self.session = session;
         }
         Ok(Asking::Taken)
+    }
+
+    /// Waits until an answer is announced, a command's of this job, or it is time to look again.
+    pub(super) async fn pause(&mut self) {
+        if self.session.notification(POLL).await.is_err() {
+            tokio::time::sleep(POLL).await;
+        }
     }
 
     async fn poll_once(&mut self, id: &str) -> Result<Asking> {
@@ -189,7 +200,7 @@ impl Client {
                     return Err(Gone::Runner { verb: verb.to_string() }.into());
                 }
             }
-            tokio::time::sleep(POLL).await;
+            self.pause().await;
         }
     }
 
@@ -210,6 +221,13 @@ impl Client {
     pub fn session(&mut self) -> &mut Session {
         &mut self.session
     }
+}
+
+/// A session that hears of answers.
+async fn hearing(home: &Config, job: &JobName) -> Result<Session> {
+    let mut session = Session::control(home).await?;
+    session.execute(&format!("listen {}", quote_ident(&job.answers()))).await?;
+    Ok(session)
 }
 
 /// Takes the oldest command that waits and whose asker lives; marks it running. The runner's side.
@@ -252,7 +270,9 @@ pub async fn answer(
     };
     session
         .query_params(
-            "update walferry.command set state = $2, result = $3::jsonb, error = $4 where id = $1",
+            "with answered as (update walferry.command set state = $2, result = $3::jsonb, \
+               error = $4 where id = $1 returning job) \
+             select pg_catalog.pg_notify('walferry_answer_' || job, '') from answered",
             &[Some(id), Some(state), result.as_deref(), error.as_deref()],
         )
         .await?;

@@ -1,11 +1,19 @@
 //! Both sides compared while a runner keeps them level, as verify does, and a task before it
 //! cuts over.
+//!
+//! Of a job whose tables are on both sides each is compared along the stream that comes from its
+//! owner: first those of the source, then those of the target. One that changes hands while the
+//! snapshots are taken is in neither, and is compared in the next round.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use serde_json::Value;
 
 use super::client::Client;
+use super::groups::Refused;
+use super::owners::{Since, is_on_target};
+use super::state::Phase;
 use super::store::Store;
 use super::{JobConfig, Result, align, rest, state};
 use crate::id::{QualifiedName, Stream};
@@ -25,32 +33,91 @@ pub async fn compare(client: &mut Client, config: &JobConfig, timeout: Duration)
     let stream = flowing(config).await?;
     // A runner that has just begun may still be connecting its streams.
     client.ask("ping", &Value::Null, Duration::from_secs(60)).await?;
-    let mut report = compare_once(client, config, stream, timeout, None).await?;
+    let Some(stream) = stream else { return compare_split(client, config, timeout).await };
+    let aligned = aligned(client, config, stream, timeout).await?;
+    let mut report = compare_once(config, stream, &aligned, None).await?;
+    drop(aligned);
     for _ in 0..ROUNDS {
         if report.rewritten.is_empty() {
             return Ok(report);
         }
         let tables = report.rewritten.clone();
-        let again = compare_once(client, config, stream, timeout, Some(tables)).await?;
+        let aligned = self::aligned(client, config, stream, timeout).await?;
+        let again = compare_once(config, stream, &aligned, Some(tables)).await?;
         report = report.amend(again);
     }
     Err(verify::Error::Rewritten { tables: report.rewritten }.into())
 }
 
-/// Compares `tables`, or all, at one point of the stream.
-async fn compare_once(
+/// Compares each table of a job that is split along the stream from its owner.
+async fn compare_split(
+    client: &mut Client,
+    config: &JobConfig,
+    timeout: Duration,
+) -> Result<Report> {
+    let (mut compared, mut left) = (HashSet::new(), Vec::new());
+    let mut report: Option<Report> = None;
+    for _ in 0..ROUNDS {
+        for stream in [Stream::Forward, Stream::Reverse] {
+            let mut owned = owned(config, stream).await?;
+            owned.retain(|table, _| !compared.contains(table));
+            if owned.is_empty() {
+                continue;
+            }
+            let aligned = aligned(client, config, stream, timeout).await?;
+            let still = self::owned(config, stream).await?;
+            let stays = |table: &QualifiedName| still.get(table) == owned.get(table);
+            let tables: Vec<_> = owned.keys().filter(|table| stays(table)).cloned().collect();
+            let part = compare_once(config, stream, &aligned, Some(tables.clone())).await?;
+            compared.extend(tables.into_iter().filter(|table| !part.rewritten.contains(table)));
+            report = Some(match report.take() {
+                Some(report) => report.amend(part),
+                None => part,
+            });
+        }
+        let home = Session::control(&config.target).await?;
+        let all = Store::new(home, config.job.clone()).owners().await?;
+        let missed = all.keys().filter(|table| !compared.contains(*table));
+        left = missed.map(ToString::to_string).collect();
+        if let Some(report) = report.take_if(|_| left.is_empty()) {
+            return Ok(report);
+        }
+    }
+    Err(Refused::Moving(left).into())
+}
+
+/// The tables whose rows a stream carries, as they are written on the side that it reads.
+async fn owned(config: &JobConfig, stream: Stream) -> Result<Since> {
+    let home = Session::control(&config.target).await?;
+    Store::new(home, config.job.clone()).owned_since(is_on_target(stream)).await
+}
+
+/// Both ends of a stream at one point.
+async fn aligned(
     client: &mut Client,
     config: &JobConfig,
     stream: Stream,
     timeout: Duration,
+) -> Result<align::Aligned> {
+    let (from, to) = match stream {
+        Stream::Forward => (&config.source, &config.target),
+        Stream::Reverse => (&config.target, &config.source),
+    };
+    let line = line(config, stream, from, to).await?;
+    align::align(client, &line, timeout).await
+}
+
+/// Compares `tables`, or all, at one point of the stream.
+async fn compare_once(
+    config: &JobConfig,
+    stream: Stream,
+    aligned: &align::Aligned,
     tables: Option<Vec<QualifiedName>>,
 ) -> Result<Report> {
     let (from, to) = match stream {
         Stream::Forward => (&config.source, &config.target),
         Stream::Reverse => (&config.target, &config.source),
     };
-    let line = line(config, stream, from, to).await?;
-    let aligned = align::align(client, &line, timeout).await?;
     let options = &config.options;
     let mut source = Session::connect(&config.source, Purpose::Sql).await?;
     let selection = options.selection(&mut source).await?;
@@ -91,17 +158,22 @@ async fn line(
     })
 }
 
-/// The stream that keeps the other side current now.
-async fn flowing(config: &JobConfig) -> Result<Stream> {
+/// The stream that keeps the other side current now; `None` where both do, each for some tables.
+async fn flowing(config: &JobConfig) -> Result<Option<Stream>> {
     let home = Session::control(&config.target).await?;
     let row = Store::new(home, config.job.clone()).load_existing().await?;
-    Ok(state::flowing(row.phase)?)
+    match row.phase {
+        Phase::Split => Ok(None),
+        phase => Ok(Some(state::flowing(phase)?)),
+    }
 }
 
 /// Large objects, if they move. They are carried at a switch and not while following, so what the
 /// live side has changed since is no difference, but told.
 pub async fn large_objects(config: &JobConfig) -> Result<Option<large::Comparison>> {
-    let (live, dest, side) = match flowing(config).await? {
+    // A job of which there are any is not switched group by group.
+    let Some(stream) = flowing(config).await? else { return Ok(None) };
+    let (live, dest, side) = match stream {
         Stream::Forward => (&config.source, &config.target, "source"),
         Stream::Reverse => (&config.target, &config.source, "target"),
     };

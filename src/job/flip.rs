@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use super::ability::Ability;
+use super::ability::{Abilities, Ability};
 use super::check::Finding;
 use super::groups::Group;
 use super::journal::HomeJournal;
@@ -16,7 +16,7 @@ use super::request::{context, stream_of};
 use super::routes::Late;
 use super::run::{Notice, Runner, published};
 use super::state::{Event, Phase};
-use super::store::FlipRecord;
+use super::store::{FlipRecord, JobRow};
 use super::{Error, Result, admit, mapped};
 use crate::catalog::{self, Table};
 use crate::cutover::{self, FenceKind, Plan, Rules, barrier};
@@ -45,8 +45,7 @@ fn origin(record: &FlipRecord) -> Phase {
 impl Runner {
     /// Checks that the flip fits the phase, and makes the way back: publication, slot and origin of
     /// the reverse stream, which then runs (canaries only) from before the switch.
-    pub(super) async fn arm(&mut self, request: &FlipRequest) -> Result<Event> {
-        let row = self.row().await?;
+    pub(super) async fn arm(&mut self, request: &FlipRequest, row: &JobRow) -> Result<Event> {
         let event = Event::FlipAsked(request.stream());
         super::state::step(row.phase, event)?;
         self.refuse_switch(row.phase)?;
@@ -75,7 +74,7 @@ impl Runner {
         self.refreshing = None;
         match &request.group {
             Some(_) if request.dry_run => {}
-            Some(_) => self.part(request.stream()).await?,
+            Some(_) => self.part(request.stream(), row).await?,
             None => self.approach(request).await?,
         }
         Ok(event)
@@ -258,12 +257,12 @@ impl Runner {
         if request.group.is_none() {
             self.sealed = None;
         }
-        let mut plan = self.flight_plan(flip, request).await?;
+        let row = self.row().await?;
+        let mut plan = self.flight_plan(flip, request, &row).await?;
         let left = match request.group {
             None => self.left_behind(&plan, request).await?,
             Some(_) => Vec::new(),
         };
-        let row = self.row().await?;
         let record = match row.flip {
             Some(record) if record.attempt == request.attempt => record,
             last => request.record(row.phase, last.as_ref()),
@@ -278,7 +277,12 @@ impl Runner {
         Ok((outcome, left))
     }
 
-    async fn flight_plan(&mut self, flip: Stream, request: &FlipRequest) -> Result<Plan> {
+    async fn flight_plan(
+        &mut self,
+        flip: Stream,
+        request: &FlipRequest,
+        row: &JobRow,
+    ) -> Result<Plan> {
         let (source, target) = (self.config.source.clone(), self.config.target.clone());
         let (live, dest, pipe) = match flip {
             Stream::Forward => (&source, &target, &self.forward),
@@ -320,7 +324,7 @@ impl Runner {
                 ..context(&self.config, flip)
             },
             limits: request.limits,
-            rules: self.rules(flip).await?,
+            rules: self.rules(flip, &row.abilities).await?,
             rest,
             carry,
             leave_parked: request.leave_quarantined || flip == Stream::Reverse,
@@ -331,8 +335,7 @@ impl Runner {
     }
 
     /// What a flip has to do about triggers and foreign keys.
-    pub(super) async fn rules(&mut self, flip: Stream) -> Result<Rules> {
-        let abilities = self.row().await?.abilities;
+    pub(super) async fn rules(&mut self, flip: Stream, abilities: &Abilities) -> Result<Rules> {
         let (live, dest) = match flip {
             Stream::Forward => (abilities.source, abilities.target),
             Stream::Reverse => (abilities.target, abilities.source),
@@ -370,7 +373,7 @@ impl Runner {
     async fn refuse_rogue_writes(&mut self, group: Option<&Group>) -> Result<()> {
         // All that was written there until now has been seen and counted.
         self.drain_home(Stream::Forward).await?;
-        let mut source = Session::control(&self.config.source).await?;
+        let mut source = self.borrow(Stream::Forward).await?;
         let sql = format!(
             "select sum(filtered) over (), schema || '.' || name from ({}) as books \
              where filtered > 0 and schema <> 'walferry' \
@@ -382,6 +385,7 @@ impl Runner {
         let group = group.map(|group| serde_json::to_string(&group.tables)).transpose();
         let group = group.map_err(|e| Error::State(e.to_string()))?;
         let row = source.query_opt(&sql, &[Some(&stream), group.as_deref()]).await?;
+        self.give_back(Stream::Forward, source);
         let Some(row) = row else { return Ok(()) };
         Err(cutover::Error::RogueWrites { changes: row.parse(0)?, table: row.string(1)? }.into())
     }
@@ -410,14 +414,15 @@ impl Runner {
 
     /// Waits until what was written on the side that a flip led to has come to the live one.
     async fn drain_home(&mut self, flip: Stream) -> Result<()> {
-        let (pipe, away) = match flip {
-            Stream::Forward => (&self.reverse, &self.config.target),
-            Stream::Reverse => (&self.forward, &self.config.source),
+        let pipe = match flip {
+            Stream::Forward => &self.reverse,
+            Stream::Reverse => &self.forward,
         };
         let Some(pipe) = pipe else { return Ok(()) };
         let mut carry = pipe.applied.clone();
-        let mut away = Session::control(away).await?;
+        let mut away = self.borrow(flip.opposite()).await?;
         let lsn = barrier::mark(&mut away, "undo").await?;
+        self.give_back(flip.opposite(), away);
         if barrier::reached(&mut carry, lsn, HOME_DRAIN).await? {
             return Ok(());
         }

@@ -45,7 +45,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::flip::FlipRequest;
-use super::owners::{is_on_target, side_name};
+use super::owners::{Owners, is_on_target, side_name};
 use super::run::Runner;
 use super::state::{Event, Phase, step};
 use super::store::JobRow;
@@ -130,6 +130,12 @@ pub enum Refused {
          stream; end the job, or leave them out by --tables", .0.join("; ")
     )]
     NotFollowed(Vec<String>),
+    /// Tables that could not be compared with the other side.
+    #[error(
+        "these tables were switched or rewritten each time they were to be compared: {}. Run \
+             walferry verify again while no group is being switched", .0.join(", ")
+    )]
+    Moving(Vec<String>),
     /// Names that a hook cannot be told.
     #[error(
         "the names of {0} tables are too long a list for a hook's environment: make more groups of \
@@ -140,24 +146,22 @@ pub enum Refused {
 
 impl Runner {
     /// Finds the tables of a flip that is asked for by group, and refuses what cannot be switched
-    /// so. Changes nothing.
-    pub(super) async fn choose_group(&mut self, request: &mut FlipRequest) -> Result<()> {
+    /// so. Changes nothing; gives the job's row.
+    pub(super) async fn choose_group(&mut self, request: &mut FlipRequest) -> Result<JobRow> {
         let row = self.row().await?;
         let flip = request.stream();
         if request.part == Part::All && row.phase != Phase::Split {
-            return Ok(());
+            return Ok(row);
         }
         step(row.phase, Event::FlipAsked(flip))?;
         self.refuse_unfit(request, &row).await?;
-        let side = self.live(flip).clone();
-        let mut live = Session::control(&side).await?;
         // The last of a series is to leave nothing behind.
         let last = match &request.part {
             Part::All => true,
             Part::Tables(_) => false,
             Part::Share(number, of) => number >= of,
         };
-        let named = self.named_lately(flip, &mut live, !last).await?;
+        let named = self.named_lately(flip, !last).await?;
         if request.unlogged != rest::Unlogged::Leave {
             let unlogged = named.iter().filter(|t| t.unlogged).map(|t| t.name.to_string());
             let unlogged: Vec<String> = unlogged.collect();
@@ -167,10 +171,12 @@ impl Runner {
         }
         let owners = self.owners(&row, &named).await?;
         let from = is_on_target(flip);
-        let mut here: Vec<QualifiedName> =
-            owners.iter().filter(|(_, there)| **there == from).map(|(t, _)| t.clone()).collect();
+        let here = owners.iter().filter(|(_, there)| **there == from);
+        let mut here: Vec<&QualifiedName> = here.map(|(table, _)| *table).collect();
         here.sort();
-        let (label, tables) = chosen(&request.part, here, &mut live).await?;
+        let mut live = self.borrow(flip).await?;
+        let keys = catalog::foreign_keys(&mut live).await?;
+        let (label, tables) = chosen(&request.part, &here, &keys, &mut live).await?;
         if tables.is_empty() {
             return Err(Refused::Nothing { label, side: side_name(from) }.into());
         }
@@ -178,11 +184,12 @@ impl Runner {
         if bytes > NAMES_BYTES_LIMIT && request.routes.iter().any(|r| r.starts_with("hook:")) {
             return Err(Refused::TooMany(tables.len()).into());
         }
-        refuse_crossing(&mut live, &owners, &tables, from).await?;
+        refuse_crossing(&keys, &owners, &tables, from)?;
         self.refuse_unfollowed(flip, &tables, &mut live).await?;
+        self.give_back(flip, live);
         request.refresh = rest::Refresh::Never;
         request.group = Some(Group { label, tables });
-        Ok(())
+        Ok(row)
     }
 
     /// The live side's tables, as they were a moment ago if that `will_do`: a series of groups asks
@@ -190,18 +197,19 @@ impl Runner {
     pub(super) async fn named_lately(
         &mut self,
         flip: Stream,
-        live: &mut Session,
         will_do: bool,
     ) -> Result<Arc<Vec<catalog::Named>>> {
-        if let Some((at, side, named)) = &self.named
+        if let Some((at, side, named)) = &self.probes.named
             && will_do
             && *side == flip
             && at.elapsed() < NAMED_FOR
         {
             return Ok(named.clone());
         }
-        let named = Arc::new(catalog::named(live, &self.selection).await?);
-        self.named = Some((Instant::now(), flip, named.clone()));
+        let mut live = self.borrow(flip).await?;
+        let named = Arc::new(catalog::named(&mut live, &self.selection).await?);
+        self.give_back(flip, live);
+        self.probes.named = Some((Instant::now(), flip, named.clone()));
         Ok(named)
     }
 
@@ -214,19 +222,19 @@ impl Runner {
 
     /// Every table that holds rows, with its owner: as stored, in a job that is split, else the
     /// side that the phase says.
-    pub(super) async fn owners(
+    pub(super) async fn owners<'a>(
         &mut self,
         row: &JobRow,
-        named: &[catalog::Named],
-    ) -> Result<HashMap<QualifiedName, bool>> {
+        named: &'a [catalog::Named],
+    ) -> Result<HashMap<&'a QualifiedName, bool>> {
         let stored = match row.phase {
             Phase::Split => self.store.owners().await?,
-            _ => HashMap::new(),
+            _ => Owners::default(),
         };
         let whole = row.phase == Phase::Switched;
         let plain = named.iter().filter(|t| t.kind == TableKind::Plain && !t.unlogged);
         let owner = |name: &QualifiedName| stored.get(name).copied().unwrap_or(whole);
-        Ok(plain.map(|table| (table.name.clone(), owner(&table.name))).collect())
+        Ok(plain.map(|table| (&table.name, owner(&table.name))).collect())
     }
 
     async fn refuse_unfit(&mut self, request: &FlipRequest, row: &JobRow) -> Result<()> {
@@ -257,8 +265,10 @@ impl Runner {
             );
         }
         if rest::moves_large_objects(&mut self.store.session, &self.config).await? {
-            let mut source = Session::control(&self.config.source).await?;
-            if large::count(&mut source).await? > 0 {
+            let mut source = self.borrow(Stream::Forward).await?;
+            let large = large::count(&mut source).await?;
+            self.give_back(Stream::Forward, source);
+            if large > 0 {
                 return unfit(
                     "large objects belong to no table; start the job with \
                               --large-objects leave and carry them yourself",
@@ -275,16 +285,23 @@ impl Runner {
         tables: &[QualifiedName],
         live: &mut Session,
     ) -> Result<()> {
-        let dest = self.live(flip.opposite()).clone();
-        let mut there = Session::control(&dest).await?;
-        let there = catalog::plain_of(&mut there, tables).await?;
+        let reading = self.reading(flip).await?;
+        let is_published = reading.plugin()? == Plugin::Pgoutput;
+        let publication = self.config.job.object(flip);
+        let showing = async {
+            match is_published {
+                true => catalog::published_of(live, &publication, tables).await,
+                false => Ok(HashSet::new()),
+            }
+        };
+        let mut other = self.borrow(flip.opposite()).await?;
+        let (there, shown) = tokio::try_join!(catalog::plain_of(&mut other, tables), showing)?;
+        self.give_back(flip.opposite(), other);
+        let dest = &self.live(flip.opposite()).label;
         let absent = tables.iter().filter(|table| !there.contains(table));
         let mut wrong: Vec<String> =
-            absent.map(|t| format!("{t} is no plain table on the {}", dest.label)).collect();
-        let reading = self.reading(flip).await?;
-        if reading.plugin()? == Plugin::Pgoutput {
-            let publication = self.config.job.object(flip);
-            let shown = catalog::published_of(live, &publication, tables).await?;
+            absent.map(|t| format!("{t} is no plain table on the {dest}")).collect();
+        if is_published {
             let missing =
                 tables.iter().filter(|t| self.selection.has_rows(t) && !shown.contains(*t));
             wrong.extend(missing.map(|t| format!("{t} is not in publication {publication}")));
@@ -303,29 +320,30 @@ impl Runner {
 /// What is asked for, of the tables that are `here`, with a name for it.
 async fn chosen(
     part: &Part,
-    here: Vec<QualifiedName>,
+    here: &[&QualifiedName],
+    keys: &[ForeignKey],
     live: &mut Session,
 ) -> Result<(String, Vec<QualifiedName>)> {
+    let here_alone = here.iter().copied();
     Ok(match part {
-        Part::All => ("the rest".to_string(), here),
+        Part::All => ("the rest".to_string(), here_alone.cloned().collect()),
         Part::Share(number, of) => {
             let left = of.saturating_sub(*number).saturating_add(1).max(1);
             let take = here.len().div_ceil(left);
-            let keys = catalog::foreign_keys(live).await?;
-            (format!("{number} of {of}"), together(here, &keys, take))
+            (format!("{number} of {of}"), together(here, keys, take))
         }
         Part::Tables(patterns) => {
             let selection = Selection::parse(patterns, &[], &[])?.with_partitions(live).await?;
-            let tables = here.into_iter().filter(|table| selection.has_schema(table)).collect();
-            (patterns.join(" "), tables)
+            let tables = here_alone.filter(|table| selection.has_schema(table));
+            (patterns.join(" "), tables.cloned().collect())
         }
     })
 }
 
 /// The first of these tables, at least so many, each with all that keys join to it, at any
 /// distance.
-fn together(here: Vec<QualifiedName>, keys: &[ForeignKey], least: usize) -> Vec<QualifiedName> {
-    let there: HashSet<&QualifiedName> = here.iter().collect();
+fn together(here: &[&QualifiedName], keys: &[ForeignKey], least: usize) -> Vec<QualifiedName> {
+    let there: HashSet<&QualifiedName> = here.iter().copied().collect();
     let mut joined: HashMap<&QualifiedName, Vec<&QualifiedName>> = HashMap::new();
     for key in keys {
         for (one, other) in [(&key.table, &key.other), (&key.other, &key.table)] {
@@ -333,7 +351,7 @@ fn together(here: Vec<QualifiedName>, keys: &[ForeignKey], least: usize) -> Vec<
         }
     }
     let (mut chosen, mut seen) = (Vec::new(), HashSet::new());
-    for table in &here {
+    for &table in here {
         if chosen.len() >= least {
             break;
         }
@@ -349,9 +367,9 @@ fn together(here: Vec<QualifiedName>, keys: &[ForeignKey], least: usize) -> Vec<
 }
 
 /// Foreign keys between a table of the group and one that would have another owner then.
-async fn refuse_crossing(
-    live: &mut Session,
-    owners: &HashMap<QualifiedName, bool>,
+fn refuse_crossing(
+    keys: &[ForeignKey],
+    owners: &HashMap<&QualifiedName, bool>,
     group: &[QualifiedName],
     from: bool,
 ) -> Result<()> {
@@ -361,9 +379,9 @@ async fn refuse_crossing(
         Some(if group.contains(table) { !from } else { *owner })
     };
     let mut crossing = Vec::new();
-    for ForeignKey { name, table, other, .. } in catalog::foreign_keys(live).await? {
-        let (Some(one), Some(two)) = (after(&table), after(&other)) else { continue };
-        if one != two && (group.contains(&table) || group.contains(&other)) {
+    for ForeignKey { name, table, other, .. } in keys {
+        let (Some(one), Some(two)) = (after(table), after(other)) else { continue };
+        if one != two && (group.contains(table) || group.contains(other)) {
             crossing.push(format!("{table} to {other} ({name})"));
         }
     }
@@ -384,12 +402,13 @@ mod tests {
             columns: String::new(),
         };
         let keys = [key("a", "e"), key("c", "e"), key("b", "b"), key("d", "elsewhere")];
-        let here: Vec<QualifiedName> = ["a", "b", "c", "d", "e"].map(name).to_vec();
+        let here = ["a", "b", "c", "d", "e"].map(name);
+        let here: Vec<&QualifiedName> = here.iter().collect();
         let chosen = |least| -> String {
-            let chosen = together(here.clone(), &keys, least);
+            let chosen = together(&here, &keys, least);
             chosen.iter().map(|table| table.name.as_str()).collect()
         };
         assert_eq!([1, 3, 4, 5].map(chosen), ["aec", "aec", "aecb", "aecbd"]);
-        assert_eq!(together(Vec::new(), &keys, 1), Vec::<QualifiedName>::new());
+        assert_eq!(together(&[], &keys, 1), Vec::<QualifiedName>::new());
     }
 }

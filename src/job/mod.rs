@@ -79,6 +79,7 @@ pub mod pipeline;
 pub mod place;
 mod positions;
 mod prepare;
+mod probes;
 mod published;
 pub mod quarantine;
 pub mod reading;

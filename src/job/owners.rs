@@ -1,14 +1,20 @@
 //! Which side each table of a job that is split belongs to: where that is stored, how it begins,
 //! and how it changes hands. `groups` says why.
+//!
+//! Of thousands of tables they are read once and known from then on: only who holds the lease
+//! writes them, and whoever takes it next ends his predecessor's sessions before it does anything.
+//! So they are what was read or written last, unless nobody knows what has become of a commit; then
+//! they are read again.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use serde::Serialize;
 
 use super::request::stream_of;
 use super::run::{Notice, Runner};
 use super::state::Phase;
-use super::store::{FlipRecord, JobRow, Store, ensure};
+use super::store::{FlipRecord, JobRow, Store, ensure, json};
 use super::{Error, Result, two_way};
 use crate::apply::{self, Open};
 use crate::catalog::{self, TableKind};
@@ -16,6 +22,12 @@ use crate::cutover::Sealing;
 use crate::id::{JobName, QualifiedName, Stream, quote_literal};
 use crate::lsn::Lsn;
 use crate::pg::Session;
+
+/// By table, true where applications write to it on the target.
+pub(super) type Owners = Arc<HashMap<QualifiedName, bool>>;
+
+/// By table of one side, since when that owns it: text that differs after each switch.
+pub(super) type Since = HashMap<QualifiedName, String>;
 
 /// Tables of a group that is on one side.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -31,15 +43,34 @@ pub struct GroupStatus {
 }
 
 impl Store {
-    /// By table, true where applications write to it on the target. Tables that no group was ever
-    /// made of are missing.
-    pub(super) async fn owners(&mut self) -> Result<HashMap<QualifiedName, bool>> {
+    /// Of all tables that a group was ever made of.
+    pub(super) async fn owners(&mut self) -> Result<Owners> {
+        if let Some(known) = &self.known_owners {
+            return Ok(known.clone());
+        }
         let sql = "select schema, name, on_target from walferry.ownership where job = $1";
         let job = self.job().as_str().to_string();
         let rows = self.session.query_params(sql, &[Some(&job)]).await?;
         let owners =
             rows.iter().map(|row| Ok((QualifiedName::new(row.str(0)?, row.str(1)?), row.bool(2)?)));
-        owners.collect()
+        let owners = Arc::new(owners.collect::<Result<_>>()?);
+        self.known_owners = Some(Arc::clone(&owners));
+        Ok(owners)
+    }
+
+    /// The point of no return: stores phase and flip, and who owns the flip's tables from its
+    /// barrier on, in one commit.
+    pub async fn pass(&mut self, phase: Phase, flip: &FlipRecord) -> Result<()> {
+        let handed = hand_over(self.job(), flip)?;
+        let sql = format!(
+            "with handed as ({handed}) update walferry.job set phase = $2, flip = $3::jsonb, \
+             error = null, updated_at = now() where name = $1"
+        );
+        let (job, phase, record) = (self.job().to_string(), phase.to_string(), json(flip)?);
+        let known = self.known_owners.take();
+        self.session.query_params(&sql, &[Some(&job), Some(&phase), Some(&record)]).await?;
+        self.known_owners = known.map(|owners| handed_over(owners, flip));
+        Ok(())
     }
 
     /// Notes the owner of tables that have none on record, or of all.
@@ -51,6 +82,7 @@ impl Store {
              on conflict (job, schema, name) do update set on_target = excluded.on_target";
         let job = self.job().as_str().to_string();
         let on_target = on_target.to_string();
+        self.known_owners = None;
         self.session.query_params(sql, &[Some(&job), Some(&names), Some(&on_target)]).await?;
         Ok(())
     }
@@ -58,8 +90,19 @@ impl Store {
     async fn forget_owners(&mut self) -> Result<()> {
         let job = self.job().as_str().to_string();
         let sql = "delete from walferry.ownership where job = $1";
+        self.known_owners = None;
         self.session.query_params(sql, &[Some(&job)]).await?;
         Ok(())
+    }
+
+    /// The tables of one side, as it is now.
+    pub(super) async fn owned_since(&mut self, on_target: bool) -> Result<Since> {
+        let sql = "select schema, name, changed_at from walferry.ownership \
+             where job = $1 and on_target = $2::bool";
+        let params = [self.job().to_string(), on_target.to_string()];
+        let rows = self.session.query_params(sql, &params.each_ref().map(|p| Some(&**p))).await?;
+        let owned = rows.iter();
+        owned.map(|r| Ok((QualifiedName::new(r.str(0)?, r.str(1)?), r.string(2)?))).collect()
     }
 
     /// Where each group is, the largest first.
@@ -99,17 +142,19 @@ impl Runner {
     /// Makes the job one whose tables have owners of their own, before its first group: notes where
     /// they are, and seals each on the other side. Tables that came since are taken up as well.
     /// Every step may be repeated.
-    pub(super) async fn part(&mut self, flip: Stream) -> Result<()> {
-        let row = self.row().await?;
-        let mut live = Session::control(self.live(flip)).await?;
-        let named = self.named_lately(flip, &mut live, true).await?;
-        let owners = self.owners(&row, &named).await?;
+    pub(super) async fn part(&mut self, flip: Stream, row: &JobRow) -> Result<()> {
+        let named = self.named_lately(flip, true).await?;
+        let owners = self.owners(row, &named).await?;
         let known = match row.phase {
             Phase::Split => self.store.owners().await?,
-            _ => HashMap::new(),
+            _ => Owners::default(),
         };
-        let mut fresh: Vec<QualifiedName> =
-            owners.keys().filter(|table| !known.contains_key(table)).cloned().collect();
+        let fresh = owners.keys().filter(|table| !known.contains_key(**table));
+        let mut fresh: Vec<QualifiedName> = fresh.map(|table| (*table).clone()).collect();
+        if row.phase == Phase::Split && fresh.is_empty() {
+            // The gate is as the last group has left it.
+            return Ok(());
+        }
         if !fresh.is_empty() {
             fresh.sort();
             let on_target = row.phase == Phase::Switched;
@@ -136,7 +181,7 @@ impl Runner {
             }
         }
         let owners = self.store.owners().await?;
-        self.gate.set(Open::Tables(on_target(owners)));
+        self.gate.set(Open::Tables(on_target(&owners)));
         Ok(())
     }
 
@@ -148,7 +193,7 @@ impl Runner {
         if owners.is_empty() {
             return Ok(());
         }
-        let tables: Vec<QualifiedName> = owners.into_keys().collect();
+        let tables: Vec<QualifiedName> = owners.keys().cloned().collect();
         self.say(Notice::Said(format!(
             "no group was switched: opening {} tables on the target",
             tables.len()
@@ -165,9 +210,9 @@ impl Runner {
     /// job that never was switched so.
     pub(super) async fn shut_by_group(&mut self, flip: Stream) -> Result<Vec<QualifiedName>> {
         let gone = flip == Stream::Forward;
-        let owners = self.store.owners().await?.into_iter();
-        let mut shut: Vec<QualifiedName> =
-            owners.filter(|(_, there)| *there == gone).map(|(table, _)| table).collect();
+        let owners = self.store.owners().await?;
+        let shut = owners.iter().filter(|(_, there)| **there == gone);
+        let mut shut: Vec<QualifiedName> = shut.map(|(table, _)| table.clone()).collect();
         shut.sort();
         Ok(shut)
     }
@@ -189,7 +234,7 @@ impl Runner {
     async fn disjoin_shared(
         &mut self,
         on_target: bool,
-        owners: &HashMap<QualifiedName, bool>,
+        owners: &HashMap<&QualifiedName, bool>,
     ) -> Result<()> {
         let (source, target) = (self.config.source.clone(), self.config.target.clone());
         let (live, other) = if on_target { (&target, &source) } else { (&source, &target) };
@@ -199,7 +244,7 @@ impl Runner {
         }
         let selection = self.selection.clone();
         let shared = |owner: Option<&QualifiedName>| {
-            selection.has_sequence(owner) && owner.is_none_or(|owner| !owners.contains_key(owner))
+            selection.has_sequence(owner) && owner.is_none_or(|owner| !owners.contains_key(&owner))
         };
         two_way::disjoin(&self.config.job, (live, other), shared).await
     }
@@ -224,7 +269,7 @@ impl Runner {
             (Phase::CuttingOver, Some(flip)) if flip.group.is_some() => Some(flip.clone()),
             _ => return Ok(None),
         };
-        let mut open = on_target(self.store.owners().await?);
+        let mut open = on_target(&*self.store.owners().await?);
         if let Some(record) = record
             && self.switch_had_begun(&record).await?
         {
@@ -234,13 +279,30 @@ impl Runner {
     }
 }
 
-fn on_target(owners: HashMap<QualifiedName, bool>) -> HashSet<QualifiedName> {
-    owners.into_iter().filter(|(_, there)| *there).map(|(table, _)| table).collect()
+fn on_target(owners: &HashMap<QualifiedName, bool>) -> HashSet<QualifiedName> {
+    owners.iter().filter(|(_, there)| **there).map(|(table, _)| table.clone()).collect()
+}
+
+/// What [`hand_over`] makes of them.
+fn handed_over(mut owners: Owners, record: &FlipRecord) -> Owners {
+    let there = stream_of(&record.flip) == Stream::Forward;
+    let all = Arc::make_mut(&mut owners);
+    match &record.group {
+        None => all.values_mut().for_each(|owner| *owner = there),
+        Some(group) => {
+            for table in &group.tables {
+                if let Some(owner) = all.get_mut(table) {
+                    *owner = there;
+                }
+            }
+        }
+    }
+    owners
 }
 
 /// SQL, for the commit that is the point of no return, by which the group's tables, or all that
 /// have owners, change hands at `lsn`.
-pub(super) fn hand_over(job: &JobName, record: &FlipRecord) -> Result<String> {
+fn hand_over(job: &JobName, record: &FlipRecord) -> Result<String> {
     let on_target = stream_of(&record.flip) == Stream::Forward;
     let lsn = record.switched_lsn.as_deref().map_or_else(|| Lsn::ZERO.to_string(), str::to_string);
     let (names, label) = match &record.group {
@@ -259,4 +321,34 @@ pub(super) fn hand_over(job: &JobName, record: &FlipRecord) -> Result<String> {
          (o.schema, o.name) in (select t.schema, t.name from \
             pg_catalog.jsonb_to_recordset({names}::jsonb) t(schema text, name text)))"
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn of_what_is_known_a_group_or_everything_changes_hands_and_nothing_else() {
+        let name = |name: &str| QualifiedName::new("public", name);
+        let record = |flip: &str, group: Option<[&str; 2]>| -> FlipRecord {
+            let group = group.map(|tables| json!({"label": "g", "tables": tables.map(name)}));
+            serde_json::from_value(json!({"attempt": "a", "flip": flip, "fence": "lock",
+                "routes": [], "released": false, "group": group}))
+            .unwrap()
+        };
+        let owners = Owners::new(["a", "b", "c"].map(|table| (name(table), false)).into());
+        let there = |owners: &Owners| ["a", "b", "c"].map(|table| owners[&name(table)]);
+        // One that is not on record is not put there.
+        let parted = handed_over(owners.clone(), &record("forward", Some(["b", "new"])));
+        assert_eq!((there(&parted), parted.len()), ([false, true, false], 3));
+        assert_eq!(there(&owners), [false; 3]);
+        let gone = handed_over(parted, &record("forward", None));
+        assert_eq!(there(&gone), [true; 3]);
+        assert_eq!(
+            there(&handed_over(gone, &record("reverse", Some(["a", "c"])))),
+            [false, true, false]
+        );
+    }
 }

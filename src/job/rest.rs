@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 use super::request::{FlipRequest, stream_of};
 use super::run::{JobConfig, Notice, Report, Runner};
 use super::state::Phase;
+use super::store::JobRow;
 use super::{Error, Result};
 use crate::catalog::TableKind;
 use crate::copy::Again;
@@ -316,14 +317,14 @@ impl Runner {
     }
 
     /// After a flip with `--refresh after`, and after a crash since.
-    pub(super) async fn refresh_beside(&mut self) -> Result<()> {
-        let row = self.row().await?;
+    pub(super) async fn refresh_beside(&mut self, row: &JobRow) -> Result<()> {
         let flown = matches!(row.phase, Phase::Switched | Phase::RolledBack);
-        let due = row.flip.filter(|flip| flown && flip.refresh_due);
+        let due = row.flip.as_ref().filter(|flip| flown && flip.refresh_due);
         let Some(record) = due.filter(|_| self.refreshing.is_none()) else { return Ok(()) };
         let (old, live) = self.ends(stream_of(&record.flip));
         let (home, job) = (self.config.target.clone(), self.config.job.to_string());
         let (selection, report) = (self.selection.clone(), self.report.clone());
+        let attempt = record.attempt.clone();
         let task = async move {
             let failed = refresh(&old, &live, &selection, true, &report).await?;
             for failed in failed {
@@ -333,7 +334,7 @@ impl Runner {
             let mut session = Session::connect(&home, Purpose::Sql).await?;
             let sql = "update walferry.job set flip = flip || '{\"refresh_due\": false}' \
                  where name = $1 and flip ->> 'attempt' = $2";
-            session.query_params(sql, &[Some(&job), Some(&record.attempt)]).await?;
+            session.query_params(sql, &[Some(&job), Some(&attempt)]).await?;
             Ok::<(), Error>(())
         };
         let report = self.report.clone();

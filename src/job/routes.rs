@@ -323,7 +323,7 @@ impl Runner {
             self.say(Notice::Said(format!("undoing the {} flip that was cut short", record.flip)));
         }
         let flip = stream_of(&record.flip);
-        let rules = self.rules(flip).await?;
+        let rules = self.rules(flip, &row.abilities).await?;
         let live = match flip {
             Stream::Forward => self.config.source.clone(),
             Stream::Reverse => self.config.target.clone(),

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::watch;
 
@@ -19,6 +19,7 @@ use super::lease::{self, Holder};
 use super::opening::Half;
 use super::pipeline::{Pipe, Task};
 use super::place::Chosen;
+use super::probes::Probes;
 use super::rest::Refreshing;
 use super::routes::Late;
 use super::silent::Silent;
@@ -30,11 +31,11 @@ use super::validating::Validating;
 use super::vigil::Vigil;
 use super::{Error, Result, client, decoding, two_way};
 use crate::apply::{Applied, Gate};
-use crate::catalog::{Named, Selection, Table, tables};
+use crate::catalog::{Selection, Table, tables};
 use crate::clock::{Backoff, Deadline};
 use crate::copy::CopyProgress;
 use crate::fault::{Fault, Faulty};
-use crate::id::{JobName, QualifiedName, Stream};
+use crate::id::{JobName, QualifiedName};
 use crate::limit::CATALOG_WAIT;
 use crate::lsn::Lsn;
 use crate::pg::{Config, Session};
@@ -94,8 +95,8 @@ pub struct Runner {
     pub(super) store: Store,
     pub(super) listener: Session,
     pub(super) selection: Selection,
-    /// The tables of the side that a flip leads from, and when they were read.
-    pub(super) named: Option<(Instant, Stream, Arc<Vec<Named>>)>,
+    /// Sessions with either side that are kept.
+    pub(super) probes: Probes,
     pub(super) forward: Option<Pipe>,
     pub(super) reverse: Option<Pipe>,
     /// Forgets what a job of two ways needs no more.
@@ -301,7 +302,7 @@ impl Runner {
             store,
             listener,
             selection,
-            named: None,
+            probes: Probes::default(),
             forward: None,
             reverse: None,
             keeper: None,
@@ -332,7 +333,8 @@ impl Runner {
     async fn drive(&mut self, until: &Until) -> Result<Phase> {
         let mut event = Event::Start;
         loop {
-            let phase = self.row().await?.phase;
+            let row = self.row().await?;
+            let phase = row.phase;
             let (next, commands) = match step(phase, event) {
                 Ok(stepped) => stepped,
                 Err(refused) => {
@@ -341,7 +343,7 @@ impl Runner {
                 }
             };
             if next != phase {
-                self.enter(phase, next).await?;
+                self.enter(&row, next).await?;
             }
             let mut following = None;
             for command in commands {
@@ -361,10 +363,10 @@ impl Runner {
     }
 
     /// Stores a phase. One that begins a flip is stored with the flip's record.
-    async fn enter(&mut self, from: Phase, phase: Phase) -> Result<()> {
+    async fn enter(&mut self, from: &JobRow, phase: Phase) -> Result<()> {
         match (self.asked.clone(), phase) {
             (Some((_, request)), Phase::CuttingOver) => {
-                let record = request.record(from, self.row().await?.flip.as_ref());
+                let record = request.record(from.phase, from.flip.as_ref());
                 self.store.set_phase_and_flip(phase, &record).await?;
             }
             _ => self.store.set_phase(phase).await?,
@@ -419,7 +421,7 @@ impl Runner {
         {
             let flip = super::request::stream_of(&record.flip);
             let context = super::request::context_of(&self.config, &record);
-            self.rules(flip).await?.silence_dest(&context).await?;
+            self.rules(flip, &row.abilities).await?.silence_dest(&context).await?;
         }
         Ok(())
     }

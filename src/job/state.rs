@@ -273,10 +273,7 @@ pub fn flowing(phase: Phase) -> Result<Stream, Refused> {
             "a switch has been begun and has to be ended or undone first, which `walferry run` \
              does; then ask again"
         }
-        Phase::Split => {
-            "each side has tables that applications write to: cutover or rollback the rest, or \
-             verify before the first group"
-        }
+        Phase::Split => "each side has tables that applications write to",
         Phase::Finished | Phase::Canceled => "the job has ended, and no stream keeps both level",
         _ => {
             "it compares two sides that a stream keeps level; wait until `walferry run` is at \
@@ -284,6 +281,15 @@ pub fn flowing(phase: Phase) -> Result<Stream, Refused> {
         }
     };
     Err(Refused { phase, asked: "verify", why })
+}
+
+/// Whether both sides can be compared in `phase`: along the stream that is [`flowing`], or along
+/// both, each for the tables of the side that it reads.
+pub fn may_compare(phase: Phase) -> Result<(), Refused> {
+    match phase {
+        Phase::Split => Ok(()),
+        phase => flowing(phase).map(|_| ()),
+    }
 }
 
 /// What leads out of the phase `cutting_over`.

@@ -13,7 +13,7 @@ use super::ddl::DDL_HOME;
 use super::error::Error;
 use super::groups::Group;
 pub use super::options::JobOptions;
-use super::owners::hand_over;
+use super::owners::Owners;
 use super::place::Place;
 pub use super::positions::StreamRow;
 use super::reads::ReadRecord;
@@ -127,12 +127,14 @@ pub struct Store {
     /// The session; callers may use it for their own statements between calls.
     pub session: Session,
     job: JobName,
+    /// As they were last read or written.
+    pub(super) known_owners: Option<Owners>,
 }
 
 impl Store {
     /// Wraps a session with the home database. Makes nothing.
     pub fn new(session: Session, job: JobName) -> Store {
-        Store { session, job }
+        Store { session, job, known_owners: None }
     }
 
     /// The job's name.
@@ -325,19 +327,6 @@ impl Store {
         Ok(())
     }
 
-    /// The point of no return: the same, and who owns the flip's tables from its barrier on.
-    pub async fn pass(&mut self, phase: Phase, flip: &FlipRecord) -> Result<()> {
-        let handed = hand_over(&self.job, flip)?;
-        let flip = json(flip)?;
-        let sql = format!(
-            "with handed as ({handed}) update walferry.job set phase = $2, flip = $3::jsonb, \
-             error = null, updated_at = now() where name = $1"
-        );
-        let params = [Some(self.job.as_str()), Some(&*phase.to_string()), Some(&*flip)];
-        self.session.query_params(&sql, &params).await?;
-        Ok(())
-    }
-
     /// Keeps the dump, so that a resume builds the same schema.
     pub async fn save_dump(&mut self, pre: &str, post: &str) -> Result<()> {
         self.session
@@ -493,6 +482,6 @@ fn read_job(row: &Row) -> Result<JobRow> {
     })
 }
 
-fn json<T: Serialize>(value: &T) -> Result<String> {
+pub(super) fn json<T: Serialize>(value: &T) -> Result<String> {
     serde_json::to_string(value).map_err(|e| Error::State(e.to_string()))
 }

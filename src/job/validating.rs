@@ -9,6 +9,7 @@ use tokio::task::JoinHandle;
 use super::ability::Ability;
 use super::run::{Notice, Report, Runner};
 use super::state::Phase;
+use super::store::JobRow;
 use super::{Error, Result};
 use crate::pg::{CancelHandle, Config, Purpose, Session};
 use crate::schema::{self, Acting};
@@ -64,8 +65,7 @@ async fn validate(side: &Config, job: &str, at_work: &Mutex<Option<CancelHandle>
 
 impl Runner {
     /// Starts it where there may be something to validate.
-    pub(super) async fn validate_beside(&mut self) -> Result<()> {
-        let row = self.row().await?;
+    pub(super) async fn validate_beside(&mut self, row: &JobRow) -> Result<()> {
         let back = matches!(row.phase, Phase::Following | Phase::Switched | Phase::RolledBack);
         let sides = [
             (&self.config.source, row.abilities.source),

@@ -43,6 +43,22 @@ async fn cell(name: &str) {
     assert_eq!(ends.status().await["phase"], "split");
     assert!(groups(&ends.status().await).iter().any(|g| (&*g.1, g.2) == ("source", 2)));
     writers.more(60).await;
+    // Each table is compared along the stream from its owner, which carries nothing of this back.
+    ends.done(&with(&["verify"])).await;
+    let written = |from: i64, to: i64| {
+        let sql = format!(
+            "set session_replication_role = replica; \
+             update public.items_0002 set n = {to} where n = {from}"
+        );
+        ends.target.psql("app", &sql).unwrap();
+    };
+    written(-1, -2);
+    let differs = ends.walferry(&with(&["verify"])).await;
+    assert_eq!(differs.code, Some(1), "{differs:?}");
+    let differing = differs.out.lines().filter(|line| line.contains(" differing"));
+    let differing: Vec<&str> = differing.map(|line| line.split(' ').next().unwrap()).collect();
+    assert_eq!(differing, ["public.items_0002"], "{differs:?}");
+    written(-2, -1);
     refused(&ends, &with(&["finish"]), "on either side").await;
     ends.done(&flip(&["rollback"])).await;
     assert_eq!(ends.status().await["phase"], "rolled_back");
