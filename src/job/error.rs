@@ -414,6 +414,16 @@ pub enum Error {
         /// Each in a sentence.
         changes: Vec<String>,
     },
+    /// Tables came to the task's group.
+    #[error(
+        "tables came to the task's group since it was planned, and it would leave them behind: {}. \
+         Nothing was switched; walferry cluster cancel, and plan a new job, which has them",
+        tables.join("; ")
+    )]
+    TaskGrew {
+        /// Each in a sentence.
+        tables: Vec<String>,
+    },
     /// The comparison before a task's cutover.
     #[error(
         "both sides of the task differ, which must never be: {}. Nothing was switched; walferry \
