@@ -414,16 +414,12 @@ pub enum Error {
         /// Each in a sentence.
         changes: Vec<String>,
     },
-    /// Tables came to the task's group.
+    /// Tables, each in a sentence, came to the task's group.
     #[error(
-        "tables came to the task's group since it was planned, and it would leave them behind: {}. \
-         Nothing was switched; walferry cluster cancel, and plan a new job, which has them",
-        tables.join("; ")
+        "the task lacks what came to its group since it was planned: {}. Nothing was switched; \
+         walferry cluster cancel, and plan a new job, which has all of it", .0.join("; ")
     )]
-    TaskGrew {
-        /// Each in a sentence.
-        tables: Vec<String>,
-    },
+    TaskGrew(Vec<String>),
     /// The comparison before a task's cutover.
     #[error(
         "both sides of the task differ, which must never be: {}. Nothing was switched; walferry \

@@ -338,7 +338,7 @@ impl Task {
         let tables = siblings(&self.setup.address, &self.row.errand).await?;
         match tables.is_empty() {
             true => Ok(()),
-            false => Err(Error::TaskGrew { tables }),
+            false => Err(Error::TaskGrew(tables)),
         }
     }
 
