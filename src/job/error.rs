@@ -414,11 +414,8 @@ pub enum Error {
         /// Each in a sentence.
         changes: Vec<String>,
     },
-    /// Tables, each in a sentence, came to the task's group.
-    #[error(
-        "the task lacks what came to its group since it was planned: {}. Nothing was switched; \
-         walferry cluster cancel, and plan a new job, which has all of it", .0.join("; ")
-    )]
+    /// Tables, each in a sentence, came to the task's group; nothing was switched.
+    #[error("not in the task: {}; walferry cluster cancel, and plan a new job", .0.join("; "))]
     TaskGrew(Vec<String>),
     /// The comparison before a task's cutover.
     #[error(
