@@ -67,6 +67,7 @@ impl Store {
              error = null, updated_at = now() where name = $1"
         );
         let (job, phase, record) = (self.job().to_string(), phase.to_string(), json(flip)?);
+        self.forget();
         let known = self.known_owners.take();
         self.session.query_params(&sql, &[Some(&job), Some(&phase), Some(&record)]).await?;
         self.known_owners = known.map(|owners| handed_over(owners, flip));
