@@ -10,7 +10,7 @@ use super::count::Counts;
 use super::error::{Error, Result};
 use super::parking::Parks;
 use super::statement::{Bind, Mapping, MissingColumn};
-use super::target::Table;
+use super::target::{Table, Types};
 use super::{Gate, Options, TableFilter, Tuning};
 use crate::change::{Relation, Snapshot};
 use crate::id::{QualifiedName, quote_ident};
@@ -80,6 +80,8 @@ pub(super) struct Routes {
     /// they may be altered later.
     foreseen: HashMap<QualifiedName, Table>,
     foreseen_until: Option<Instant>,
+    /// Those of the tables known.
+    types: Types,
 }
 
 /// For so long what was asked ahead may be used. While a stream begins its first changes come
@@ -153,6 +155,7 @@ impl Routes {
     /// Forgets all that is known of a table, so that the target is asked again. To be called
     /// between target transactions.
     pub fn forget(&mut self, table: &QualifiedName) {
+        self.types.forget();
         let discarded = &mut self.discarded;
         self.routes.retain(|_, route| {
             let stays = route.relation.name != *table;
@@ -180,7 +183,12 @@ impl Routes {
         if names.is_empty() {
             return Ok(());
         }
-        let tables = Table::load(session, &names, self.tuning.binary_values).await?;
+        if self.routes.values().any(|route| names.contains(&route.relation.name)) {
+            // What was altered of one that is known may have been a type.
+            self.types.forget();
+        }
+        let (types, binary_values) = (&mut self.types, self.tuning.binary_values);
+        let tables = Table::load(session, &names, types, binary_values).await?;
         self.foreseen.extend(tables.into_iter().map(|table| (table.name.clone(), table)));
         self.foreseen_until.get_or_insert_with(|| Instant::now() + FORESIGHT);
         Ok(())
@@ -257,6 +265,7 @@ impl Routes {
     /// Forgets all tables, so that the target is asked again; what is counted stays.
     pub fn forget_all(&mut self) {
         self.forget_statements();
+        self.types.forget();
         self.foresee_no_more();
         self.left = self.counts().into_iter().map(|(name, n)| (name.clone(), n)).collect();
         self.routes.clear();

@@ -1,4 +1,8 @@
 //! What the target says of a table that is written: columns, key, and how to compare them.
+//!
+//! How values of a type are written and compared takes ten times as long to ask as which columns
+//! there are, and of thousands of tables the types are few. So types are kept until a table that is
+//! known is asked about again ([`Types`]).
 
 use std::collections::HashMap;
 
@@ -72,12 +76,15 @@ impl Table {
         self.columns.iter().enumerate().find(|(_, c)| c.name == name)
     }
 
-    /// Asks the target about tables; those of which nothing is there are left out. Two round trips.
+    /// Asks the target about tables; those of which nothing is there are left out. Two round trips,
+    /// and one more where they have types that are not among `types`, which come to be there.
+    ///
     /// Values of the server's own types, where no domain is over them, travel in binary if that is
     /// wanted.
     pub async fn load(
         session: &mut Session,
         names: &[QualifiedName],
+        types: &mut Types,
         binary_values: bool,
     ) -> pg::Result<Vec<Table>> {
         let names: Vec<[&str; 2]> = names.iter().map(|n| [&*n.schema, &*n.name]).collect();
@@ -86,8 +93,11 @@ impl Table {
         let oids: Vec<&str> = rows.iter().map(|row| row.str(0)).collect::<pg::Result<_>>()?;
         let oids = format!("{{{}}}", oids.join(","));
         let mut columns = HashMap::<String, Vec<Column>>::new();
-        for row in session.query_params(COLUMNS, &[Some(&oids)]).await? {
-            columns.entry(row.string(8)?).or_default().push(Column::read(&row, binary_values)?);
+        let found = session.query_params(COLUMNS, &[Some(&oids)]).await?;
+        types.learn(session, &found).await?;
+        for row in &found {
+            let column = Column::read(row, types, binary_values)?;
+            columns.entry(row.string(4)?).or_default().push(column);
         }
         rows.iter().map(|row| Table::read(row, &mut columns)).collect()
     }
@@ -114,21 +124,72 @@ impl Table {
 }
 
 impl Column {
-    fn read(row: &Row, binary_values: bool) -> pg::Result<Column> {
-        let native = row.opt(7)?.and_then(Native::named).filter(|_| binary_values);
-        let plain_carrier = carrier(row.str(6)?);
+    fn read(row: &Row, types: &Types, binary_values: bool) -> pg::Result<Column> {
+        let (name, oid) = (row.string(0)?, row.str(1)?);
+        let gone = || pg::Error::Result(format!("column {name}: its type {oid} is not there"));
+        let known = types.0.get(oid).cloned();
+        let Type { type_name, base_type_name, equality, carrier, native } =
+            known.ok_or_else(gone)?;
+        let native = native.filter(|_| binary_values);
         let own = native.filter(|native| native.element_oid().is_some());
         Ok(Column {
-            name: row.string(0)?,
-            type_name: row.string(1)?,
-            base_type_name: row.string(2)?,
-            equality: row.opt(3)?.map(str::to_string),
-            generated: row.bool(4)?,
-            identity_always: row.bool(5)?,
-            carrier: own.map_or(plain_carrier, Carrier::Native),
-            plain_carrier,
+            name,
+            type_name,
+            base_type_name,
+            equality,
+            generated: row.bool(2)?,
+            identity_always: row.bool(3)?,
+            carrier: own.map_or(carrier, Carrier::Native),
+            plain_carrier: carrier,
             native,
         })
+    }
+}
+
+/// What the target has said of types, by oid.
+#[derive(Debug, Default)]
+pub(super) struct Types(HashMap<String, Type>);
+
+/// What a column is by its type alone; see [`Column`].
+#[derive(Clone, Debug)]
+struct Type {
+    type_name: String,
+    base_type_name: String,
+    equality: Option<String>,
+    carrier: Carrier,
+    native: Option<Native>,
+}
+
+impl Types {
+    /// They are to be asked again: one may have been altered.
+    pub fn forget(&mut self) {
+        self.0.clear();
+    }
+
+    /// Asks about those of the columns' types, rows of [`COLUMNS`], that are not known.
+    async fn learn(&mut self, session: &mut Session, columns: &[Row]) -> pg::Result<()> {
+        let mut fresh = Vec::new();
+        for row in columns {
+            let oid = row.str(1)?;
+            if !self.0.contains_key(oid) && !fresh.contains(&oid) {
+                fresh.push(oid);
+            }
+        }
+        if fresh.is_empty() {
+            return Ok(());
+        }
+        let oids = format!("{{{}}}", fresh.join(","));
+        for row in session.query_params(TYPES, &[Some(&oids)]).await? {
+            let known = Type {
+                type_name: row.string(1)?,
+                base_type_name: row.string(2)?,
+                equality: row.opt(3)?.map(str::to_string),
+                carrier: carrier(row.str(4)?),
+                native: row.opt(5)?.and_then(Native::named),
+            };
+            self.0.insert(row.string(0)?, known);
+        }
+        Ok(())
     }
 }
 
@@ -173,7 +234,13 @@ const TABLE: &str = "select c.oid, c.relkind, \
      join pg_catalog.pg_namespace n on n.nspname = w.name ->> 0 \
      join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = w.name ->> 1";
 
-/// Columns with their types and equality operators.
+/// Columns with their types' oids, and of which table they are.
+const COLUMNS: &str = "select a.attname, a.atttypid, \
+     coalesce(pg_catalog.to_jsonb(a) ->> 'attgenerated', '') <> '', a.attidentity = 'a', \
+     a.attrelid from pg_catalog.pg_attribute a where a.attrelid = any ($1::oid[]) \
+     and a.attnum > 0 and not a.attisdropped order by a.attrelid, a.attnum";
+
+/// Types with their base types and equality operators.
 ///
 /// The operator is that of the default btree or hash operator class, of the type itself or of one
 /// it is binary-coercible to (varchar to text). The session's search_path is empty and the type may
@@ -184,11 +251,9 @@ const TABLE: &str = "select c.oid, c.relkind, \
 ///
 /// Values travel as text unless somebody may have made a cast from text that does not do what the
 /// type's input function does.
-const COLUMNS: &str = "with recursive base(attrelid, attnum, oid, typbasetype) as ( \
-       select a.attrelid, a.attnum, t.oid, t.typbasetype from pg_catalog.pg_attribute a \
-         join pg_catalog.pg_type t on t.oid = a.atttypid \
-         where a.attrelid = any ($1::oid[]) and a.attnum > 0 and not a.attisdropped \
-       union all select b.attrelid, b.attnum, t.oid, t.typbasetype from base b \
+const TYPES: &str = "with recursive base(own, oid, typbasetype) as ( \
+       select t.oid, t.oid, t.typbasetype from pg_catalog.pg_type t where t.oid = any ($1::oid[]) \
+       union all select b.own, t.oid, t.typbasetype from base b \
          join pg_catalog.pg_type t on t.oid = b.typbasetype), \
      compared(elemental) as ( \
        select distinct e.oid from base b join pg_catalog.pg_type t on t.oid = b.oid \
@@ -208,8 +273,7 @@ const COLUMNS: &str = "with recursive base(attrelid, attnum, oid, typbasetype) a
          join pg_catalog.pg_operator o on o.oid = p.amopopr \
          join pg_catalog.pg_namespace n on n.oid = o.oprnamespace \
          order by c.elemental, k.opcintype = c.elemental desc, m.amname, o.oid) \
-     select a.attname, pg_catalog.format_type(a.atttypid, -1), \
-       pg_catalog.format_type(b.oid, -1), \
+     select b.own, pg_catalog.format_type(b.own, -1), pg_catalog.format_type(b.oid, -1), \
        coalesce( \
          (select e.operator from equal e where e.oid = b.oid), \
          case when t.typtype in ('e', 'r', 'm') then 'operator(pg_catalog.=)' end, \
@@ -217,14 +281,10 @@ const COLUMNS: &str = "with recursive base(attrelid, attnum, oid, typbasetype) a
              exists (select from equal e where e.oid = t.typelem) \
              or exists (select from pg_catalog.pg_type l where l.oid = t.typelem \
                  and l.typtype in ('e', 'r', 'm'))) then 'operator(pg_catalog.=)' end), \
-       coalesce(pg_catalog.to_jsonb(a) ->> 'attgenerated', '') <> '', a.attidentity = 'a', \
        case when not exists (select from pg_catalog.pg_cast x where x.casttarget = b.oid \
              and x.castsource = 'pg_catalog.text'::pg_catalog.regtype \
              and (x.castmethod = 'f' or (x.castmethod = 'b' and x.oid >= 16384))) then 'text' \
          when t.typarray <> 0 then 'literal' else 'none' end, \
-       case when a.atttypid in (16, 17, 20, 21, 23, 25, 114, 700, 701, 1042, 1043, 1082, 1114, \
-         1184, 1700, 2950, 3802) then t.typname end, a.attrelid \
-     from base b \
-     join pg_catalog.pg_attribute a on a.attrelid = b.attrelid and a.attnum = b.attnum \
-     join pg_catalog.pg_type t on t.oid = b.oid \
-     where b.typbasetype = 0 order by a.attrelid, a.attnum";
+       case when b.own in (16, 17, 20, 21, 23, 25, 114, 700, 701, 1042, 1043, 1082, 1114, \
+         1184, 1700, 2950, 3802) then t.typname end \
+     from base b join pg_catalog.pg_type t on t.oid = b.oid where b.typbasetype = 0";
