@@ -1,5 +1,5 @@
 //! Tables that no stream carries because they came after it: a cutover without their rows would
-//! lose them without a word, so it is refused by name.
+//! lose them without a word, so it is refused by name. Where `--ddl` takes them in: `joining`.
 
 use std::collections::HashSet;
 
@@ -10,7 +10,7 @@ use crate::cutover;
 use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
 use crate::pg::Session;
-use crate::source::publication;
+use crate::source::{Followed, publication};
 
 impl Runner {
     /// A table that was made after the job began is in no publication: its rows would stay behind
@@ -76,25 +76,29 @@ impl Runner {
             Stream::Reverse => self.config.target.clone(),
         };
         let followed = self.store.load_readings().await?.tables(flip);
-        let tables = self.tables(&live).await?;
-        let this = |table: &Table| followed.contains(table.oid, &table.name);
-        let mut names: HashSet<QualifiedName> =
-            tables.iter().filter(|table| this(table)).map(|table| table.name.clone()).collect();
-        let mut unfollowed = tables.len();
-        loop {
-            for table in &tables {
-                let parent = table.partition_of.as_ref();
-                if parent.is_some_and(|parent| names.contains(parent)) {
-                    names.insert(table.name.clone());
-                }
+        Ok(unfollowed(&followed, &self.tables(&live).await?))
+    }
+}
+
+/// Of `tables`, those that are neither followed themselves nor partitions of one that is.
+pub(super) fn unfollowed(followed: &Followed, tables: &[Table]) -> Vec<QualifiedName> {
+    let this = |table: &&Table| followed.contains(table.oid, &table.name);
+    let mut names: HashSet<QualifiedName> =
+        tables.iter().filter(this).map(|table| table.name.clone()).collect();
+    let mut unfollowed = tables.len();
+    loop {
+        for table in tables {
+            let parent = table.partition_of.as_ref();
+            if parent.is_some_and(|parent| names.contains(parent)) {
+                names.insert(table.name.clone());
             }
-            let left = tables.iter().map(|t| &t.name).filter(|name| !names.contains(name));
-            let left: Vec<QualifiedName> = left.cloned().collect();
-            // A partition of a partition may have been looked at before its parent.
-            if left.is_empty() || left.len() == unfollowed {
-                return Ok(left);
-            }
-            unfollowed = left.len();
         }
+        let left = tables.iter().map(|t| &t.name).filter(|name| !names.contains(name));
+        let left: Vec<QualifiedName> = left.cloned().collect();
+        // A partition of a partition may have been looked at before its parent.
+        if left.is_empty() || left.len() == unfollowed {
+            return left;
+        }
+        unfollowed = left.len();
     }
 }
