@@ -1,8 +1,8 @@
 //! `--ddl` without event triggers: tables that are made on the source while the job follows it. No
 //! publication has them, so nothing of them is in the stream.
 //!
-//! 1. A table that two looks have seen is made on the target, empty and with its indexes, or its SQL
-//!    is told, as the policy says ([`Watcher::meet_newcomers`]).
+//! 1. A table that two looks have seen is made on the target, empty and with its indexes, or its
+//!    SQL is told, as the policy says ([`Watcher::meet_newcomers`]).
 //! 2. One that is there, empty and with the same columns, whoever made it, is noted in
 //!    `walferry.newcomer`, unless a transaction has been under way for long: step 4 would wait for
 //!    it, and the stream with that.
@@ -15,8 +15,8 @@
 //! A partition that is new and empty, of a table that takes part, is only made: the stream has all
 //! that will be in it.
 //!
-//! A crash between any two steps goes on with the next: a note is taken back when its table has been
-//! read, and all others have been before.
+//! A crash between any two steps goes on with the next: a note is taken back when its table has
+//! been read, and all others have been before.
 //!
 //! Left out: triggers, rules and policies of such a table (indexes and constraints that come later,
 //! and foreign keys, are [`super::silent`]'s); jobs of two ways, of a copy or a publication that
@@ -58,7 +58,7 @@ pub(super) struct Newcomers {
     seen: HashSet<u32>,
     /// The first transaction id that was not given by then, of looks no longer ago than [`LONG`].
     given: VecDeque<(Instant, i64)>,
-    /// What makes a family of them on the target, by the oid of its first table: as its columns were.
+    /// What makes a family of them, by the oid of its first table: as its columns were.
     making: HashMap<u32, (String, Vec<String>)>,
 }
 

@@ -73,8 +73,8 @@ pub async fn dump(config: &Config, selection: &Selection, options: &Options) -> 
     Ok(Dump { pre: without(&without_column_versions(pre)?, &left_out, false)?, post })
 }
 
-/// Reads how these tables are made, with what belongs to them: links to others stay, as those are on
-/// the target. Locks and errors as of [`dump`].
+/// Reads how these tables are made, with what belongs to them: links to others stay, as those are
+/// on the target. Locks and errors as of [`dump`].
 pub async fn dump_tables(
     config: &Config,
     tables: &[QualifiedName],

@@ -1,5 +1,8 @@
-//! Tables that come to the source while it is followed: made on the target with their indexes, empty,
-//! before anything of them is copied.
+//! Tables that come to the source while it is followed: made on the target with their indexes,
+//! empty, before anything of them is copied.
+//!
+//! pg_dump says how, as of the whole schema. All of a table is made in one transaction, in which
+//! nobody else sees it; nothing of it survives a crash, and the next look begins anew.
 
 use std::collections::HashMap;
 
@@ -10,8 +13,8 @@ use crate::id::QualifiedName;
 use crate::pg::{Config, Session};
 
 /// The statements of one transaction that makes `tables`, which the target lacks, as the source has
-/// them now: columns, defaults, sequences of theirs, rights, indexes, the constraints that have one,
-/// CHECK and replica identity. Foreign keys, triggers, rules and policies are left out.
+/// them now: columns, defaults, sequences of theirs, rights, indexes, the constraints that have
+/// one, CHECK and replica identity. Foreign keys, triggers, rules and policies are left out.
 ///
 /// Runs pg_dump. Errors: those of [`dump::dump`]; `Roles` and `TooNew` where the target lacks what
 /// they speak of.

@@ -16,7 +16,8 @@ use crate::lsn::Lsn;
 use crate::pg::{Config, ServerError};
 
 /// A commit is decoded before others see it: by a moment, or for as long as standbys take that it
-/// waits for. So a table that a row does not fit is looked at again, so many times and so long apart.
+/// waits for. So a table that a row does not fit is looked at again, so many times and so long
+/// apart.
 const LOOKS: u32 = 50;
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
