@@ -21,7 +21,7 @@ fn table(oid: u32, name: &str, kind: TableKind, parent: &str) -> Table {
 }
 
 fn told(found: &[&str], all: &[Table], there: &[&str]) -> Vec<String> {
-    let found: Vec<_> = found.iter().map(|name| QualifiedName::new("s", name)).collect();
+    let found: Vec<_> = found.iter().map(|name| QualifiedName::new("s", *name)).collect();
     let there = |table: &&Table| there.contains(&&*table.name.name);
     let there: Vec<Table> = all.iter().filter(there).cloned().collect();
     let names = |tables: &[Table]| {
