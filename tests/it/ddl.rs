@@ -148,6 +148,13 @@ const SILENT: &[&str] = &[
      delete from made where feeling = 'sad'",
 ];
 
+/// A statement that waits for transactions of the writer, which may be this very thread's to go on
+/// with.
+fn run_on(server: &Server, sql: &str) {
+    let ran = tokio::task::block_in_place(|| server.psql("app", sql));
+    ran.unwrap_or_else(|e| panic!("{sql}: {e}"));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_altered_is_applied_at_its_place_once_through_kills() {
     let ends = two_servers().await;
@@ -156,7 +163,7 @@ async fn what_is_altered_is_applied_at_its_place_once_through_kills() {
     let options = Options { tx_per_second: Some(100.0), ..Options::new(&ends.source_uri()) };
     let writer = Writer::start(options).await.unwrap();
     for (turn, sql) in ALTERED.iter().enumerate() {
-        ends.source.psql("app", sql).unwrap();
+        run_on(&ends.source, sql);
         if turn % 2 == 0 {
             tokio::time::sleep(Duration::from_millis(fastrand::u64(0..300))).await;
             run.kill9().await;
@@ -356,7 +363,7 @@ async fn what_an_event_trigger_captures_is_run_at_its_place_once_through_kills()
     let options = Options { tx_per_second: Some(100.0), ..Options::new(&ends.source_uri()) };
     let writer = Writer::start(options).await.unwrap();
     for (turn, sql) in CAPTURED.iter().enumerate() {
-        ends.source.psql("app", sql).unwrap_or_else(|e| panic!("{sql}: {e}"));
+        run_on(&ends.source, sql);
         if turn % 6 == 0 {
             tokio::time::sleep(Duration::from_millis(fastrand::u64(0..400))).await;
             run.kill9().await;
@@ -543,7 +550,7 @@ async fn goes_there_and_back(major: u32, decoder: &str, capture: bool) {
         ]);
     }
     for (turn, sql) in texts.iter().enumerate() {
-        ends.source.psql("app", sql).unwrap_or_else(|e| panic!("{sql}: {e}"));
+        run_on(&ends.source, sql);
         if turn % 8 == 3 {
             tokio::time::sleep(Duration::from_millis(fastrand::u64(0..400))).await;
             run.kill9().await;
