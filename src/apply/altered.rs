@@ -161,6 +161,7 @@ impl Applier {
             return Ok(batch);
         }
         self.writer.routes.retire();
+        self.writer.foresee(&mut self.session, &batch).await?;
         while let Some(place) = self.first_unknown(&batch) {
             let Place { relation, ordinal, .. } = &place;
             let Some(begin) = batch.chunks.get(place.chunk).map(|c| c.begin.clone()) else { break };
@@ -205,10 +206,12 @@ impl Applier {
                     };
                     self.alter_here(&culprit, &statements, columns).await?;
                     batch.opens = false;
+                    self.writer.routes.foresee_no_more();
                     self.writer.routes.ensure(&mut self.session, relation).await?;
                 }
             }
         }
+        self.writer.routes.foresee_no_more();
         Ok(batch)
     }
 

@@ -41,6 +41,7 @@ impl Applier {
             // A label is of no use in the transaction that adds it; nobody misses anything if it is
             // there a moment early.
             if before {
+                self.writer.routes.foresee_no_more();
                 self.run_captured(&ddl, &sql, false).await?;
                 return Ok(batch);
             }

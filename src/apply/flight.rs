@@ -1,12 +1,17 @@
 //! A batch on its way to the target and back.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::admit::Admitted;
 use super::batch::Batch;
 use super::count::Entry;
+use super::error::{Error, Result};
+use super::prepared::Prepared;
+use super::progress::Progress;
 use super::request::{Replies, Request, Role};
+use crate::change::{Change, Relation};
 use crate::fault::{Fault, Faulty};
 use crate::lsn::Lsn;
 use crate::pg::{self, Event};
@@ -61,4 +66,42 @@ pub(super) fn deliver(flights: &mut VecDeque<Flight>, event: Event) {
         Event::Failed(error) => flight.failure = flight.failure.take().or(Some(error)),
         Event::Over => flight.over = true,
     }
+}
+
+/// Of each change of the batch, in order.
+pub(super) fn relations(batch: &Batch) -> impl Iterator<Item = &Arc<Relation>> {
+    batch.chunks.iter().flat_map(|c| &c.changes).flat_map(Change::relations)
+}
+
+/// BEGIN, if the batch opens and has something to write, and the transaction's tag where no origin
+/// is one: true if that is progress itself.
+pub(super) fn head(
+    request: &mut Request,
+    progress: &Progress,
+    prepared: &Prepared,
+    flight: &Flight,
+) -> Result<bool> {
+    if !flight.opens {
+        return Ok(false);
+    }
+    request.run("walferry_begin", Role::Aside);
+    let begin = flight.batch.prepares();
+    begin.into_iter().for_each(|begin| prepared.begin(request, begin));
+    match (begin, progress.is_marker()) {
+        (_, false) => return Ok(false),
+        (Some(_), true) => return Err(Error::PreparedWithoutOrigin),
+        (None, true) => {}
+    }
+    match &flight.batch.commit {
+        Some(commit) => {
+            let (pipeline, previous_lsn) = (&mut request.pipeline, flight.previous_lsn);
+            progress.record(pipeline, previous_lsn, commit.end_lsn, &flight.entry);
+            request.roles.push(Role::Progress);
+        }
+        None => {
+            progress.mark(&mut request.pipeline);
+            request.roles.push(Role::Aside);
+        }
+    }
+    Ok(flight.batch.commit.is_some())
 }

@@ -293,6 +293,9 @@ pub struct Options {
     pub alter: Option<Arc<dyn Alter>>,
     /// Applications write to the target as well.
     pub two_way: Option<conflict::TwoWay>,
+    /// Tables of the target that are likely to be written: it is asked about them while the stream
+    /// begins, and not when their first changes wait for it.
+    pub expected: Vec<QualifiedName>,
 }
 
 impl Options {
@@ -311,6 +314,7 @@ impl Options {
             on_row_error: OnRowError::default(),
             alter: None,
             two_way: None,
+            expected: Vec::new(),
         }
     }
 }
@@ -368,6 +372,8 @@ pub struct Applier {
     parked_at: Instant,
     /// Where applications write to the target as well, who settles conflicts.
     settler: Option<Settler>,
+    /// Tables that the target is asked about when the stream begins.
+    expected: Vec<QualifiedName>,
 }
 
 impl Applier {
@@ -389,10 +395,9 @@ impl Applier {
         };
         let mut session = Session::connect(&config, Purpose::Sql).await?;
         set_up(&mut session, options.replica_role).await?;
-        let (progress, progress_lsn) =
+        let (progress, progress_lsn, durable) =
             Progress::open(&mut session, &options.stream, options.progress, options.busy_wait)
                 .await?;
-        let durable = standby::beginning(&mut session, progress_lsn).await?;
         let writer = Writer::new(&mut session, &options).await?;
         let known = match &options.alter {
             Some(_) => altered::known(&mut session, &options.stream).await?,
@@ -428,6 +433,7 @@ impl Applier {
             parked_at: Instant::now(),
             durable,
             settler,
+            expected: options.expected,
         })
     }
 

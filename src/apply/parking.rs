@@ -115,14 +115,15 @@ impl Parks {
     /// The stream's, as the target has them.
     pub async fn read(session: &mut Session, stream: &str) -> Result<Parks> {
         let mut parks = Parks::default();
-        let there = "select pg_catalog.to_regclass('walferry.parked') is not null";
-        if !session.query_one(there, &[]).await?.bool(0)? {
-            return Ok(parks);
-        }
         let sql = "select schema, name, reason, error, awaited, \
                case when not begun then from_xid end, from_ordinal \
              from walferry.parked where stream = $1";
-        for row in session.query_params(sql, &[Some(stream)]).await? {
+        let rows = match session.query_params(sql, &[Some(stream)]).await {
+            // Nothing was ever parked by an earlier version's job.
+            Err(error) if matches!(error.code(), Some("42P01" | "3F000")) => Vec::new(),
+            rows => rows?,
+        };
+        for row in rows {
             let ordinal: u64 = row.parse(6)?;
             let park = Park {
                 reason: Reason::named(row.str(2)?),

@@ -58,8 +58,12 @@ impl Prepared {
     /// Asks the target. The stream's progress must be claimed already.
     pub async fn read(session: &mut Session, stream: &str) -> Result<Prepared> {
         let mut prepared = Prepared { stream: stream.to_string(), ..Prepared::default() };
+        let (mut committed, mut open) = (Pipeline::new(), Pipeline::new());
         let sql = "select xid from walferry.prepared where stream = $1";
-        let committed = match session.query_params(sql, &[Some(stream)]).await {
+        committed.ask(sql, &[Some(stream)]);
+        open.ask(NAMES, &[Some(stream)]);
+        let [committed, open] = session.exchange_each([committed, open]).await?;
+        let committed = match committed {
             // A job of an earlier version has no such table.
             Err(error) if error.code() == Some("42P01") => Vec::new(),
             rows => rows?,
@@ -67,7 +71,8 @@ impl Prepared {
         for row in committed {
             prepared.states.insert(row.parse(0)?, State::Committed);
         }
-        for gid in names(session, stream).await? {
+        for row in open? {
+            let gid = row.str(0)?;
             let rest = gid.strip_prefix(stream).and_then(|rest| rest.strip_prefix(':'));
             let xid = rest.and_then(|rest| rest.split(':').next()?.parse().ok());
             if let Some(xid) = xid {
@@ -124,12 +129,13 @@ fn name(stream: &str, xid: u32, gid: &str) -> String {
     name
 }
 
-/// Names of the stream's transactions that are prepared in this database.
+/// Names of a stream's transactions that are prepared in this database.
+const NAMES: &str = "select gid from pg_catalog.pg_prepared_xacts \
+     where database = pg_catalog.current_database() \
+     and pg_catalog.left(gid, pg_catalog.length($1) + 1) = $1 || ':' order by prepared";
+
 async fn names(session: &mut Session, stream: &str) -> pg::Result<Vec<String>> {
-    let sql = "select gid from pg_catalog.pg_prepared_xacts \
-         where database = pg_catalog.current_database() \
-         and pg_catalog.left(gid, pg_catalog.length($1) + 1) = $1 || ':' order by prepared";
-    let rows = session.query_params(sql, &[Some(stream)]).await?;
+    let rows = session.query_params(NAMES, &[Some(stream)]).await?;
     rows.iter().map(|row| row.string(0)).collect()
 }
 

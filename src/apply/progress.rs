@@ -19,13 +19,15 @@
 use std::time::Duration;
 
 use super::count::Entry;
+use super::durable::Durable;
 use super::error::{Error, Result};
+use super::standby::POSITION;
 use super::statement::GUARD_PREFIX;
 use super::{DDL, count, refused};
 use crate::clock::Deadline;
 use crate::id::quote_literal;
 use crate::lsn::Lsn;
-use crate::pg::{self, Pipeline, Session};
+use crate::pg::{self, Pipeline, Row, Session};
 
 /// How what is written is told from what applications write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +60,8 @@ const BUSY_STEP: Duration = Duration::from_millis(50);
 
 impl Progress {
     /// Claims the stream's progress, making it at 0/0 if there is none yet, and gives the position
-    /// up to which (exclusive) the stream is applied. That much is flushed to the target's disk.
+    /// up to which (exclusive) the stream is applied. That much is flushed to the target's disk, if
+    /// not to that of a standby that may take over.
     ///
     /// An origin that is in use, by a predecessor's backend that has not noticed its end, is waited
     /// for up to `busy_wait`; then an error names its pid.
@@ -67,29 +70,24 @@ impl Progress {
         stream: &str,
         kind: ProgressKind,
         busy_wait: Duration,
-    ) -> Result<(Progress, Lsn)> {
+    ) -> Result<(Progress, Lsn, Durable)> {
         let progress = Progress { stream: stream.to_string(), kind };
         if kind == ProgressKind::Origin {
             progress.claim_origin(session, busy_wait).await?;
         }
-        progress.prepare(session).await?;
-        let lsn = progress.flush(session).await?;
-        Ok((progress, lsn))
+        // One round trip: a target may be far away.
+        let mut position = Pipeline::new();
+        position.once(POSITION);
+        let asked = [progress.preparing(), progress.flushing(), position];
+        let [prepared, flushed, position] = session.exchange_each(asked).await?;
+        prepared.map_err(no_state)?;
+        let lsn = progress.flushed(&flushed?)?;
+        let durable = Durable::standing(position?.first(), lsn)?;
+        Ok((progress, lsn, durable))
     }
 
     async fn claim_origin(&self, session: &mut Session, busy_wait: Duration) -> Result<()> {
         let name = Some(self.stream.as_str());
-        let known = "select 1 from pg_catalog.pg_replication_origin where roname = $1";
-        if session.query_opt(known, &[name]).await?.is_none() {
-            let create = "select pg_catalog.pg_replication_origin_create($1)";
-            match session.query_params(create, &[name]).await {
-                // 42710: made by somebody else just now.
-                Err(error) if error.code() != Some("42710") => {
-                    return Err(denied(session, error).await);
-                }
-                _ => {}
-            }
-        }
         let deadline = Deadline::after(busy_wait);
         loop {
             let setup = "select pg_catalog.pg_replication_origin_session_setup($1)";
@@ -97,8 +95,21 @@ impl Progress {
                 Ok(_) => return Ok(()),
                 Err(error) => error,
             };
-            if error.code() != Some("55006") {
-                return Err(denied(session, error).await);
+            match error.code() {
+                // In use.
+                Some("55006") => {}
+                // There is none of that name.
+                Some("42704") => {
+                    let create = "select pg_catalog.pg_replication_origin_create($1)";
+                    match session.query_params(create, &[name]).await {
+                        // 42710: made by somebody else just now.
+                        Err(error) if error.code() != Some("42710") => {
+                            return Err(denied(session, error).await);
+                        }
+                        _ => continue,
+                    }
+                }
+                _ => return Err(denied(session, error).await),
             }
             if deadline.passed() {
                 return Err(Error::OriginBusy {
@@ -113,7 +124,7 @@ impl Progress {
 
     /// Makes the row, if there is none, enters what is counted beside it in its table, and prepares
     /// the statements that write it.
-    async fn prepare(&self, session: &mut Session) -> Result<()> {
+    fn preparing(&self) -> Pipeline {
         let mut pipeline = Pipeline::new();
         let stream = quote_literal(&self.stream);
         pipeline.once("begin");
@@ -141,7 +152,7 @@ impl Progress {
         }
         let mark = "update walferry.progress set end_lsn = end_lsn where stream = $1::text";
         pipeline.parse(MARK, mark, &[]);
-        session.exchange(pipeline, |_| {}).await.map_err(no_state)
+        pipeline
     }
 
     /// True if a transaction's first statement has to be to the stream's row.
@@ -172,14 +183,23 @@ impl Progress {
     /// Reads progress and has the target flush its log up to it, so that every commit of this
     /// session, and of its predecessors under the same stream, is durable on return.
     pub async fn flush(&self, session: &mut Session) -> Result<Lsn> {
-        // A commit that waits for its flush, and with it for all before it.
-        let sql = format!(
-            "begin; set local synchronous_commit = local; \
-             update walferry.progress set end_lsn = end_lsn where stream = {} \
-             returning end_lsn; commit",
-            quote_literal(&self.stream)
-        );
-        let rows = session.query(&sql).await?;
+        let [flushed] = session.exchange_each([self.flushing()]).await?;
+        self.flushed(&flushed?)
+    }
+
+    /// A commit that waits for its flush, and with it for all before it.
+    fn flushing(&self) -> Pipeline {
+        let mut pipeline = Pipeline::new();
+        pipeline.once("begin");
+        pipeline.once("set local synchronous_commit = local");
+        let row = "update walferry.progress set end_lsn = end_lsn where stream = $1 \
+             returning end_lsn";
+        pipeline.ask(row, &[Some(&self.stream)]);
+        pipeline.once("commit");
+        pipeline
+    }
+
+    fn flushed(&self, rows: &[Row]) -> Result<Lsn> {
         let row = rows.first().ok_or_else(|| {
             Error::Broken(format!(
                 "the row of stream \"{}\" is gone from walferry.progress",

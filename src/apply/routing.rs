@@ -2,6 +2,7 @@
 
 use std::collections::{self, BTreeMap};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use foldhash::{HashMap, HashMapExt};
 
@@ -75,7 +76,15 @@ pub(super) struct Routes {
     pub parks: Parks,
     /// Counted under routes that are forgotten.
     left: BTreeMap<QualifiedName, Counts>,
+    /// What the target said of tables before a change of theirs came, and until when it stands:
+    /// they may be altered later.
+    foreseen: HashMap<QualifiedName, Table>,
+    foreseen_until: Option<Instant>,
 }
+
+/// For so long what was asked ahead may be used. While a stream begins its first changes come
+/// within this, and the target is not asked for each table then.
+const FORESIGHT: Duration = Duration::from_secs(2);
 
 impl Routes {
     /// No table is known yet, but which of them are parked.
@@ -156,6 +165,39 @@ impl Routes {
         self.superseded.retain(|address| routes.contains_key(address));
     }
 
+    /// Asks the target about all of these tables at once, of which [`Routes::ensure`] is to hear
+    /// soon. Two round trips, none if all of them were asked about just now.
+    pub async fn foresee(
+        &mut self,
+        session: &mut Session,
+        names: impl IntoIterator<Item = QualifiedName>,
+    ) -> Result<()> {
+        if self.foreseen_until.is_some_and(|until| until < Instant::now()) {
+            self.foresee_no_more();
+        }
+        let new = names.into_iter().filter(|name| !self.foreseen.contains_key(name));
+        let names: Vec<QualifiedName> = new.collect();
+        if names.is_empty() {
+            return Ok(());
+        }
+        let tables = Table::load(session, &names, self.tuning.binary_values).await?;
+        self.foreseen.extend(tables.into_iter().map(|table| (table.name.clone(), table)));
+        self.foreseen_until.get_or_insert_with(|| Instant::now() + FORESIGHT);
+        Ok(())
+    }
+
+    /// Tables may be altered from here on.
+    pub fn foresee_no_more(&mut self) {
+        self.foreseen.clear();
+        self.foreseen_until = None;
+    }
+
+    /// True if the target will be asked about the relation's table.
+    pub fn is_asked_of(&self, relation: &Arc<Relation>) -> bool {
+        let name = &relation.name;
+        self.get(relation).is_none() && !self.parks.keeps_all(name) && self.takes_part(name)
+    }
+
     /// Gets to know the relation, asking the target about its table if it is new.
     pub async fn ensure(&mut self, session: &mut Session, relation: &Arc<Relation>) -> Result<()> {
         let mapping = match self.routes.contains_key(&address(relation)) {
@@ -171,6 +213,7 @@ impl Routes {
     /// The relation's changes are written to a table as the target has it now.
     pub async fn renew(&mut self, session: &mut Session, relation: &Arc<Relation>) -> Result<()> {
         self.forget(&relation.name);
+        self.foresee_no_more();
         let mapping = self.map(session, relation).await?;
         self.learn(relation, mapping);
         Ok(())
@@ -214,17 +257,19 @@ impl Routes {
     /// Forgets all tables, so that the target is asked again; what is counted stays.
     pub fn forget_all(&mut self) {
         self.forget_statements();
+        self.foresee_no_more();
         self.left = self.counts().into_iter().map(|(name, n)| (name.clone(), n)).collect();
         self.routes.clear();
         self.superseded.clear();
     }
 
-    async fn map(&self, session: &mut Session, relation: &Relation) -> Result<Option<Mapping>> {
+    async fn map(&mut self, session: &mut Session, relation: &Relation) -> Result<Option<Mapping>> {
         let name = &relation.name;
         if self.tables.as_ref().is_some_and(|contains| !contains(name)) {
             return Ok(None);
         }
-        let Some(mut table) = Table::load(session, name, self.tuning.binary_values).await? else {
+        self.foresee(session, [name.clone()]).await?;
+        let Some(mut table) = self.foreseen.remove(name) else {
             return Err(Error::NoTable { table: name.clone() });
         };
         table.takes_copy &= self.tuning.copy_inserts;

@@ -56,6 +56,8 @@ impl Applier {
         mut shutdown: watch::Receiver<bool>,
     ) -> Result<()> {
         self.publish(positions);
+        let expected = std::mem::take(&mut self.expected);
+        self.writer.routes.foresee(&mut self.session, expected).await?;
         let mut ended = false;
         loop {
             let (stopping, under_way) = (*shutdown.borrow_and_update(), self.writer.in_flight());

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{Applier, Durable, Error, Result};
 use crate::lsn::Lsn;
-use crate::pg::Session;
+use crate::pg::{Row, Session};
 
 /// Asks where the target's log stands, how much of it nothing can take back any more, and whether
 /// that is for the target's own disk alone to say. Where a commit waits for standbys, one of them
@@ -24,17 +24,25 @@ pub(super) const POSITION: &str = "select pg_catalog.pg_current_wal_insert_lsn()
 const STANDBY_WAITS: u32 = 25;
 const STANDBY_WAIT: Duration = Duration::from_millis(20);
 
-/// An earlier applier's last commits are on the target's own disk; a standby that may take over
-/// can lack them.
+/// What of an earlier applier's commits is durable: they are on the target's own disk, and a
+/// standby that may take over can lack them.
 pub(super) async fn beginning(session: &mut Session, progress_lsn: Lsn) -> Result<Durable> {
     let row = session.query_one(POSITION, &[]).await?;
-    let mut durable = Durable::new(Lsn::ZERO);
-    durable.committed(progress_lsn);
-    match row.bool(2)? {
-        true => durable.flushed_all(),
-        false => durable.stands(row.lsn(0)?, row.lsn(1)?),
+    Durable::standing(Some(&row), progress_lsn)
+}
+
+impl Durable {
+    /// The same by the answer to [`POSITION`].
+    pub fn standing(position: Option<&Row>, progress_lsn: Lsn) -> Result<Durable> {
+        let row = position.ok_or_else(|| Error::Broken("no answer about the log".to_string()))?;
+        let mut durable = Durable::new(Lsn::ZERO);
+        durable.committed(progress_lsn);
+        match row.bool(2)? {
+            true => durable.flushed_all(),
+            false => durable.stands(row.lsn(0)?, row.lsn(1)?),
+        }
+        Ok(durable)
     }
-    Ok(durable)
 }
 
 impl Applier {

@@ -1,9 +1,11 @@
 //! What the target says of a table that is written: columns, key, and how to compare them.
 
+use std::collections::HashMap;
+
 use super::encode::Carrier;
 use super::native::Native;
 use crate::id::QualifiedName;
-use crate::pg::{self, Session};
+use crate::pg::{self, Row, Session};
 
 /// A table on the target.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,42 +72,35 @@ impl Table {
         self.columns.iter().enumerate().find(|(_, c)| c.name == name)
     }
 
-    /// Asks the target about a table; `None` if nothing of that name is there. Two round trips.
+    /// Asks the target about tables; those of which nothing is there are left out. Two round trips.
     /// Values of the server's own types, where no domain is over them, travel in binary if that is
     /// wanted.
     pub async fn load(
         session: &mut Session,
-        name: &QualifiedName,
+        names: &[QualifiedName],
         binary_values: bool,
-    ) -> pg::Result<Option<Table>> {
-        let Some(row) = session.query_opt(TABLE, &[Some(&name.schema), Some(&name.name)]).await?
-        else {
-            return Ok(None);
-        };
+    ) -> pg::Result<Vec<Table>> {
+        let names: Vec<[&str; 2]> = names.iter().map(|n| [&*n.schema, &*n.name]).collect();
+        let names = serde_json::json!(names).to_string();
+        let rows = session.query_params(TABLE, &[Some(&names)]).await?;
+        let oids: Vec<&str> = rows.iter().map(|row| row.str(0)).collect::<pg::Result<_>>()?;
+        let oids = format!("{{{}}}", oids.join(","));
+        let mut columns = HashMap::<String, Vec<Column>>::new();
+        for row in session.query_params(COLUMNS, &[Some(&oids)]).await? {
+            columns.entry(row.string(8)?).or_default().push(Column::read(&row, binary_values)?);
+        }
+        rows.iter().map(|row| Table::read(row, &mut columns)).collect()
+    }
+
+    fn read(row: &Row, columns: &mut HashMap<String, Vec<Column>>) -> pg::Result<Table> {
+        let name = QualifiedName::new(row.str(7)?, row.str(8)?);
         let key = match row.opt(3)? {
             None => Vec::new(),
             Some(json) => serde_json::from_str(json)
                 .map_err(|e| pg::Error::Result(format!("key of {name}: {e}")))?,
         };
-        let mut columns = Vec::new();
-        for row in session.query_params(COLUMNS, &[Some(row.str(0)?)]).await? {
-            let native = row.opt(7)?.and_then(Native::named).filter(|_| binary_values);
-            let plain_carrier = carrier(row.str(6)?);
-            let own = native.filter(|native| native.element_oid().is_some());
-            columns.push(Column {
-                name: row.string(0)?,
-                type_name: row.string(1)?,
-                base_type_name: row.string(2)?,
-                equality: row.opt(3)?.map(str::to_string),
-                generated: row.bool(4)?,
-                identity_always: row.bool(5)?,
-                carrier: own.map_or(plain_carrier, Carrier::Native),
-                plain_carrier,
-                native,
-            });
-        }
-        Ok(Some(Table {
-            name: name.clone(),
+        Ok(Table {
+            name,
             kind: row.string(1)?,
             counts_inserts: row.bool(2)?,
             acts: row.bool(4)?,
@@ -113,8 +108,27 @@ impl Table {
             takes_copy: row.bool(6)?,
             deletes_by_array: true,
             key,
-            columns,
-        }))
+            columns: columns.remove(row.str(0)?).unwrap_or_default(),
+        })
+    }
+}
+
+impl Column {
+    fn read(row: &Row, binary_values: bool) -> pg::Result<Column> {
+        let native = row.opt(7)?.and_then(Native::named).filter(|_| binary_values);
+        let plain_carrier = carrier(row.str(6)?);
+        let own = native.filter(|native| native.element_oid().is_some());
+        Ok(Column {
+            name: row.string(0)?,
+            type_name: row.string(1)?,
+            base_type_name: row.string(2)?,
+            equality: row.opt(3)?.map(str::to_string),
+            generated: row.bool(4)?,
+            identity_always: row.bool(5)?,
+            carrier: own.map_or(plain_carrier, Carrier::Native),
+            plain_carrier,
+            native,
+        })
     }
 }
 
@@ -127,8 +141,8 @@ fn carrier(named: &str) -> Carrier {
 }
 
 /// Oid, kind, whether INSERT may lose rows, key, whether something acts on changes, whether it is
-/// ours, whether it has no row security. For the first question a partition's own triggers are not
-/// looked for, so inserts into partitioned tables are always counted.
+/// ours, whether it has no row security, its name. For the second a partition's own triggers are
+/// not looked for, so inserts into partitioned tables are always counted.
 const TABLE: &str = "select c.oid, c.relkind, \
      c.relhasrules or c.relkind = 'p' or exists (select from pg_catalog.pg_trigger g \
          where g.tgrelid = c.oid and not g.tgisinternal and g.tgenabled <> 'D'), \
@@ -153,9 +167,11 @@ const TABLE: &str = "select c.oid, c.relkind, \
              join on_here on g.tgenabled::text = letter \
          union all select from pg_catalog.pg_rewrite r join tree on r.ev_class = tree.oid \
              join on_here on r.ev_enabled::text = letter where r.ev_type <> '1'), \
-     pg_catalog.pg_has_role(c.relowner, 'usage'), not c.relrowsecurity \
-     from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-     where n.nspname = $1 and c.relname = $2";
+     pg_catalog.pg_has_role(c.relowner, 'usage'), not c.relrowsecurity, n.nspname, \
+     c.relname \
+     from pg_catalog.jsonb_array_elements($1::jsonb) w(name) \
+     join pg_catalog.pg_namespace n on n.nspname = w.name ->> 0 \
+     join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = w.name ->> 1";
 
 /// Columns with their types and equality operators.
 ///
@@ -168,19 +184,18 @@ const TABLE: &str = "select c.oid, c.relkind, \
 ///
 /// Values travel as text unless somebody may have made a cast from text that does not do what the
 /// type's input function does.
-const COLUMNS: &str = "with recursive base(attnum, oid, typbasetype) as ( \
-       select a.attnum, t.oid, t.typbasetype from pg_catalog.pg_attribute a \
+const COLUMNS: &str = "with recursive base(attrelid, attnum, oid, typbasetype) as ( \
+       select a.attrelid, a.attnum, t.oid, t.typbasetype from pg_catalog.pg_attribute a \
          join pg_catalog.pg_type t on t.oid = a.atttypid \
-         where a.attrelid = $1::oid and a.attnum > 0 and not a.attisdropped \
-       union all select b.attnum, t.oid, t.typbasetype from base b \
+         where a.attrelid = any ($1::oid[]) and a.attnum > 0 and not a.attisdropped \
+       union all select b.attrelid, b.attnum, t.oid, t.typbasetype from base b \
          join pg_catalog.pg_type t on t.oid = b.typbasetype), \
-     compared(attnum, base, element, category, elemental) as ( \
-       select b.attnum, b.oid, t.typelem, t.typcategory, e.oid \
-         from base b join pg_catalog.pg_type t on t.oid = b.oid \
+     compared(elemental) as ( \
+       select distinct e.oid from base b join pg_catalog.pg_type t on t.oid = b.oid \
          cross join lateral (select t.oid union all select t.typelem \
              where t.typcategory = 'A' and t.typelem <> 0) e where b.typbasetype = 0), \
-     equal(attnum, oid, operator) as ( \
-       select distinct on (c.attnum, c.elemental) c.attnum, c.elemental, \
+     equal(oid, operator) as ( \
+       select distinct on (c.elemental) c.elemental, \
          pg_catalog.format('operator(%I.%s)', n.nspname, o.oprname) \
          from compared c \
          join pg_catalog.pg_opclass k on k.opcdefault and k.opcintype in (select c.elemental \
@@ -192,14 +207,14 @@ const COLUMNS: &str = "with recursive base(attnum, oid, typbasetype) as ( \
              and p.amopstrategy = case m.amname when 'btree' then 3 else 1 end \
          join pg_catalog.pg_operator o on o.oid = p.amopopr \
          join pg_catalog.pg_namespace n on n.oid = o.oprnamespace \
-         order by c.attnum, c.elemental, k.opcintype = c.elemental desc, m.amname, o.oid) \
+         order by c.elemental, k.opcintype = c.elemental desc, m.amname, o.oid) \
      select a.attname, pg_catalog.format_type(a.atttypid, -1), \
        pg_catalog.format_type(b.oid, -1), \
        coalesce( \
-         (select e.operator from equal e where e.attnum = a.attnum and e.oid = b.oid), \
+         (select e.operator from equal e where e.oid = b.oid), \
          case when t.typtype in ('e', 'r', 'm') then 'operator(pg_catalog.=)' end, \
          case when t.typcategory = 'A' and ( \
-             exists (select from equal e where e.attnum = a.attnum and e.oid = t.typelem) \
+             exists (select from equal e where e.oid = t.typelem) \
              or exists (select from pg_catalog.pg_type l where l.oid = t.typelem \
                  and l.typtype in ('e', 'r', 'm'))) then 'operator(pg_catalog.=)' end), \
        coalesce(pg_catalog.to_jsonb(a) ->> 'attgenerated', '') <> '', a.attidentity = 'a', \
@@ -208,8 +223,8 @@ const COLUMNS: &str = "with recursive base(attnum, oid, typbasetype) as ( \
              and (x.castmethod = 'f' or (x.castmethod = 'b' and x.oid >= 16384))) then 'text' \
          when t.typarray <> 0 then 'literal' else 'none' end, \
        case when a.atttypid in (16, 17, 20, 21, 23, 25, 114, 700, 701, 1042, 1043, 1082, 1114, \
-         1184, 1700, 2950, 3802) then t.typname end \
-     from pg_catalog.pg_attribute a \
-     join base b on b.attnum = a.attnum and b.typbasetype = 0 \
+         1184, 1700, 2950, 3802) then t.typname end, a.attrelid \
+     from base b \
+     join pg_catalog.pg_attribute a on a.attrelid = b.attrelid and a.attnum = b.attnum \
      join pg_catalog.pg_type t on t.oid = b.oid \
-     where a.attrelid = $1::oid order by a.attnum";
+     where b.typbasetype = 0 order by a.attrelid, a.attnum";

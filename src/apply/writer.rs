@@ -8,14 +8,14 @@
 //! it is written once more in row order. So an error always names a row, not a set, and set order
 //! needs no proof that it will do.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::admit::{self, Admitted};
 use super::batch::Batch;
 use super::count::{self, Books, Counts, Entry};
 use super::error::{self, Culprit, Error, Result};
-use super::flight::{Flight, deliver, falls_back, has_rows};
+use super::flight::{Flight, deliver, falls_back, has_rows, head, relations};
 use super::prepared::Prepared;
 use super::progress::Progress;
 use super::request::{Replies, Request, Role};
@@ -23,7 +23,6 @@ use super::routing::{Names, Routes};
 use super::rows::culprit;
 use super::statement::GUARD_PREFIX;
 use super::{Message, Mode, Options};
-use crate::change::Change;
 use crate::fault::{Fault, Faulty};
 use crate::id::QualifiedName;
 use crate::lsn::Lsn;
@@ -133,18 +132,26 @@ impl Writer {
 
     /// True if the batch needs nothing of the target before it is sent.
     pub fn knows(&self, batch: &Batch) -> bool {
-        let mut relations =
-            batch.chunks.iter().flat_map(|c| &c.changes).flat_map(Change::relations);
-        relations.all(|relation| self.routes.get(relation).is_some())
+        relations(batch).all(|relation| self.routes.get(relation).is_some())
     }
 
     /// Asks the target about tables of the batch that are new. Nothing may be under way.
     pub async fn meet(&mut self, session: &mut Session, batch: &Batch) -> Result<()> {
         self.routes.retire();
-        for relation in batch.chunks.iter().flat_map(|c| &c.changes).flat_map(Change::relations) {
+        self.foresee(session, batch).await?;
+        for relation in relations(batch) {
             self.routes.ensure(session, relation).await?;
         }
+        self.routes.foresee_no_more();
         Ok(())
+    }
+
+    /// Asks about all of them at once, for [`Routes::ensure`] to know.
+    pub async fn foresee(&mut self, session: &mut Session, batch: &Batch) -> Result<()> {
+        let unknown = relations(batch).filter(|relation| self.routes.is_asked_of(relation));
+        let unknown: BTreeSet<&QualifiedName> = unknown.map(|relation| &relation.name).collect();
+        let unknown: Vec<QualifiedName> = unknown.into_iter().cloned().collect();
+        self.routes.foresee(session, unknown).await
     }
 
     /// Sends a batch whose tables are known; it lands by [`Writer::land`]. `progress_lsn` is the
@@ -463,37 +470,4 @@ impl Writer {
         let route = self.routes.get(change.relations().first()?)?;
         Some(culprit(route, &chunk.begin, change, step.ordinal(&flight.admitted)))
     }
-}
-
-/// BEGIN, if the batch opens and has something to write, and the transaction's tag where no origin
-/// is one: true if that is progress itself.
-fn head(
-    request: &mut Request,
-    progress: &Progress,
-    prepared: &Prepared,
-    flight: &Flight,
-) -> Result<bool> {
-    if !flight.opens {
-        return Ok(false);
-    }
-    request.run("walferry_begin", Role::Aside);
-    let begin = flight.batch.prepares();
-    begin.into_iter().for_each(|begin| prepared.begin(request, begin));
-    match (begin, progress.is_marker()) {
-        (_, false) => return Ok(false),
-        (Some(_), true) => return Err(Error::PreparedWithoutOrigin),
-        (None, true) => {}
-    }
-    match &flight.batch.commit {
-        Some(commit) => {
-            let (pipeline, previous_lsn) = (&mut request.pipeline, flight.previous_lsn);
-            progress.record(pipeline, previous_lsn, commit.end_lsn, &flight.entry);
-            request.roles.push(Role::Progress);
-        }
-        None => {
-            progress.mark(&mut request.pipeline);
-            request.roles.push(Role::Aside);
-        }
-    }
-    Ok(flight.batch.commit.is_some())
 }

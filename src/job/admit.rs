@@ -64,14 +64,14 @@ pub(super) async fn make_tables(
     source: &mut Session,
 ) -> Result<()> {
     let beside = format!("select {BESIDE}");
+    let is_new = store.load().await?.is_none();
     let on_target = async {
         store.session.execute(&beside).await?;
         store.ensure(&[apply::DDL, copy::DDL, schema::DDL, schema::ASIDE_DDL]).await?;
         if config.two_way.is_some() {
             store.ensure(&[apply::conflict::DDL]).await?;
         }
-        let system = system_of(&mut store.session).await?;
-        Ok::<_, super::Error>((system, Ability::probe(&mut store.session).await?))
+        probed(&mut store.session, is_new).await
     };
     let on_source = async {
         source.execute(&beside).await?;
@@ -79,19 +79,26 @@ pub(super) async fn make_tables(
         if may_have_tables(source).await? {
             make_source_tables(config, source).await?;
         }
-        let system = system_of(source).await?;
-        Ok((system, Ability::probe(source).await?))
+        probed(source, is_new).await
     };
-    let ((target_system, on_target), (source_system, on_source)) =
-        tokio::try_join!(on_target, on_source)?;
-    let abilities = Abilities { source: on_source, target: on_target };
-    let places = (place(&config.source), place(&config.target));
-    let systems = (source_system.as_str(), target_system.as_str());
-    store.create((&places.0, &places.1), systems, &config.options, abilities).await?;
-    for session in [source, &mut store.session] {
-        session.execute(&format!("select {NOT_BESIDE}")).await?;
+    let sides = tokio::try_join!(on_target, on_source)?;
+    if let (Some((target_system, on_target)), Some((source_system, on_source))) = sides {
+        let abilities = Abilities { source: on_source, target: on_target };
+        let places = (place(&config.source), place(&config.target));
+        let systems = (source_system.as_str(), target_system.as_str());
+        store.create((&places.0, &places.1), systems, &config.options, abilities).await?;
     }
+    let beside_no_more = format!("select {NOT_BESIDE}");
+    tokio::try_join!(source.execute(&beside_no_more), store.session.execute(&beside_no_more))?;
     Ok(())
+}
+
+/// Of a new job's side: its system, and what the role may do there. A job that is there has both.
+async fn probed(session: &mut Session, is_new: bool) -> Result<Option<(String, Ability)>> {
+    if !is_new {
+        return Ok(None);
+    }
+    Ok(Some((system_of(session).await?, Ability::probe(session).await?)))
 }
 
 /// Tables on the source, where the way back keeps its progress.

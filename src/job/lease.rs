@@ -16,7 +16,7 @@ use super::run::JobConfig;
 use super::{Result, client};
 use crate::clock::Deadline;
 use crate::id::JobName;
-use crate::pg::{Config, Session};
+use crate::pg::{Config, Pipeline, Session};
 
 /// Class of our advisory locks: "walf" would not fit a role's own numbers by accident.
 const LOCK_CLASS: i32 = 0x77_61_6c_66;
@@ -54,22 +54,27 @@ impl Lease {
     pub async fn try_take_named(home: &Config, name: &str) -> Result<Option<Lease>> {
         let mut session = Session::control(home).await?;
         // Not every platform or socket has these; where they are refused the defaults stay.
-        let keepalives = "set tcp_keepalives_idle = 5; set tcp_keepalives_interval = 3; \
-                          set tcp_keepalives_count = 3";
-        let _ = session.execute(keepalives).await;
+        let mut keepalives = Pipeline::new();
+        for (name, value) in [("idle", 5), ("interval", 3), ("count", 3)] {
+            keepalives.once(&format!("set tcp_keepalives_{name} = {value}"));
+        }
         // It is asked every second: silent for longer, its holder is gone, cut off, or hangs.
         // https://www.postgresql.org/docs/current/runtime-config-client.html
         let in_transaction = session.major_version() < 14;
         let idle = if in_transaction { "idle_in_transaction_session" } else { "idle_session" };
-        session.execute(&format!("set {idle}_timeout = '30s'")).await?;
-        let row = session
-            .query_one(
-                "select pg_catalog.pg_try_advisory_lock($1, pg_catalog.hashtext($2)), \
-                 (select backend_start from pg_catalog.pg_stat_activity \
-                    where pid = pg_catalog.pg_backend_pid())",
-                &[Some(&LOCK_CLASS.to_string()), Some(name)],
-            )
-            .await?;
+        let mut lock = Pipeline::new();
+        lock.once(&format!("set {idle}_timeout = '30s'"));
+        lock.ask(
+            "select pg_catalog.pg_try_advisory_lock($1, pg_catalog.hashtext($2)), \
+             (select backend_start from pg_catalog.pg_stat_activity \
+                where pid = pg_catalog.pg_backend_pid())",
+            &[Some(&LOCK_CLASS.to_string()), Some(name)],
+        );
+        let [_, locked] = session.exchange_each([keepalives, lock]).await?;
+        let locked = locked?;
+        let Some(row) = locked.first() else {
+            return Err(Error::State("no answer about the lease".to_string()));
+        };
         let started = row.opt(1)?.unwrap_or_default().to_string();
         let holder = Holder { pid: session.process_id(), started };
         if !row.bool(0)? {

@@ -86,6 +86,8 @@ pub struct PipeOptions {
     pub home: Config,
     /// Which tables are applied.
     pub tables: TableFilter,
+    /// Those of them that are known by name, if they are not too many to be asked about at once.
+    pub expected: Vec<QualifiedName>,
     /// What the role may do on the side that is written.
     pub ability: Ability,
     /// Tables that were copied under a snapshot later than the slot's. `None`: nothing is applied
@@ -124,6 +126,10 @@ impl PipeOptions {
         };
         let wanted = apply::Options {
             tables: Some(tables),
+            expected: match &self.map {
+                Some(_) => Vec::new(),
+                None => self.expected.clone(),
+            },
             visibility,
             gate: self.gate.clone(),
             tuning: self.tuning,

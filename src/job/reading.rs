@@ -167,6 +167,9 @@ impl Readings {
 impl Store {
     /// How the job's streams are read, as far as that has been chosen.
     pub async fn load_readings(&mut self) -> Result<Readings> {
+        if let Some(held) = self.held_readings() {
+            return Ok(held.clone());
+        }
         // Tables of an earlier version lack the column until the next run.
         let sql = "select coalesce(pg_catalog.to_jsonb(j) ->> 'reading', '{}') \
              from walferry.job j where name = $1";
@@ -180,6 +183,7 @@ impl Store {
 
     /// Stores how the job's streams are read.
     pub async fn save_readings(&mut self, readings: &Readings) -> Result<()> {
+        self.forget();
         let readings = serde_json::to_string(readings).map_err(|e| Error::State(e.to_string()))?;
         let sql = "update walferry.job set reading = $2::jsonb, updated_at = now() where name = $1";
         let name = self.job().to_string();

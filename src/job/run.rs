@@ -268,7 +268,7 @@ impl Runner {
         let (lease, sessions) = lease::take_with_sessions(&config, left.holder.as_ref()).await?;
         left.holder = Some(lease.holder().clone());
         let [home, mut listener, mut source] = sessions?;
-        let mut store = Store::new(home, config.job.clone());
+        let mut store = Store::holding(home, config.job.clone()).await?;
         if left.opened && store.load().await?.is_none() {
             // It was finished or canceled while we were away: nothing is to be made anew.
             return Err(store.no_job().await);
@@ -286,8 +286,7 @@ impl Runner {
             // Another reads the source since.
             pipe.stop(STREAM_PATIENCE).await;
         }
-        // What stopped the last run is either mended or about to be said again.
-        store.set_error(None).await?;
+        store.forget_error().await?;
         listener
             .execute(&format!("listen {}", crate::id::quote_ident(&config.job.channel())))
             .await?;

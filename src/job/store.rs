@@ -16,6 +16,7 @@ pub use super::options::JobOptions;
 use super::owners::hand_over;
 use super::place::Place;
 pub use super::positions::StreamRow;
+use super::reading::Readings;
 use super::reads::ReadRecord;
 use super::state::Phase;
 use crate::id::{JobName, Stream};
@@ -127,12 +128,14 @@ pub struct Store {
     /// The session; callers may use it for their own statements between calls.
     pub session: Session,
     job: JobName,
+    /// What [`Store::holding`] has read.
+    held: Option<(JobRow, Readings)>,
 }
 
 impl Store {
     /// Wraps a session with the home database. Makes nothing.
     pub fn new(session: Session, job: JobName) -> Store {
-        Store { session, job }
+        Store { session, job, held: None }
     }
 
     /// The job's name.
@@ -155,8 +158,34 @@ impl Store {
         Ok(row.bool(0)?)
     }
 
+    /// Reads the job's row once, for all who ask until something is stored or
+    /// [`Store::forget`]: for a runner that begins. It has the lease, and nobody else stores
+    /// anything before its streams run and it takes commands. The home may be far away, and is
+    /// asked a dozen times by then.
+    pub async fn holding(session: Session, job: JobName) -> Result<Store> {
+        let mut store = Store::new(session, job);
+        if let Some(row) = store.load().await? {
+            let readings = store.load_readings().await?;
+            store.held = Some((row, readings));
+        }
+        Ok(store)
+    }
+
+    /// From here on the row is read anew.
+    pub fn forget(&mut self) {
+        self.held = None;
+    }
+
+    /// What is held of how the streams are read.
+    pub(super) fn held_readings(&self) -> Option<&Readings> {
+        self.held.as_ref().map(|(_, readings)| readings)
+    }
+
     /// The job's row, `None` where there is no such job or no tables.
     pub async fn load(&mut self) -> Result<Option<JobRow>> {
+        if let Some((row, _)) = &self.held {
+            return Ok(Some(row.clone()));
+        }
         let sql = "select phase, error, source_system, target_system, source, target, options, \
              slot_lsn, armed, flip, abilities, spool, reads, \
              coalesce(pg_catalog.to_jsonb(j) ->> 'timelines', '{}') \
@@ -195,6 +224,7 @@ impl Store {
         options: &JobOptions,
         abilities: Abilities,
     ) -> Result<()> {
+        self.forget();
         let (options, abilities) = (json(options)?, json(&abilities)?);
         self.session
             .query_params(
@@ -218,6 +248,7 @@ impl Store {
 
     /// Sets one column of the job's row to a text value.
     async fn set(&mut self, column: &str, value: Option<&str>) -> Result<()> {
+        self.forget();
         let sql =
             format!("update walferry.job set {column} = $2, updated_at = now() where name = $1");
         self.session.query_params(&sql, &[Some(self.job.as_str()), value]).await?;
@@ -226,6 +257,7 @@ impl Store {
 
     /// Stores the phase and forgets the error.
     pub async fn set_phase(&mut self, phase: Phase) -> Result<()> {
+        self.forget();
         self.session
             .query_params(
                 "update walferry.job set phase = $2, error = null, updated_at = now() \
@@ -236,6 +268,14 @@ impl Store {
         Ok(())
     }
 
+    /// What stopped the last run is either mended or about to be said again.
+    pub async fn forget_error(&mut self) -> Result<()> {
+        match self.load_existing().await?.error {
+            Some(_) => self.set_error(None).await,
+            None => Ok(()),
+        }
+    }
+
     /// Stores what stopped the job, `None` to forget it.
     pub async fn set_error(&mut self, error: Option<&str>) -> Result<()> {
         self.set("error", error).await
@@ -243,6 +283,7 @@ impl Store {
 
     /// Stores which server a stream's slot was made on, and on which timeline.
     pub async fn set_system(&mut self, stream: Stream, system: &str) -> Result<()> {
+        self.forget();
         let column = match stream {
             Stream::Forward => "source_system",
             Stream::Reverse => "target_system",
@@ -286,6 +327,7 @@ impl Store {
         step: &str,
         reads: Option<&ReadRecord>,
     ) -> Result<()> {
+        self.forget();
         let reads = reads.map(json).transpose()?;
         self.session
             .query_params(
@@ -300,6 +342,7 @@ impl Store {
 
     /// Stores which routes were given up, unless another flip has begun since.
     pub async fn set_skipped(&mut self, flip: &FlipRecord) -> Result<()> {
+        self.forget();
         self.session
             .query_params(
                 "update walferry.job set flip = pg_catalog.jsonb_set(flip, '{skipped}', $2::jsonb) \
@@ -314,6 +357,7 @@ impl Store {
     ///
     /// Committed synchronously: all that the target applied before is durable when this returns.
     pub async fn set_phase_and_flip(&mut self, phase: Phase, flip: &FlipRecord) -> Result<()> {
+        self.forget();
         let flip = json(flip)?;
         self.session
             .query_params(
@@ -327,6 +371,7 @@ impl Store {
 
     /// The point of no return: the same, and who owns the flip's tables from its barrier on.
     pub async fn pass(&mut self, phase: Phase, flip: &FlipRecord) -> Result<()> {
+        self.forget();
         let handed = hand_over(&self.job, flip)?;
         let flip = json(flip)?;
         let sql = format!(
@@ -364,76 +409,6 @@ impl Store {
             None => None,
         })
     }
-
-    /// Writes steps of a flip down before they are done; gives the lines' ids in their order.
-    /// `done` are lines of steps that have ended, and their milliseconds: one commit for all.
-    pub async fn journal_begin(
-        &mut self,
-        flip: &FlipRecord,
-        steps: &[&str],
-        done: &[(String, f64)],
-    ) -> Result<Vec<String>> {
-        let (steps, (lines, ms)) = (json(&steps)?, columns(done)?);
-        let rows = self
-            .session
-            .query_params(
-                &format!(
-                    "with {ENDED} \
-                     insert into walferry.journal (job, attempt, flip, step) \
-                     select $3, $4, $5, s.step \
-                     from pg_catalog.jsonb_array_elements_text($6::jsonb) \
-                     with ordinality s(step, place) order by s.place returning id"
-                ),
-                &[
-                    Some(&lines),
-                    Some(&ms),
-                    Some(self.job.as_str()),
-                    Some(&flip.attempt),
-                    Some(&flip.flip),
-                    Some(&steps),
-                ],
-            )
-            .await?;
-        rows.iter().map(|row| Ok(row.string(0)?)).collect()
-    }
-
-    /// Writes down that they are done.
-    pub async fn journal_end(&mut self, done: &[(String, f64)]) -> Result<()> {
-        if done.is_empty() {
-            return Ok(());
-        }
-        let (lines, ms) = columns(done)?;
-        let sql = format!("with {ENDED} select 1");
-        self.session.query_params(&sql, &[Some(&lines), Some(&ms)]).await?;
-        Ok(())
-    }
-
-    /// The lines of one attempt, oldest first.
-    pub async fn journal(&mut self, attempt: &str) -> Result<Vec<JournalLine>> {
-        let rows = self
-            .session
-            .query_params(
-                "select step, ms from walferry.journal where job = $1 and attempt = $2 order by id",
-                &[Some(self.job.as_str()), Some(attempt)],
-            )
-            .await?;
-        rows.iter()
-            .map(|row| Ok(JournalLine { step: row.string(0)?, ms: row.parse_opt(1)? }))
-            .collect()
-    }
-}
-
-/// Of lines and their milliseconds, JSON arrays: says of each line how long its step took.
-const ENDED: &str = "ended as (update walferry.journal j set ms = d.ms::float8 \
-     from (select l.line, m.ms from pg_catalog.jsonb_array_elements_text($1::jsonb) \
-        with ordinality l(line, place) join pg_catalog.jsonb_array_elements_text($2::jsonb) \
-        with ordinality m(ms, place) using (place)) d where j.id = d.line::int8)";
-
-/// The two arrays of [`ENDED`].
-fn columns(done: &[(String, f64)]) -> Result<(String, String)> {
-    let lines: Vec<&str> = done.iter().map(|(line, _)| line.as_str()).collect();
-    let ms: Vec<String> = done.iter().map(|(_, ms)| format!("{ms:.3}")).collect();
-    Ok((json(&lines)?, json(&ms)?))
 }
 
 /// Held by whoever makes a job's tables, until what shows that the schema is in use is there: no
@@ -493,6 +468,6 @@ fn read_job(row: &Row) -> Result<JobRow> {
     })
 }
 
-fn json<T: Serialize>(value: &T) -> Result<String> {
+pub(super) fn json<T: Serialize>(value: &T) -> Result<String> {
     serde_json::to_string(value).map_err(|e| Error::State(e.to_string()))
 }

@@ -30,6 +30,10 @@ use crate::source::Recorded;
 /// A stream that has not reached a batch boundary by then is cut off, as a crash would.
 pub(super) const STREAM_PATIENCE: Duration = Duration::from_millis(1500);
 
+/// The target is asked about so many tables at once when a stream begins, whether they are written
+/// soon or not.
+const EXPECTED_MAX: usize = 200;
+
 /// Where large files may lie for a while. Not /tmp if it can be helped, which is often in memory.
 fn temporary() -> PathBuf {
     let given = std::env::var_os("TMPDIR").filter(|dir| !dir.is_empty()).map(PathBuf::from);
@@ -109,6 +113,8 @@ impl Runner {
         let gate = (stream == Stream::Reverse).then(|| self.gate.clone());
         let options = pipe_options(&self.config, &mut self.store, &self.selection, stream).await?;
         let spool = options.spool.filter(|_| self.spool.is_some());
+        // A stream stores the timeline that it goes on with.
+        self.store.forget();
         Ok(Pipe::start(PipeOptions { visibility, gate, spool, ..options }))
     }
 
@@ -138,9 +144,8 @@ pub(super) async fn pipe_options(
         Stream::Reverse => (&config.target, &config.source, row.abilities.source),
     };
     let (recorded, timeline) = server_of(config, &row, stream, &reading.decoder);
-    // A partition made since is of a published table, or it would not be in the stream: only
-    // tables known to be left out are filtered, the rest must be applied or refused by name.
-    let left_out = left_out(from, selection).await?;
+    // A partition made since is of a published table: only those known to be left out are not.
+    let (left_out, expected) = parted(from, selection).await?;
     let canary = config.job.canary();
     let tables: TableFilter = Arc::new(move |table: &QualifiedName| match &*table.schema {
         "walferry" => *table == canary,
@@ -161,6 +166,7 @@ pub(super) async fn pipe_options(
         home: config.target.clone(),
         recorded,
         tables,
+        expected,
         ability,
         visibility: None,
         streaming: config.streaming.as_ref().map(|streaming| {
@@ -215,10 +221,19 @@ async fn alter(config: &JobConfig, stream: Stream) -> Result<Option<Arc<dyn Alte
     Ok(altering.map(|altering| Arc::new(altering) as Arc<dyn Alter>))
 }
 
-/// Tables of a side whose rows take no part.
-async fn left_out(side: &Config, selection: &Selection) -> Result<HashSet<QualifiedName>> {
+/// Tables of a side whose rows take no part, and those that do, none if they are more than
+/// [`EXPECTED_MAX`].
+async fn parted(
+    side: &Config,
+    selection: &Selection,
+) -> Result<(HashSet<QualifiedName>, Vec<QualifiedName>)> {
     let mut session = Session::control(side).await?.with_patience(CATALOG_WAIT);
     let all = tables(&mut session, &Selection::default()).await?;
     let names = all.into_iter().map(|t| t.name);
-    Ok(names.filter(|name| !selection.has_rows(name)).collect())
+    let (mut expected, left_out): (Vec<_>, Vec<_>) =
+        names.partition(|name| selection.has_rows(name));
+    if expected.len() > EXPECTED_MAX {
+        expected.clear();
+    }
+    Ok((left_out.into_iter().collect(), expected))
 }

@@ -12,7 +12,7 @@ use super::config::{SslMode, TargetSessionAttrs};
 use super::frame::FrameReader;
 use super::session::Purpose;
 use super::socket::{self, Socket};
-use super::{Config, Error, Host, Result, ServerError, Session, tls};
+use super::{Config, Error, Host, Pipeline, Result, ServerError, Session, tls};
 use crate::secret::ExposeSecret;
 
 /// SSLRequest: length 8, code 80877103.
@@ -235,24 +235,28 @@ async fn settle(session: &mut Session, purpose: Purpose) -> Result<()> {
     if purpose == Purpose::PoolerAdmin {
         return Ok(());
     }
-    let mut sql = String::from(
+    let mut settings = vec![
         "select pg_catalog.set_config('synchronous_commit', 'local', false) \
          where pg_catalog.current_setting('synchronous_commit') = 'off'",
-    );
-    for (name, since) in [("idle_session_timeout", 14), ("transaction_timeout", 17)] {
-        if session.major_version() >= since {
-            sql.push_str(&format!("; set {name} = 0"));
-        }
+    ];
+    let major = session.major_version();
+    settings.extend((major >= 14).then_some("set idle_session_timeout = 0"));
+    settings.extend((major >= 17).then_some("set transaction_timeout = 0"));
+    if purpose != Purpose::Sql {
+        // A walsender takes simple queries alone.
+        session.query(&settings.join("; ")).await?;
+        return Ok(());
     }
-    session.query(&sql).await?;
-    if session.major_version() >= 14 && purpose == Purpose::Sql {
-        // Not every platform of a server can do it, and refuses then.
-        match session.execute(CHECK_EVERY).await {
-            Err(error) if error.is_closed() => return Err(error),
-            _ => {}
-        }
+    let mut wanted = Pipeline::new();
+    settings.iter().for_each(|sql| wanted.once(sql));
+    if major < 14 {
+        return session.exchange(wanted, |_| {}).await;
     }
-    Ok(())
+    let mut check = Pipeline::new();
+    check.once(CHECK_EVERY);
+    // Not every platform of a server can do the second, and refuses then.
+    let [wanted, _] = session.exchange_each([wanted, check]).await?;
+    wanted.map(|_| ())
 }
 
 /// Tries what sslmode allows, in its order.

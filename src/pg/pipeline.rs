@@ -143,6 +143,12 @@ impl Pipeline {
         self.run("", std::iter::empty());
     }
 
+    /// The same with parameters in text form.
+    pub fn ask(&mut self, sql: &str, params: &[Option<&str>]) {
+        self.parse("", sql, &[]);
+        self.run("", params.iter().map(|param| param.map(str::as_bytes)));
+    }
+
     /// The text of what is prepared in it, with semicolons between.
     fn statements(&self) -> String {
         let (mut rest, mut texts) = (self.out.as_ref(), Vec::new());
@@ -200,6 +206,42 @@ impl Session {
             self.tell_witness(&sql, begun, outcome.as_ref().err());
         }
         outcome
+    }
+
+    /// Sends several requests at once, each of which is a transaction of its own: one round trip.
+    /// Gives the rows of each, or what the server refused it for; the others are done all the same.
+    ///
+    /// Errors: of the session itself.
+    pub async fn exchange_each<const N: usize>(
+        &mut self,
+        pipelines: [Pipeline; N],
+    ) -> Result<[Result<Vec<Row>>; N]> {
+        let mut answers = [const { Ok(Vec::new()) }; N];
+        if self.posted > 0 {
+            return Err(self.abandoned());
+        }
+        let witness = self.has_witness();
+        let texts = pipelines.each_ref().map(|p| witness.then(|| (Instant::now(), p.statements())));
+        let mut over = 0;
+        let mut take = |event| {
+            let answer = answers.get_mut(over);
+            match (event, answer) {
+                (Event::Over, _) => over += 1,
+                (Event::Reply(Reply::Row(row)), Some(Ok(rows))) => rows.push(row),
+                (Event::Failed(error), Some(answer @ Ok(_))) => *answer = Err(error),
+                _ => {}
+            }
+        };
+        for pipeline in pipelines {
+            self.post(pipeline, &mut take).await?;
+        }
+        while self.posted > 0 {
+            take(self.next_event().await?);
+        }
+        for ((begun, sql), answer) in texts.iter().flatten().zip(&answers) {
+            self.tell_witness(sql, *begun, answer.as_ref().err());
+        }
+        Ok(answers)
     }
 
     async fn exchange_unseen(

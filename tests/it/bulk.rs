@@ -2,7 +2,7 @@
 //! where the stream takes over, then gone through, switched, and compared.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use walferry::demo::proxy::Proxy;
 
@@ -156,4 +156,33 @@ async fn a_job_killed_while_it_reads_in_bulk_and_at_the_hand_over_ends_exact() {
     job.ends.done(&["finish"]).await;
     run.ended().await.expect_success();
     std::fs::remove_file(&job.settings).unwrap();
+}
+
+/// A target that is far is asked for much before the first change can go there: what a run asks
+/// one after the other has a bound, and what it can ask at once it does.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_for_a_target_that_is_far_begins_after_few_round_trips() {
+    const ROUND_TRIP: Duration = Duration::from_millis(100);
+    let mut ends = Ends::start(15, 15);
+    let net = Proxy::start(ends.target.port()).unwrap();
+    ends.target_via = net.uri(&ends.target_uri());
+    ends.source.psql("app", "create table far (id int primary key)").unwrap();
+    let mut run = ends.spawn(&["run"]);
+    ends.until_phase(&mut run, "following").await;
+    run.signal("INT");
+    run.ended().await.expect_success();
+    ends.source.psql("app", "insert into far select generate_series(1, 10)").unwrap();
+    net.delay(ROUND_TRIP);
+    let begun = Instant::now();
+    let mut run = ends.spawn(&["run"]);
+    while ends.target.psql("app", "select count(*) from far").unwrap() != "10" {
+        assert!(!run.has_ended() && begun.elapsed() < Duration::from_secs(60), "{}", run.so_far());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let trips = begun.elapsed().as_secs_f64() / ROUND_TRIP.as_secs_f64();
+    println!("the first change was there after {trips:.1} round trips");
+    net.delay(Duration::ZERO);
+    ends.done(&["cancel"]).await;
+    run.ended().await;
+    assert!(trips < 55.0, "{trips:.1}");
 }

@@ -91,6 +91,34 @@ async fn the_first_error_of_a_pipeline_is_given_and_the_session_goes_on() {
 }
 
 #[tokio::test]
+async fn requests_sent_together_are_transactions_of_their_own() {
+    let server = support::server();
+    let mut session = support::session(&server, "postgres").await;
+    let ask = |sql: &str, params: &[Option<&str>]| {
+        let mut pipeline = Pipeline::new();
+        pipeline.once("create table if not exists t (a text)");
+        pipeline.ask(sql, params);
+        pipeline
+    };
+    let asked = [
+        ask("insert into t values ($1), ($2) returning a", &[Some("a"), None]),
+        ask("insert into t select 'b' where 1 / $1::int > 0", &[Some("0")]),
+        Pipeline::new(),
+        ask("select count(*) from t", &[]),
+    ];
+    session.execute("set search_path = public").await.unwrap();
+    let [first, second, third, last] = session.exchange_each(asked).await.unwrap();
+    let first = first.unwrap();
+    let values: Vec<_> = first.iter().map(|row| row.opt(0).unwrap()).collect();
+    assert_eq!(values, [Some("a"), None]);
+    assert_eq!(second.unwrap_err().code(), Some("22012"));
+    assert!(third.unwrap().is_empty());
+    assert_eq!(last.unwrap()[0].str(0).unwrap(), "2");
+    assert!(!session.in_transaction());
+    assert_eq!(session.query("select 2").await.unwrap().len(), 1);
+}
+
+#[tokio::test]
 async fn a_server_killed_in_mid_query_is_a_reason_to_try_again() {
     for (mode, code) in [(StopMode::Immediate, "57P0"), (StopMode::Fast, "57P01")] {
         let server = support::server();
