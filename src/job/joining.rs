@@ -446,11 +446,9 @@ impl Runner {
         if self.row().await?.armed {
             let mut target = Session::control(&self.config.target).await?;
             slot::drop(&mut target, &self.config.job.object(Stream::Reverse)).await?;
+            self.store.set_armed(false).await?;
         }
-        let sql = "update walferry.job set phase = $2, armed = false, updated_at = now() \
-             where name = $1";
-        let (job, phase) = (self.config.job.to_string(), Phase::Copying.to_string());
-        self.store.session.query_params(sql, &[Some(&job), Some(&phase)]).await?;
+        self.store.set_phase(Phase::Copying).await?;
         self.say(Notice::Phase(Phase::Copying));
         Ok(Event::Start)
     }

@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 
+use super::reading::Readings;
 use super::run::Runner;
 use super::{Result, published};
 use crate::catalog::Table;
@@ -11,6 +12,20 @@ use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
 use crate::pg::Session;
 use crate::source::{Followed, publication};
+
+impl Readings {
+    /// Has the forward stream carry these as well.
+    pub(super) fn follow_more(&mut self, tables: &[Table]) {
+        self.forward_oids.resize(self.forward_tables.len(), 0);
+        for table in tables {
+            if self.forward_oids.contains(&table.oid) {
+                continue;
+            }
+            self.forward_tables.push((table.name.schema.clone(), table.name.name.clone()));
+            self.forward_oids.push(table.oid);
+        }
+    }
+}
 
 impl Runner {
     /// A table that was made after the job began is in no publication: its rows would stay behind

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::store::Store;
 use super::{Error, Result};
-use crate::catalog::{self, Table};
+use crate::catalog;
 use crate::decode::Plugin;
 use crate::id::{JobName, QualifiedName, Stream};
 use crate::pg::{Config, Purpose, Session};
@@ -134,18 +134,6 @@ impl Readings {
         let oids = oids.chain(std::iter::repeat(None));
         let names = tables.iter().map(|(schema, name)| QualifiedName::new(schema, name));
         names.zip(oids).collect()
-    }
-
-    /// Has the forward stream carry these as well.
-    pub fn follow_more(&mut self, tables: &[Table]) {
-        self.forward_oids.resize(self.forward_tables.len(), 0);
-        for table in tables {
-            let name = (table.name.schema.clone(), table.name.name.clone());
-            if !self.forward_oids.contains(&table.oid) {
-                self.forward_tables.push(name);
-                self.forward_oids.push(table.oid);
-            }
-        }
     }
 
     /// Keeps a stream's tables, with their oids as far as they are known.
