@@ -206,7 +206,7 @@ async fn plan(
     as_json: bool,
 ) -> anyhow::Result<()> {
     let plan = cluster::plan(&found.cluster, wish)?;
-    let findings = guard::findings(found, &plan, allowed).await?;
+    let findings = guard::findings(found, wish, &plan, allowed).await?;
     let stored = match store.dry_run || plan.tasks.is_empty() {
         true => Ok(None),
         false => jobs::store(address, found, wish, &plan).await,

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::plan::Plan;
-use super::read::Found;
+use super::plan::{Plan, Wish};
+use super::read::{Fixed, Found};
 use crate::fault::Level;
 use crate::id::QualifiedName;
 use crate::pg::{Config, Purpose, Result, Session};
@@ -79,8 +79,14 @@ pub struct Finding {
 ///
 /// # Errors
 /// Where a node cannot be asked.
-pub async fn findings(found: &Found, plan: &Plan, allowed: Allowed) -> Result<Vec<Finding>> {
+pub async fn findings(
+    found: &Found,
+    wish: &Wish,
+    plan: &Plan,
+    allowed: Allowed,
+) -> Result<Vec<Finding>> {
     let mut findings = fixed(found, plan);
+    findings.extend(not_emptied(found, wish));
     for (node, config) in &found.nodes {
         let mut session = Session::connect(config, Purpose::Sql).await?;
         let mut at = At { node, session: &mut session, findings: &mut findings };
@@ -158,6 +164,23 @@ fn fixed(found: &Found, plan: &Plan) -> Vec<Finding> {
         }
     }
     findings
+}
+
+/// Tables that stay on nodes that are to be emptied. Reference tables are on all others as well.
+fn not_emptied(found: &Found, wish: &Wish) -> Vec<Finding> {
+    let stays = |node: &&str| {
+        let on = |table: &&Fixed| table.kind != "reference" && table.on.iter().any(|on| on == node);
+        let finding = |table: &Fixed| Finding {
+            level: Level::Warning,
+            node: node.to_string(),
+            code: "not-emptied",
+            object: table.table.clone(),
+            message: "stays on this node, which cannot be removed before it is gone".to_string(),
+            fix: None,
+        };
+        found.fixed.iter().filter(on).map(finding).collect::<Vec<_>>()
+    };
+    wish.emptied().iter().flat_map(stays).collect()
 }
 
 /// A node that is being asked.

@@ -7,6 +7,8 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use serde::Serialize;
+
 use super::admit::accept_systems;
 use super::lease::Lease;
 use super::place::Place;
@@ -49,7 +51,7 @@ const MAKING_WAIT: Duration = Duration::from_secs(30);
 const AGAIN: Duration = Duration::from_millis(100);
 
 /// What a clean-up did.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct CleanedUp {
     /// What was dropped, one line each.
     pub dropped: Vec<String>,
@@ -134,7 +136,7 @@ pub async fn clean_up(config: &JobConfig, ending: Ending, lease: &Lease) -> Resu
     drop_objects(home, &config.target, &config.job, Stream::Reverse, &mut dropped).await?;
     forget_routes(config, &row, &mut left).await?;
     left.extend(super::reads::forget(config, &row, RELEASE_WAIT).await?);
-    remove_spool(config, &row, &mut dropped).await?;
+    remove_spool(config, &row, &mut dropped, &mut left).await?;
     if let Some(source) = &mut source {
         drop_schema(source, &config.job, &mut dropped, false).await?;
     }
@@ -223,7 +225,12 @@ async fn forget_job(store: &mut Store, config: &JobConfig, keep_history: bool) -
 
 /// The spool's directories; on another host they are only named, and so are topics, which others
 /// may read.
-async fn remove_spool(config: &JobConfig, row: &JobRow, dropped: &mut Vec<String>) -> Result<()> {
+async fn remove_spool(
+    config: &JobConfig,
+    row: &JobRow,
+    dropped: &mut Vec<String>,
+    left: &mut Vec<String>,
+) -> Result<()> {
     let Some(place) = &row.spool else { return Ok(()) };
     for stream in [Stream::Forward, Stream::Reverse] {
         let name = config.job.object(stream);
@@ -232,8 +239,9 @@ async fn remove_spool(config: &JobConfig, row: &JobRow, dropped: &mut Vec<String
             Place::Kafka(kafka) => {
                 let topic = kafka.of(stream);
                 if stream == Stream::Forward || row.armed {
-                    dropped.push(format!(
-                        "not topic {topic} of {}: kafka-topics.sh --delete --topic {topic}",
+                    left.push(format!(
+                        "topic {topic} of {} stays, as others may read it: kafka-topics.sh \
+                         --delete --topic {topic}",
                         kafka.brokers
                     ));
                 }
@@ -242,7 +250,7 @@ async fn remove_spool(config: &JobConfig, row: &JobRow, dropped: &mut Vec<String
         };
         let dir = spool.of(&name).display().to_string();
         if !spool.is_here() {
-            dropped.push(format!("not the spool on host {}: there, rm -r {dir}", spool.host));
+            left.push(format!("the spool on host {} stays: there, rm -r {dir}", spool.host));
         } else if super::place::remove(place, &name).await? {
             dropped.push(format!("spool {dir}"));
         }

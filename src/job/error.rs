@@ -414,6 +414,9 @@ pub enum Error {
         /// Each in a sentence.
         changes: Vec<String>,
     },
+    /// Tables, each in a sentence, came to the task's group; nothing was switched.
+    #[error("not in the task: {}; walferry cluster cancel, and plan a new job", .0.join("; "))]
+    TaskGrew(Vec<String>),
     /// The comparison before a task's cutover.
     #[error(
         "both sides of the task differ, which must never be: {}. Nothing was switched; walferry \

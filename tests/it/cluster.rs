@@ -1,10 +1,12 @@
 //! Sharded clusters: what is shown of them, and what is planned. Citus is not in Debian, so
 //! servers with catalogs of its shape stand in for it; plproxy is the real one.
 
+mod beside;
 mod double;
 mod jobs;
 mod load;
 mod ranges;
+mod reading;
 
 use serde_json::Value;
 use walferry::cluster::read::siblings;
@@ -108,11 +110,22 @@ async fn a_citus_cluster_is_shown_and_planned_and_nothing_is_changed() {
         assert_eq!(task["shards"].as_array().unwrap().len(), 2, "co-located shards move as one");
     }
     assert!(tasks.iter().all(|t| t["bytes"].as_u64() < large["shards"][0]["bytes"].as_u64()));
+    for by in ["size", "load"] {
+        let plan =
+            asked(&address, &["rebalance", "--by", by, "--threshold", "0", "--dry-run"]).await;
+        let deviation = |when: &str| plan[when]["deviation"].as_f64().unwrap();
+        assert!(plan["by"] == by && deviation("after") <= deviation("before"), "{plan}");
+    }
     let plan = asked(&address, &["drain", &citus.node(0), "--dry-run"]).await;
     assert_eq!(plan["tasks"].as_array().unwrap().len(), 5);
     let empty = plan["after"]["nodes"].as_array().unwrap();
     let of = |node: &str| empty.iter().find(|n| n["node"] == node).unwrap()["groups"].clone();
     assert_eq!(of(&citus.node(0)), 0);
+    // What keeps the node from being removed all the same.
+    let findings = plan["findings"].as_array().unwrap().iter();
+    let kept = findings.filter(|f| f["code"] == "not-emptied" && f["node"] == *citus.node(0));
+    let kept: Vec<&str> = kept.map(|f| f["object"].as_str().unwrap()).collect();
+    assert_eq!(kept, ["public.fast", "public.twice"]);
     let plan = asked(&address, &["replace", &citus.node(0), &citus.node(2), "--dry-run"]).await;
     let targets = plan["tasks"].as_array().unwrap().iter().map(|t| t["target"].clone());
     assert!(targets.clone().count() == 5 && targets.into_iter().all(|t| t == citus.node(2)));

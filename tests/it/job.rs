@@ -143,7 +143,10 @@ async fn cancel_leaves_the_source_as_it_was_found() {
     let (ends, writer) = moving((15, 15), 100.0).await;
     let before = ends.inventories().await;
     ends.done(&["run", "--until", "following"]).await;
-    ends.done(&["cancel"]).await;
+    let ended = ends.done(&["cancel", "--json"]).await.json();
+    assert_eq!((&ended["state"], &ended["tables_stay"]), (&"canceled".into(), &true.into()));
+    assert_eq!(ended["cleaned"], serde_json::json!(["source", "target"]));
+    assert!(ended["dropped"].to_string().contains("replication slot walferry_"), "{ended}");
     writer.stop().await;
     let after = ends.inventories().await;
     assert_eq!(before.0.diff(&after.0), Vec::<String>::new());

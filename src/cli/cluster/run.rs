@@ -253,7 +253,8 @@ fn advise(job: &ClusterJob, ended: &jobs::Ended) {
     for row in ended.tasks.iter().filter(|row| row.state == TaskState::Error) {
         let error = row.error.as_deref().unwrap_or_default();
         eprintln!("task {} is in error: {error}", row.task);
-        eprintln!("    walferry cluster reset {number} --tasks {} has it begin again", row.task);
+        let reset = format!("walferry cluster reset {number} --tasks {}", row.task);
+        eprintln!("    once that is mended, {reset} has it begin again");
     }
     if job.cluster.starts_with("file ") {
         for row in ended.tasks.iter().filter(|row| row.state == TaskState::Completed) {

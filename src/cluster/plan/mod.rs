@@ -107,6 +107,20 @@ pub enum Wish {
     },
 }
 
+impl Wish {
+    /// The nodes that are to have nothing in the end.
+    pub fn emptied(&self) -> Vec<&str> {
+        match self {
+            Wish::Drain { nodes, .. } => nodes.iter().map(String::as_str).collect(),
+            Wish::Replace { old, .. } => vec![old],
+            Wish::Spread { from, to, .. } => {
+                from.iter().filter(|node| !to.contains(node)).map(String::as_str).collect()
+            }
+            Wish::Rebalance(_) | Wish::One { .. } => Vec::new(),
+        }
+    }
+}
+
 /// One group's move.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Task {

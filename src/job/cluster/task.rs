@@ -131,6 +131,7 @@ impl Task {
     async fn prepare(&mut self) -> Result<()> {
         if self.row.phase.is_none() {
             self.refuse_rivals().await?;
+            self.refuse_newcomers().await?;
             self.guard().await?;
         }
         let moved = &self.ready.moved;
@@ -331,11 +332,21 @@ impl Task {
         }
     }
 
+    /// What is co-located with the task's shards and was not when it was planned: no reset gives
+    /// the task those, only another plan does.
+    async fn refuse_newcomers(&self) -> Result<()> {
+        let tables = siblings(&self.setup.address, &self.row.errand).await?;
+        match tables.is_empty() {
+            true => Ok(()),
+            false => Err(Error::TaskGrew(tables)),
+        }
+    }
+
     /// DDL on the task's tables, and tables that came to it.
     async fn refuse_changes(&self) -> Result<()> {
+        self.refuse_newcomers().await?;
         let Some(kept) = &self.row.shape else { return Ok(()) };
-        let mut changes = shape::changes(kept, &self.shape().await?);
-        changes.extend(siblings(&self.setup.address, &self.row.errand).await?);
+        let changes = shape::changes(kept, &self.shape().await?);
         match changes.is_empty() {
             true => Ok(()),
             false => Err(Error::TaskChanged { changes }),

@@ -21,24 +21,42 @@ const TABLES: &[&str] = &[
     "create table orders (account bigint not null references accounts, id bigint not null, \
      amount bigint not null check (amount <> 0), primary key (account, id))",
     "select create_distributed_table('orders', 'account', colocate_with => 'accounts')",
-    "create index on orders (amount)",
+    "create index orders_amount on orders (amount)",
     "create table events (account bigint not null, at date not null, what text, \
-     region int references regions) partition by range (at); \
+     region int) partition by range (at); \
      create table events_01 partition of events for values from ('2026-01-01') to ('2026-02-01'); \
      create table events_02 partition of events for values from ('2026-02-01') to ('2026-03-01')",
     "select create_distributed_table('events', 'account', colocate_with => 'accounts')",
+    "alter table events add constraint events_region foreign key (region) references regions",
     "alter table events_01 replica identity full",
     "alter table events_02 replica identity full",
-    "create role clerk login",
+    "create table tickets (account bigint not null, no bigserial, what text default 'new', \
+     primary key (account, no))",
+    "select create_distributed_table('tickets', 'account', colocate_with => 'accounts')",
+    "insert into tickets (account) select i from generate_series(1, 600) i",
     "grant select on accounts to clerk",
     "comment on table accounts is 'who owes what'",
     "insert into accounts select i, 1 + i % 5 from generate_series(1, 600) i",
+];
+
+/// What distributed tables can have from 11 on.
+const LATER: &[&str] = &[
+    "create table badges (account bigint not null, no bigint generated always as identity, \
+     primary key (account, no)); \
+     select create_distributed_table('badges', 'account', colocate_with => 'accounts')",
+    "insert into badges (account) select i from generate_series(1, 600) i",
+    "create function stamp() returns trigger language plpgsql as \
+     $$ begin new.what := 'stamped'; return new; end $$",
+    "alter database postgres set citus.enable_unsafe_triggers = on",
+    "create trigger stamps before insert on tickets for each row execute function stamp()",
 ];
 
 /// A coordinator and workers.
 pub struct Cluster {
     pub coordinator: Server,
     pub workers: Vec<Server>,
+    /// Of Citus.
+    pub major: u32,
 }
 
 impl Cluster {
@@ -51,11 +69,14 @@ impl Cluster {
             return None;
         }
         let coordinator = prepared(first);
-        let mut cluster = Cluster { coordinator, workers: Vec::new() };
-        cluster.sql(&format!(
-            "select citus_set_coordinator_host('127.0.0.1', {})",
-            cluster.coordinator.port()
-        ));
+        let sql = "select split_part(extversion, '.', 1) from pg_extension where extname = 'citus'";
+        let major = coordinator.psql("postgres", sql).unwrap().parse().unwrap();
+        let mut cluster = Cluster { coordinator, workers: Vec::new(), major };
+        let add = match major {
+            10.. => "select citus_set_coordinator_host('127.0.0.1', PORT)",
+            _ => "select master_add_node('127.0.0.1', PORT, 0)",
+        };
+        cluster.sql(&add.replace("PORT", &cluster.coordinator.port().to_string()));
         for _ in 0..workers {
             cluster.add_worker();
         }
@@ -64,13 +85,35 @@ impl Cluster {
 
     pub fn add_worker(&mut self) {
         let worker = prepared(support::server());
-        self.sql(&format!("select citus_add_node('127.0.0.1', {})", worker.port()));
+        let add = if self.major < 10 { "master_add_node" } else { "citus_add_node" };
+        self.sql(&format!("select {add}('127.0.0.1', {})", worker.port()));
+        if self.major < 11 {
+            // Clients of workers are what these releases call MX, and nothing that is by itself.
+            let sync = "select start_metadata_sync_to_node('127.0.0.1', PORT)";
+            self.sql(&sync.replace("PORT", &worker.port().to_string()));
+        }
         self.workers.push(worker);
+    }
+
+    /// Has reference tables on nodes that were added since.
+    pub fn replicate_reference_tables(&self) {
+        let mode = if self.major < 11 { "" } else { "'block_writes'" };
+        self.sql(&format!("select replicate_reference_tables({mode})"));
     }
 
     /// With tables and rows.
     pub fn with_tables(self) -> Cluster {
-        for sql in TABLES {
+        if self.major < 10 {
+            // Or shards are not of MX.
+            self.sql("alter database postgres set citus.replication_model = 'streaming'");
+        }
+        // Which hands roles on since it knows all nodes' metadata.
+        let alone = if self.major < 11 { self.workers.len() } else { 0 };
+        for server in std::iter::once(&self.coordinator).chain(&self.workers[..alone]) {
+            server.psql("postgres", "create role clerk login").unwrap();
+        }
+        let later = if self.major < 11 { &[] } else { LATER };
+        for sql in TABLES.iter().chain(later) {
             self.sql(sql);
         }
         self

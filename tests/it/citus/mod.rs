@@ -5,10 +5,12 @@
 //! these tests says that it is skipped, and passes. What can be tested without Citus is in `plain`,
 //! against servers with catalogs of its shape.
 
+mod changes;
 mod cluster;
 mod kills;
 mod moves;
 mod plain;
+mod plain_jobs;
 mod runs;
 mod stalls;
 

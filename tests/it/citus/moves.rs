@@ -20,7 +20,7 @@ fn described(cluster: &Cluster, port: u16, shards: &[String]) -> String {
          with t as (select to_regclass(n)::oid as oid, n from unnest(array[{}]) n) \
          select string_agg(d, e'\\n' order by d) from ( \
          select n || ' ' || attname || ' ' || format_type(atttypid, atttypmod) || attnotnull \
-            || coalesce(pg_get_expr(adbin, adrelid), '') as d from t \
+            || attidentity::text || coalesce(pg_get_expr(adbin, adrelid), '') as d from t \
             join pg_attribute a on attrelid = t.oid and attnum > 0 and not attisdropped \
             left join pg_attrdef f on f.adrelid = t.oid and f.adnum = a.attnum \
          union all select n || ' ' || conname || pg_get_constraintdef(c.oid) || convalidated \
@@ -31,6 +31,9 @@ fn described(cluster: &Cluster, port: u16, shards: &[String]) -> String {
             || pg_get_userbyid(relowner) || coalesce(obj_description(t.oid, 'pg_class'), '') \
             || coalesce(pg_get_expr(relpartbound, t.oid), '') from t \
             join pg_class c on c.oid = t.oid \
+         union all select n || ' ' || pg_get_triggerdef(g.oid) || tgenabled::text from t \
+            join pg_trigger g on tgrelid = t.oid and not tgisinternal \
+            and tgname not like 'walferry%' \
          union all select n || ' part of ' || inhparent::regclass::text \
             from t join pg_inherits on inhrelid = t.oid) q",
         list.join(", ")
@@ -74,6 +77,7 @@ async fn a_group_goes_there_and_back_under_writers_on_every_node() {
     let target = cluster.workers.iter().find(|worker| worker.port() != port).unwrap();
     let before = described(&cluster, port, &shards);
     assert!(before.contains("REFERENCES") && before.contains("part of"), "{before}");
+    assert!(cluster.major < 11 || before.contains("EXECUTE FUNCTION stamp()"), "{before}");
     let first = cluster.placements();
     let load = Load::start(&uris(&cluster), Duration::from_millis(2));
     load.more(100).await;
@@ -115,6 +119,14 @@ async fn a_group_goes_there_and_back_under_writers_on_every_node() {
     cluster.sql("update accounts set note = 'x' where id = 1");
     cluster.sql("alter table orders add column extra int");
     cluster.sql("delete from regions where id = 77");
+    // Numbers go on where they were, and triggers act.
+    let inserted = cluster.sql(
+        "with i as (insert into tickets (account) select i from generate_series(1, 600) i \
+         returning what) select count(*) || ' ' || count(*) filter (where what = 'stamped') from i",
+    );
+    assert_eq!(inserted, if cluster.major < 11 { "600 0" } else { "600 600" });
+    let twice = "select count(*) - count(distinct no) from tickets";
+    assert_eq!(cluster.sql(twice), "0");
 }
 
 /// `walferry cluster` of this cluster.
@@ -147,7 +159,7 @@ async fn a_cluster_grows_is_drained_and_a_node_replaced_under_writers() {
     assert_eq!(counts(&cluster), [3, 3]);
     let load = Load::start(&uris(&cluster), Duration::from_millis(5));
     cluster.add_worker();
-    cluster.sql("select replicate_reference_tables('block_writes')");
+    cluster.replicate_reference_tables();
     let node =
         |cluster: &Cluster, worker: usize| format!("127.0.0.1:{}", cluster.workers[worker].port());
     run(&cluster, &["rebalance", "--by", "count"]).await;
@@ -166,8 +178,12 @@ async fn a_cluster_grows_is_drained_and_a_node_replaced_under_writers() {
     let kept = asked(&cluster, &["recycle", "list"]).await;
     let dropped = asked(&cluster, &["recycle", "empty"]).await;
     assert_eq!(dropped.as_array().unwrap(), kept["recycled"].as_array().unwrap());
-    assert_eq!(dropped.as_array().unwrap().len(), 7 * 5, "{dropped}");
-    // Nothing is in the way of Citus's own moves of the same shards.
-    cluster.sql(&format!("select citus_drain_node('127.0.0.1', {})", cluster.workers[2].port()));
+    let (_, shards) = cluster.groups().remove(0);
+    assert_eq!(dropped.as_array().unwrap().len(), 7 * shards.len(), "{dropped}");
+    // Nothing is in the way of Citus's own moves of the same shards, which 9 does not offer.
+    if cluster.major > 9 {
+        let drain = "select citus_drain_node('127.0.0.1', PORT, 'block_writes')";
+        cluster.sql(&drain.replace("PORT", &cluster.workers[2].port().to_string()));
+    }
     assert_eq!(cluster.audit(), seen.acknowledged);
 }

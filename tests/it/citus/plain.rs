@@ -11,22 +11,22 @@ use walferry::pg::{Config, Purpose, Session};
 use walferry::route::{Context, Route};
 
 use super::Move;
+use crate::support;
 use crate::support::citus::Citus;
-use crate::support::{self, Walferry};
 
 /// Two co-located tables of two shards on the first worker, one of them with a key to a reference
 /// table; the second worker is empty.
-struct Stage {
-    citus: Citus,
+pub(super) struct Stage {
+    pub(super) citus: Citus,
     /// Of the first group: one of `orders`, one of `items`.
-    shards: [u64; 2],
+    pub(super) shards: [u64; 2],
 }
 
 /// The reference table's only shard.
-const REGIONS: u64 = 55;
+pub(super) const REGIONS: u64 = 55;
 
 impl Stage {
-    fn new() -> Stage {
+    pub(super) fn new() -> Stage {
         let mut citus = Citus::start(2);
         citus.everywhere(&format!(
             "create table regions (id int primary key); \
@@ -96,7 +96,7 @@ impl Stage {
     }
 
     /// Group of the moving shards, by every node.
-    fn placed(&self) -> String {
+    pub(super) fn placed(&self) -> String {
         let all: Vec<String> = self.servers().map(Citus::placements).collect();
         assert!(all.iter().all(|placements| *placements == all[0]), "{all:?}");
         let of = |shard: u64| {
@@ -109,7 +109,7 @@ impl Stage {
     }
 
     /// How many of the three nodes have a transaction of ours prepared.
-    fn prepared(&self) -> usize {
+    pub(super) fn prepared(&self) -> usize {
         let sql = "select count(*) from pg_prepared_xacts where gid like 'walferry\\_%'";
         self.servers().filter(|server| server.psql("postgres", sql).unwrap() == "1").count()
     }
@@ -117,30 +117,27 @@ impl Stage {
 
 /// A client that writes to `orders` as Citus does: under the shared lock, wherever the placement
 /// says.
-struct Load {
+pub(super) struct Load {
     stop: Arc<AtomicBool>,
     done: Arc<AtomicU64>,
     task: tokio::task::JoinHandle<(Vec<u64>, Vec<String>, Duration)>,
 }
 
 impl Load {
-    fn start(stage: &Stage, number: u64) -> Load {
+    pub(super) fn start(stage: &Stage, number: u64) -> Load {
         let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let nodes = [stage.citus.uri(), stage.citus.workers[0].uri("postgres")]
-            .into_iter()
-            .chain([stage.citus.workers[1].uri("postgres")])
-            .collect();
+        let nodes = stage.servers().map(|server| server.uri("postgres")).collect();
         let task = tokio::spawn(put(nodes, number, stage.shards[0], stop.clone(), done.clone()));
         Load { stop, done, task }
     }
 
-    async fn more(&self) {
+    pub(super) async fn more(&self) {
         let due = self.done.load(Ordering::SeqCst) + 30;
         support::until("clients go on", async || self.done.load(Ordering::SeqCst) >= due).await;
     }
 
     /// Ids that were acknowledged, and the longest wait.
-    async fn end(self) -> (Vec<u64>, Duration) {
+    pub(super) async fn end(self) -> (Vec<u64>, Duration) {
         self.stop.store(true, Ordering::SeqCst);
         let (ids, errors, longest) = self.task.await.unwrap();
         assert_eq!(errors, Vec::<String>::new());
@@ -393,50 +390,4 @@ async fn what_is_not_one_whole_group_on_its_node_is_refused_by_name() {
     let placements = Citus::placements(&stage.citus.coordinator);
     assert!(placements.contains(&format!("{orders}:2")), "{placements}");
     assert!(Citus::placements(&stage.citus.workers[0]).contains(&format!("{orders}:1")));
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_job_of_the_cluster_moves_its_groups_and_old_shards_are_kept_restored_and_emptied() {
-    let stage = Stage::new();
-    let address = stage.citus.address();
-    let asked = async |words: &[&str]| {
-        let given = [&["cluster", "--cluster", &address, "--json"], words].concat();
-        Walferry::run(&given).await.expect_success().json()
-    };
-    let load = Load::start(&stage, 1);
-    load.more().await;
-    let planned = asked(&["drain", &stage.citus.node(0)]).await;
-    assert_eq!(planned["tasks"].as_array().unwrap().len(), 2, "{planned}");
-    asked(&["run", "1"]).await;
-    assert_eq!(stage.placed(), "2");
-    load.more().await;
-    let kept = asked(&["recycle", "list"]).await;
-    assert_eq!(kept["current"].as_array().unwrap().len(), 2, "{kept}");
-    assert_eq!(kept["recycled"].as_array().unwrap().len(), 0, "{kept}");
-    asked(&["recycle", "restore", "1"]).await;
-    assert_eq!(stage.placed(), "1");
-    load.more().await;
-    asked(&["finish", "1", "--tasks", "1,2"]).await;
-    let (ids, _) = load.end().await;
-    let count = format!("select count(*) from orders_{}", stage.shards[0]);
-    let count = stage.citus.workers[0].psql("postgres", &count).unwrap();
-    assert_eq!(count, ids.len().to_string());
-    // Of the task that was led back, the copy on the new node; of the other, what was left.
-    let kept = asked(&["recycle", "list", "--job", "1"]).await;
-    let nodes: Vec<&str> =
-        kept["recycled"].as_array().unwrap().iter().map(|k| k["node"].as_str().unwrap()).collect();
-    let [old, new] = [stage.citus.node(0), stage.citus.node(1)];
-    let of = |node: &str| nodes.iter().filter(|on| **on == node).count();
-    assert_eq!((of(&old), of(&new), nodes.len()), (2, 2, 4), "{kept}");
-    let none = asked(&["recycle", "empty", "--older", "7d"]).await;
-    assert_eq!(none.as_array().unwrap().len(), 0, "{none}");
-    let dropped = asked(&["recycle", "empty", "--job", "1"]).await;
-    assert_eq!(dropped.as_array().unwrap().len(), 4, "{dropped}");
-    for worker in &stage.citus.workers {
-        let left = "select count(*) from pg_namespace where nspname like 'walferry%'";
-        assert_eq!(worker.psql("postgres", left).unwrap(), "0");
-    }
-    let said = [&["cluster", "--cluster", &address], &["recycle", "restore", "2"][..]].concat();
-    let said = Walferry::run(&said).await;
-    assert!(said.err.contains("no job has a task 2 whose old shards"), "{said:?}");
 }

@@ -231,6 +231,17 @@ async fn ddl_in_the_middle_and_a_long_transaction_put_a_task_into_error_and_rese
     let job = stage.job("1").await;
     assert_eq!(states(&job), ["error"]);
     assert!(job["tasks"][0]["error"].as_str().unwrap().contains(said), "{job}");
+    // What failed is in the log with its error, by the task that it was sent for.
+    let log = asked(&stage.address, &["log", "1", "--task", "1"]).await;
+    let failed = log.as_array().unwrap().iter().find(|line| {
+        let error = line["error"].as_str().unwrap_or_default();
+        error.contains("timeout") && line["node"].as_str().unwrap().starts_with("source")
+    });
+    let failed = failed.unwrap_or_else(|| panic!("{log}"));
+    assert!(failed["sql"].as_str().unwrap().to_lowercase().contains("lock table"), "{failed}");
+    assert!(failed["times"].as_u64() > Some(0) && failed["ms"].as_f64() > Some(0.0), "{failed}");
+    let none = asked(&stage.address, &["log", "1", "--task", "2"]).await;
+    assert_eq!(none, serde_json::json!([]));
     // The other job is not touched by it; a run of the first does nothing.
     let ended = stage.run(&["1"]).ended().await;
     assert_eq!(ended.code, Some(1), "{ended:?}");

@@ -8,6 +8,7 @@ mod modes;
 mod neighbours;
 mod reads;
 mod routes;
+mod several;
 mod silence;
 mod stragglers;
 mod undo;

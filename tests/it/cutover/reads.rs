@@ -47,14 +47,14 @@ impl Readers {
 }
 
 /// The port of the server that a pooler's clients read.
-async fn read_at(pooler: &PgBouncer) -> u16 {
+pub(super) async fn read_at(pooler: &PgBouncer) -> u16 {
     let mut session = session(&pooler.uri("app")).await;
     session.query("select current_setting('port')").await.unwrap()[0].parse(0).unwrap()
 }
 
 /// The port that the router's foreign server of postgres_fdw leads to, and that server's comment;
 /// its partition of plproxy leads there too.
-fn led_to(router: &Server) -> String {
+pub(super) fn led_to(router: &Server) -> String {
     let sql = "select (select option_value from pg_options_to_table(srvoptions) \
          where option_name = 'port') || ' ' || obj_description(oid, 'pg_foreign_server') \
          from pg_foreign_server where srvname = 'live'";

@@ -42,8 +42,8 @@ async fn a_move_through_a_topic_there_and_back_ends_exact() {
     ends.done(&["rollback"]).await;
     let finished = ends.done(&["finish"]).await;
     run.ended().await.expect_success();
-    assert!(finished.out.contains("not topic it-"), "{}", finished.out);
-    assert!(finished.out.contains(".reverse"), "{}", finished.out);
+    assert!(finished.err.contains("topic it-"), "{}", finished.err);
+    assert!(finished.err.contains(".reverse"), "{}", finished.err);
 }
 
 /// Of walferry, the broker, the source and the target: one dies at a time, at random moments, each
