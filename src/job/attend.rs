@@ -13,7 +13,7 @@ use super::left::outcome_value;
 use super::pipeline::Pipe;
 use super::run::{Notice, Runner, Until};
 use super::state::{Event, Phase};
-use super::store::StreamRow;
+use super::store::{JobRow, StreamRow};
 use super::{Error, Gone, Result, client};
 use crate::clock::{Deadline, PgTimestamp};
 use crate::cutover::{self, barrier};
@@ -55,11 +55,7 @@ impl Runner {
             self.rejoin().await?;
         }
         self.reads_due = row.reads.is_some().then(|| Deadline::after(Duration::ZERO));
-        self.keep_heartbeat(phase).await?;
-        self.keep_standbys();
-        self.keep_looking(phase).await?;
-        self.validate_beside(&row).await?;
-        self.refresh_beside(&row).await?;
+        self.keep_beside(&row).await?;
         // One of a series of groups has just begun where the last one ended.
         let mut lately = phase == Phase::Split && self.stored_within(TURN);
         loop {
@@ -116,6 +112,15 @@ impl Runner {
             }
             self.busy.store(true, Ordering::SeqCst);
         }
+    }
+
+    /// What goes on beside the streams, where the job's phase has it.
+    async fn keep_beside(&mut self, row: &JobRow) -> Result<()> {
+        self.keep_heartbeat(row.phase).await?;
+        self.keep_standbys();
+        self.keep_looking(row.phase).await?;
+        self.validate_beside(row).await?;
+        self.refresh_beside(row).await
     }
 
     /// Short while something is about to happen, so that scripts do not wait for the turn's end.
