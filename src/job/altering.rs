@@ -38,10 +38,10 @@ struct There {
 }
 
 /// Something that was done on the source, and what does it on the target.
-struct Done {
+pub(super) struct Done {
     class: Class,
     what: String,
-    sql: std::result::Result<Vec<String>, Unclear>,
+    pub(super) sql: std::result::Result<Vec<String>, Unclear>,
 }
 
 impl Altering {
@@ -71,7 +71,7 @@ impl Altering {
         }
         let catalog = columns_of(&mut source, relation.oid).await?;
         let Some(there) = There::read(target, &relation.name).await? else {
-            let done = vec![missing(&mut source, target, relation).await?];
+            let done = vec![missing(&mut source, target, relation.oid, &relation.name).await?];
             let columns = remembered(relation, &[], &catalog);
             return Ok((self.verdict(done), columns));
         };
@@ -309,10 +309,11 @@ impl There {
 }
 
 /// A table that the target lacks: a partition is made as the source has it.
-async fn missing(
+pub(super) async fn missing(
     source: &mut Session,
     target: &mut Session,
-    relation: &Relation,
+    oid: u32,
+    table: &QualifiedName,
 ) -> pg::Result<Done> {
     let sql = "select n.nspname, p.relname, \
            pg_catalog.pg_get_expr(c.relpartbound, c.oid), \
@@ -321,9 +322,8 @@ async fn missing(
          join pg_catalog.pg_class p on p.oid = i.inhparent \
          join pg_catalog.pg_namespace n on n.oid = p.relnamespace \
          where c.oid = $1::oid and c.relispartition";
-    let table = &relation.name;
     let class = Class::NewTable;
-    let Some(row) = source.query_opt(sql, &[Some(&relation.oid.to_string())]).await? else {
+    let Some(row) = source.query_opt(sql, &[Some(&oid.to_string())]).await? else {
         let what = format!("table {table} is not on the target");
         let sql = Err(Unclear("how it was made is not in the stream".to_string()));
         return Ok(Done { class, what, sql });

@@ -75,6 +75,9 @@ impl Runner {
             if let Some(loss) = self.lost_stream().await? {
                 return self.refill(loss).await.map(Some);
             }
+            if phase == Phase::Following && self.may_join() {
+                return self.join().await.map(Some);
+            }
             // Whatever has become of the way back.
             self.keep_sealed(phase).await?;
             self.check_streams(phase)?;

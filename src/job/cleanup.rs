@@ -26,13 +26,14 @@ use crate::source::{publication, slot};
 use crate::{apply, schema};
 
 /// Tables of the home database with the column that names the job, the job's own row last.
-const HOME_TABLES: [(&str, &str); 13] = [
+const HOME_TABLES: [(&str, &str); 14] = [
     ("table_copy", "job"),
     ("table_refill", "job"),
     ("schema_step", "job"),
     ("schema_dump", "job"),
     ("source_object", "job"),
     ("awaited", "job"),
+    ("newcomer", "job"),
     ("large_object", "job"),
     ("stream", "job"),
     ("standby", "job"),

@@ -50,11 +50,13 @@ impl Runner {
         if let Some(event) = self.unbroken(self.spool.is_none()).await? {
             return Ok(event);
         }
-        self.capture_forward().await?;
         if self.config.options.brought {
+            self.capture_forward().await?;
             return self.complete_copy().await;
         }
-        let tables = self.copied_tables().await?;
+        let mut tables = self.copied_tables().await?;
+        let joined = self.take_in(&mut tables).await?;
+        self.capture_forward().await?;
         let progress = Arc::new(CopyProgress::new(&tables));
         self.say(Notice::Copying(progress.clone()));
         let config = self.config.clone();
@@ -81,6 +83,11 @@ impl Runner {
                 }
                 Err(error) => return Err(error.into()),
             }
+        }
+        if joined {
+            self.analyze(&tables).await?;
+            self.store.forget_newcomers().await?;
+            return Ok(Event::CopyDone);
         }
         self.copy_large_objects().await?;
         self.build(PostPhase::Indexes).await?;

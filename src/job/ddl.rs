@@ -70,6 +70,9 @@ create table if not exists walferry.ownership (
     job text not null, schema text not null, name text not null, on_target boolean not null,
     switched_by text, lsn pg_lsn, changed_at timestamptz not null default now(),
     primary key (job, schema, name));
+create table if not exists walferry.newcomer (
+    job text not null, schema text not null, name text not null,
+    noted_at timestamptz not null default clock_timestamp(), primary key (job, schema, name));
 create table if not exists walferry.large_object (
     job text not null, side text not null, snapshot_xmin bigint, objects bigint,
     primary key (job, side));

@@ -66,6 +66,7 @@ mod flip;
 mod gone;
 pub mod groups;
 pub mod heartbeat;
+mod joining;
 mod journal;
 pub mod lease;
 mod left;

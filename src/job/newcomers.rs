@@ -1,8 +1,9 @@
 //! Tables that no stream carries because they came after it: a cutover without their rows would
-//! lose them without a word, so it is refused by name.
+//! lose them without a word, so it is refused by name. Where `--ddl` takes them in: `joining`.
 
 use std::collections::HashSet;
 
+use super::reading::Readings;
 use super::run::Runner;
 use super::{Result, published};
 use crate::catalog::Table;
@@ -10,7 +11,21 @@ use crate::cutover;
 use crate::decode::Plugin;
 use crate::id::{QualifiedName, Stream};
 use crate::pg::Session;
-use crate::source::publication;
+use crate::source::{Followed, publication};
+
+impl Readings {
+    /// Has the forward stream carry these as well.
+    pub(super) fn follow_more(&mut self, tables: &[Table]) {
+        self.forward_oids.resize(self.forward_tables.len(), 0);
+        for table in tables {
+            if self.forward_oids.contains(&table.oid) {
+                continue;
+            }
+            self.forward_tables.push((table.name.schema.clone(), table.name.name.clone()));
+            self.forward_oids.push(table.oid);
+        }
+    }
+}
 
 impl Runner {
     /// A table that was made after the job began is in no publication: its rows would stay behind
@@ -76,25 +91,29 @@ impl Runner {
             Stream::Reverse => self.config.target.clone(),
         };
         let followed = self.store.load_readings().await?.tables(flip);
-        let tables = self.tables(&live).await?;
-        let this = |table: &Table| followed.contains(table.oid, &table.name);
-        let mut names: HashSet<QualifiedName> =
-            tables.iter().filter(|table| this(table)).map(|table| table.name.clone()).collect();
-        let mut unfollowed = tables.len();
-        loop {
-            for table in &tables {
-                let parent = table.partition_of.as_ref();
-                if parent.is_some_and(|parent| names.contains(parent)) {
-                    names.insert(table.name.clone());
-                }
+        Ok(unfollowed(&followed, &self.tables(&live).await?))
+    }
+}
+
+/// Of `tables`, those that are neither followed themselves nor partitions of one that is.
+pub(super) fn unfollowed(followed: &Followed, tables: &[Table]) -> Vec<QualifiedName> {
+    let this = |table: &&Table| followed.contains(table.oid, &table.name);
+    let mut names: HashSet<QualifiedName> =
+        tables.iter().filter(this).map(|table| table.name.clone()).collect();
+    let mut unfollowed = tables.len();
+    loop {
+        for table in tables {
+            let parent = table.partition_of.as_ref();
+            if parent.is_some_and(|parent| names.contains(parent)) {
+                names.insert(table.name.clone());
             }
-            let left = tables.iter().map(|t| &t.name).filter(|name| !names.contains(name));
-            let left: Vec<QualifiedName> = left.cloned().collect();
-            // A partition of a partition may have been looked at before its parent.
-            if left.is_empty() || left.len() == unfollowed {
-                return Ok(left);
-            }
-            unfollowed = left.len();
         }
+        let left = tables.iter().map(|t| &t.name).filter(|name| !names.contains(name));
+        let left: Vec<QualifiedName> = left.cloned().collect();
+        // A partition of a partition may have been looked at before its parent.
+        if left.is_empty() || left.len() == unfollowed {
+            return left;
+        }
+        unfollowed = left.len();
     }
 }

@@ -276,18 +276,18 @@ impl Runner {
 
     /// Says whom a slot's creation waits for, each one once.
     pub(super) fn tell_blockers(&self) -> impl FnMut(&[Blocker]) + use<> {
-        tell_blockers(&self.report)
+        tell_blockers(&self.report, "the slot")
     }
 }
 
-/// Says whom a slot's creation waits for, each one once.
-pub(super) fn tell_blockers(report: &Report) -> impl FnMut(&[Blocker]) + use<> {
+/// Says for whom `what` waits, each one once.
+pub(super) fn tell_blockers(report: &Report, what: &'static str) -> impl FnMut(&[Blocker]) + use<> {
     let report = report.clone();
     let mut told = std::collections::HashSet::new();
     move |blockers: &[Blocker]| {
         for blocker in blockers {
             if told.insert((blocker.pid, blocker.xid)) {
-                report(Notice::Said(format!("the slot waits for {blocker}")));
+                report(Notice::Said(format!("{what} waits for {blocker}")));
             }
         }
     }

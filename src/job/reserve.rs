@@ -82,7 +82,7 @@ pub async fn reserve(config: &JobConfig, hold: bool, report: &Report) -> Result<
         kind: config.failover.kind(source.major_version(), config.two_phase),
         wait: config.slot_timeout,
     };
-    let waiting = tell_blockers(report);
+    let waiting = tell_blockers(report, "the slot");
     let (consistent_lsn, held) = match chosen.reading.transport()? {
         Transport::Stream => {
             let maker = Session::connect(&config.source, Purpose::Replication).await?;

@@ -7,25 +7,28 @@
 //! tried again with the next look, and said once.
 //!
 //! What is left to be run by hand, or was refused, is kept in `walferry.awaited` until the target
-//! has it: status and every cutover name it.
+//! has it: status and every cutover name it. Tables that are new are [`super::joining`]'s.
 //!
 //! What the source had is kept in `walferry.source_object`, first as it was when the schema was
 //! copied, and moved on one by one in the transaction that does it. So each is done once, through
 //! any crash.
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
 
+use super::joining::Newcomers;
 use super::pipeline::Task;
 use super::run::{Notice, Report, Runner};
 use super::state::Phase;
+use super::store::Store;
 use super::{Error, Result};
 use crate::apply::Applied;
 use crate::catalog::Selection;
-use crate::id::Stream;
+use crate::id::{JobName, Stream};
 use crate::limit::CATALOG_WAIT;
 use crate::lsn::Lsn;
 use crate::pg::{CancelHandle, Config, Purpose, Session};
@@ -40,22 +43,27 @@ const TURN: Duration = Duration::from_secs(5);
 const SOON: Duration = Duration::from_secs(1);
 
 /// Such a statement does not queue for a lock in front of the stream for longer.
-const LOCK_TIMEOUT: &str = "set lock_timeout = '5s'";
+pub(super) const LOCK_TIMEOUT: &str = "set lock_timeout = '5s'";
 
 /// Looks that are taken for as long as this lives.
 pub(super) struct Silent {
     _task: Task<()>,
     statement: Arc<Mutex<Option<CancelHandle>>>,
+    /// Tables that are new are noted.
+    noted: Arc<AtomicBool>,
 }
 
-struct Watcher {
-    source: Config,
+/// Looks at both catalogs.
+pub(super) struct Watcher {
+    pub(super) source: Config,
     target: Config,
-    selection: Selection,
-    job: String,
+    pub(super) selection: Selection,
+    job: JobName,
     stream: String,
-    policy: Policy,
-    report: Report,
+    pub(super) policy: Policy,
+    pub(super) report: Report,
+    /// Where the job takes in tables that are new.
+    pub(super) newcomers: Option<Newcomers>,
     applied: watch::Receiver<Applied>,
     /// The look before, and where the source's log stood then.
     seen: Option<(Look, Lsn)>,
@@ -87,23 +95,26 @@ impl Watcher {
         // Read after it: what was seen had committed before.
         let lsn = source.query_one("select pg_catalog.pg_current_wal_insert_lsn()", &[]).await?;
         let lsn = lsn.lsn(0)?;
-        let mut target = Session::connect(&self.target, Purpose::Sql).await?;
-        let mut known = load(&mut target, &self.job).await?;
+        let target = Session::connect(&self.target, Purpose::Sql).await?;
+        let mut home = Store::new(target, self.job.clone());
+        let mut awaited = BTreeMap::new();
+        let soon = self.meet_newcomers(&mut source, &mut home, &mut awaited).await?;
+        let mut target = home.session;
+        let mut known = load(&mut target, self.job.as_str()).await?;
         self.add_columns_of_stream(&mut target, &mut known).await?;
         let Some((before, seen_lsn)) = self.seen.take() else {
             let waits = known != now.objects;
             self.seen = Some((now, lsn));
-            return Ok(waits);
+            return Ok(waits || soon);
         };
         if self.applied.borrow().applied_lsn < seen_lsn {
             let waits = known != now.objects;
             self.seen = Some((before, seen_lsn));
-            return Ok(waits);
+            return Ok(waits || soon);
         }
         let still = |change: &Change| before.objects.get(&change.key) == change.now.as_ref();
         let found: Vec<Change> = changes(&known, &now.objects);
         let (ripe, fresh): (Vec<Change>, Vec<Change>) = found.into_iter().partition(still);
-        let mut awaited = BTreeMap::new();
         for change in &ripe {
             if let Some(sql) = self.carry(&mut target, change, &now).await? {
                 awaited.insert(key_text(&change.key)?, sql);
@@ -111,7 +122,7 @@ impl Watcher {
         }
         self.keep_awaited(&mut target, awaited).await?;
         self.seen = Some((now, lsn));
-        Ok(!fresh.is_empty())
+        Ok(!fresh.is_empty() || soon)
     }
 
     /// Defaults and NOT NULL of columns that came by the stream, or have another name by it, are
@@ -154,7 +165,7 @@ impl Watcher {
              select $1, o.key, o.value from pg_catalog.jsonb_each_text($2::jsonb) o \
              on conflict (job, key) do update set sql = excluded.sql";
         let all = serde_json::to_string(&awaited).map_err(|e| Error::State(e.to_string()))?;
-        target.query_params(sql, &[Some(&self.job), Some(&all)]).await?;
+        target.query_params(sql, &[Some(self.job.as_str()), Some(&all)]).await?;
         self.awaited = Some(awaited);
         Ok(())
     }
@@ -169,7 +180,7 @@ impl Watcher {
         let there = look(target, &self.selection).await?;
         let statements = match todo(change, here, &there) {
             Todo::Nothing => {
-                store(target, &self.job, change).await?;
+                store(target, self.job.as_str(), change).await?;
                 return Ok(None);
             }
             Todo::Wait => return Ok(None),
@@ -189,10 +200,9 @@ impl Watcher {
             self.say(format!("warning: the stream is silent about it, run on the target: {sql}"));
             return Ok(Some(sql));
         }
-        let handle = target.cancel_handle();
-        *self.statement.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle);
-        let ran = run(target, &self.job, &self.stream, change, &statements).await;
-        self.statement.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.at_work(Some(target.cancel_handle()));
+        let ran = run(target, self.job.as_str(), &self.stream, change, &statements).await;
+        self.at_work(None);
         match ran {
             Ok(()) => {
                 (self.report)(Notice::Said(format!("the source has it, made here: {sql}")));
@@ -206,7 +216,12 @@ impl Watcher {
         }
     }
 
-    fn say(&mut self, text: String) {
+    /// What a flip has to end in its server.
+    pub(super) fn at_work(&self, handle: Option<CancelHandle>) {
+        *self.statement.lock().unwrap_or_else(PoisonError::into_inner) = handle;
+    }
+
+    pub(super) fn say(&mut self, text: String) {
         if self.said.insert(text.clone()) {
             (self.report)(Notice::Said(text));
         }
@@ -316,14 +331,17 @@ impl Runner {
             }
         }
         let statement = Arc::new(Mutex::new(None));
+        let newcomers = self.newcomers().await?;
+        let noted = newcomers.as_ref().map(|these| these.noted.clone()).unwrap_or_default();
         let watcher = Watcher {
             source: self.config.source.clone(),
             target: self.config.target.clone(),
             selection: self.selection.clone(),
-            job: self.config.job.to_string(),
+            job: self.config.job.clone(),
             stream: self.config.job.object(Stream::Forward),
             policy,
             report: self.report.clone(),
+            newcomers,
             applied,
             seen: None,
             said: HashSet::new(),
@@ -331,8 +349,14 @@ impl Runner {
             statement: statement.clone(),
         };
         let _task = Task(tokio::spawn(watcher.watch()));
-        self.silent = Some(Silent { _task, statement });
+        self.silent = Some(Silent { _task, statement, noted });
         Ok(())
+    }
+
+    /// True once tables that are new may be taken in.
+    pub(super) fn may_join(&self) -> bool {
+        let noted = self.silent.as_ref().map(|silent| silent.noted.load(Ordering::SeqCst));
+        noted.unwrap_or(false) && self.hold.is_none()
     }
 
     /// Before a flip: ends a statement in its server too, which would keep its locks.

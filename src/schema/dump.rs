@@ -62,11 +62,7 @@ pub async fn dump(config: &Config, selection: &Selection, options: &Options) -> 
         false => Named::AllBut(left_out.clone()),
     };
     let arguments = arguments(program.major, options, &snapshot, &named);
-    let peer = session.peer().to_string();
-    let (pre, post) = tokio::try_join!(
-        run(&program.path, config, &peer, &arguments, "pre-data"),
-        run(&program.path, config, &peer, &arguments, "post-data")
-    )?;
+    let (pre, post) = halves(&program, config, session.peer(), &arguments).await?;
     session.execute("rollback").await?;
     let gone = [left_out.clone(), indexes].concat();
     let mut post = without_ours(without(&post, &gone, selection.tables_only)?)?;
@@ -75,6 +71,37 @@ pub async fn dump(config: &Config, selection: &Selection, options: &Options) -> 
         post.push_str(&format!("\nREFRESH MATERIALIZED VIEW {};\n", view.quoted()));
     }
     Ok(Dump { pre: without(&without_column_versions(pre)?, &left_out, false)?, post })
+}
+
+/// Reads how these tables are made, with what belongs to them: links to others stay, as those are
+/// on the target. Locks and errors as of [`dump`].
+pub async fn dump_tables(
+    config: &Config,
+    tables: &[QualifiedName],
+    options: &Options,
+) -> Result<Dump> {
+    let mut session = Session::connect(config, Purpose::Sql).await?;
+    let program = find(session.major_version()).await?;
+    session.execute("begin isolation level repeatable read read only").await?;
+    let row = session.query_one("select pg_catalog.pg_export_snapshot()", &[]).await?;
+    let named = Named::Only(tables.to_vec());
+    let arguments = arguments(program.major, options, row.str(0)?, &named);
+    let (pre, post) = halves(&program, config, session.peer(), &arguments).await?;
+    session.execute("rollback").await?;
+    Ok(Dump { pre: without_column_versions(pre)?, post })
+}
+
+/// Pre-data and post-data.
+async fn halves(
+    program: &PgDump,
+    config: &Config,
+    peer: &str,
+    arguments: &[String],
+) -> Result<(String, String)> {
+    tokio::try_join!(
+        run(&program.path, config, peer, arguments, "pre-data"),
+        run(&program.path, config, peer, arguments, "post-data")
+    )
 }
 
 /// What pg_dump is told of tables.

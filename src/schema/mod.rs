@@ -34,7 +34,7 @@
 //!
 //! - `lex`, `script`, `plan`, `pack`: pure; tokens, statements, order, company. `altered`: what
 //!   became of a table that is followed, pure too. `captured`: DDL by an event trigger.
-//!   `silent`: what no stream shows.
+//!   `silent`: what no stream shows. `joining`: tables that are new.
 //! - `depend`: views of the source.
 //! - `dump`, `pre`, `post`, `aside`, `sequence`: the steps above. - `error`: what can go wrong.
 
@@ -44,6 +44,7 @@ pub mod captured;
 pub mod depend;
 pub mod dump;
 pub mod error;
+pub mod joining;
 pub mod lex;
 pub mod older;
 pub mod pack;

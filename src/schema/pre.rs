@@ -178,7 +178,7 @@ pub(super) async fn texts(session: &mut Session, sql: &str) -> Result<HashSet<St
     Ok(texts)
 }
 
-async fn check_roles(session: &mut Session, dump: &Dump) -> Result<()> {
+pub(super) async fn check_roles(session: &mut Session, dump: &Dump) -> Result<()> {
     let present = texts(session, "select rolname from pg_catalog.pg_roles").await?;
     let mut missing: Vec<String> = Vec::new();
     for script in [&dump.pre, &dump.post] {

@@ -1,5 +1,7 @@
 //! What both transports share: from a plugin's messages to items in a sink.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use tokio::sync::watch;
 
@@ -9,9 +11,15 @@ use super::streamed::Streams;
 use super::{Counters, Error, Positions, Result, StreamOptions, marker};
 use crate::change::{Begin, Item, Sink};
 use crate::clock::PgTimestamp;
-use crate::decode::{AnyDecoder, Assembler, Event, Plugin, Step, wal2json};
+use crate::decode::{self, AnyDecoder, Assembler, Event, Plugin, Step, wal2json};
 use crate::lsn::Lsn;
 use crate::pg::{Config, ServerError};
+
+/// A commit is decoded before others see it: by a moment, or for as long as standbys take that it
+/// waits for. So a table that a row does not fit is looked at again, so many times and so long
+/// apart.
+const LOOKS: u32 = 50;
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Decodes, filters, counts, and publishes how far it is.
 pub(super) struct Intake<'a, S> {
@@ -130,9 +138,19 @@ impl<'a, S: Sink> Intake<'a, S> {
     /// The event of a message. Waits for the source's answer where the decoder must know more;
     /// nothing is taken before.
     async fn asked(&mut self, data: Bytes, lsn: Lsn) -> Result<Option<Event>> {
+        let mut looks = 0;
         loop {
             // A clone counts a reference; nothing is copied.
-            let step = self.decoder.decode(data.clone(), lsn).map_err(|e| self.wrong(e))?;
+            let step = match self.decoder.decode(data.clone(), lsn) {
+                Err(decode::Error::Reshaped { relation, .. }) if looks < LOOKS => {
+                    looks += 1;
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                    let described = self.describer.table(&relation).await?;
+                    self.decoder.describe(&relation, described);
+                    continue;
+                }
+                step => step.map_err(|e| self.wrong(e))?,
+            };
             return Ok(Some(match step {
                 Step::Event(Event::Begin(begin)) if self.is_nameless(&begin) => {
                     for (id, name) in self.describer.origins().await? {

@@ -136,7 +136,24 @@ const SILENT: &[&str] = &[
     "alter table item add column brief int not null default 5",
     "update item set brief = 6 where id = 1",
     "alter table item alter brief drop default, alter brief drop not null",
+    "create table made (id serial primary key, feeling mood, item int references item (id), \
+         note text); create index made_note on made (note); \
+     insert into made (feeling, item) values ('sad', 1), ('glad', null)",
+    "create table parted (id int, day int, v text, primary key (id, day)) \
+         partition by range (day); \
+     create table parted_1 partition of parted for values from (0) to (10); \
+     create table parted_2 partition of parted for values from (10) to (20); \
+     insert into parted select i, i % 20, 'v' from generate_series(1, 100) i",
+    "insert into made (note) values ('later'); update parted set v = 'w' where day = 3; \
+     delete from made where feeling = 'sad'",
 ];
+
+/// A statement that waits for transactions of the writer, which may be this very thread's to go on
+/// with.
+fn run_on(server: &Server, sql: &str) {
+    let ran = tokio::task::block_in_place(|| server.psql("app", sql));
+    ran.unwrap_or_else(|e| panic!("{sql}: {e}"));
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_altered_is_applied_at_its_place_once_through_kills() {
@@ -146,7 +163,7 @@ async fn what_is_altered_is_applied_at_its_place_once_through_kills() {
     let options = Options { tx_per_second: Some(100.0), ..Options::new(&ends.source_uri()) };
     let writer = Writer::start(options).await.unwrap();
     for (turn, sql) in ALTERED.iter().enumerate() {
-        ends.source.psql("app", sql).unwrap();
+        run_on(&ends.source, sql);
         if turn % 2 == 0 {
             tokio::time::sleep(Duration::from_millis(fastrand::u64(0..300))).await;
             run.kill9().await;
@@ -346,7 +363,7 @@ async fn what_an_event_trigger_captures_is_run_at_its_place_once_through_kills()
     let options = Options { tx_per_second: Some(100.0), ..Options::new(&ends.source_uri()) };
     let writer = Writer::start(options).await.unwrap();
     for (turn, sql) in CAPTURED.iter().enumerate() {
-        ends.source.psql("app", sql).unwrap_or_else(|e| panic!("{sql}: {e}"));
+        run_on(&ends.source, sql);
         if turn % 6 == 0 {
             tokio::time::sleep(Duration::from_millis(fastrand::u64(0..400))).await;
             run.kill9().await;
@@ -409,11 +426,102 @@ async fn equal(ends: &Ends) {
     assert_eq!(source.lines().count(), target.lines().count());
 }
 
-/// Of [`ALTERED`] and [`SILENT`].
-const PARTITIONS: [&str; 2] = [
-    "create table log_2 partition of log for values from (10) to (20)",
-    "create table log_3 partition of log for values from (20) to (30)",
-];
+/// Waits until the target has the rows of a table on which nobody works.
+async fn taken_in(ends: &Ends, run: &mut Walferry, table: &str) {
+    let sql = format!("select md5(string_agg(r::text, ',' order by r::text)) from {table} r");
+    let rows = ends.source.psql("app", &sql).unwrap();
+    until_within(ALIKE, table, || {
+        assert!(!run.has_ended(), "the run ended: {}", run.so_far());
+        std::future::ready(ends.target.psql("app", &sql).is_ok_and(|there| there == rows))
+    })
+    .await;
+}
+
+/// Without event triggers: a table is made while the job follows, and written by whoever was at work
+/// before, and all the time while it is taken in and the run is killed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_is_new_is_made_read_and_followed_through_kills() {
+    let ends = two_servers().await.with_spool();
+    let arguments = ["run", "--ddl", "apply,no-capture"];
+    let mut run = following(&ends, &arguments).await;
+    let mut long = crate::support::session(&ends.source, "app").await;
+    long.execute("begin; insert into public.other default values").await.unwrap();
+    let made = "create table made (id serial primary key, feeling mood, note text); \
+        create unique index made_twice on made (id, note); alter table made replica identity full; \
+        insert into made (note) select 'first' from generate_series(1, 20000)";
+    ends.source.psql("app", made).unwrap();
+    long.execute("insert into public.made (note) values ('of before')").await.unwrap();
+    let script = "\\set id random(1, 3000)\ninsert into made (note) values ('new');\n\
+        update made set note = 'changed' where id = :id;\ndelete from made where id = :id - 1;\n";
+    let path = ends.source.dir().join("made.sql");
+    std::fs::write(&path, script).unwrap();
+    let mut bench = std::process::Command::new(Server::default_bin().unwrap().join("pgbench"))
+        .args(["-n", "-c", "3", "-T", "9", "-R", "150", "-f"])
+        .args([path.to_str().unwrap(), &ends.source.uri("app")])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    // It is made at once, and not taken in before that transaction is over.
+    let there = "select to_regclass('public.made_twice') is not null";
+    until_within(ALIKE, "the table", async || ends.target.psql("app", there).unwrap() == "t").await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert!(!run.so_far().contains("are taken in"), "{}", run.so_far());
+    long.execute("insert into public.made (note) values ('of before, too'); commit").await.unwrap();
+    until_within(ALIKE, "it is taken in", async || run.so_far().contains("are taken in")).await;
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_millis(fastrand::u64(0..700))).await;
+        run.kill9().await;
+        run = ends.spawn(&arguments);
+    }
+    assert!(bench.wait().unwrap().success());
+    taken_in(&ends, &mut run, "made").await;
+    same(&ends).await;
+    run.kill9().await;
+
+    // Held, its SQL is named, and it is followed once that was run.
+    let mut run = following(&ends, &["run", "--ddl", "apply,no-capture,new-table=hold"]).await;
+    ends.target
+        .psql("app", "create table taken (id int primary key); insert into taken values (5)")
+        .unwrap();
+    let held = "create table held (id int primary key, v text default 'x'); \
+        create index on held (v); insert into held values (1); \
+        create table taken (id int primary key); insert into taken values (7); \
+        create table log_9 partition of log for values from (90) to (99)";
+    ends.source.psql("app", held).unwrap();
+    let named = "create table public.held";
+    let awaited = async || {
+        let awaited = ends.status().await["awaited"].clone();
+        let all: Vec<String> = serde_json::from_value(awaited).unwrap_or_default();
+        all.into_iter().find(|sql| sql.to_lowercase().contains(named))
+    };
+    until_within(ALIKE, "the SQL", async || awaited().await.is_some()).await;
+    until_within(ALIKE, "the rows", async || run.so_far().contains("has rows on the target")).await;
+    let refused = ends.walferry(&["cutover", "--dry-run"]).await;
+    assert!(refused.code == Some(1) && refused.err.contains("public.held"), "{refused:?}");
+    ends.target.psql("app", &awaited().await.unwrap()).unwrap();
+    ends.target.psql("app", "truncate taken").unwrap();
+    ends.source.psql("app", "update held set v = 'y'; insert into taken values (8)").unwrap();
+    for table in ["held", "taken"] {
+        taken_in(&ends, &mut run, table).await;
+    }
+    // No row tells of a partition that is empty, and without it there would be no cutover.
+    let there = "select to_regclass('public.log_9') is not null";
+    assert_eq!(ends.target.psql("app", there).unwrap(), "t");
+    // Another table by an old name is as new as any.
+    let anew = "drop table taken; create table taken (w text, id bigint primary key)";
+    ends.source.psql("app", &format!("{anew}; insert into taken values ('w', 1)")).unwrap();
+    ends.target.psql("app", anew).unwrap();
+    taken_in(&ends, &mut run, "taken").await;
+    ends.source.psql("app", "delete from held; update taken set w = 'v'").unwrap();
+    arrived(&ends, &mut run).await;
+    same(&ends).await;
+    conserved(&ends.status().await["tables"]);
+    ends.until_phase(&mut run, "following").await;
+    ends.done(&["cutover"]).await;
+    ends.done(&["verify"]).await;
+    ends.done(&["finish"]).await;
+    let _ = run.ended().await;
+}
 
 /// What is found by comparing catalogs is found within two looks, a few seconds apart.
 const ALIKE: Duration = Duration::from_secs(60);
@@ -423,32 +531,26 @@ async fn goes_there_and_back(major: u32, decoder: &str, capture: bool) {
     let ends = Ends::start(major, major);
     create_schema(&ends.source_uri(), 1).await.unwrap();
     ends.source.psql("app", TABLES).unwrap();
-    // Before 13 a partition is published by itself, and a new one is a table that is not followed.
-    let early = if major < 13 && !capture { PARTITIONS } else { ["", ""] };
-    ends.source.psql("app", &early.join(";")).unwrap();
     let pooler = PgBouncer::start(&ends.source, &["app"]).unwrap();
     let policy = if capture { "apply" } else { "apply,no-capture" };
     let arguments = ["run", "--ddl", policy, "--decoder", decoder];
     let mut run = following(&ends, &arguments).await;
     let options = Options { tx_per_second: Some(60.0), ..Options::new(&pooler.uri("app")) };
     let writer = Writer::start(options).await.unwrap();
-    let texts: Vec<&str> = match (capture, decoder) {
+    let mut texts: Vec<&str> = match (capture, decoder) {
         (true, _) => CAPTURED.to_vec(),
         (false, "pgoutput") => ALTERED.iter().chain(SILENT).copied().collect(),
         _ => ALONE.iter().chain(SILENT).copied().collect(),
     };
-    let done = |sql: &&str| early.iter().fold(sql.to_string(), |sql, made| sql.replace(made, ""));
-    let mut texts: Vec<String> = texts.iter().map(done).collect();
     if !capture {
-        let last = [
+        texts.extend([
             "alter type mood add value 'odd' before 'glad'",
             "insert into feel values (1, 'odd'), (2, 'glad')",
             "insert into log (id, day) values (9, 9), (8, 12), (7, 25)",
-        ];
-        texts.extend(last.map(str::to_string));
+        ]);
     }
     for (turn, sql) in texts.iter().enumerate() {
-        ends.source.psql("app", sql).unwrap_or_else(|e| panic!("{sql}: {e}"));
+        run_on(&ends.source, sql);
         if turn % 8 == 3 {
             tokio::time::sleep(Duration::from_millis(fastrand::u64(0..400))).await;
             run.kill9().await;
@@ -470,6 +572,12 @@ async fn goes_there_and_back(major: u32, decoder: &str, capture: bool) {
         let differing = source.lines().zip(target.lines()).find(|(a, b)| a != b);
         assert!(begun.elapsed() < ALIKE, "{differing:?}\n{}", run.so_far());
         tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    if !capture {
+        for table in ["made", "parted", "log"] {
+            taken_in(&ends, &mut run, table).await;
+        }
+        ends.until_phase(&mut run, "following").await;
     }
     nothing_parked(&ends).await;
     for command in ["cutover", "rollback"] {

@@ -13,7 +13,7 @@ use walferry::demo::ledger;
 use walferry::demo::server::Server;
 use walferry::demo::writer::{Options, Report, Writer, broken_invariants, create_schema};
 
-use crate::support::job::Ends;
+use crate::support::job::{Ends, broker};
 use crate::support::{Walferry, until_within};
 
 /// What a standby of 17 needs to keep copies of slots.
@@ -264,13 +264,18 @@ async fn followed_by_a_standby(ends: &mut Ends) -> (Walferry, Server) {
     (run, standby)
 }
 
-/// The target's own standby takes over without what the slot was told. A spool gives it again;
-/// without one it is named, and read again.
+/// The target's own standby takes over without what the slot was told. A spool or a topic gives it
+/// again; without one it is named, and read again.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_target_that_came_back_behind_is_filled_from_the_spool_or_read_again() {
-    for spool in [true, false] {
+async fn a_target_that_came_back_behind_is_filled_from_what_is_kept_or_read_again() {
+    for buffer in ["spool", "kafka", "memory"] {
         let ends = Ends::start(15, 15);
-        let mut ends = if spool { ends.with_spool() } else { ends };
+        let mut ends = match buffer {
+            "spool" => ends.with_spool(),
+            "kafka" => ends.with_kafka(&broker().address()),
+            _ => ends,
+        };
+        let kept = buffer != "memory";
         create_schema(&ends.source_uri(), 1).await.unwrap();
         let (mut run, standby) = followed_by_a_standby(&mut ends).await;
         level(&ends.target, &standby).await;
@@ -283,7 +288,7 @@ async fn a_target_that_came_back_behind_is_filled_from_the_spool_or_read_again()
         tokio::time::sleep(Duration::from_millis(1500)).await;
         ends.target.kill9().unwrap();
         standby.promote().unwrap();
-        if !spool {
+        if !kept {
             let ended = run.ended().await;
             assert_eq!(ended.code, Some(1), "{}", ended.out);
             assert!(ended.err.contains("durably has only"), "{}", ended.err);
@@ -291,25 +296,29 @@ async fn a_target_that_came_back_behind_is_filled_from_the_spool_or_read_again()
         }
         assert_equal(&ends.source, &standby, &mut run).await;
         assert_kept(&standby, &report).await;
-        assert_eq!(run.so_far().contains("comparing every table"), !spool, "{}", run.so_far());
+        assert_eq!(run.so_far().contains("comparing every table"), !kept, "{}", run.so_far());
     }
 }
 
 /// Promotions at random moments, from the copy on: with everything in sync the target ends with all
 /// that was acknowledged; otherwise with all that the source has, and what was lost is named.
-/// WALFERRY_PROMOTIONS=50 for the long form, WALFERRY_SEED for the same moments again.
+/// One job in four is decoded from another standby. WALFERRY_PROMOTIONS=50 for the long form,
+/// WALFERRY_SEED for the same moments again.
 #[tokio::test(flavor = "multi_thread")]
 async fn promotions_at_random_moments_end_exact() {
     let number = |name: &str| std::env::var(name).ok().and_then(|n| n.parse().ok());
     let count: u64 = number("WALFERRY_PROMOTIONS").unwrap_or(2);
     let seed = number("WALFERRY_SEED").unwrap_or_else(|| fastrand::u64(..));
     let mut rng = fastrand::Rng::with_seed(seed);
-    let (mut done, mut refills) = (0, 0);
+    let (mut done, mut refills, which) = (0, 0, rng.u64(0..4));
     while done < count {
         let (major, synced) = (*rng.choice(&[15, 17]).unwrap(), rng.bool());
-        let turns = (count - done).min(5);
-        println!("seed {seed}, {done} done: PostgreSQL {major}, synced {synced}");
-        refills += promote_again_and_again(major, synced, turns, &mut rng).await;
+        let (turns, beside) = ((count - done).min(5), (done / 5) % 4 == which);
+        println!("seed {seed}, {done} done: PostgreSQL {major}, synced {synced}, beside {beside}");
+        refills += match beside {
+            true => decoding::promoted_beside(turns, &mut rng).await,
+            false => promote_again_and_again(major, synced, turns, &mut rng).await,
+        };
         done += turns;
     }
     println!("{done} promotions, {refills} times read again");

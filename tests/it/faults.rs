@@ -378,15 +378,13 @@ async fn settled(job: &Move, run: &mut Walferry) {
                  or application_name like 'walferry run%' and state = 'idle'";
     let since = Instant::now();
     until_within(Duration::from_secs(60), "a phase to go on from", || {
+        let quiet = job.ends.nothing_is_asked();
         let phase = job.phase();
         assert!(!run.has_ended(), "the run ended in {phase}:\n{}", run.so_far());
         assert!(since.elapsed() < Duration::from_secs(40), "{phase}:\n{}", run.so_far());
-        let released = "select coalesce((flip ->> 'released')::bool, true) and not exists (\
-                        select from walferry.command where state = 'running' or state = 'queued' \
-                        and seen_at > clock_timestamp() - interval '6 s') from walferry.job";
         let stands = matches!(&*phase, "following" | "switched" | "rolled_back");
-        let is = |sql: &str| job.ends.target.psql("app", sql).is_ok_and(|answer| answer == "t");
-        std::future::ready(stands && is(alive) && is(released))
+        let alive = || job.ends.target.psql("app", alive).is_ok_and(|answer| answer == "t");
+        std::future::ready(quiet && stands && alive())
     })
     .await;
 }

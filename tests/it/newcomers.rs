@@ -1,9 +1,11 @@
 //! Tables that change their name, their place or themselves under a decoder that tells names only.
 
+use std::time::Duration;
+
 use walferry::demo::compare::compare;
 
 use crate::support::job::Ends;
-use crate::support::{Walferry, until};
+use crate::support::{Walferry, session, until};
 
 /// Two plain tables and a partitioned one.
 const TABLES: &str = "create table public.t (id int primary key, v text); \
@@ -33,6 +35,32 @@ async fn a_table_attached_after_its_first_rows_is_read_from_then_on(ends: &Ends)
     until_there(ends, "select string_agg(v, ',') from public.late", "after").await;
     let comparison = compare(&ends.source_uri(), &ends.target_uri()).await.unwrap();
     assert_eq!(comparison.differences, Vec::<String>::new());
+}
+
+/// A commit that waits for a standby is decoded while nobody else sees it: what it has altered is
+/// asked for until it is seen.
+async fn what_a_commit_has_altered_that_is_not_seen_yet_is_waited_for(ends: &Ends) {
+    let waits_for = |standby: &str| {
+        let names = format!("synchronous_standby_names = '{standby}'");
+        ends.source.configure(&[&names]).unwrap();
+        ends.source.reload().unwrap();
+    };
+    waits_for("nobody");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let mut writer = session(&ends.source, "app").await;
+    let altered = "alter table public.t replica identity full; \
+        update public.t set v = 'TWO' where id = 2";
+    let released = async {
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        waits_for("");
+    };
+    let (written, ()) = tokio::join!(writer.execute(altered), released);
+    written.unwrap();
+    until_there(ends, "select v from public.t where id = 2", "TWO").await;
+    let back = "alter table public.t replica identity default; \
+        update public.t set v = 'two' where id = 2";
+    ends.source.psql("app", back).unwrap();
+    until_there(ends, "select v from public.t where id = 2", "two").await;
 }
 
 /// Rows printed under a name that is gone are not passed over; once it is back they are read.
@@ -70,6 +98,7 @@ async fn told_apart_by(decoder: &str) {
     let mut run = ends.spawn(&arguments);
     ends.until_phase(&mut run, "following").await;
     a_table_attached_after_its_first_rows_is_read_from_then_on(&ends).await;
+    what_a_commit_has_altered_that_is_not_seen_yet_is_waited_for(&ends).await;
     run.signal("INT");
     run.ended().await.expect_success();
     a_table_renamed_before_its_rows_are_read_stops_the_job_and_loses_nothing(&ends, &arguments)

@@ -118,6 +118,15 @@ impl Ends {
         until_phase(&self.target_uri(), "main", run, phase).await;
     }
 
+    /// True where no runner may take up a flip any more that somebody asked for: a command of
+    /// whoever was killed is fresh for six seconds. To be asked before the phase.
+    pub fn nothing_is_asked(&self) -> bool {
+        let sql = "select coalesce((flip ->> 'released')::bool, true) and not exists ( \
+             select from walferry.command where state in ('running', 'queued') \
+             and seen_at > clock_timestamp() - interval '6 s') from walferry.job";
+        self.target.psql("app", sql).is_ok_and(|answer| answer == "t")
+    }
+
     /// A writer of so many transactions a second on the source.
     pub async fn writer(&self, tx_per_second: f64) -> Writer {
         create_schema(&self.source_uri(), 1).await.unwrap();
