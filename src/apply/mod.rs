@@ -121,7 +121,7 @@ use crate::clock::PgTimestamp;
 use crate::id::QualifiedName;
 use crate::limit;
 use crate::lsn::Lsn;
-use crate::pg::{self, Config, Purpose, Session};
+use crate::pg::{self, Config, Pipeline, Purpose, Session};
 
 /// Makes the tables that applying writes beside the rows. May be run again and again. A schema
 /// that is there is used as it is: `if not exists` would ask for CREATE on the database even then.
@@ -394,10 +394,10 @@ impl Applier {
             None => config.clone().with_application_name("walferry apply"),
         };
         let mut session = Session::connect(&config, Purpose::Sql).await?;
-        set_up(&mut session, options.replica_role).await?;
-        let (progress, progress_lsn, durable) =
-            Progress::open(&mut session, &options.stream, options.progress, options.busy_wait)
-                .await?;
+        let progress = Progress::of(&options.stream, options.progress);
+        let claimed = set_up(&mut session, options.replica_role, progress.claiming()).await?;
+        progress.claim(&mut session, claimed, options.busy_wait).await?;
+        let (progress_lsn, durable) = progress.open(&mut session).await?;
         let writer = Writer::new(&mut session, &options).await?;
         let known = match &options.alter {
             Some(_) => altered::known(&mut session, &options.stream).await?,
@@ -444,22 +444,29 @@ impl Applier {
     }
 }
 
-/// One round trip: a target may be far away.
-async fn set_up(session: &mut Session, replica_role: bool) -> Result<()> {
+/// Settings, and with them, as a target may be far away, a first try to claim progress: gives what
+/// came of that.
+async fn set_up(
+    session: &mut Session,
+    replica_role: bool,
+    claiming: Pipeline,
+) -> Result<pg::Result<()>> {
+    let mut settings = Pipeline::new();
     // The seal of a fence lets this session through by the one or the other.
-    let role = match replica_role {
+    settings.once(match replica_role {
         true => "set session_replication_role = replica",
         false => "set walferry.applying = 'on'",
-    };
+    });
     // An index is used wherever there is one, even if the planner saw the table when it was small;
     // the cost that this adds to scans must not start the JIT compiler. Sets are joined to a table
     // by its index, row by row, for the same reason.
-    let jit = if session.major_version() >= 11 { "; set jit = off" } else { "" };
-    let settings = format!(
-        "{role}; set synchronous_commit = off; set enable_seqscan = off; \
-         set enable_hashjoin = off; set enable_mergejoin = off{jit}"
-    );
-    if let Err(error) = session.execute(&settings).await {
+    let jit = (session.major_version() >= 11).then_some("jit");
+    for name in ["enable_seqscan", "enable_hashjoin", "enable_mergejoin"].into_iter().chain(jit) {
+        settings.once(&format!("set {name} = off"));
+    }
+    settings.once("set synchronous_commit = off");
+    let [set, claimed] = session.exchange_each([settings, claiming]).await?;
+    if let Err(error) = set {
         // The others are everybody's to set.
         let grant = if session.major_version() >= 15 {
             |role: &str| format!("grant set on parameter session_replication_role to {role}")
@@ -469,7 +476,7 @@ async fn set_up(session: &mut Session, replica_role: bool) -> Result<()> {
         return Err(refused(session, error, "set session_replication_role", grant).await);
     }
     session.pass_unknown_bytes().await?;
-    Ok(())
+    Ok(claimed.map(|_| ()))
 }
 
 /// A refusal for lack of rights (42501) with the SQL that grants them; any other error as it is.

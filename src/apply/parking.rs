@@ -31,7 +31,7 @@ use super::request::{Request, Role};
 use super::writer::Writer;
 use crate::change::{Change, Column, OldRow, Relation, ReplicaIdentity, Row};
 use crate::id::QualifiedName;
-use crate::pg::{self, Param, Session};
+use crate::pg::{self, Param, Pipeline, Session};
 
 /// What becomes of a row that the target refuses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -114,11 +114,24 @@ pub(super) struct Parks {
 impl Parks {
     /// The stream's, as the target has them.
     pub async fn read(session: &mut Session, stream: &str) -> Result<Parks> {
-        let mut parks = Parks::default();
+        let [rows] = session.exchange_each([Parks::asking(stream)]).await?;
+        Parks::told(rows)
+    }
+
+    /// Asks for them.
+    pub fn asking(stream: &str) -> Pipeline {
+        let mut pipeline = Pipeline::new();
         let sql = "select schema, name, reason, error, awaited, \
                case when not begun then from_xid end, from_ordinal \
              from walferry.parked where stream = $1";
-        let rows = match session.query_params(sql, &[Some(stream)]).await {
+        pipeline.ask(sql, &[Some(stream)]);
+        pipeline
+    }
+
+    /// By the answer to that.
+    pub fn told(rows: pg::Result<Vec<pg::Row>>) -> Result<Parks> {
+        let mut parks = Parks::default();
+        let rows = match rows {
             // Nothing was ever parked by an earlier version's job.
             Err(error) if matches!(error.code(), Some("42P01" | "3F000")) => Vec::new(),
             rows => rows?,

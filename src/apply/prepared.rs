@@ -33,7 +33,7 @@ use super::error::{Error, Result};
 use super::request::{Request, Role};
 use crate::change::{Begin, Ending};
 use crate::id::quote_literal;
-use crate::pg::{self, Pipeline, Session};
+use crate::pg::{self, Pipeline, Row, Session};
 
 /// A server's GIDSIZE without the NUL.
 const GID_BYTES: usize = 199;
@@ -55,14 +55,23 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
-    /// Asks the target. The stream's progress must be claimed already.
-    pub async fn read(session: &mut Session, stream: &str) -> Result<Prepared> {
+    /// Asks the target: for those that have committed, and for those that are prepared. The
+    /// stream's progress must be claimed already.
+    pub fn asking(stream: &str) -> [Pipeline; 2] {
+        ["select xid from walferry.prepared where stream = $1", NAMES].map(|sql| {
+            let mut pipeline = Pipeline::new();
+            pipeline.ask(sql, &[Some(stream)]);
+            pipeline
+        })
+    }
+
+    /// By the answers to that.
+    pub fn told(
+        stream: &str,
+        committed: pg::Result<Vec<Row>>,
+        open: pg::Result<Vec<Row>>,
+    ) -> Result<Prepared> {
         let mut prepared = Prepared { stream: stream.to_string(), ..Prepared::default() };
-        let (mut committed, mut open) = (Pipeline::new(), Pipeline::new());
-        let sql = "select xid from walferry.prepared where stream = $1";
-        committed.ask(sql, &[Some(stream)]);
-        open.ask(NAMES, &[Some(stream)]);
-        let [committed, open] = session.exchange_each([committed, open]).await?;
         let committed = match committed {
             // A job of an earlier version has no such table.
             Err(error) if error.code() == Some("42P01") => Vec::new(),

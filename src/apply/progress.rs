@@ -55,49 +55,51 @@ const RECORD_COUNTS: &str = "walferry_progress_counts";
 /// Name of the prepared statement that marks a transaction whose end is not known yet.
 const MARK: &str = "walferry_mark";
 
+/// Takes a replication origin for the session.
+const CLAIM: &str = "select pg_catalog.pg_replication_origin_session_setup($1)";
+
 /// How often an origin that is in use is asked for again.
 const BUSY_STEP: Duration = Duration::from_millis(50);
 
 impl Progress {
-    /// Claims the stream's progress, making it at 0/0 if there is none yet, and gives the position
-    /// up to which (exclusive) the stream is applied. That much is flushed to the target's disk, if
-    /// not to that of a standby that may take over.
-    ///
-    /// An origin that is in use, by a predecessor's backend that has not noticed its end, is waited
-    /// for up to `busy_wait`; then an error names its pid.
-    pub async fn open(
-        session: &mut Session,
-        stream: &str,
-        kind: ProgressKind,
-        busy_wait: Duration,
-    ) -> Result<(Progress, Lsn, Durable)> {
-        let progress = Progress { stream: stream.to_string(), kind };
-        if kind == ProgressKind::Origin {
-            progress.claim_origin(session, busy_wait).await?;
-        }
-        // One round trip: a target may be far away.
-        let mut position = Pipeline::new();
-        position.once(POSITION);
-        let asked = [progress.preparing(), progress.flushing(), position];
-        let [prepared, flushed, position] = session.exchange_each(asked).await?;
-        prepared.map_err(no_state)?;
-        let lsn = progress.flushed(&flushed?)?;
-        let durable = Durable::standing(position?.first(), lsn)?;
-        Ok((progress, lsn, durable))
+    /// Of a stream; nothing is claimed yet.
+    pub fn of(stream: &str, kind: ProgressKind) -> Progress {
+        Progress { stream: stream.to_string(), kind }
     }
 
-    async fn claim_origin(&self, session: &mut Session, busy_wait: Duration) -> Result<()> {
+    /// Asks for the claim, if there is anything to be claimed.
+    pub fn claiming(&self) -> Pipeline {
+        let mut pipeline = Pipeline::new();
+        if self.kind == ProgressKind::Origin {
+            pipeline.ask(CLAIM, &[Some(&self.stream)]);
+        }
+        pipeline
+    }
+
+    /// Goes on from what came of [`Progress::claiming`]. An origin that is in use, by a
+    /// predecessor's backend that has not noticed its end, is waited for up to `busy_wait`; then an
+    /// error names its pid.
+    pub async fn claim(
+        &self,
+        session: &mut Session,
+        claimed: pg::Result<()>,
+        busy_wait: Duration,
+    ) -> Result<()> {
         let name = Some(self.stream.as_str());
         let deadline = Deadline::after(busy_wait);
+        let mut claimed = claimed;
         loop {
-            let setup = "select pg_catalog.pg_replication_origin_session_setup($1)";
-            let error = match session.query_params(setup, &[name]).await {
-                Ok(_) => return Ok(()),
-                Err(error) => error,
-            };
+            let Err(error) = claimed else { return Ok(()) };
             match error.code() {
                 // In use.
-                Some("55006") => {}
+                Some("55006") if deadline.passed() => {
+                    return Err(Error::OriginBusy {
+                        origin: self.stream.clone(),
+                        pid: pid_of(&error),
+                        seconds: busy_wait.as_secs(),
+                    });
+                }
+                Some("55006") => tokio::time::sleep(BUSY_STEP).await,
                 // There is none of that name.
                 Some("42704") => {
                     let create = "select pg_catalog.pg_replication_origin_create($1)";
@@ -106,20 +108,26 @@ impl Progress {
                         Err(error) if error.code() != Some("42710") => {
                             return Err(denied(session, error).await);
                         }
-                        _ => continue,
+                        _ => {}
                     }
                 }
                 _ => return Err(denied(session, error).await),
             }
-            if deadline.passed() {
-                return Err(Error::OriginBusy {
-                    origin: self.stream.clone(),
-                    pid: pid_of(&error),
-                    seconds: busy_wait.as_secs(),
-                });
-            }
-            tokio::time::sleep(BUSY_STEP).await;
+            claimed = session.query_params(CLAIM, &[name]).await.map(|_| ());
         }
+    }
+
+    /// Makes the stream's row, at 0/0, if there is none yet, and gives the position up to which
+    /// (exclusive) the stream is applied. That much is flushed to the target's disk, if not to that
+    /// of a standby that may take over. One round trip.
+    pub async fn open(&self, session: &mut Session) -> Result<(Lsn, Durable)> {
+        let mut position = Pipeline::new();
+        position.once(POSITION);
+        let asked = [self.preparing(), self.flushing(), position];
+        let [prepared, flushed, position] = session.exchange_each(asked).await?;
+        prepared.map_err(no_state)?;
+        let lsn = self.flushed(&flushed?)?;
+        Ok((lsn, Durable::standing(position?.first(), lsn)?))
     }
 
     /// Makes the row, if there is none, enters what is counted beside it in its table, and prepares

@@ -90,15 +90,15 @@ const FORESIGHT: Duration = Duration::from_secs(2);
 
 impl Routes {
     /// No table is known yet, but which of them are parked.
-    pub async fn open(session: &mut Session, options: &Options) -> Result<Self> {
-        Ok(Routes {
-            parks: Parks::read(session, &options.stream).await?,
+    pub fn open(parks: Parks, options: &Options) -> Self {
+        Routes {
+            parks,
             tables: options.tables.clone(),
             visibility: options.visibility.clone(),
             gate: options.gate.clone(),
             tuning: options.tuning,
             ..Routes::default()
-        })
+        }
     }
 
     /// The relation's route, once [`Routes::ensure`] has seen it.

@@ -16,6 +16,7 @@ use super::batch::Batch;
 use super::count::{self, Books, Counts, Entry};
 use super::error::{self, Culprit, Error, Result};
 use super::flight::{Flight, deliver, falls_back, has_rows, head, relations};
+use super::parking::Parks;
 use super::prepared::Prepared;
 use super::progress::Progress;
 use super::request::{Replies, Request, Role};
@@ -85,7 +86,8 @@ enum Order {
 }
 
 impl Writer {
-    /// Prepares the statements every batch needs.
+    /// Prepares the statements every batch needs, and asks for what is kept and prepared: one round
+    /// trip.
     pub async fn new(session: &mut Session, options: &Options) -> Result<Writer> {
         let mut pipeline = Pipeline::new();
         pipeline.parse("walferry_begin", "begin", &[]);
@@ -93,22 +95,26 @@ impl Writer {
         pipeline.parse("walferry_position", super::standby::POSITION, &[]);
         pipeline.parse("walferry_counts", &count::upsert(), &[]);
         pipeline.parse("walferry_fallback", count::FALLBACK, &[]);
-        match session.exchange(pipeline, |_| {}).await {
+        let stream = &options.stream;
+        let [committed, open] = Prepared::asking(stream);
+        let asked = [pipeline, Parks::asking(stream), committed, open];
+        let [parsed, parks, committed, open] = session.exchange_each(asked).await?;
+        match parsed {
             Err(error) if matches!(error.code(), Some("3F000" | "42P01")) => {
                 return Err(Error::NoState { ddl: super::DDL, source: Box::new(error) });
             }
             outcome => outcome?,
-        }
+        };
         Ok(Writer {
             stream: options.stream.clone(),
             mode: options.tuning.mode,
             always_sets: options.tuning.mode == Mode::Sets,
             set_rows: options.tuning.set_rows,
-            routes: Routes::open(session, options).await?,
+            routes: Routes::open(Parks::told(parks)?, options),
             names: Names::default(),
             messages: Vec::new(),
             flights: VecDeque::new(),
-            prepared: Prepared::read(session, &options.stream).await?,
+            prepared: Prepared::told(stream, committed, open)?,
             books: Books::new(options.tuning.counters_interval),
             asked_at: Instant::now(),
             asked_every: options.tuning.position_interval,

@@ -66,7 +66,10 @@ pub(super) async fn make_tables(
     let beside = format!("select {BESIDE}");
     let is_new = store.load().await?.is_none();
     let on_target = async {
-        store.session.execute(&beside).await?;
+        // The row of a job that is there shows that the schema is in use.
+        if is_new {
+            store.session.execute(&beside).await?;
+        }
         store.ensure(&[apply::DDL, copy::DDL, schema::DDL, schema::ASIDE_DDL]).await?;
         if config.two_way.is_some() {
             store.ensure(&[apply::conflict::DDL]).await?;
@@ -89,7 +92,10 @@ pub(super) async fn make_tables(
         store.create((&places.0, &places.1), systems, &config.options, abilities).await?;
     }
     let beside_no_more = format!("select {NOT_BESIDE}");
-    tokio::try_join!(source.execute(&beside_no_more), store.session.execute(&beside_no_more))?;
+    source.execute(&beside_no_more).await?;
+    if is_new {
+        store.session.execute(&beside_no_more).await?;
+    }
     Ok(())
 }
 

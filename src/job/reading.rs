@@ -13,7 +13,7 @@ use super::{Error, Result};
 use crate::catalog;
 use crate::decode::Plugin;
 use crate::id::{JobName, QualifiedName, Stream};
-use crate::pg::{Config, Purpose, Session};
+use crate::pg::{Config, Purpose, Row, Session};
 use crate::source::choice::{self, Tried};
 use crate::source::{Followed, Transport, publication};
 
@@ -108,6 +108,19 @@ pub struct Readings {
 }
 
 impl Readings {
+    /// Asks for what is stored of a job. Tables of an earlier version lack the column until the
+    /// next run.
+    pub(super) const LOAD: &'static str = "select \
+         coalesce(pg_catalog.to_jsonb(j) ->> 'reading', '{}') \
+         from walferry.job j where name = $1";
+
+    /// What that gave.
+    pub(super) fn read(row: Option<&Row>) -> Result<Readings> {
+        let Some(row) = row else { return Ok(Readings::default()) };
+        serde_json::from_str(row.str(0)?)
+            .map_err(|e| Error::State(format!("walferry.job.reading: {e}")))
+    }
+
     /// How a stream is read.
     pub fn of(&mut self, stream: Stream) -> &mut Option<Reading> {
         match stream {
@@ -158,15 +171,9 @@ impl Store {
         if let Some(held) = self.held_readings() {
             return Ok(held.clone());
         }
-        // Tables of an earlier version lack the column until the next run.
-        let sql = "select coalesce(pg_catalog.to_jsonb(j) ->> 'reading', '{}') \
-             from walferry.job j where name = $1";
         let name = self.job().to_string();
-        let Some(row) = self.session.query_opt(sql, &[Some(&name)]).await? else {
-            return Ok(Readings::default());
-        };
-        serde_json::from_str(row.str(0)?)
-            .map_err(|e| Error::State(format!("walferry.job.reading: {e}")))
+        let rows = self.session.query_params(Readings::LOAD, &[Some(&name)]).await?;
+        Readings::read(rows.first())
     }
 
     /// Stores how the job's streams are read.

@@ -277,7 +277,9 @@ impl Runner {
         let selection = config.options.selection(&mut source).await?;
         let checked = admit(&config, &selection, &mut source, &mut store, report).await?;
         lease::end_predecessors(&mut source, &config.job, &[]).await?;
-        make_tables(&config, &mut store, &mut source).await?;
+        let listen = format!("listen {}", crate::id::quote_ident(&config.job.channel()));
+        let listening = async { Ok(listener.execute(&listen).await?) };
+        tokio::try_join!(make_tables(&config, &mut store, &mut source), listening)?;
         take_over(&mut config, &mut store, report).await?;
         let spool = super::place::choose(&config, &mut store, &mut source).await?;
         let capture = capturing::settle_half(&mut config, spool.as_ref()).await?;
@@ -288,9 +290,6 @@ impl Runner {
             pipe.stop(STREAM_PATIENCE).await;
         }
         store.forget_error().await?;
-        listener
-            .execute(&format!("listen {}", crate::id::quote_ident(&config.job.channel())))
-            .await?;
         let (busy, flying) = (Arc::new(AtomicBool::new(true)), watch::channel(false).0);
         let leases = std::iter::once(lease).chain(capture).collect();
         let vigil = Vigil::new(leases, &config, busy.clone(), flying.subscribe());

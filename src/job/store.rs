@@ -21,7 +21,7 @@ use super::reads::ReadRecord;
 use super::state::Phase;
 use crate::id::{JobName, Stream};
 use crate::lsn::Lsn;
-use crate::pg::{Row, Session};
+use crate::pg::{self, Pipeline, Row, Session};
 
 /// A row of `walferry.job`.
 #[derive(Clone, Debug)]
@@ -166,9 +166,14 @@ impl Store {
     /// asked a dozen times by then.
     pub async fn holding(session: Session, job: JobName) -> Result<Store> {
         let mut store = Store::new(session, job);
-        if let Some(row) = store.load().await? {
-            let readings = store.load_readings().await?;
-            store.held = Some((row, readings));
+        let asked = [LOAD, Readings::LOAD].map(|sql| {
+            let mut pipeline = Pipeline::new();
+            pipeline.ask(sql, &[Some(store.job.as_str())]);
+            pipeline
+        });
+        let [row, readings] = store.session.exchange_each(asked).await?;
+        if let (Some(row), Ok(readings)) = (loaded(row)?, readings) {
+            store.held = Some((row, Readings::read(readings.first())?));
         }
         Ok(store)
     }
@@ -188,16 +193,7 @@ impl Store {
         if let Some((row, _)) = &self.held {
             return Ok(Some(row.clone()));
         }
-        let sql = "select phase, error, source_system, target_system, source, target, options, \
-             slot_lsn, armed, flip, abilities, spool, reads, \
-             coalesce(pg_catalog.to_jsonb(j) ->> 'timelines', '{}') \
-             from walferry.job j where name = $1";
-        match self.session.query_opt(sql, &[Some(self.job.as_str())]).await {
-            Ok(row) => row.as_ref().map(read_job).transpose(),
-            // No such table, or no such schema.
-            Err(error) if matches!(error.code(), Some("42P01" | "3F000")) => Ok(None),
-            Err(error) => Err(error.into()),
-        }
+        loaded(self.session.query_params(LOAD, &[Some(self.job.as_str())]).await)
     }
 
     /// The job's row; an error that names job and server where there is none.
@@ -428,6 +424,22 @@ pub async fn ensure(session: &mut Session, ddl: &[&str]) -> Result<()> {
     }
     outcome?;
     Ok(())
+}
+
+/// A job's row.
+const LOAD: &str = "select phase, error, source_system, target_system, source, target, options, \
+     slot_lsn, armed, flip, abilities, spool, reads, \
+     coalesce(pg_catalog.to_jsonb(j) ->> 'timelines', '{}') \
+     from walferry.job j where name = $1";
+
+/// What [`LOAD`] gave.
+fn loaded(rows: pg::Result<Vec<Row>>) -> Result<Option<JobRow>> {
+    match rows {
+        Ok(rows) => rows.first().map(read_job).transpose(),
+        // No such table, or no such schema.
+        Err(error) if matches!(error.code(), Some("42P01" | "3F000")) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn read_job(row: &Row) -> Result<JobRow> {

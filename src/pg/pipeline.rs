@@ -211,8 +211,30 @@ impl Session {
     /// Sends several requests at once, each of which is a transaction of its own: one round trip.
     /// Gives the rows of each, or what the server refused it for; the others are done all the same.
     ///
-    /// Errors: of the session itself.
+    /// Errors: of the session itself, and where the limit of [`Session::with_patience`] has passed.
     pub async fn exchange_each<const N: usize>(
+        &mut self,
+        pipelines: [Pipeline; N],
+    ) -> Result<[Result<Vec<Row>>; N]> {
+        let texts = pipelines.each_ref().map(Pipeline::statements);
+        let begun = Instant::now();
+        let answers = match self.patience() {
+            None => self.exchange_each_unseen(pipelines).await?,
+            Some(limit) => {
+                let asking = self.exchange_each_unseen(pipelines);
+                match tokio::time::timeout(limit, asking).await {
+                    Ok(answers) => answers?,
+                    Err(_) => return Err(self.too_long(&texts.join("; "), limit)),
+                }
+            }
+        };
+        for (sql, answer) in texts.iter().zip(&answers) {
+            self.tell_witness(sql, begun, answer.as_ref().err());
+        }
+        Ok(answers)
+    }
+
+    async fn exchange_each_unseen<const N: usize>(
         &mut self,
         pipelines: [Pipeline; N],
     ) -> Result<[Result<Vec<Row>>; N]> {
@@ -220,8 +242,6 @@ impl Session {
         if self.posted > 0 {
             return Err(self.abandoned());
         }
-        let witness = self.has_witness();
-        let texts = pipelines.each_ref().map(|p| witness.then(|| (Instant::now(), p.statements())));
         let mut over = 0;
         let mut take = |event| {
             let answer = answers.get_mut(over);
@@ -237,9 +257,6 @@ impl Session {
         }
         while self.posted > 0 {
             take(self.next_event().await?);
-        }
-        for ((begun, sql), answer) in texts.iter().flatten().zip(&answers) {
-            self.tell_witness(sql, *begun, answer.as_ref().err());
         }
         Ok(answers)
     }

@@ -88,7 +88,8 @@ impl Session {
     }
 
     /// The same session, with a limit for each statement that is not part of a COPY, a pipeline or
-    /// a replication stream. After it the session is over; the server may still be at it.
+    /// a replication stream, and for requests that are sent together. After it the session is over;
+    /// the server may still be at it.
     pub fn with_patience(mut self, limit: Duration) -> Session {
         self.patience = Some(limit);
         self
@@ -311,13 +312,23 @@ impl Session {
             self.send(out).await?;
             self.collect().await
         };
-        if let Ok(answer) = tokio::time::timeout(limit, asking).await {
-            return answer;
+        match tokio::time::timeout(limit, asking).await {
+            Ok(answer) => answer,
+            Err(_) => Err(self.too_long(sql, limit)),
         }
+    }
+
+    /// The session is over: the server has not answered to `sql` in time.
+    pub(super) fn too_long(&mut self, sql: &str, limit: Duration) -> Error {
         self.over = true;
         let text: Vec<&str> = sql.split_whitespace().collect();
         let doing: String = text.join(" ").chars().take(SHOWN_CHARS).collect();
-        Err(Error::Timeout { peer: self.peer.clone(), doing, seconds: limit.as_secs().max(1) })
+        Error::Timeout { peer: self.peer.clone(), doing, seconds: limit.as_secs().max(1) }
+    }
+
+    /// How long a statement may take.
+    pub(super) fn patience(&self) -> Option<Duration> {
+        self.patience
     }
 
     /// Reads up to ReadyForQuery; the first error is given after it.
