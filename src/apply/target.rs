@@ -146,6 +146,11 @@ impl Column {
     }
 }
 
+/// From here on oids are of what somebody has made.
+///
+/// <https://www.postgresql.org/docs/current/system-catalog-initial-data.html#SYSTEM-CATALOG-OID-ASSIGNMENT>
+const FIRST_NORMAL_OBJECT_ID: u32 = 16384;
+
 /// What the target has said of types, by oid.
 #[derive(Debug, Default)]
 pub(super) struct Types(HashMap<String, Type>);
@@ -166,8 +171,12 @@ impl Types {
         self.0.clear();
     }
 
-    /// Asks about those of the columns' types, rows of [`COLUMNS`], that are not known.
+    /// Asks about those of the columns' types, rows of [`COLUMNS`], that are not known. The
+    /// server's own stay known; another's may be altered at any time, and is asked about for each
+    /// batch's new tables.
     async fn learn(&mut self, session: &mut Session, columns: &[Row]) -> pg::Result<()> {
+        let own = |oid: &str| oid.parse::<u32>().is_ok_and(|oid| oid < FIRST_NORMAL_OBJECT_ID);
+        self.0.retain(|oid, _| own(oid));
         let mut fresh = Vec::new();
         for row in columns {
             let oid = row.str(1)?;

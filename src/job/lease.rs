@@ -121,9 +121,10 @@ impl Lease {
 /// The lease, waiting a little for a predecessor whose session its server has not yet noticed dead.
 ///
 /// `last` is the lease this very process had before: where the network swallowed its end, the
-/// server holds on to it, and it is ended here. Errors: [`Error::Busy`] after a second.
+/// server holds on to it, and it is ended here. Errors: [`Error::Busy`] after a second; longer
+/// where it turns out to be free then, and is taken again by somebody.
 pub async fn take(home: &Config, job: &JobName, last: Option<&Holder>) -> Result<Lease> {
-    for turn in 0..20 {
+    for turn in 0..60 {
         if let Some(lease) = Lease::try_take(home, job).await? {
             return Ok(lease);
         }
@@ -137,11 +138,15 @@ pub async fn take(home: &Config, job: &JobName, last: Option<&Holder>) -> Result
                 )
                 .await?;
         }
+        if turn % 20 == 19 {
+            let mut session = Session::control(home).await?;
+            if let Some(pid) = holder(&mut session, job).await? {
+                return Err(Error::Busy { job: job.to_string(), pid });
+            }
+        }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let mut session = Session::control(home).await?;
-    let pid = holder(&mut session, job).await?;
-    Err(Error::Busy { job: job.to_string(), pid: pid.unwrap_or_default() })
+    Err(Error::Busy { job: job.to_string(), pid: String::new() })
 }
 
 /// The lease, and a runner's sessions: with the home database, with it for notifications, and with

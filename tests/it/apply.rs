@@ -1219,6 +1219,26 @@ async fn statements_beyond_the_limit_are_dropped_and_made_again() {
     assert_eq!(counts(&mut session, "f").await, "1101/0");
 }
 
+/// The server's own types are asked about once in a session; those that somebody made may be called
+/// otherwise when the next table with one of them is met.
+#[tokio::test]
+async fn a_type_that_was_renamed_is_met_by_its_new_name() {
+    let tables = "create type public.mood as enum ('a', 'b'); \
+         create table public.t (id int primary key, m public.mood); \
+         create table public.u (id int primary key, m public.mood)";
+    let (server, mut session) = target(tables).await;
+    let [t, u] = ["t", "u"].map(|name| table(name, ByKey, &["id*", "m"]));
+    let mut running = Running::start(connect(&server).await);
+    running.send(transaction(100, vec![t.insert(&["1", "a"])]));
+    running.wait(|applied| applied.transactions == 1).await;
+    session.execute("alter type public.mood rename to temper").await.unwrap();
+    running.send(transaction(200, vec![u.insert(&["1", "b"])]));
+    running.wait(|applied| applied.transactions == 2).await;
+    running.end().await.unwrap();
+    let both = "select m from public.t union all select m from public.u order by 1";
+    assert_eq!(rows(&mut session, both).await, "a\nb");
+}
+
 #[tokio::test]
 async fn the_equality_of_a_user_defined_type_is_found_without_a_search_path() {
     let (server, mut session) = target(

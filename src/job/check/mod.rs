@@ -237,12 +237,12 @@ pub async fn run(source: &Config, target: &Config, options: CheckOptions) -> pg:
 
 /// The phase of a job of this name that has made something.
 async fn begun(target: &mut Session, job: &JobName) -> pg::Result<Option<Phase>> {
-    let there = "select pg_catalog.to_regclass('walferry.job') is not null";
-    if !target.query_one(there, &[]).await?.bool(0)? {
-        return Ok(None);
-    }
     let sql = "select phase from walferry.job where name = $1";
-    let row = target.query_opt(sql, &[Some(job.as_str())]).await?;
+    let row = match target.query_opt(sql, &[Some(job.as_str())]).await {
+        // There is none, or the last job there ends just now and takes its tables with it.
+        Err(error) if matches!(error.code(), Some("42P01" | "3F000")) => None,
+        row => row?,
+    };
     let phase = row.map(|row| row.parse::<Phase>(0)).transpose()?;
     Ok(phase.filter(|phase| *phase > Phase::Checked))
 }
