@@ -321,6 +321,10 @@ async fn moved(partitions: usize, in_groups: Option<usize>) -> (Duration, Durati
         ends.done(&["verify"]).await;
         assert_exact(&ends, &seen);
     }
-    println!("{} statements, {} over 50 ms", seen.statements, seen.slow.len());
+    let slow = seen.slow.iter().map(|(ended, took)| {
+        format!("{took:.0?} at {:.1?}", ended.duration_since(begun).saturating_sub(*took))
+    });
+    let slow: Vec<String> = slow.collect();
+    println!("{} statements, over 50 ms: {}", seen.statements, slow.join(", "));
     (took, seen.longest(&[]))
 }
