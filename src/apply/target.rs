@@ -1,8 +1,8 @@
 //! What the target says of a table that is written: columns, key, and how to compare them.
 //!
 //! How values of a type are written and compared takes ten times as long to ask as which columns
-//! there are, and of thousands of tables the types are few. So types are kept until a table that is
-//! known is asked about again ([`Types`]).
+//! there are, and of thousands of tables the types are few. So the server's own are kept until a
+//! table that is known is asked about again ([`Types`]); others may be altered at any time.
 
 use std::collections::HashMap;
 
