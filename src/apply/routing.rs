@@ -169,8 +169,20 @@ impl Routes {
     }
 
     /// Asks the target about all of these tables at once, of which [`Routes::ensure`] is to hear
-    /// soon. Two round trips, none if all of them were asked about just now.
+    /// soon, unless that is turned off: then each is asked about when it is needed.
     pub async fn foresee(
+        &mut self,
+        session: &mut Session,
+        names: impl IntoIterator<Item = QualifiedName>,
+    ) -> Result<()> {
+        match self.tuning.ask_ahead {
+            true => self.ask(session, names).await,
+            false => Ok(()),
+        }
+    }
+
+    /// Two round trips, none if all of them were asked about just now.
+    async fn ask(
         &mut self,
         session: &mut Session,
         names: impl IntoIterator<Item = QualifiedName>,
@@ -183,7 +195,8 @@ impl Routes {
         if names.is_empty() {
             return Ok(());
         }
-        if self.routes.values().any(|route| names.contains(&route.relation.name)) {
+        let is_known = |route: &Route| names.contains(&route.relation.name);
+        if !self.tuning.keep_types || self.routes.values().any(is_known) {
             // What was altered of one that is known may have been a type.
             self.types.forget();
         }
@@ -277,12 +290,13 @@ impl Routes {
         if self.tables.as_ref().is_some_and(|contains| !contains(name)) {
             return Ok(None);
         }
-        self.foresee(session, [name.clone()]).await?;
+        self.ask(session, [name.clone()]).await?;
         let Some(mut table) = self.foreseen.remove(name) else {
             return Err(Error::NoTable { table: name.clone() });
         };
         table.takes_copy &= self.tuning.copy_inserts;
         table.deletes_by_array = self.tuning.delete_by_array;
+        table.unnests_in_select = self.tuning.unnest_in_select;
         match table.kind.as_str() {
             "r" | "p" => {}
             // REFRESH MATERIALIZED VIEW CONCURRENTLY decodes as changes of the view

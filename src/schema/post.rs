@@ -36,6 +36,9 @@ pub struct PostOptions {
     pub bundle: usize,
     /// Keys of large tables are built beside their other indexes.
     pub keys_beside: bool,
+    /// Commits do not wait for the target's disk: a statement and its row are lost together or not
+    /// at all, and whoever calls commits what comes of it.
+    pub async_commit: bool,
 }
 
 impl PostOptions {
@@ -54,6 +57,7 @@ impl PostOptions {
             maintenance_work_mem: Self::MEMORY_BYTES,
             bundle: 64,
             keys_beside: true,
+            async_commit: true,
         }
     }
 }
@@ -172,6 +176,9 @@ impl Crew<'_> {
              where name = 'maintenance_work_mem' and setting::int8 < {kb}"
         );
         session.query(&sql).await?;
+        if self.options.async_commit {
+            session.execute("set synchronous_commit = off").await?;
+        }
         Ok(())
     }
 

@@ -136,7 +136,7 @@ impl Bulk {
             came_lsn: options.start_lsn,
             confirmed_lsn,
             rest_bytes: least_bytes / 4,
-            chunks: Chunks::ahead(options.pull_messages),
+            chunks: Chunks::ahead(options.bulk.messages),
             wal_bytes: CHUNK_WAL.0,
             stretched: false,
             ahead: options.bulk.ahead,
