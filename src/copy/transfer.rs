@@ -144,8 +144,8 @@ async fn prepare(target: &mut Session, freeze: Freeze, item: &Item) -> pg::Resul
     if !item.is_whole() {
         return Ok(false);
     }
-    // COPY FREEZE does not know partitioned tables. A commit that drops a file, as one with TRUNCATE
-    // does, waits for the disk whatever it is told: too long for a small table.
+    // COPY FREEZE does not know partitioned tables. And a commit that drops a file, as after
+    // TRUNCATE, waits for the disk whatever it is told: too long for a small table.
     let is_small = weight(&item.table) <= SMALL_BYTES;
     let freezes = freeze == Freeze::Whole && !item.only.is_empty() && !is_small;
     if !item.begun && !freezes {

@@ -36,8 +36,9 @@ pub struct PostOptions {
     pub bundle: usize,
     /// Keys of large tables are built beside their other indexes.
     pub keys_beside: bool,
-    /// Commits do not wait for the target's disk: a statement and its row are lost together or not
-    /// at all, and whoever calls commits what comes of it.
+    /// Commits do not wait for the server's disk: a statement and its row are lost together or not
+    /// at all. Only for callers that note what comes of it by a commit on this very server, which
+    /// waits for all before it.
     pub async_commit: bool,
 }
 
@@ -57,7 +58,7 @@ impl PostOptions {
             maintenance_work_mem: Self::MEMORY_BYTES,
             bundle: 64,
             keys_beside: true,
-            async_commit: true,
+            async_commit: false,
         }
     }
 }
