@@ -69,6 +69,8 @@ pub(super) struct Bulk {
     /// So much is left to the stream.
     rest_bytes: u64,
     chunks: Chunks,
+    /// So many messages were asked for last, where that is ours to choose.
+    asked: Option<u32>,
     wal_bytes: u64,
     /// The last chunk had no end of a transaction, and the next is to find it.
     stretched: bool,
@@ -137,6 +139,7 @@ impl Bulk {
             confirmed_lsn,
             rest_bytes: least_bytes / 4,
             chunks: Chunks::ahead(options.pull_messages),
+            asked: None,
             wal_bytes: CHUNK_WAL.0,
             stretched: false,
             ahead: options.bulk.ahead,
@@ -215,7 +218,10 @@ impl Bulk {
             messages: self.chunks.rise(),
             wal_bytes,
             rest_bytes: self.rest_bytes,
+            last: self.asked.map(|asked| (self.read_lsn, asked)),
         };
+        let fixed = self.maker.options.pull_messages.is_some();
+        self.asked = (!fixed).then_some(order.messages);
         Reading::start(hand, &self.maker, order)
     }
 
