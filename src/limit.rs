@@ -23,8 +23,8 @@ pub const BATCH_BYTES: usize = 4 << 20;
 pub const BATCH_TRANSACTIONS: usize = 1000;
 
 /// Bounds of a batch once it has grown under a backlog. A target's page that is written in several
-/// batches is cleaned up in between: with 2 MiB a target took a fifth longer for a backlog, with 4 a
-/// tenth; 32 took as long as 8, three times the memory, and waited longer for their first bytes.
+/// batches is cleaned up in between: with 2 MiB a target took a fifth longer for a backlog, with 4
+/// a tenth; 32 took as long as 8, three times the memory, and waited longer for their first bytes.
 pub const BATCH_BYTES_MAX: usize = 8 << 20;
 
 /// The same in source transactions.
