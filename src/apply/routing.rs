@@ -155,7 +155,6 @@ impl Routes {
     /// Forgets all that is known of a table, so that the target is asked again. To be called
     /// between target transactions.
     pub fn forget(&mut self, table: &QualifiedName) {
-        self.types.forget();
         let discarded = &mut self.discarded;
         self.routes.retain(|_, route| {
             let stays = route.relation.name != *table;
@@ -182,10 +181,6 @@ impl Routes {
         let names: Vec<QualifiedName> = new.collect();
         if names.is_empty() {
             return Ok(());
-        }
-        if self.routes.values().any(|route| names.contains(&route.relation.name)) {
-            // What was altered of one that is known may have been a type.
-            self.types.forget();
         }
         let (types, binary_values) = (&mut self.types, self.tuning.binary_values);
         let tables = Table::load(session, &names, types, binary_values).await?;
@@ -265,7 +260,7 @@ impl Routes {
     /// Forgets all tables, so that the target is asked again; what is counted stays.
     pub fn forget_all(&mut self) {
         self.forget_statements();
-        self.types.forget();
+        self.types = Types::default();
         self.foresee_no_more();
         self.left = self.counts().into_iter().map(|(name, n)| (name.clone(), n)).collect();
         self.routes.clear();
