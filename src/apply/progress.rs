@@ -269,10 +269,10 @@ pub async fn begin_at(
     end_lsn: Lsn,
 ) -> Result<()> {
     forget(session, stream).await?;
-    if kind == ProgressKind::Origin {
-        if let Err(error) = make_origin(session, stream).await {
-            return Err(denied(session, error).await);
-        }
+    if kind == ProgressKind::Origin
+        && let Err(error) = make_origin(session, stream).await
+    {
+        return Err(denied(session, error).await);
     }
     let row = "insert into walferry.progress (stream, end_lsn) values ($1, $2::pg_lsn)";
     session.query_params(row, &[Some(stream), Some(&*end_lsn.to_string())]).await?;
