@@ -24,7 +24,7 @@ help:
 	@echo "make heartbeat        an idle database beside pgbench pins no WAL [SECONDS=600 MAJOR=15]"
 	@echo "make failover         a standby of the source takes over at random moments [PROMOTIONS=50]"
 	@echo "make maps [MAPS=1000]  random maps: by copy, by stream and by SQL the same"
-	@echo "make two-way          writers on both sides, conflicts counted from outside [SECONDS=600]"
+	@echo "make two-way          writers on both sides, conflicts counted from outside [SECONDS=600 POLICY=last-commit]"
 	@echo "make n-to-m           3 sources to 5 targets by each hash, kills in every phase"
 	@echo "make two-way-loop     of a million transactions none comes back [TRANSACTIONS=1000000]"
 	@echo "make partitions       8,192 partitions a group at a time, beside at once [PARTITIONS=8192 GROUPS=128]"
@@ -152,9 +152,10 @@ faults: setup
 maps: setup
 	WALFERRY_MAPS=$(or $(MAPS),1000) cargo test --locked --test it -- --nocapture maps::random
 
-# Both sides written at once, five writes in a hundred to keys in common, with three kills.
+# Both sides written at once, five writes in a hundred to keys in common, with three kills; settled by
+# POLICY, such as greatest:rev,last-commit, a random number in each version.
 two-way: setup
-	WALFERRY_TWO_WAY=$(or $(SECONDS),600) cargo test --locked --test it -- \
+	WALFERRY_TWO_WAY=$(or $(SECONDS),600) WALFERRY_ON_CONFLICT=$(or $(POLICY),last-commit) cargo test --locked --test it -- \
 		--ignored --nocapture two_way::ten_minutes_of_both_sides
 
 # Three sources to five targets, walferry and a target killed in every phase.

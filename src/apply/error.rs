@@ -247,6 +247,33 @@ pub enum Error {
         /// The table.
         table: QualifiedName,
     },
+    /// A column's values are to settle conflicts, and do not do so in this table.
+    #[error(
+        "conflicts of table {table} are not settled by the greater value of its column {column}: \
+         {why}. Go on with walferry run --two-way --on-conflict greatest:{column},last-commit, \
+         which settles tables without that column, or with another policy"
+    )]
+    TwoWayColumn {
+        /// The table.
+        table: QualifiedName,
+        /// The column.
+        column: String,
+        /// What is the matter with it.
+        why: &'static str,
+    },
+    /// A value that settles a conflict is out of line, and stayed as it was.
+    #[error(
+        "an UPDATE of {table} met what an application wrote on the other side, and leaves its \
+         column {column}, which is out of line, as it is: without REPLICA IDENTITY FULL, which \
+         check asks for, no stream shows the value that settles it. Give the table that identity \
+         on both sides again, end the job with walferry finish and begin it anew"
+    )]
+    TwoWayUnseen {
+        /// The table.
+        table: QualifiedName,
+        /// The column.
+        column: String,
+    },
     /// TRUNCATE came through all the same.
     #[error(
         "a TRUNCATE of {table} cannot be held against what applications wrote on the other side: \

@@ -102,8 +102,7 @@ impl Progress {
                 Some("55006") => tokio::time::sleep(BUSY_STEP).await,
                 // There is none of that name.
                 Some("42704") => {
-                    let create = "select pg_catalog.pg_replication_origin_create($1)";
-                    match session.query_params(create, &[name]).await {
+                    match make_origin(session, &self.stream).await {
                         // 42710: made by somebody else just now.
                         Err(error) if error.code() != Some("42710") => {
                             return Err(denied(session, error).await);
@@ -227,6 +226,11 @@ impl Progress {
     }
 }
 
+async fn make_origin(session: &mut Session, name: &str) -> pg::Result<()> {
+    let create = "select pg_catalog.pg_replication_origin_create($1)";
+    session.query_params(create, &[Some(name)]).await.map(|_| ())
+}
+
 async fn denied(session: &mut Session, error: pg::Error) -> Error {
     let grants = |role: &str| {
         format!(
@@ -265,11 +269,10 @@ pub async fn begin_at(
     end_lsn: Lsn,
 ) -> Result<()> {
     forget(session, stream).await?;
-    if kind == ProgressKind::Origin {
-        let create = "select pg_catalog.pg_replication_origin_create($1)";
-        if let Err(error) = session.query_params(create, &[Some(stream)]).await {
-            return Err(denied(session, error).await);
-        }
+    if kind == ProgressKind::Origin
+        && let Err(error) = make_origin(session, stream).await
+    {
+        return Err(denied(session, error).await);
     }
     let row = "insert into walferry.progress (stream, end_lsn) values ($1, $2::pg_lsn)";
     session.query_params(row, &[Some(stream), Some(&*end_lsn.to_string())]).await?;

@@ -155,7 +155,6 @@ impl Routes {
     /// Forgets all that is known of a table, so that the target is asked again. To be called
     /// between target transactions.
     pub fn forget(&mut self, table: &QualifiedName) {
-        self.types.forget();
         let discarded = &mut self.discarded;
         self.routes.retain(|_, route| {
             let stays = route.relation.name != *table;
@@ -195,10 +194,8 @@ impl Routes {
         if names.is_empty() {
             return Ok(());
         }
-        let is_known = |route: &Route| names.contains(&route.relation.name);
-        if !self.tuning.keep_types || self.routes.values().any(is_known) {
-            // What was altered of one that is known may have been a type.
-            self.types.forget();
+        if !self.tuning.keep_types {
+            self.types = Types::default();
         }
         let (types, binary_values) = (&mut self.types, self.tuning.binary_values);
         let tables = Table::load(session, &names, types, binary_values).await?;
@@ -278,7 +275,7 @@ impl Routes {
     /// Forgets all tables, so that the target is asked again; what is counted stays.
     pub fn forget_all(&mut self) {
         self.forget_statements();
-        self.types.forget();
+        self.types = Types::default();
         self.foresee_no_more();
         self.left = self.counts().into_iter().map(|(name, n)| (name.clone(), n)).collect();
         self.routes.clear();

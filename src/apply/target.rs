@@ -1,8 +1,9 @@
 //! What the target says of a table that is written: columns, key, and how to compare them.
 //!
 //! How values of a type are written and compared takes ten times as long to ask as which columns
-//! there are, and of thousands of tables the types are few. So the server's own are kept until a
-//! table that is known is asked about again ([`Types`]); others may be altered at any time.
+//! there are, and of thousands of tables the types are few. So the server's own are kept
+//! ([`Types`]): of them only casts could be made meanwhile, which tables that are known would not
+//! hear of either. Others may be altered at any time.
 
 use std::collections::HashMap;
 
@@ -169,11 +170,6 @@ struct Type {
 }
 
 impl Types {
-    /// They are to be asked again: one may have been altered.
-    pub fn forget(&mut self) {
-        self.0.clear();
-    }
-
     /// Asks about those of the columns' types, rows of [`COLUMNS`], that are not known. The
     /// server's own stay known; another's may be altered at any time, and is asked about for each
     /// batch's new tables.

@@ -17,9 +17,7 @@ pub use client::CLIENT;
 pub use describe::describe;
 pub use foreign_key::{ForeignKey, foreign_keys};
 pub use mark::mark;
-pub use publication::{Publication, Published};
+pub use publication::{Publication, Published, published_of};
 pub use select::{PatternError, Selection};
 pub use sequence::{Sequence, sequences};
-pub use table::{
-    Column, Named, Table, TableKind, list_of, named, oids, plain_of, published_of, tables,
-};
+pub use table::{Column, Named, Table, TableKind, list_of, named, oids, plain_of, tables};

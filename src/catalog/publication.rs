@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Table, TableKind};
+use super::{Table, TableKind, list_of};
 use crate::id::QualifiedName;
 use crate::pg::{Result, Session};
 
@@ -261,6 +261,31 @@ impl Publication {
     pub fn was_touched(&self, before: &Publication) -> bool {
         self.version != before.version
     }
+}
+
+/// Those of `names` that a publication made FOR TABLE shows: they are in it, or a partitioned table
+/// above them is. One round trip.
+///
+/// `pg_publication_tables` says the same of all tables, at the cost of looking at each.
+pub async fn published_of(
+    session: &mut Session,
+    publication: &str,
+    names: &[QualifiedName],
+) -> Result<HashSet<QualifiedName>> {
+    let list = list_of(names);
+    let sql = "with recursive up(root, oid) as ( \
+           select c.oid, c.oid from pg_catalog.jsonb_array_elements_text($2::jsonb) t(name) \
+           join pg_catalog.pg_class c on c.oid = pg_catalog.to_regclass(t.name) \
+           union select up.root, i.inhparent from up \
+           join pg_catalog.pg_class c on c.oid = up.oid and c.relispartition \
+           join pg_catalog.pg_inherits i on i.inhrelid = up.oid) \
+         select distinct n.nspname, c.relname from up \
+         join pg_catalog.pg_publication_rel r on r.prrelid = up.oid \
+         join pg_catalog.pg_publication p on p.oid = r.prpubid and p.pubname = $1 \
+         join pg_catalog.pg_class c on c.oid = up.root \
+         join pg_catalog.pg_namespace n on n.oid = c.relnamespace";
+    let rows = session.query_params(sql, &[Some(publication), Some(&list)]).await?;
+    rows.iter().map(|r| Ok(QualifiedName::new(r.str(0)?, r.str(1)?))).collect()
 }
 
 fn change(name: &QualifiedName, old: &Shown, new: &Shown) -> Option<String> {

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::change::ReplicaIdentity;
-use crate::id::{QualifiedName, quote_ident, quote_literal};
+use crate::id::{QualifiedName, quote_ident};
 use crate::pg::{Result, Row, Session};
 
 use super::{Published, Selection};
@@ -194,14 +194,11 @@ pub async fn oids(
     session: &mut Session,
     names: &[QualifiedName],
 ) -> Result<HashMap<QualifiedName, u32>> {
-    let list: Vec<String> = names.iter().map(|name| quote_literal(&name.quoted())).collect();
-    let sql = format!(
-        "select n.nspname, c.relname, c.oid from pg_catalog.unnest(array[{}]::text[]) t(name) \
+    let sql = "select n.nspname, c.relname, c.oid \
+         from pg_catalog.jsonb_array_elements_text($1::jsonb) t(name) \
          join pg_catalog.pg_class c on c.oid = pg_catalog.to_regclass(t.name) \
-         join pg_catalog.pg_namespace n on n.oid = c.relnamespace",
-        list.join(", ")
-    );
-    let rows = session.query(&sql).await?;
+         join pg_catalog.pg_namespace n on n.oid = c.relnamespace";
+    let rows = session.query_params(sql, &[Some(&list_of(names))]).await?;
     rows.iter().map(|r| Ok((QualifiedName::new(r.str(0)?, r.str(1)?), r.parse(2)?))).collect()
 }
 
@@ -222,31 +219,6 @@ pub async fn plain_of(
          join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
          where c.relkind = 'r' and c.relpersistence <> 't'";
     let rows = session.query_params(sql, &[Some(&list_of(names))]).await?;
-    rows.iter().map(|r| Ok(QualifiedName::new(r.str(0)?, r.str(1)?))).collect()
-}
-
-/// Those of `names` that a publication made FOR TABLE shows: they are in it, or a partitioned table
-/// above them is. One round trip.
-///
-/// `pg_publication_tables` says the same of all tables, at the cost of looking at each.
-pub async fn published_of(
-    session: &mut Session,
-    publication: &str,
-    names: &[QualifiedName],
-) -> Result<HashSet<QualifiedName>> {
-    let list = list_of(names);
-    let sql = "with recursive up(root, oid) as ( \
-           select c.oid, c.oid from pg_catalog.jsonb_array_elements_text($2::jsonb) t(name) \
-           join pg_catalog.pg_class c on c.oid = pg_catalog.to_regclass(t.name) \
-           union select up.root, i.inhparent from up \
-           join pg_catalog.pg_class c on c.oid = up.oid and c.relispartition \
-           join pg_catalog.pg_inherits i on i.inhrelid = up.oid) \
-         select distinct n.nspname, c.relname from up \
-         join pg_catalog.pg_publication_rel r on r.prrelid = up.oid \
-         join pg_catalog.pg_publication p on p.oid = r.prpubid and p.pubname = $1 \
-         join pg_catalog.pg_class c on c.oid = up.root \
-         join pg_catalog.pg_namespace n on n.oid = c.relnamespace";
-    let rows = session.query_params(sql, &[Some(publication), Some(&list)]).await?;
     rows.iter().map(|r| Ok(QualifiedName::new(r.str(0)?, r.str(1)?))).collect()
 }
 

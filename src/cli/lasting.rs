@@ -62,7 +62,7 @@ impl JobArgs {
     pub(super) fn two_way(&self, file: &File) -> Result<Option<Settling>, config::Error> {
         let value = |message| config::Error::Value { option: "--two-way", message };
         let in_file = file.on_conflict.as_deref().map(str::parse).transpose().map_err(value)?;
-        let given = self.on_conflict.or(in_file);
+        let given = self.on_conflict.clone().or(in_file);
         if !(self.two_way || file.two_way) {
             return match given {
                 None => Ok(None),

@@ -142,8 +142,10 @@ pub struct JobArgs {
     /// Applications write to both sides from the moment that the target is level (phase following)
     #[arg(long, help_heading = KEPT)]
     pub two_way: bool,
-    /// Who wins where both sides change a row at the same time: last-commit, source, target, or
-    /// error, which stops [default: as the job had it, last-commit for a new one]
+    /// Who wins where both sides change a row at the same time: last-commit, source, target,
+    /// greatest:COLUMN (the row with the greater value there; of tables without it
+    /// greatest:COLUMN,last-commit or another), or error, which stops [default: as the job had it,
+    /// last-commit for a new one]
     #[arg(long, value_name = "WHO", value_parser = str::parse::<Settling>, help_heading = KEPT)]
     pub on_conflict: Option<Settling>,
     #[command(flatten)]
@@ -253,8 +255,8 @@ impl JobArgs {
             owners: !(self.no_owner || file.no_owner),
             slot_timeout: Duration::from_secs(3600),
             buffer: self.buffering((file.buffer, file.spool_limit, file.wal_budget), kafka)?,
+            on_conflict: two_way.clone().filter(|_| settles),
             two_way,
-            on_conflict: two_way.filter(|_| settles),
             two_phase,
             on_row_error: self.on_row_error(file.on_row_error, two_phase)?,
             ddl,

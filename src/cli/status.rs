@@ -104,10 +104,24 @@ fn show(status: &Status) {
         let said = said.as_ref().map(|said| format!(": {said}")).unwrap_or_default();
         println!("standby  {standby} {state}{at} ({age_seconds:.0} s ago){said}");
     }
+    if let Some(policy) = &status.on_conflict {
+        println!("both     sides are written; conflicts are settled by {policy}");
+    }
     show_stream("forward", &status.positions);
     show_fallbacks(status.fallbacks);
     show_conflicts(status.conflicts, "target");
     show_tables(&status.tables);
+    show_aside(status);
+    if let Some(reverse) = &status.reverse {
+        show_stream("reverse", &reverse.positions);
+        show_fallbacks(reverse.fallbacks);
+        show_conflicts(reverse.conflicts, "source");
+        show_tables(&reverse.tables);
+    }
+}
+
+/// What waits for somebody.
+fn show_aside(status: &Status) {
     for table in &status.parked {
         println!("parked   {}, {} changes: {}", table.table, table.changes, table.error);
         if let Some(sql) = &table.awaited {
@@ -116,12 +130,6 @@ fn show(status: &Status) {
     }
     for sql in &status.awaited {
         println!("awaited  on the target, as no stream shows it: {sql}");
-    }
-    if let Some(reverse) = &status.reverse {
-        show_stream("reverse", &reverse.positions);
-        show_fallbacks(reverse.fallbacks);
-        show_conflicts(reverse.conflicts, "source");
-        show_tables(&reverse.tables);
     }
 }
 

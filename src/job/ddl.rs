@@ -53,6 +53,10 @@ do $do$ begin
             where attrelid = 'walferry.job'::regclass and attname = 'on_conflict') then
         alter table walferry.job add column on_conflict text;
     end if;
+    if not exists (select from pg_catalog.pg_attribute
+            where attrelid = 'walferry.job'::regclass and attname = 'noted') then
+        alter table walferry.job add column noted text;
+    end if;
 end $do$;
 create table if not exists walferry.schema_dump (
     job text primary key, pre text not null, post text not null);

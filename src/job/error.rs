@@ -415,7 +415,7 @@ pub enum Error {
         changes: Vec<String>,
     },
     /// Tables, each in a sentence, came to the task's group; nothing was switched.
-    #[error("not in the task: {}; walferry cluster cancel, and plan a new job", .0.join("; "))]
+    #[error("not in the task: {}; {}", .0.join("; "), super::cluster::PLAN_ANEW)]
     TaskGrew(Vec<String>),
     /// The comparison before a task's cutover.
     #[error(

@@ -27,9 +27,9 @@
 //! - `brought`: a target that is a copy of somebody else's; `reserve`: what is made before it, and
 //!   `seam`: where it stands.
 //! - `decoding`: the source read from a standby of it.
-//! - `two_way`: both sides written at once. `failover`: a source, or a target, whose standby took
-//!   over; `standbys`: slots that are kept there for it, `standby_status`: how those are. `gone`:
-//!   what is said of runners and servers that are.
+//! - `two_way`: both sides written at once; `noting`: triggers for it. `failover`: a source, or a
+//!   target, whose standby took over; `standbys`: slots that are kept there for it,
+//!   `standby_status`: how those are. `gone`: what is said of runners and servers that are.
 //! - `client`: commands from other processes; `ask`: the same, with a runner of one's own where
 //!   none is alive; `ending`: finish and cancel, whoever runs the job. `align`: both sides held at
 //!   one point; `comparing`: and compared there. `status`: what people and scripts see.
@@ -72,6 +72,7 @@ pub mod lease;
 mod left;
 mod mapped;
 mod newcomers;
+mod noting;
 mod nudging;
 pub mod opening;
 mod options;

@@ -137,7 +137,7 @@ impl PipeOptions {
             alter: self.alter.clone(),
             progress: self.ability.progress(),
             replica_role: self.ability.replica_role,
-            two_way: self.two_way.map(|policy| apply::conflict::TwoWay {
+            two_way: self.two_way.clone().map(|policy| apply::conflict::TwoWay {
                 policy,
                 stream: self.stream,
                 opposite: self.job.object(self.stream.opposite()),

@@ -143,9 +143,14 @@ pub struct Runner {
 }
 
 /// What the job had is held against what is given: where it is decoded, who wins a conflict.
-async fn take_over(config: &mut JobConfig, store: &mut Store, report: &Report) -> Result<()> {
+async fn take_over(
+    config: &mut JobConfig,
+    store: &mut Store,
+    source: &mut Session,
+    report: &Report,
+) -> Result<()> {
     decoding::settle(config, store).await?;
-    two_way::settle(config, store, report).await
+    two_way::settle(config, store, source, report).await
 }
 
 /// What one life of a runner leaves to the next.
@@ -269,8 +274,7 @@ impl Runner {
         let (lease, sessions) = lease::take_with_sessions(&config, left.holder.as_ref()).await?;
         left.holder = Some(lease.holder().clone());
         let [home, mut listener, mut source] = sessions?;
-        let ahead = config.tuning.ask_ahead;
-        let mut store = Store::holding(home, config.job.clone(), ahead).await?;
+        let mut store = Store::holding(home, config.job.clone(), config.tuning.ask_ahead).await?;
         if left.opened && store.load().await?.is_none() {
             // It was finished or canceled while we were away: nothing is to be made anew.
             return Err(store.no_job().await);
@@ -281,7 +285,7 @@ impl Runner {
         let listen = format!("listen {}", crate::id::quote_ident(&config.job.channel()));
         let listening = async { Ok(listener.execute(&listen).await?) };
         tokio::try_join!(make_tables(&config, &mut store, &mut source), listening)?;
-        take_over(&mut config, &mut store, report).await?;
+        take_over(&mut config, &mut store, &mut source, report).await?;
         let spool = super::place::choose(&config, &mut store, &mut source).await?;
         let capture = capturing::settle_half(&mut config, spool.as_ref()).await?;
         if config.half == Half::Apply

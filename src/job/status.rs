@@ -92,6 +92,8 @@ pub struct Status {
     pub fallbacks: i64,
     /// Conflicts on record on the target (`--two-way`).
     pub conflicts: i64,
+    /// What settles them, as on the command line; `None` for a job of one way.
+    pub on_conflict: Option<String>,
     /// Tables whose changes are kept aside.
     pub parked: Vec<Parked>,
     /// SQL for the target, of what the source has and no stream shows (`--ddl`).
@@ -201,6 +203,7 @@ pub async fn read(job: &JobName, home: &Config, source: Option<&Config>) -> Resu
         tables: tables(&mut store.session, job.as_str(), &name).await?,
         fallbacks: forward_fallbacks,
         conflicts: two_way::conflicts(&mut store.session, &name).await?,
+        on_conflict: two_way::stored(&mut store.session, job).await?,
         parked,
         awaited: silent::awaited(&mut store.session, job.as_str()).await?,
         reverse,

@@ -196,7 +196,7 @@ pub(super) async fn pipe_options(
         },
         alter: alter(config, stream).await?,
         map: config.map_of(stream),
-        two_way: config.two_way,
+        two_way: config.two_way.clone(),
         backlog: config.backlog,
     })
 }

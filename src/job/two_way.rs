@@ -9,11 +9,11 @@
 //! written before can be in conflict, and both sides may be written. Every step may be repeated.
 //!
 //! # What is forgotten
-//! `apply::conflict` keeps a row for each transaction that was applied, and one for each row that
-//! was deleted. They are needed until everything that was written on the other side without knowing
-//! of it has come here. The keeper notes clocks and positions of both sides, waits until both
-//! streams are past them, and once more past what was written meanwhile; then everything older
-//! than the first clocks is known to both.
+//! `apply::conflict` keeps a row for each transaction that was applied, one for each row that was
+//! deleted, and where a column decides one for each value that fell. They are needed until
+//! everything that was written on the other side without knowing of it has come here. The keeper
+//! notes clocks and positions of both sides, waits until both streams are past them, and once more
+//! past what was written meanwhile; then everything older than the first clocks is known to both.
 //!
 //! # How it ends
 //! There is no switch, as clients are on both sides: `finish` takes away what was made, and gives
@@ -22,16 +22,17 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use super::Result;
+use super::noting::{self, insist};
 use super::pipeline::Task;
 use super::run::{JobConfig, Notice, Report, Runner};
 use super::state::{Event, Phase, Refused, step};
 use super::store::{JobRow, Store};
+use super::{Result, check};
 use crate::apply::Open;
 use crate::apply::conflict::Policy;
-use crate::catalog::{self, Sequence, Table};
+use crate::catalog::{self, Sequence};
 use crate::cutover::barrier;
-use crate::id::{JobName, QualifiedName, Stream, quote_ident, quote_literal};
+use crate::id::{JobName, QualifiedName, Stream, quote_literal};
 use crate::lsn::Lsn;
 use crate::pg::{self, Config, Session};
 
@@ -43,25 +44,7 @@ const SLACK: Duration = Duration::from_secs(10);
 const SETTLE: Duration = Duration::from_secs(1);
 
 /// Between looks of the keeper.
-const TURN: Duration = Duration::from_secs(1);
-
-/// A lock that is needed for a trigger is asked for again rather than let writers queue behind it.
-const LOCK_TRIES: u32 = 30;
-
-const FUNCTION: &str = "create or replace function {function}() returns trigger language plpgsql \
-     security definer set search_path = pg_catalog set timezone = 'UTC' set bytea_output = 'hex' \
-     as $two_way$ declare key jsonb := '{}'; was jsonb; begin \
-     if tg_op = 'TRUNCATE' then \
-       raise exception 'TRUNCATE of %.% is refused while walferry writes it in two ways', \
-         tg_table_schema, tg_table_name using errcode = 'object_not_in_prerequisite_state', \
-         hint = 'Delete the rows, or end the job with walferry finish.'; \
-     end if; \
-     was := to_jsonb(old); \
-     for i in 0 .. tg_nargs - 1 loop \
-       key := key || jsonb_build_object(tg_argv[i], was ->> tg_argv[i]); \
-     end loop; \
-     insert into walferry.two_way_deleted (relation, key) values (tg_relid, key); \
-     return null; end $two_way$";
+pub(super) const TURN: Duration = Duration::from_secs(1);
 
 /// Takes the policy that was given, and stores it: from then on conflicts are settled by it, in
 /// later runs as well. Where none is given, the stored one goes on: a default must not settle half
@@ -69,26 +52,31 @@ const FUNCTION: &str = "create or replace function {function}() returns trigger 
 pub(super) async fn settle(
     config: &mut JobConfig,
     store: &mut Store,
+    source: &mut Session,
     report: &Report,
 ) -> Result<()> {
-    let Some(default) = config.two_way else { return Ok(()) };
+    let Some(default) = config.two_way.clone() else { return Ok(()) };
     let job = config.job.to_string();
     let sql = "select on_conflict from walferry.job where name = $1";
     let row = store.session.query_one(sql, &[Some(&job)]).await?;
     let stored: Option<Policy> =
         row.opt(0)?.map(str::parse).transpose().map_err(super::Error::State)?;
-    let policy = config.on_conflict.or(stored).unwrap_or(default);
-    config.two_way = Some(policy);
-    if stored == Some(policy) {
+    let policy = config.on_conflict.clone().or_else(|| stored.clone()).unwrap_or(default);
+    config.two_way = Some(policy.clone());
+    if stored.as_ref() != Some(&policy) {
+        let selection = config.options.selection(source).await?;
+        check::refuse_unfit(source, &selection, &policy, report).await?;
+    }
+    noting::settle(config, store, source).await?;
+    if stored.as_ref() == Some(&policy) {
         return Ok(());
     }
     if let Some(before) = stored {
-        let (before, now) = (before.as_str(), policy.as_str());
-        let said = format!("conflicts are settled by {now} from now on, and were by {before}");
+        let said = format!("conflicts are settled by {policy} from now on, and were by {before}");
         report(Notice::Said(said));
     }
     let sql = "update walferry.job set on_conflict = $2, updated_at = now() where name = $1";
-    store.session.query_params(sql, &[Some(&job), Some(policy.as_str())]).await?;
+    store.session.query_params(sql, &[Some(&job), Some(&policy.to_string())]).await?;
     Ok(())
 }
 
@@ -101,10 +89,7 @@ impl Runner {
         self.gate.set(Open::Everything);
         if !self.row().await?.armed {
             self.say(Notice::Said("opening the target to writers".to_string()));
-            for side in [&self.config.source, &self.config.target] {
-                let tables = self.tables(side).await?;
-                guard(side, &self.config.job, &tables).await?;
-            }
+            noting::begin(&self.config, &mut self.store, &self.selection).await?;
             let sides = (&self.config.source, &self.config.target);
             let ours = |owner: Option<&QualifiedName>| self.selection.has_sequence(owner);
             disjoin(&self.config.job, sides, ours).await?;
@@ -166,56 +151,6 @@ pub(super) fn ended(row: &JobRow, event: Event) -> Result<Phase> {
         (Phase::Following, Event::FinishAsked) if row.options.two_way => Ok(Phase::Finished),
         (phase, event) => Ok(step(phase, event)?.0),
     }
-}
-
-fn function(job: &JobName) -> String {
-    format!("walferry.{}", quote_ident(&format!("two_way_{job}")))
-}
-
-/// Makes the triggers of one side.
-async fn guard(side: &Config, job: &JobName, tables: &[Table]) -> Result<()> {
-    let mut session = Session::control(side).await?;
-    let function = function(job);
-    session.execute(&FUNCTION.replace("{function}", &function)).await?;
-    for table in tables.iter().filter(|table| !table.key.is_empty()) {
-        let name = |what: &str| quote_ident(&format!("walferry_{job}_{what}"));
-        let (gone, moved, truncated) = (name("gone"), name("moved"), name("truncated"));
-        let on = table.name.quoted();
-        let arguments: Vec<String> = table.key.iter().map(|k| quote_literal(k)).collect();
-        let row = |of: &str| {
-            let columns = table.key.iter().map(|k| format!("{of}.{}", quote_ident(k)));
-            columns.collect::<Vec<_>>().join(", ")
-        };
-        let (arguments, old, new) = (arguments.join(", "), row("old"), row("new"));
-        let sql = format!(
-            "begin; set local lock_timeout = '1s'; set local client_min_messages = error; \
-             drop trigger if exists {gone} on {on}; drop trigger if exists {moved} on {on}; \
-             drop trigger if exists {truncated} on {on}; \
-             create trigger {gone} after delete on {on} for each row \
-             execute procedure {function}({arguments}); \
-             create trigger {moved} after update on {on} for each row \
-             when (({old}) is distinct from ({new})) execute procedure {function}({arguments}); \
-             create trigger {truncated} before truncate on {on} for each statement \
-             execute procedure {function}(); commit"
-        );
-        insist(&mut session, &sql).await?;
-    }
-    Ok(())
-}
-
-/// Runs a transaction that asks for a lock, again and again where somebody holds it.
-async fn insist(session: &mut Session, sql: &str) -> Result<()> {
-    for tries in 1.. {
-        let Err(error) = session.execute(sql).await else { return Ok(()) };
-        if session.in_transaction() {
-            session.execute("rollback").await?;
-        }
-        if error.code() != Some("55P03") || tries >= LOCK_TRIES {
-            return Err(error.into());
-        }
-        tokio::time::sleep(TURN / 5).await;
-    }
-    Ok(())
 }
 
 /// Gives sequences twice their increment, and those of the other side the values between those of
@@ -350,16 +285,7 @@ pub(super) async fn remove(
         );
         insist(session, &sql).await?;
     }
-    let sql = format!(
-        "begin; set local lock_timeout = '1s'; set local client_min_messages = error; \
-         drop function if exists {}() cascade; commit",
-        function(job)
-    );
-    let schema = "select pg_catalog.to_regnamespace('walferry') is not null";
-    if session.query_one(schema, &[]).await?.bool(0)? {
-        insist(session, &sql).await?;
-    }
-    Ok(())
+    noting::remove(session, job).await
 }
 
 /// How many conflicts a stream has on record on the side that it writes.
@@ -370,6 +296,14 @@ pub(super) async fn conflicts(session: &mut Session, stream: &str) -> Result<i64
     }
     let sql = "select count(*) from walferry.conflict where stream = $1";
     Ok(session.query_one(sql, &[Some(stream)]).await?.parse(0)?)
+}
+
+/// What settles a job's conflicts, as on the command line. Of a home that an older walferry made
+/// as well.
+pub(super) async fn stored(session: &mut Session, job: &JobName) -> Result<Option<String>> {
+    let sql = "select pg_catalog.to_jsonb(j) ->> 'on_conflict' from walferry.job j where name = $1";
+    let row = session.query_opt(sql, &[Some(job.as_str())]).await?;
+    Ok(row.map(|row| row.opt(0).map(|text| text.map(str::to_string))).transpose()?.flatten())
 }
 
 /// By `schema.table`, the changes of a stream that lost a conflict.
@@ -443,6 +377,10 @@ async fn forget_known(config: &JobConfig) -> Result<()> {
         let sql = "delete from walferry.two_way_deleted \
              where pg_catalog.pg_xact_commit_timestamp(xmin) < $1::timestamptz";
         session.query_params(sql, &[Some(&written)]).await?;
+        // Of versions older than commit times are kept none is a rival.
+        let sql = "delete from walferry.two_way_left where coalesce( \
+             pg_catalog.pg_xact_commit_timestamp(xid) < $1::timestamptz, true)";
+        session.query_params(sql, &[Some(&written)]).await?;
     }
     Ok(())
 }
@@ -456,13 +394,6 @@ async fn passed(session: &mut Session, stream: &str, lsn: Lsn) -> Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_function_is_the_jobs_own_and_its_text_has_one_place_for_it() {
-        let job: JobName = "a_b".parse().unwrap();
-        assert_eq!(function(&job), "walferry.\"two_way_a_b\"");
-        assert_eq!(FUNCTION.matches("{function}").count(), 1);
-    }
 
     #[test]
     fn each_side_draws_what_the_other_never_does_and_nothing_twice() {

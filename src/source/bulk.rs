@@ -13,7 +13,8 @@
 //!    from the mark's restart_lsn for each, so they grow, by half as much as the last; the first
 //!    is small, that the target has something to do.
 //! 3. A chunk of log in which no transaction ended is followed by one that is long enough for
-//!    most; the source keeps what comes of it in a temporary file. If that has no end either, or
+//!    most, with all that committed behind it; the source keeps what comes of it in a temporary
+//!    file. If that has no end either, or
 //!    there is no room for it, the walsender sends that transaction piece by piece.
 //! 4. This ends when little is left, and earlier where it does not pay: see 3, and when the source
 //!    decodes too much again for each chunk. Before it does, the target gets a moment to take what
@@ -47,6 +48,9 @@ use crate::pg::{self, Config, Session};
 /// Bytes of log of the first chunk, and of any but those for a large transaction.
 const CHUNK_WAL: (u64, u64) = (16 << 20, 256 << 20);
 
+/// No limit: the function takes an integer.
+const ALL_MESSAGES: u32 = i32::MAX as u32;
+
 /// The job's slot is told what is durable no more often than this, nor in more than a twentieth of
 /// the time: the server decodes for it.
 const ADVANCE_GAP: Duration = Duration::from_secs(10);
@@ -69,6 +73,8 @@ pub(super) struct Bulk {
     /// So much is left to the stream.
     rest_bytes: u64,
     chunks: Chunks,
+    /// So many messages were asked for last, where that is ours to choose.
+    asked: Option<u32>,
     wal_bytes: u64,
     /// The last chunk had no end of a transaction, and the next is to find it.
     stretched: bool,
@@ -137,6 +143,7 @@ impl Bulk {
             confirmed_lsn,
             rest_bytes: least_bytes / 4,
             chunks: Chunks::ahead(options.bulk.messages),
+            asked: None,
             wal_bytes: CHUNK_WAL.0,
             stretched: false,
             ahead: options.bulk.ahead,
@@ -210,12 +217,17 @@ impl Bulk {
     fn start(&mut self, hand: Option<Hand>, from: Option<&str>) -> Reading {
         let wal_bytes = self.wal_bytes;
         self.wal_bytes = (wal_bytes.saturating_mul(3)).min(CHUNK_WAL.1.max(wal_bytes));
+        // Behind a large transaction a small one would have all of that decoded once more.
+        let messages = if self.stretched { ALL_MESSAGES } else { self.chunks.rise() };
         let order = Order {
             from: from.map(str::to_string),
-            messages: self.chunks.rise(),
+            messages,
             wal_bytes,
             rest_bytes: self.rest_bytes,
+            last: self.asked.map(|asked| (self.read_lsn, asked)),
         };
+        let fixed = self.stretched || self.maker.options.bulk.messages.is_some();
+        self.asked = (!fixed).then_some(order.messages);
         Reading::start(hand, &self.maker, order)
     }
 

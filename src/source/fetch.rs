@@ -50,8 +50,8 @@ pub(super) async fn fetch<S: Sink>(
     let mut copy = tokio::select! {
         biased;
         end = watch.end() => return Ok(Err(end)),
-        silent = link.until_dead(pid) => return Err(silent),
         copy = session.copy_out(sql) => copy?,
+        silent = link.until_dead(pid) => return Err(silent),
     };
     loop {
         let piece = match now(copy.gathered(PIECE_BYTES)).await {
@@ -61,8 +61,8 @@ pub(super) async fn fetch<S: Sink>(
                 tokio::select! {
                     biased;
                     end = watch.end() => return Ok(Err(end)),
-                    silent = link.until_dead(pid) => return Err(silent),
                     piece = copy.gathered(PIECE_BYTES) => piece?,
+                    silent = link.until_dead(pid) => return Err(silent),
                 }
             }
         };

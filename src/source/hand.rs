@@ -60,6 +60,25 @@ pub(super) struct Order {
     pub wal_bytes: u64,
     /// No more than this being left, nothing is read.
     pub rest_bytes: u64,
+    /// The chunk before: where it begins, and how many messages it was to have at most. `None` if
+    /// there is none, or the number of messages is to stay.
+    pub last: Option<(Lsn, u32)>,
+}
+
+impl Order {
+    /// How many messages to ask for: a quarter more where that ends the backlog, as whatever reads
+    /// a small rest has to decode all before it once more. By what the chunk before took of the
+    /// log, which may have had fewer messages than were asked for; then nothing is added.
+    fn messages(&self, stand: &Stand) -> u32 {
+        let Some((last_lsn, asked)) = self.last else { return self.messages };
+        let more = self.messages.saturating_add(self.messages / 4);
+        let last_bytes = u128::from(stand.read_lsn.0.saturating_sub(last_lsn.0));
+        let left_bytes = u128::from(stand.flush_lsn.0.saturating_sub(stand.read_lsn.0));
+        // left_bytes / last_bytes * asked <= more
+        let ends = left_bytes * u128::from(asked) <= u128::from(more) * last_bytes;
+        // What is measured so is no exact number: what is a little more comes along.
+        if ends && last_bytes > 0 { more.saturating_add(self.messages / 4) } else { self.messages }
+    }
 }
 
 /// What became of an order.
@@ -172,7 +191,7 @@ impl Hand {
             }
         }
         let upto_lsn = stand.flush_lsn.min(Lsn(stand.read_lsn.0.saturating_add(order.wal_bytes)));
-        let sql = self.peeks.taking(upto_lsn, order.messages);
+        let sql = self.peeks.taking(upto_lsn, order.messages(&stand));
         let mut begun = false;
         match self.send(&sql, pieces, &mut begun).await {
             Err(super::Error::Pg(error)) if !begun && is_short(&error) => {
@@ -320,5 +339,27 @@ impl Reading {
 impl Drop for Reading {
     fn drop(&mut self) {
         self.task.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_rest_comes_with_the_chunk_before_it() {
+        let asked = |read_lsn, flush_lsn, last| {
+            let order =
+                Order { from: None, messages: 1000, wal_bytes: 1 << 30, rest_bytes: 0, last };
+            let stand =
+                Stand { flush_lsn: Lsn(flush_lsn), read_lsn: Lsn(read_lsn), restart_lsn: Lsn(0) };
+            order.messages(&stand)
+        };
+        let last = Some((Lsn(5000), 500));
+        // 500 messages took 5,000 bytes; 1,250 are left, then 1,251.
+        assert_eq!(asked(10_000, 22_500, last), 1500);
+        assert_eq!(asked(10_000, 22_510, last), 1000);
+        assert_eq!(asked(10_000, 22_500, None), 1000);
+        assert_eq!(asked(5000, 5001, last), 1000);
     }
 }

@@ -44,15 +44,21 @@ impl Link {
 
     /// Ends when the server has been silent for too long and does not hold the slot for us either,
     /// as seen on another connection: then nobody decodes for us any more.
+    ///
+    /// The slot is let go once all is decoded, and the answer sent behind that. So a server that
+    /// holds it no more is given as long again to be heard of.
     pub async fn until_dead(&self, pid: i32) -> Error {
         let begun = Instant::now();
+        let mut held = true;
         loop {
             tokio::time::sleep(self.silence).await;
             let asking = tokio::time::timeout(self.silence, self.holds_slot(pid)).await;
-            if begun.elapsed() > PATIENCE || !matches!(asking, Ok(Ok(true))) {
+            let holds = matches!(asking, Ok(Ok(true)));
+            if begun.elapsed() > PATIENCE || !(holds || held) {
                 return self.silent(begun.elapsed());
             }
-            tracing::info!(slot = self.slot, "the source is silent, and at work");
+            held = holds;
+            tracing::info!(slot = self.slot, holds, "the source is silent, and at work");
         }
     }
 

@@ -102,15 +102,11 @@ impl Nudge {
             return Ok(Nudged::No);
         }
         // On a standby the log is the primary's to write.
-        let sql = format!(
-            "select coalesce(pg_catalog.pg_wal_lsn_diff( \
-               s.confirmed_flush_lsn, s.restart_lsn), 0)::int8, \
-             case when not pg_catalog.pg_is_in_recovery() \
+        let sql = self.kept(
+            ", case when not pg_catalog.pg_is_in_recovery() \
                then pg_catalog.pg_current_wal_insert_lsn() end, \
              coalesce((select d.xact_commit + d.xact_rollback from pg_catalog.pg_stat_database d \
-               where d.datname = pg_catalog.current_database()), 0) \
-             from pg_catalog.pg_replication_slots s where s.slot_name = {}",
-            quote_literal(&self.slot)
+               where d.datname = pg_catalog.current_database()), 0)",
         );
         let rows = session.query(&sql).await?;
         let Some(row) = rows.first() else { return Ok(Nudged::No) };
@@ -132,13 +128,7 @@ impl Nudge {
         standby: &mut Session,
         primary: &mut Session,
     ) -> pg::Result<Nudged> {
-        let sql = format!(
-            "select coalesce(pg_catalog.pg_wal_lsn_diff( \
-               s.confirmed_flush_lsn, s.restart_lsn), 0)::int8 \
-             from pg_catalog.pg_replication_slots s where s.slot_name = {}",
-            quote_literal(&self.slot)
-        );
-        let rows = standby.query(&sql).await?;
+        let rows = standby.query(&self.kept("")).await?;
         let Some(row) = rows.first() else { return Ok(Nudged::No) };
         let kept: i64 = row.parse(0)?;
         let end = primary.query_one("select pg_catalog.pg_current_wal_insert_lsn()", &[]).await?;
@@ -148,6 +138,16 @@ impl Nudge {
         }
         self.nudged_lsn = end_lsn;
         self.ask(primary).await
+    }
+
+    /// Asks how many bytes the slot keeps that are confirmed, and what `more` asks behind that.
+    fn kept(&self, more: &str) -> String {
+        format!(
+            "select coalesce(pg_catalog.pg_wal_lsn_diff( \
+               s.confirmed_flush_lsn, s.restart_lsn), 0)::int8{more} \
+             from pg_catalog.pg_replication_slots s where s.slot_name = {}",
+            quote_literal(&self.slot)
+        )
     }
 
     /// Has a record logged now, if the server lets us. `session` as for [`Nudge::look`], and of a

@@ -374,7 +374,6 @@ impl Rig {
         for way in ways {
             targets.push(session(&self.target, &way.name).await);
         }
-        let begun = Instant::now();
         for nth in 0..8 {
             if nth > 0 {
                 self.source.psql("app", BURST).unwrap();

@@ -13,13 +13,15 @@ use walferry::demo::server::{Server, StopMode};
 use crate::support::job::Ends;
 use crate::support::{Walferry, until_within};
 
+mod greatest;
+
 const SCHEMA: &str = "create table item (id int primary key, v text not null default '', \
-    base text not null default '', note text, filler text); \
-    create table tagged (id int primary key, tag text not null unique, note text); \
+    base text not null default '', note text, filler text, rev int); \
+    create table tagged (id int primary key, tag text not null unique, note text, rev int); \
     create table counted (id bigserial primary key, side text); \
     create sequence version; \
     insert into item (id, v) select i, 'copied-' || i from generate_series(1, 3000) i; \
-    insert into tagged select i, 'tag-' || i, 'copied' from generate_series(1, 20) i; \
+    insert into tagged select i, 'tag-' || i, 'copied' from generate_series(1, 40) i; \
     insert into counted (side) select 'copied' from generate_series(1, 7)";
 
 const AUDIT: &str = "create schema audit; \
@@ -27,7 +29,8 @@ const AUDIT: &str = "create schema audit; \
         applied bool); \
     create function audit.name() returns trigger language plpgsql as $$ begin \
         if tg_op = 'UPDATE' then new.base := old.v; end if; \
-        new.v := '{side}-' || nextval('public.version'); return new; end $$; \
+        new.v := '{side}-' || nextval('public.version'); \
+        new.rev := random() * 1000; return new; end $$; \
     create function audit.note() returns trigger language plpgsql as $$ begin \
         insert into audit.log (op, id, v, base, was, applied) values (tg_op, \
             case when tg_op = 'DELETE' then old.id else new.id end, \
@@ -318,7 +321,8 @@ async fn other_versions_and_decoders_end_equal_as_well() {
     };
     // Where messages are not shown, where markers tell what is ours, and by pull.
     tokio::join!(
-        cell((10, 17), &[]),
+        // Of a random number, which falls as often as it grows.
+        cell((10, 17), &["--on-conflict", "greatest:rev,last-commit"]),
         cell((oldest, 18), &["--decoder", "test_decoding"]),
         cell((15, 15), &["--decoder", "wal2json", "--transport", "pull"]),
     );
@@ -330,10 +334,14 @@ async fn other_versions_and_decoders_end_equal_as_well() {
 async fn ten_minutes_of_both_sides() {
     let seconds = std::env::var("WALFERRY_TWO_WAY").unwrap_or("600".to_string());
     let seconds: u64 = seconds.parse().unwrap();
+    let policy = std::env::var("WALFERRY_ON_CONFLICT").unwrap_or("last-commit".to_string());
     let ends = ends((15, 15), &["track_commit_timestamp=on"]);
-    let run = open(&ends, &[]).await;
+    let run = open(&ends, &["--on-conflict", &policy]).await;
     audit(&ends);
     written_on_both_sides(&ends, run, 3, seconds, 200).await;
+    let settled =
+        "select string_agg(distinct policy || ' ' || outcome, ', ') from walferry.conflict";
+    println!("on source and target by {policy}: {:?}", both(&ends, settled));
     let counted = both(&ends, "select count(*) from walferry.conflict");
     println!("conflicts on record on source and target: {counted:?}");
 }

@@ -1,45 +1,8 @@
 //! What becomes of a change, by what the written side has in its place. Pure.
 
+use super::policy::Rule;
 use crate::clock::PgTimestamp;
 use crate::id::Stream;
-
-/// Who wins a conflict. Both sides compute the same.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Policy {
-    /// The later commit; of two in one microsecond the source's.
-    #[default]
-    LastCommit,
-    /// The source's change.
-    Source,
-    /// The target's change.
-    Target,
-    /// Nobody: the stream stops.
-    Error,
-}
-
-impl Policy {
-    /// As on the command line.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Policy::LastCommit => "last-commit",
-            Policy::Source => "source",
-            Policy::Target => "target",
-            Policy::Error => "error",
-        }
-    }
-}
-
-impl std::str::FromStr for Policy {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Policy, String> {
-        let all = [Policy::LastCommit, Policy::Source, Policy::Target, Policy::Error];
-        let found = all.into_iter().find(|policy| policy.as_str() == text);
-        found.ok_or_else(|| {
-            format!("\"{text}\" settles no conflict: use last-commit, source, target or error")
-        })
-    }
-}
 
 /// A change's operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +19,8 @@ pub(super) struct Rival {
     pub xid: u32,
     /// When it committed, by the clock of the written side.
     pub commit_time: PgTimestamp,
+    /// Where a column decides: whether the change has the greater value; see `greatest`.
+    pub outweighed: bool,
 }
 
 /// What the written side has under the change's key.
@@ -122,7 +87,8 @@ pub(super) struct Verdict {
 /// The change that comes, as far as a policy looks at it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Incoming {
-    pub policy: Policy,
+    /// What settles its table; `None`: a column's values.
+    pub rule: Option<Rule>,
     /// The stream that brings it.
     pub stream: Stream,
     pub commit_time: PgTimestamp,
@@ -132,10 +98,11 @@ impl Incoming {
     /// Whether it wins; the other side, where the rival comes in, says the opposite.
     pub fn wins(&self, rival: Rival) -> bool {
         let of_source = self.stream == Stream::Forward;
-        match self.policy {
-            Policy::Source => of_source,
-            Policy::Target => !of_source,
-            Policy::LastCommit | Policy::Error => {
+        match self.rule {
+            None => rival.outweighed,
+            Some(Rule::Source) => of_source,
+            Some(Rule::Target) => !of_source,
+            Some(Rule::LastCommit | Rule::Error) => {
                 (self.commit_time, of_source) > (rival.commit_time, !of_source)
             }
         }
@@ -177,23 +144,23 @@ mod tests {
     use super::*;
 
     fn at(time: i64) -> Rival {
-        Rival { xid: 7, commit_time: PgTimestamp(time) }
+        Rival { xid: 7, commit_time: PgTimestamp(time), outweighed: false }
     }
 
-    fn incoming(policy: Policy, stream: Stream, time: i64) -> Incoming {
-        Incoming { policy, stream, commit_time: PgTimestamp(time) }
+    fn incoming(rule: Rule, stream: Stream, time: i64) -> Incoming {
+        Incoming { rule: Some(rule), stream, commit_time: PgTimestamp(time) }
     }
 
     #[test]
     fn of_two_changes_exactly_one_wins_and_both_sides_say_which() {
-        for policy in [Policy::LastCommit, Policy::Source, Policy::Target] {
+        for rule in [Rule::LastCommit, Rule::Source, Rule::Target] {
             for (source_time, target_time) in [(5, 6), (6, 5), (5, 5)] {
-                let there = incoming(policy, Stream::Forward, source_time).wins(at(target_time));
-                let here = incoming(policy, Stream::Reverse, target_time).wins(at(source_time));
-                assert_ne!(there, here, "{policy:?} {source_time} {target_time}");
+                let there = incoming(rule, Stream::Forward, source_time).wins(at(target_time));
+                let here = incoming(rule, Stream::Reverse, target_time).wins(at(source_time));
+                assert_ne!(there, here, "{rule:?} {source_time} {target_time}");
             }
         }
-        assert!(incoming(Policy::LastCommit, Stream::Forward, 5).wins(at(5)));
+        assert!(incoming(Rule::LastCommit, Stream::Forward, 5).wins(at(5)));
     }
 
     /// What one side has in the end of two changes of a row that both had, where its own was first.
@@ -213,17 +180,17 @@ mod tests {
     #[test]
     fn any_two_changes_of_a_row_end_alike_on_both_sides() {
         let pairs = [Op::Insert, Op::Update, Op::Delete];
-        for policy in [Policy::LastCommit, Policy::Source, Policy::Target] {
+        for rule in [Rule::LastCommit, Rule::Source, Rule::Target] {
             for (a, b) in pairs.iter().flat_map(|a| pairs.iter().map(move |b| (*a, *b))) {
                 for (s, t) in [(1, 2), (2, 1), (1, 1)] {
-                    let on_source = end(a, b, &incoming(policy, Stream::Reverse, t), s);
-                    let on_target = end(b, a, &incoming(policy, Stream::Forward, s), t);
+                    let on_source = end(a, b, &incoming(rule, Stream::Reverse, t), s);
+                    let on_target = end(b, a, &incoming(rule, Stream::Forward, s), t);
                     let same = match (on_source, on_target) {
                         ("gone", other) => other == "gone",
                         ("own", other) => other == "other",
                         (_, other) => other == "own",
                     };
-                    assert!(same, "{policy:?} {a:?} {b:?} {s} {t}: {on_source} {on_target}");
+                    assert!(same, "{rule:?} {a:?} {b:?} {s} {t}: {on_source} {on_target}");
                 }
             }
         }
@@ -231,7 +198,7 @@ mod tests {
 
     #[test]
     fn what_was_known_is_written_whatever_the_clocks_say() {
-        let late = incoming(Policy::LastCommit, Stream::Reverse, 0);
+        let late = incoming(Rule::LastCommit, Stream::Reverse, 0);
         for op in [Op::Update, Op::Delete] {
             let verdict = judge(op, Local::Row(None), &late);
             assert_eq!((verdict.act, verdict.conflict), (Act::Write, None));

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use super::Settler;
+use super::greatest::{self, Scale};
 use super::judge::Rival;
+use super::policy::Rule;
 use crate::apply::error::{Error, Result};
 use crate::apply::statement::Mapping;
 use crate::change::{Change, OldRow, Relation, Row, Value};
@@ -22,8 +24,16 @@ pub(super) struct Plan {
     pub look_away: String,
     pub gone: String,
     pub record: String,
+    /// The same, of what settles by a column: takes away the notes of a key.
+    pub forget: String,
     /// Unique keys beside the primary one, asked for when needed.
     pub unique: Option<Vec<Vec<usize>>>,
+    /// What settles the table's conflicts; `None`: `scale` does.
+    pub rule: Option<Rule>,
+    /// The column whose values do.
+    pub scale: Option<Scale>,
+    /// The policy as recorded.
+    policy: String,
 }
 
 /// The last writer of a row.
@@ -40,24 +50,31 @@ impl LastWriter {
     pub fn read(row: &pg::Row, column: usize) -> pg::Result<LastWriter> {
         let commit_time = row.parse_opt::<i64>(column + 2)?.map(PgTimestamp::from_unix_micros);
         let xid: u32 = row.parse(column)?;
-        let local = commit_time.map(|commit_time| Rival { xid, commit_time });
+        let local = commit_time.map(|commit_time| Rival { xid, commit_time, outweighed: false });
         Ok(LastWriter { ours: row.bool(column + 1)?, local })
     }
 }
 
-/// Columns that tell who wrote the row of `alias`: xid, whether that is this stream, commit time in
+/// Columns that tell whose `xid` is: the xid, whether it is this stream's, commit time in
 /// microseconds. A raw xmin of a row frozen long ago may be that of a transaction of now, four
 /// billion later; then a conflict is found that is none.
 ///
 /// <https://www.postgresql.org/docs/current/functions-info.html> (commit timestamps)
-pub(super) fn last_writer(alias: &str, stream: &str) -> String {
+pub(super) fn last_writer(xid: &str, stream: &str) -> String {
+    format!(
+        "{xid}::text, {}, \
+         (extract(epoch from pg_catalog.pg_xact_commit_timestamp({xid})) * 1000000)::int8",
+        is_ours(xid, stream)
+    )
+}
+
+/// The condition that `xid` is of this stream, or of the transaction under way.
+pub(super) fn is_ours(xid: &str, stream: &str) -> String {
     let stream = quote_literal(stream);
     format!(
-        "{alias}.xmin::text, {alias}.xmin::text::int8 = \
-             pg_catalog.txid_current() % 4294967296 or exists (select 1 \
-             from walferry.two_way_applied a where a.stream = {stream} \
-             and a.own_xid = {alias}.xmin::text::int8), \
-         (extract(epoch from pg_catalog.pg_xact_commit_timestamp({alias}.xmin)) * 1000000)::int8"
+        "({xid}::text::int8 = pg_catalog.txid_current() % 4294967296 or exists (select 1 \
+         from walferry.two_way_applied a where a.stream = {stream} \
+         and a.own_xid = {xid}::text::int8))"
     )
 }
 
@@ -80,17 +97,22 @@ impl Plan {
         self.relation.columns.get(column).map_or("", |column| column.name.as_str())
     }
 
-    /// The key as a trigger notes it, see `job::two_way`.
-    fn key_json(&self) -> String {
-        let parts: Vec<String> = self
-            .key
-            .iter()
-            .enumerate()
-            .map(|(n, (column, type_name, _))| {
-                let name = quote_literal(self.name(*column));
-                format!("{name}, pg_catalog.to_jsonb(${}::{type_name}) #>> '{{}}'", n + 1)
-            })
-            .collect();
+    /// The key given as parameters from `first` on as a trigger notes it, see `job::noting`.
+    pub fn key_json(&self, first: usize) -> String {
+        self.noted(|n, (_, type_name, _)| format!("${}::{type_name}", first + n))
+    }
+
+    /// The same of a row `t`.
+    pub fn own_key_json(&self) -> String {
+        self.noted(|_, (column, ..)| format!("t.{}", quote_ident(self.name(*column))))
+    }
+
+    fn noted(&self, value: impl Fn(usize, &(usize, String, String)) -> String) -> String {
+        let part = |(n, part): (usize, &(usize, String, String))| {
+            let name = quote_literal(self.name(part.0));
+            format!("{name}, pg_catalog.to_jsonb({}) #>> '{{}}'", value(n, part))
+        };
+        let parts: Vec<String> = self.key.iter().enumerate().map(part).collect();
         format!("pg_catalog.jsonb_build_object({})", parts.join(", "))
     }
 
@@ -131,6 +153,21 @@ impl Settler {
         mapping: &Mapping,
     ) -> Result<()> {
         let key = key(relation, mapping)?;
+        let policy = &self.options.policy;
+        let scale = match policy.column() {
+            Some(column) => Scale::of(session, relation, &mapping.table.name, column).await?,
+            None => None,
+        };
+        let rule = policy.others().filter(|_| scale.is_none());
+        let settled_by = match (&scale, rule) {
+            (Some(_), _) => format!("greatest:{}", policy.column().unwrap_or_default()),
+            (None, Some(rule)) => rule.as_str().to_string(),
+            (None, None) => {
+                let column = policy.column().unwrap_or_default().to_string();
+                let (table, why) = (relation.name.clone(), "there is none");
+                return Err(Error::TwoWayColumn { table, column, why });
+            }
+        };
         self.prepared += 1;
         let name = |what: &str| format!("walferry_two_way_{what}_{}", self.prepared);
         let plan = Plan {
@@ -140,27 +177,36 @@ impl Settler {
             look_away: name("away"),
             gone: name("gone"),
             record: name("record"),
+            forget: name("forget"),
             unique: None,
+            rule,
+            scale,
+            policy: settled_by,
         };
         let mut pipeline = Pipeline::new();
         let (table, filter) = (mapping.table.name.quoted(), plan.has_key(1));
-        let look =
-            format!("select {} from only {table} t where {filter}", last_writer("t", &self.stream));
+        let look = format!(
+            "select {} from only {table} t where {filter}",
+            last_writer("t.xmin", &self.stream)
+        );
         pipeline.parse(&plan.look, &format!("{look} for no key update of t"), &[]);
         pipeline.parse(&plan.look_away, &format!("{look} for update of t"), &[]);
-        let key_json = plan.key_json();
+        let key_json = plan.key_json(1);
         let gone = format!(
             "select {} from walferry.two_way_deleted d where d.relation = {}::regclass::oid \
              and pg_catalog.md5(d.key::text) = pg_catalog.md5(({key_json})::text) \
              order by d.id desc limit 1",
-            last_writer("d", &self.stream),
+            last_writer("d.xmin", &self.stream),
             quote_literal(&table),
         );
         pipeline.parse(&plan.gone, &gone, &[]);
+        if plan.scale.is_some() {
+            pipeline.parse(&plan.forget, &greatest::forget(&table, &key_json), &[]);
+        }
         let row = format!("select pg_catalog.to_jsonb(t) from only {table} t where {}", {
             plan.has_key(9)
         });
-        pipeline.parse(&plan.record, &self.record_sql(relation, &row), &[]);
+        pipeline.parse(&plan.record, &self.record_sql(&plan, &row), &[]);
         session.exchange(pipeline, |_| {}).await?;
         self.plans.insert(Arc::as_ptr(relation).addr(), plan);
         Ok(())
@@ -168,16 +214,17 @@ impl Settler {
 
     /// The statement that records a conflict; `row` gives the local row as JSON. Its own parameters
     /// are eight.
-    pub(super) fn record_sql(&self, relation: &Relation, row: &str) -> String {
+    pub(super) fn record_sql(&self, plan: &Plan, row: &str) -> String {
+        let name = &plan.relation.name;
         format!(
             "insert into walferry.conflict (stream, schema, name, kind, policy, outcome, incoming, \
              local, commit_lsn, xid, commit_time, local_xid, local_commit_time) \
              values ({}, {}, {}, $1::text, {}, $2::text, $3::jsonb, ({row}), $4::pg_lsn, \
              $5::int8, $6::timestamptz, $7::int8, $8::timestamptz)",
             quote_literal(&self.stream),
-            quote_literal(&relation.name.schema),
-            quote_literal(&relation.name.name),
-            quote_literal(self.options.policy.as_str()),
+            quote_literal(&name.schema),
+            quote_literal(&name.name),
+            quote_literal(&plan.policy),
         )
     }
 

@@ -20,7 +20,8 @@
 //! for that: a clock that is behind only loses more often. Each clock must not run backwards.
 //!
 //! A row that is gone has no last writer: a trigger on each side notes the keys that applications
-//! delete, in the deleting transaction (`walferry.two_way_deleted`).
+//! delete, in the deleting transaction (`walferry.two_way_deleted`). A column's values need not
+//! grow as commit times do, which takes a note of its own: see `greatest`.
 //!
 //! # Steps, for each source transaction
 //! 1. BEGIN, and all rows that it changes are looked at and locked, in its order.
@@ -38,16 +39,22 @@
 //!
 //! Left out: TRUNCATE (a trigger refuses it on both sides), tables without a primary key.
 
+mod greatest;
 mod judge;
 mod look;
 mod other;
+mod policy;
 mod round;
 mod settle;
 mod unique;
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 
-pub use judge::Policy;
+pub use greatest::{Weight, weights};
+pub use policy::{Policy, Rule};
 
 use crate::id::Stream;
 use crate::pg::{Config, Session};
@@ -69,6 +76,11 @@ pub const DDL: &str = "set client_min_messages = error; \
      key jsonb not null); \
      create index if not exists two_way_deleted_key \
      on walferry.two_way_deleted (relation, pg_catalog.md5(key::text)); \
+     create table if not exists walferry.two_way_left ( \
+     id bigint generated always as identity primary key, relation oid not null, \
+     key jsonb not null, value text, xid xid not null); \
+     create index if not exists two_way_left_key \
+     on walferry.two_way_left (relation, pg_catalog.md5(key::text)); \
      create table if not exists walferry.two_way_sequence ( \
      job text, schema text, name text, increment bigint not null, \
      primary key (job, schema, name)); \

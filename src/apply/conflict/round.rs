@@ -1,6 +1,7 @@
 //! Round trips of a transaction under way, and what an error of one is about.
 
 use super::Settler;
+use super::greatest::Place;
 use super::judge::{Local, Op};
 use super::look::LastWriter;
 use super::settle::{Candidate, Frame, bytes};
@@ -55,7 +56,7 @@ impl Applier {
             gone = self.ask(frame, missing).await?.rows;
         }
         let (mut gone, mut locals) = (gone.into_iter(), Vec::new());
-        let commit_time = frame.incoming.commit_time;
+        let commit_time = frame.commit_time;
         for last in found {
             locals.push(match last {
                 Some(last) => Local::Row(settler.rival(last, commit_time).await?),
@@ -68,7 +69,31 @@ impl Applier {
                 },
             });
         }
+        for (candidate, local) in group.iter().zip(&mut locals) {
+            self.weigh(settler, candidate, local).await?;
+        }
         Ok(locals)
+    }
+
+    /// Where a column decides: which of the two has the greater value. A deletion has none.
+    async fn weigh(
+        &mut self,
+        settler: &mut Settler,
+        candidate: &Candidate<'_>,
+        local: &mut Local,
+    ) -> Result<()> {
+        let (Local::Row(Some(rival)) | Local::Gone(Some(rival))) = local else { return Ok(()) };
+        if candidate.incoming.rule.is_some() || candidate.op == Op::Delete {
+            return Ok(());
+        }
+        let relation = &candidate.relation;
+        let table = self.mapping(relation)?.table.name.quoted();
+        let value = settler.value_of(relation, candidate.change)?;
+        let weighed = (value, Place::Key(&candidate.key));
+        let (session, incoming) = (&mut self.session, &candidate.incoming);
+        rival.outweighed =
+            settler.outweighs(session, (relation, &table), weighed, incoming).await?;
+        Ok(())
     }
 
     /// One round trip.

@@ -4,8 +4,10 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::judge::{Act, Incoming, Kind, Local, Op, Policy, Rival, Verdict, judge};
+use super::greatest;
+use super::judge::{Act, Incoming, Kind, Local, Op, Rival, Verdict, judge};
 use super::look::{LastWriter, shown};
+use super::policy::Rule;
 use super::{Settler, unique::Hit};
 use crate::apply::admit::{self, Admitted, Step};
 use crate::apply::batch::Batch;
@@ -53,6 +55,7 @@ pub(super) struct Candidate<'a> {
     pub relation: Arc<Relation>,
     pub key: Vec<Option<String>>,
     pub op: Op,
+    pub incoming: Incoming,
 }
 
 /// What is written for a candidate.
@@ -71,7 +74,7 @@ pub(super) struct Frame<'a> {
     pub part: &'a Batch,
     pub begin: &'a Begin,
     pub admitted: &'a Admitted,
-    pub incoming: Incoming,
+    pub commit_time: PgTimestamp,
     /// Change by change, looking at every unique index.
     careful: bool,
 }
@@ -137,10 +140,8 @@ impl Applier {
             // test_decoding tells it at the end.
             return Err(Error::TwoWayWithoutTime { xid: begin.xid });
         }
-        let (policy, stream) = (settler.options.policy, settler.options.stream);
-        let incoming = Incoming { policy, stream, commit_time };
         let admitted = admit::admit(&mut self.writer.routes, part)?;
-        let frame = Frame { part, begin: &begin, admitted: &admitted, incoming, careful };
+        let frame = Frame { part, begin: &begin, admitted: &admitted, commit_time, careful };
         let mut request = self.opening(&frame);
         let mut lost: Vec<Arc<Relation>> = Vec::new();
         let mut written = 0;
@@ -261,7 +262,10 @@ impl Applier {
                 let mapping = self.mapping(&relation)?;
                 settler.meet(&mut self.session, &relation, &mapping).await?;
             }
-            let (key, moved) = settler.plan(&relation)?.keys(change);
+            let plan = settler.plan(&relation)?;
+            let (stream, commit_time) = (settler.options.stream, frame.commit_time);
+            let incoming = Incoming { rule: plan.rule, stream, commit_time };
+            let (key, moved) = plan.keys(change);
             let table = Arc::as_ptr(&relation).addr();
             let keys = std::iter::once(key.clone()).chain(moved);
             let keys: Vec<_> = keys.map(|key| (table, key)).collect();
@@ -272,7 +276,7 @@ impl Applier {
                 groups.push(Vec::new());
             }
             met.extend(keys);
-            let candidate = Candidate { at, change, relation, key, op };
+            let candidate = Candidate { at, change, relation, key, op, incoming };
             if let Some(group) = groups.last_mut() {
                 group.push(candidate);
             }
@@ -280,7 +284,7 @@ impl Applier {
         Ok(groups)
     }
 
-    fn mapping(&self, relation: &Arc<Relation>) -> Result<Mapping> {
+    pub(super) fn mapping(&self, relation: &Arc<Relation>) -> Result<Mapping> {
         let route = self.writer.routes.get(relation);
         let mapping = route.and_then(|route| route.mapping.clone());
         mapping.ok_or_else(|| Error::Broken(format!("{} has no route", relation.name)))
@@ -294,22 +298,21 @@ impl Applier {
         candidate: &Candidate<'_>,
         local: Local,
     ) -> Result<Decided> {
-        let verdict = judge(candidate.op, local, &frame.incoming);
+        let verdict = judge(candidate.op, local, &candidate.incoming);
         self.refuse(frame, candidate, verdict.rival.and(verdict.conflict))?;
         let change = rewritten(settler, candidate, verdict).await?;
         let mut decided = Decided { verdict, change, hits: Vec::new(), gives_up: false };
-        let new = match &decided.change {
-            Some(Change::Insert { new, .. } | Change::Update { new, .. }) if frame.careful => new,
-            _ => return Ok(decided),
+        let Some(change) = decided.change.as_ref().filter(|_| frame.careful) else {
+            return Ok(decided);
         };
         let mapping = self.mapping(&candidate.relation)?;
-        let (table, row) = ((&candidate.relation, &mapping), (&*candidate.key, new));
-        let hits = settler.hits(&mut self.session, table, row, &frame.incoming).await?;
+        let (table, row) = ((&candidate.relation, &mapping), (&*candidate.key, change));
+        let hits = settler.hits(&mut self.session, table, row, &candidate.incoming).await?;
         if hits.is_empty() {
             return Ok(decided);
         }
         self.refuse(frame, candidate, Some(Kind::Unique))?;
-        let wins = |hit: &Hit| hit.rival.is_none_or(|rival| frame.incoming.wins(rival));
+        let wins = |hit: &Hit| hit.rival.is_none_or(|rival| candidate.incoming.wins(rival));
         if !hits.iter().all(wins) {
             decided.gives_up = matches!(local, Local::Row(_));
             decided.change = None;
@@ -325,7 +328,7 @@ impl Applier {
         candidate: &Candidate<'_>,
         conflict: Option<Kind>,
     ) -> Result<()> {
-        let Some(kind) = conflict.filter(|_| frame.incoming.policy == Policy::Error) else {
+        let Some(kind) = conflict.filter(|_| candidate.incoming.rule == Some(Rule::Error)) else {
             return Ok(());
         };
         let Some(route) = self.writer.routes.get(&candidate.relation) else { return Ok(()) };
@@ -343,7 +346,7 @@ impl Applier {
         request: &mut Request,
     ) -> Result<()> {
         let plan = settler.plan(&candidate.relation)?;
-        let table = &candidate.relation.name;
+        let table = candidate.relation.name.quoted();
         let outcome = if decided.change.is_some() { "applied" } else { "kept" };
         let record = |kind: Kind, rival: Option<Rival>| {
             vec![
@@ -352,7 +355,7 @@ impl Applier {
                 Some(shown(&candidate.relation, candidate.change)),
                 Some(frame.begin.commit_lsn.to_string()),
                 Some(frame.begin.xid.to_string()),
-                Some(frame.incoming.commit_time.to_sql()),
+                Some(frame.commit_time.to_sql()),
                 rival.map(|rival| rival.xid.to_string()),
                 rival.map(|rival| rival.commit_time.to_sql()),
             ]
@@ -364,19 +367,26 @@ impl Applier {
             request.roles.push(Role::Aside);
         }
         for hit in &decided.hits {
-            let of_hit = format!("t.ctid = '{}'::tid", hit.ctid);
-            let quoted = table.quoted();
-            let row = format!("select pg_catalog.to_jsonb(t) from only {quoted} t where {of_hit}");
+            let (of_hit, key) = plan.at(&table, &hit.ctid);
+            let row = format!("select pg_catalog.to_jsonb(t) from only {table} t where {of_hit}");
             let name = "";
-            request.pipeline.parse(name, &settler.record_sql(&candidate.relation, &row), &[]);
+            request.pipeline.parse(name, &settler.record_sql(plan, &row), &[]);
             request.pipeline.run(name, bytes(&record(Kind::Unique, hit.rival)));
             request.roles.push(Role::Aside);
             if decided.change.is_some() {
-                request.aside(&format!("delete from only {quoted} t where {of_hit}"));
+                if plan.scale.is_some() {
+                    request.aside(&greatest::forget(&table, &key));
+                }
+                request.aside(&format!("delete from only {table} t where {of_hit}"));
             }
         }
+        let overwrites = decided.change.is_some() && decided.verdict.rival.is_some();
+        if plan.scale.is_some() && (overwrites || decided.gives_up) {
+            request.pipeline.run(&plan.forget, bytes(&candidate.key));
+            request.roles.push(Role::Aside);
+        }
         if decided.gives_up {
-            let sql = format!("delete from only {} t where {}", table.quoted(), plan.has_key(1));
+            let sql = format!("delete from only {table} t where {}", plan.has_key(1));
             request.pipeline.parse("", &sql, &[]);
             request.pipeline.run("", bytes(&candidate.key));
             request.roles.push(Role::Aside);

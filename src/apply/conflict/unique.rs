@@ -6,11 +6,12 @@
 use std::sync::Arc;
 
 use super::Settler;
+use super::greatest::Place;
 use super::judge::{Incoming, Rival};
 use super::look::{LastWriter, last_writer};
 use crate::apply::error::Result;
 use crate::apply::statement::Mapping;
-use crate::change::{Relation, Row, Value};
+use crate::change::{Change, Relation, Value};
 use crate::id::quote_ident;
 use crate::pg::{self, Session};
 
@@ -38,13 +39,16 @@ impl Settler {
         &mut self,
         session: &mut Session,
         (relation, mapping): (&Arc<Relation>, &Mapping),
-        (key, new): (&[Option<String>], &Row),
+        (key, change): (&[Option<String>], &Change),
         incoming: &Incoming,
     ) -> Result<Vec<Hit>> {
         let address = Arc::as_ptr(relation).addr();
         let indexes = match self.plan(relation)?.unique.clone() {
             Some(indexes) => indexes,
             None => indexes(session, relation, mapping).await?,
+        };
+        let (Change::Insert { new, .. } | Change::Update { new, .. }) = change else {
+            return Ok(Vec::new());
         };
         let values: Vec<Value<'_>> = new.values().collect();
         let mut found = Vec::new();
@@ -66,7 +70,7 @@ impl Settler {
             }
             let sql = format!(
                 "select t.ctid::text, {} from only {} t where {} and not ({}) for update of t",
-                last_writer("t", &self.stream),
+                last_writer("t.xmin", &self.stream),
                 mapping.table.name.quoted(),
                 parts.join(" and "),
                 plan.has_key(columns.len() + 1),
@@ -85,7 +89,13 @@ impl Settler {
             if hits.iter().any(|hit| hit.ctid == ctid) {
                 continue;
             }
-            let rival = self.rival(last, incoming.commit_time).await?;
+            let mut rival = self.rival(last, incoming.commit_time).await?;
+            if let Some(rival) = rival.as_mut().filter(|_| incoming.rule.is_none()) {
+                let (table, place) = (mapping.table.name.quoted(), Place::Ctid(&ctid));
+                let at = (relation, &*table);
+                let value = self.value_here(session, at, (key, change)).await?;
+                rival.outweighed = self.outweighs(session, at, (value, place), incoming).await?;
+            }
             hits.push(Hit { ctid, rival });
         }
         Ok(hits)

@@ -21,7 +21,8 @@ use crate::cutover::FenceKind;
 use crate::job::cluster::log::Log;
 use crate::job::cluster::undo::Gone;
 use crate::job::cluster::{
-    self as jobs, ClusterJob, ClusterStore, Flip, Said, Setup, TaskRow, Tell, Wanted, undo,
+    self as jobs, ClusterJob, ClusterStore, Flip, PLAN_ANEW, Said, Setup, TaskRow, Tell, Wanted,
+    undo,
 };
 
 /// Between lines of progress.
@@ -253,8 +254,10 @@ fn advise(job: &ClusterJob, ended: &jobs::Ended) {
     for row in ended.tasks.iter().filter(|row| row.state == TaskState::Error) {
         let error = row.error.as_deref().unwrap_or_default();
         eprintln!("task {} is in error: {error}", row.task);
-        let reset = format!("walferry cluster reset {number} --tasks {}", row.task);
-        eprintln!("    once that is mended, {reset} has it begin again");
+        if !error.ends_with(PLAN_ANEW) {
+            let reset = format!("walferry cluster reset {number} --tasks {}", row.task);
+            eprintln!("    once that is mended, {reset} has it begin again");
+        }
     }
     if job.cluster.starts_with("file ") {
         for row in ended.tasks.iter().filter(|row| row.state == TaskState::Completed) {

@@ -45,6 +45,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::apply::conflict::Policy;
 use crate::catalog::{self, Selection, Table};
 use crate::id::JobName;
 use crate::map::Map;
@@ -58,6 +59,7 @@ use super::state::Phase;
 pub use carried::not_carried;
 use end::End;
 pub use finding::{Finding, Level, Report, Side};
+pub(super) use two_way::refuse_unfit;
 
 /// What the job is going to be.
 #[derive(Clone, Debug)]
@@ -84,8 +86,8 @@ pub struct CheckOptions {
     pub standbys: Vec<Config>,
     /// A standby of the source that is to be decoded from.
     pub decode_from: Option<Config>,
-    /// Applications are to write to both sides.
-    pub two_way: bool,
+    /// Applications are to write to both sides, and who wins a conflict.
+    pub two_way: Option<Policy>,
     /// The target is a copy that somebody else made: nothing is made there, all has to be there.
     pub brought: bool,
     /// Other jobs write the same tables of the target, which are there.
@@ -128,7 +130,7 @@ impl CheckOptions {
             failover: Failover::Auto,
             standbys: Vec::new(),
             decode_from: None,
-            two_way: false,
+            two_way: None,
             brought: false,
             shared: false,
             insert_only: false,
@@ -157,7 +159,7 @@ impl CheckOptions {
             failover: config.failover,
             standbys: config.standbys.clone(),
             decode_from: config.decode_from.clone(),
-            two_way: config.two_way.is_some(),
+            two_way: config.two_way.clone(),
             brought: config.options.brought,
             shared: config.options.shared,
             insert_only: config.insert_only,

@@ -39,3 +39,6 @@ pub use run::{Ended, Said, Tell, Wanted, run};
 pub use setup::{Flip, Setup};
 pub use store::{ClusterJob, ClusterStore, TaskRow};
 pub use watch::Overview;
+
+/// How the error of a task ends that no reset brings back.
+pub const PLAN_ANEW: &str = "walferry cluster cancel, and plan a new job";
