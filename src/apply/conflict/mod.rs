@@ -23,6 +23,9 @@
 //! delete, in the deleting transaction (`walferry.two_way_deleted`). A column's values need not
 //! grow as commit times do, which takes a note of its own: see `greatest`.
 //!
+//! A change of the key is a deletion and an insertion for whoever did not know it: the other side
+//! has the row under the new key whatever became of the old one, and so it comes there as well.
+//!
 //! # Steps, for each source transaction
 //! 1. BEGIN, and all rows that it changes are looked at and locked, in its order.
 //! 2. Where a local transaction wrote one last, the other side is asked (`other`); `judge` decides.

@@ -75,7 +75,8 @@ impl Applier {
         Ok(locals)
     }
 
-    /// Where a column decides: which of the two has the greater value. A deletion has none.
+    /// Where a column decides: which of the two has the greater value. A deletion has none, nor has
+    /// a change of the key, which is one under the old key.
     async fn weigh(
         &mut self,
         settler: &mut Settler,
@@ -87,6 +88,9 @@ impl Applier {
             return Ok(());
         }
         let relation = &candidate.relation;
+        if settler.plan(relation)?.keys(candidate.change).1.is_some() {
+            return Ok(());
+        }
         let table = self.mapping(relation)?.table.name.quoted();
         let value = settler.value_of(relation, candidate.change)?;
         let weighed = (value, Place::Key(&candidate.key));
@@ -94,6 +98,32 @@ impl Applier {
         rival.outweighed =
             settler.outweighs(session, (relation, &table), weighed, incoming).await?;
         Ok(())
+    }
+
+    /// Where a change that lost gives its row another key: the row comes to that key all the same,
+    /// as the other side has it there, and what won is under the old one. True if it is written.
+    pub(super) async fn arrive(
+        &mut self,
+        settler: &mut Settler,
+        frame: &Frame<'_>,
+        lost: &Candidate<'_>,
+        request: &mut Request,
+    ) -> Result<bool> {
+        let (relation, incoming) = (lost.relation.clone(), lost.incoming);
+        let (_, moved) = settler.plan(&relation)?.keys(lost.change);
+        let (Some(key), Change::Update { new, .. }) = (moved, lost.change) else {
+            return Ok(false);
+        };
+        let Some(new) = settler.filled(&relation, new).await? else { return Ok(false) };
+        let change = Change::Insert { relation: relation.clone(), new };
+        let (at, op) = (lost.at, Op::Insert);
+        let arrival = Candidate { at, change: &change, relation, key, op, incoming };
+        let alone = std::slice::from_ref(&arrival);
+        let locals = self.look(settler, frame, Request::default(), alone).await?;
+        let local = locals.first().copied().unwrap_or(Local::Missing);
+        let decided = self.decide(settler, frame, &arrival, local).await?;
+        self.put(settler, frame, &arrival, &decided, request)?;
+        Ok(decided.change.is_some())
     }
 
     /// One round trip.

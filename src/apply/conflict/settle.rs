@@ -50,7 +50,7 @@ pub(super) async fn prepare(session: &mut Session) -> Result<()> {
 /// A change of the transaction, and how it is found.
 pub(super) struct Candidate<'a> {
     /// Its place among the steps.
-    at: usize,
+    pub at: usize,
     pub change: &'a Change,
     pub relation: Arc<Relation>,
     pub key: Vec<Option<String>>,
@@ -59,10 +59,10 @@ pub(super) struct Candidate<'a> {
 }
 
 /// What is written for a candidate.
-struct Decided {
-    verdict: Verdict,
+pub(super) struct Decided {
+    pub verdict: Verdict,
     /// The change as it is written; `None`: not at all.
-    change: Option<Change>,
+    pub change: Option<Change>,
     /// Rows in the way, and whether they are deleted.
     hits: Vec<Hit>,
     /// The local row under its own key goes, as it lost to one in the way.
@@ -150,11 +150,13 @@ impl Applier {
             request = Request::default();
             for (candidate, local) in group.iter().zip(locals) {
                 let decided = self.decide(settler, &frame, candidate, local).await?;
-                match decided.change {
-                    None => lost.push(candidate.relation.clone()),
-                    Some(_) => written += 1,
-                }
                 self.put(settler, &frame, candidate, &decided, &mut request)?;
+                let loses = decided.verdict.act == Act::Nothing;
+                let comes = loses && self.arrive(settler, &frame, candidate, &mut request).await?;
+                match comes || decided.change.is_some() {
+                    true => written += 1,
+                    false => lost.push(candidate.relation.clone()),
+                }
             }
         }
         for relation in lost {
@@ -291,7 +293,7 @@ impl Applier {
     }
 
     /// What becomes of one change.
-    async fn decide(
+    pub(super) async fn decide(
         &mut self,
         settler: &mut Settler,
         frame: &Frame<'_>,
@@ -337,7 +339,7 @@ impl Applier {
     }
 
     /// Adds what is written for a candidate: records first, as they show the local row.
-    fn put(
+    pub(super) fn put(
         &mut self,
         settler: &Settler,
         frame: &Frame<'_>,

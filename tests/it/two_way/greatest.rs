@@ -32,13 +32,13 @@ fn typed(ends: &Ends) {
     for (table, of, less, _) in TYPED {
         let sql = format!(
             "create table {table} (id int primary key, rev {of}, note text, filler text); \
-             insert into {table} select i, '{less}', 'copied' from generate_series(1, 4) i"
+             insert into {table} select i, '{less}', 'copied' from generate_series(1, 8) i"
         );
         ends.source.psql("app", &sql).unwrap();
     }
     let named = "alter table named replica identity full; \
          alter table named alter rev set storage external; \
-         update named set rev = repeat('m', 5000) where id > 2";
+         update named set rev = repeat('m', 5000) where id in (3, 4)";
     ends.source.psql("app", named).unwrap();
 }
 
@@ -142,6 +142,31 @@ fn type_by_type(ends: &Ends) {
     ends.target.psql("app", "update named set rev = 'z', note = 'wins' where id = 4").unwrap();
 }
 
+/// One side changes a row's key, and the other deletes the row or updates it later: rows `from` to
+/// `from` + 3, the last two of which stay with what was updated.
+fn move_keys(ends: &Ends, table: &str, note: &str, from: u32) {
+    let sides = [(&ends.source, &ends.target), (&ends.target, &ends.source)];
+    for (n, (moves, other)) in (0u32..).zip(sides) {
+        let run = |server: &Server, set: &str, id: u32| {
+            server.psql("app", &format!("{set} where id = {id}")).unwrap();
+        };
+        for id in [from + n, from + 2 + n] {
+            run(moves, &format!("update {table} set id = id + 100, {note} = 'moved'"), id);
+        }
+        run(other, &format!("delete from {table}"), from + n);
+        run(other, &format!("update {table} set {note} = 'stayed'"), from + 2 + n);
+    }
+}
+
+fn assert_moved(ends: &Ends, table: &str, note: &str, from: u32) {
+    let sql = format!(
+        "select string_agg(id - {from} || {note}, ',' order by id) from {table} \
+         where id between {from} and {from} + 103 and {note} in ('moved', 'stayed')"
+    );
+    let rows = "2stayed,3stayed,100moved,101moved,102moved,103moved".to_string();
+    assert_eq!(both(ends, &sql), (rows.clone(), rows), "{table}");
+}
+
 async fn stopped(mut run: Walferry) -> String {
     let stops = || {
         let stops = run.has_ended();
@@ -213,12 +238,12 @@ fn counted_records(server: &Server, after: &str) -> String {
 }
 
 /// Of both rounds of [`differ`], alike on both sides but for equal values, which the source wins,
-/// and the table that goes by commit time.
+/// and the table that goes by commit time; four rows of two tables change their keys.
 fn recorded(applied: &str, kept: &str) -> String {
     format!(
-        "delete_missing kept 2, delete_update kept 3, insert_insert applied 1, \
-         insert_insert kept 2, unique applied 1, unique kept 1, update_delete applied 2, \
-         update_delete kept 1, update_update applied {applied}, update_update kept {kept}"
+        "delete_missing kept 4, delete_update kept 3, insert_insert applied 1, \
+         insert_insert kept 2, unique applied 1, unique kept 1, update_delete applied 4, \
+         update_delete kept 3, update_update applied {applied}, update_update kept {kept}"
     )
 }
 
@@ -237,6 +262,9 @@ async fn the_greater_value_in_a_column_wins_on_both_sides() {
     differ(&ends.source, &ends.target, 0);
     differ(&ends.target, &ends.source, 10);
     type_by_type(&ends);
+    move_keys(&ends, "numbered", "note", 5);
+    // By commit time.
+    move_keys(&ends, "counted", "side", 2);
     for (server, note) in [(&ends.source, "first"), (&ends.target, "second")] {
         let sql = format!("update counted set side = '{note}' where id = 1");
         server.psql("app", &sql).unwrap();
@@ -256,13 +284,16 @@ async fn the_greater_value_in_a_column_wins_on_both_sides() {
             "{table}"
         );
     }
-    let stayed = "select string_agg(note || left(rev, 1), ',' order by id) from named where id > 2";
+    let stayed =
+        "select string_agg(note || left(rev, 1), ',' order by id) from named where id in (3, 4)";
     assert_eq!(both(&ends, stayed), ("winsm,winsz".to_string(), "winsm,winsz".to_string()));
+    assert_moved(&ends, "numbered", "note", 5);
+    assert_moved(&ends, "counted", "side", 2);
     let counted = "select side from counted where id = 1";
     assert_eq!(both(&ends, counted), ("second".to_string(), "second".to_string()));
 
-    assert_eq!(counted_records(&ends.target, &after.1), recorded("14", "11"));
-    assert_eq!(counted_records(&ends.source, &after.0), recorded("13", "12"));
+    assert_eq!(counted_records(&ends.target, &after.1), recorded("14", "13"));
+    assert_eq!(counted_records(&ends.source, &after.0), recorded("13", "14"));
     let by = "select string_agg(distinct policy || ' ' || name, ', ') from walferry.conflict \
          where name in ('counted', 'stamped', 'tagged')";
     let named = "greatest:rev stamped, greatest:rev tagged, last-commit counted".to_string();
