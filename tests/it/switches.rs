@@ -12,7 +12,7 @@
 //! Not here: `bulk-transaction-bytes`, which needs more log than a test is worth, has
 //! `source::flow::a_large_transaction_read_in_bulk_is_the_one_that_is_streamed`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use walferry::apply::BOOKS;
@@ -103,6 +103,7 @@ static COPYING: &[Switch] = &[
     Switch::new(&[("binary-copy", "false")], Goes, |t| {
         t.on_source("to stdout with (format binary)")
     }),
+    Switch::new(&[("async-commit", "false")], Goes, Trace::builders_that_do_not_wait),
 ];
 
 static READING: &[Switch] = &[
@@ -173,6 +174,16 @@ impl Trace {
 
     fn on_target(&self, what: &str) -> u64 {
         self.target.iter().filter(|line| line.contains(what)).count() as u64
+    }
+
+    /// Sessions that build indexes and whose commits do not wait for the disk.
+    fn builders_that_do_not_wait(&self) -> u64 {
+        let of = |what: &str| -> HashSet<&str> {
+            let lines = self.target.iter().filter(|line| line.contains(what));
+            lines.filter_map(|line| line.split('|').nth(2)).collect()
+        };
+        let build = of(": CREATE INDEX ");
+        build.intersection(&of("set synchronous_commit = off")).count() as u64
     }
 
     /// The largest number that the applier told of `field`.
@@ -331,7 +342,7 @@ impl Rig {
     fn start() -> Rig {
         let settings = [
             "log_statement = all",
-            "log_line_prefix = '%d|%a|'",
+            "log_line_prefix = '%d|%a|%p|'",
             "log_parameter_max_length = 0",
             "log_parameter_max_length_on_error = 0",
             "max_replication_slots = 120",
