@@ -302,15 +302,18 @@ const BACKLOG: &[&str] = &[
      where b % 5 = 0; delete from c where b % 11 = 0",
     "update ix set v = v || 'y', w = 'z' where id % 3 = 0; delete from ix where id % 7 = 0; \
      update ix set id = id + 500 where id % 5 = 0",
-    // In set order a unique value would be there twice for a moment, and so would a range.
+    // In set order a unique value would be there twice for a moment, and so would a range. Changes
+    // are enough for sets, whatever else is in their batch.
     "update u set x = 'held' where id = 1; update u set x = 'x1' where id = 2; \
-     update u set x = 'x2' where id = 1; \
+     update u set x = 'x2' where id = 1; update u set x = x || 'y' where id > 180; \
      insert into k select i, 'beside', null, 0, null from generate_series(6001, 6100) i",
     "update u set v = 'v4' where id = 3; \
      update u set v = 'v3' where id = 4; delete from u where id > 150; \
      insert into u select i, 'again' || i, 'x' || i from generate_series(151, 180) i",
     "update e set r = '[5000,5010)' where id = 1; update e set r = '[10,20)' where id = 2; \
-     update e set r = '[20,30)' where id = 1; update hot set n = n + 1; update hot set n = n + 1",
+     update e set r = '[20,30)' where id = 1; \
+     update e set r = int4range(lower(r) + 90000, upper(r) + 90000) where id > 40; \
+     update hot set n = n + 1; update hot set n = n + 1",
     "update p set region = 'b' where id % 3 = 0 and region = 'a'; update p set v = 'moved' \
      where id % 4 = 0; delete from p where id % 9 = 0; update p set id = id + 300, region = 'a' \
      where id % 10 = 7",
