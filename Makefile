@@ -7,7 +7,7 @@ DOWN = 11-10 12-11 13-12 14-13 15-14 16-15 17-16 18-17
 PAIRS = $(FAR) $(UP) $(DOWN) $(patsubst %,%/test_decoding/pull,$(UP) $(FAR)) \
 	$(patsubst %,%/test_decoding/stream,$(FAR)) $(patsubst %,%/pgoutput/pull,$(FAR))
 
-.PHONY: help demo demo-kafka test fuzz decode-bench kill faults failover patroni heartbeat ddl maps matrix regress states two-way two-way-loop partitions n-to-m bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
+.PHONY: help demo demo-kafka test fuzz decode-bench kill faults failover patroni heartbeat ddl maps matrix regress states switches two-way two-way-loop partitions n-to-m bench spool-bench kill-spool outage latency cutover-bench stalls setup check-style without-kafka build clean
 
 help:
 	@echo "make demo [SCALE=60]  move a live database between two throw-away servers and back"
@@ -32,6 +32,7 @@ help:
 	@echo "make regress          PostgreSQL's own regression suite as the workload (a download first)"
 	@echo "make ddl              DDL of every class on three versions and two decoders [MAJORS='12 15 18']"
 	@echo "make states [TRANSACTIONS=1000000]  a reader of the target sees only states of the source"
+	@echo "make switches         a job for each optimisation that is off, and what it leaves"
 	@echo "make matrix [PAIRS=\"10-18 ...\"]  the whole job between any two of PostgreSQL 10 to 18"
 	@echo "make cutover-bench    stalls of writers through pgbouncer, release binary [ROUNDS=5]"
 	@echo "make stalls           stalls of writers while shards of Citus (where there is one) and plproxy move"
@@ -185,6 +186,10 @@ regress: setup
 states: setup build
 	WALFERRY_TRANSACTIONS=$(or $(TRANSACTIONS),1000000) WALFERRY_BINARY=$(CURDIR)/target/release/walferry \
 		cargo test --locked --test it -- --nocapture states::
+
+# Each optimisation off alone, and not one of each stage at a time.
+switches: setup
+	WALFERRY_SWITCHES=1 cargo test --locked --test it -- --nocapture switches::
 
 # All majors are installed for it, 60 MB each.
 matrix:

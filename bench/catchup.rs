@@ -360,7 +360,7 @@ impl Bench {
             options.bulk.least_bytes = None;
         }
         options.bulk.ahead = number("AHEAD") != Some(0);
-        options.pull_messages = number("PULL_MESSAGES").map(|count| count as u32);
+        options.bulk.messages = number("PULL_MESSAGES").map(|count| count as u32);
         let stream = Stream::open(&from, options).await.unwrap();
         let (mut queue, feed) =
             memory::queue(number("BUFFER_BYTES").unwrap_or(limit::BUFFER_BYTES));

@@ -46,6 +46,11 @@ pub const COUNTERS_INTERVAL: Duration = Duration::from_secs(1);
 /// 200 ms.
 pub const POSITION_INTERVAL: Duration = Duration::from_millis(10);
 
+/// With nothing to do for so long after a batch, the target is made to flush its log, so that the
+/// slot may be told. Not at once, as the next transaction would wait for that; and while batches
+/// come they ask how far the target's WAL writer is, which flushes every 200 ms.
+pub const FLUSH_AFTER: Duration = Duration::from_millis(20);
+
 /// Batches on their way to the target at once: one that the server works on, and one behind it, so
 /// that neither side waits for the other. More would only be memory.
 pub const BATCHES_IN_FLIGHT: usize = 2;

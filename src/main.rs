@@ -15,7 +15,7 @@ const PIPE_CLOSED: i32 = 141;
 
 fn main() -> ExitCode {
     end_with_the_reader();
-    take_small_pages();
+    cli::take_small_pages(true);
     let cli = Cli::parse_from(cli::command_first(std::env::args_os().collect()));
     let level = match cli.verbose {
         0 => "walferry=error",
@@ -40,18 +40,6 @@ fn main() -> ExitCode {
     // A blocking read of a child or a resolver must not hold the exit up.
     runtime.shutdown_background();
     code
-}
-
-/// Memory in pages of 4 kB. A backlog takes 200 MB within a second or two, and of huge pages each
-/// has to be zeroed, and often made by moving others, first: up to a third of the time to catch up,
-/// where small ones cost a tenth of a second. What is started from here (pg_dump, hooks) inherits
-/// it.
-///
-/// <https://man7.org/linux/man-pages/man2/pr_set_thp_disable.2const.html>
-fn take_small_pages() {
-    #[cfg(target_os = "linux")]
-    // A kernel without huge pages has nothing to turn off.
-    let _ = rustix::thread::disable_transparent_huge_pages(true);
 }
 
 /// `walferry status | head -1`: println panics once its reader has gone, which is nobody's fault.

@@ -55,7 +55,8 @@
 //!
 //! `parking` keeps the changes of tables that cannot be written for now, `release` writes them when
 //! they can. `altered` brings source tables that were altered and target tables together; `carried`
-//! runs DDL that the source has captured.
+//! runs DDL that the source has captured. `sent` counts how batches went, `tuning` has sizes and
+//! switches.
 //!
 //! `conflict` is the other way to write: to a target that applications write to as well.
 //!
@@ -87,12 +88,14 @@ mod request;
 mod routing;
 mod rows;
 mod run;
+mod sent;
 mod sets;
 mod setwise;
 mod shape;
 mod standby;
 mod statement;
 mod target;
+mod tuning;
 mod writer;
 
 use std::collections::HashMap;
@@ -107,6 +110,7 @@ pub use gate::{Gate, Open};
 pub use growth::Limits;
 pub use parking::{OnRowError, Reason};
 pub use progress::{ProgressKind, begin_at, durable_progress, forget, told_progress};
+pub use tuning::{Mode, Tuning};
 
 use altered::{Alter, Known};
 use batch::Batcher;
@@ -119,7 +123,6 @@ use writer::Writer;
 use crate::change::Snapshot;
 use crate::clock::PgTimestamp;
 use crate::id::QualifiedName;
-use crate::limit;
 use crate::lsn::Lsn;
 use crate::pg::{self, Config, Pipeline, Purpose, Session};
 
@@ -183,83 +186,6 @@ pub struct Message {
     pub content: Bytes,
     /// Where it stands in the source's log.
     pub lsn: Lsn,
-}
-
-/// In which order a batch is written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Mode {
-    /// One statement a change, in the order of the stream.
-    Rows,
-    /// The net change as sets, however small the batch.
-    Sets,
-    /// Sets where there is enough for them.
-    #[default]
-    Auto,
-}
-
-impl std::str::FromStr for Mode {
-    type Err = String;
-
-    fn from_str(text: &str) -> std::result::Result<Mode, String> {
-        match text {
-            "row" => Ok(Mode::Rows),
-            "set" => Ok(Mode::Sets),
-            "auto" => Ok(Mode::Auto),
-            other => Err(format!("\"{other}\" is not an order of applying: use row, set or auto")),
-        }
-    }
-}
-
-/// What may be turned off or sized, for measuring and in trouble; the defaults are for everybody.
-#[derive(Clone, Copy, Debug)]
-pub struct Tuning {
-    /// In which order a batch is written.
-    pub mode: Mode,
-    /// Bounds of a batch at first, and at least.
-    pub limits: Limits,
-    /// How far they may grow while the target is quick with full batches; not at all where this is
-    /// no more than `limits`.
-    pub limits_max: Limits,
-    /// How many batches may be on their way to the target at once; at least 1. The second is made
-    /// and sent while the server works on the first.
-    pub in_flight_max: usize,
-    /// Sets of new rows go in by COPY, where the target's table takes one.
-    pub copy_inserts: bool,
-    /// Values of sets travel in their binary form, where they have one.
-    pub binary_values: bool,
-    /// A small batch is sent behind another that is under way, not only a full one.
-    pub eager: bool,
-    /// Rows of a set that go by one unique column are looked up by the array of its values, not by
-    /// a join.
-    pub delete_by_array: bool,
-    /// Of a set so many rows, and a megabyte of them, go to the target in one execution; 0 for all.
-    pub set_rows: usize,
-    /// For how long counts may wait beside progress before they are entered in their table; zero
-    /// writes that with every batch.
-    pub counters_interval: Duration,
-    /// How often the target is asked where its log stands; zero asks with every batch.
-    pub position_interval: Duration,
-}
-
-impl Default for Tuning {
-    fn default() -> Self {
-        Tuning {
-            mode: Mode::default(),
-            limits: Limits::default(),
-            limits_max: Limits {
-                bytes: limit::BATCH_BYTES_MAX,
-                transactions: limit::BATCH_TRANSACTIONS_MAX,
-            },
-            in_flight_max: limit::BATCHES_IN_FLIGHT,
-            copy_inserts: true,
-            binary_values: true,
-            eager: true,
-            delete_by_array: true,
-            set_rows: limit::SET_ROWS,
-            counters_interval: limit::COUNTERS_INTERVAL,
-            position_interval: limit::POSITION_INTERVAL,
-        }
-    }
 }
 
 /// How to apply one stream.
@@ -357,6 +283,7 @@ pub struct Applier {
     landed_at: Instant,
     in_flight_max: usize,
     eager: bool,
+    flush_after: Duration,
     /// What was under way has been canceled, for a shutdown.
     canceled: bool,
     durable: Durable,
@@ -395,7 +322,7 @@ impl Applier {
         };
         let mut session = Session::connect(&config, Purpose::Sql).await?;
         let progress = Progress::of(&options.stream, options.progress);
-        let claimed = set_up(&mut session, options.replica_role, progress.claiming()).await?;
+        let claimed = set_up(&mut session, &options, progress.claiming()).await?;
         progress.claim(&mut session, claimed, options.busy_wait).await?;
         let (progress_lsn, durable) = progress.open(&mut session).await?;
         let writer = Writer::new(&mut session, &options).await?;
@@ -418,6 +345,7 @@ impl Applier {
             landed_at: Instant::now(),
             in_flight_max: options.tuning.in_flight_max.max(1),
             eager: options.tuning.eager,
+            flush_after: options.tuning.flush_after,
             canceled: false,
             flushed_at: Instant::now(),
             applied: Applied {
@@ -448,12 +376,12 @@ impl Applier {
 /// came of that.
 async fn set_up(
     session: &mut Session,
-    replica_role: bool,
+    options: &Options,
     claiming: Pipeline,
 ) -> Result<pg::Result<()>> {
     let mut settings = Pipeline::new();
     // The seal of a fence lets this session through by the one or the other.
-    settings.once(match replica_role {
+    settings.once(match options.replica_role {
         true => "set session_replication_role = replica",
         false => "set walferry.applying = 'on'",
     });
@@ -464,7 +392,9 @@ async fn set_up(
     for name in ["enable_seqscan", "enable_hashjoin", "enable_mergejoin"].into_iter().chain(jit) {
         settings.once(&format!("set {name} = off"));
     }
-    settings.once("set synchronous_commit = off");
+    if options.tuning.async_commit {
+        settings.once("set synchronous_commit = off");
+    }
     let [set, claimed] = session.exchange_each([settings, claiming]).await?;
     if let Err(error) = set {
         // The others are everybody's to set.

@@ -168,8 +168,20 @@ impl Routes {
     }
 
     /// Asks the target about all of these tables at once, of which [`Routes::ensure`] is to hear
-    /// soon. Two round trips, none if all of them were asked about just now.
+    /// soon, unless that is turned off: then each is asked about when it is needed.
     pub async fn foresee(
+        &mut self,
+        session: &mut Session,
+        names: impl IntoIterator<Item = QualifiedName>,
+    ) -> Result<()> {
+        match self.tuning.ask_ahead {
+            true => self.ask(session, names).await,
+            false => Ok(()),
+        }
+    }
+
+    /// Two round trips, none if all of them were asked about just now.
+    async fn ask(
         &mut self,
         session: &mut Session,
         names: impl IntoIterator<Item = QualifiedName>,
@@ -181,6 +193,9 @@ impl Routes {
         let names: Vec<QualifiedName> = new.collect();
         if names.is_empty() {
             return Ok(());
+        }
+        if !self.tuning.keep_types {
+            self.types = Types::default();
         }
         let (types, binary_values) = (&mut self.types, self.tuning.binary_values);
         let tables = Table::load(session, &names, types, binary_values).await?;
@@ -272,12 +287,13 @@ impl Routes {
         if self.tables.as_ref().is_some_and(|contains| !contains(name)) {
             return Ok(None);
         }
-        self.foresee(session, [name.clone()]).await?;
+        self.ask(session, [name.clone()]).await?;
         let Some(mut table) = self.foreseen.remove(name) else {
             return Err(Error::NoTable { table: name.clone() });
         };
         table.takes_copy &= self.tuning.copy_inserts;
         table.deletes_by_array = self.tuning.delete_by_array;
+        table.unnests_in_select = self.tuning.unnest_in_select;
         match table.kind.as_str() {
             "r" | "p" => {}
             // REFRESH MATERIALIZED VIEW CONCURRENTLY decodes as changes of the view

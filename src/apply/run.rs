@@ -16,12 +16,7 @@ use crate::clock::PgTimestamp;
 use crate::lsn::Lsn;
 use crate::pg::{Pipeline, Reply};
 
-/// With nothing to do for so long after a batch, the target is made to flush its log, so that the
-/// slot may be told. Not at once, as the next transaction would wait for that; and while batches
-/// come they ask how far the target's WAL writer is, which flushes every 200 ms.
-const QUIET: Duration = Duration::from_millis(20);
-
-/// And no more often than this.
+/// The target is made to flush its log, for want of something to do, no more often than this.
 const FLUSH_GAP: Duration = Duration::from_millis(50);
 
 /// How often progress is recorded for idleness alone. The slot advances no sooner, so an idle table
@@ -376,7 +371,10 @@ impl Applier {
 
     /// When the target is to be made to flush, if all goes on being quiet.
     fn flush_due(&self) -> Option<Instant> {
-        let due = (self.landed_at + QUIET).max(self.flushed_at + FLUSH_GAP);
+        let due = match self.flush_after.is_zero() {
+            true => self.landed_at,
+            false => (self.landed_at + self.flush_after).max(self.flushed_at + FLUSH_GAP),
+        };
         (self.durable.pending() > 0).then_some(due)
     }
 
@@ -428,6 +426,7 @@ impl Applier {
         self.flush().await?;
         self.wait_for_standbys().await?;
         self.publish(positions);
+        self.writer.sent.tell(&self.writer.stream);
         Ok(())
     }
 

@@ -152,8 +152,9 @@ impl Writer {
             if let Some(route) = route
                 && let Some(mapping) = &route.mapping
                 && !(few && mapping.locator != Locator::Whole)
-                && let Some(folded) =
-                    fold(route, mapping, || chosen().filter_map(|step| Some(step.of(batch)?.1)))
+                && let Some(folded) = fold(route, mapping, self.sort_keys, || {
+                    chosen().filter_map(|step| Some(step.of(batch)?.1))
+                })
             {
                 if let Ok(sets) = folded.encode(mapping, measure) {
                     write(request, &mut self.names, route, sets, None);
@@ -180,6 +181,7 @@ impl Writer {
 fn fold<'a, I: Iterator<Item = &'a Change> + Clone>(
     route: &Route,
     mapping: &Mapping,
+    sort_keys: bool,
     changes: impl Fn() -> I,
 ) -> Option<Folded<'a>> {
     let mut written = mapping.written().peekable();
@@ -210,7 +212,9 @@ fn fold<'a, I: Iterator<Item = &'a Change> + Clone>(
             // SET cannot write such a column, and the stream does not say whether it changed.
             rules.settable = mapping.identity_always().is_none_or(|c| keys.contains(&c));
             let mut entries = plan::keyed(&rules, changes())?;
-            plan::sort(&keys, &mut entries);
+            if sort_keys {
+                plan::sort(&keys, &mut entries);
+            }
             Some(Folded::Keyed(keys, entries))
         }
         Locator::Whole if rules.complete => Some(Folded::Whole(plan::whole(width, changes())?)),

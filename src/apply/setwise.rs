@@ -137,7 +137,7 @@ fn rows(mapping: &Mapping, columns: &[usize], numbered: bool) -> String {
         }
     };
     let arrays = columns.iter().enumerate().map(array);
-    if numbered {
+    if numbered || !mapping.table.unnests_in_select {
         let names = list(columns, |c| format!("c{c}"));
         let arrays = arrays.collect::<Vec<_>>().join(", ");
         return format!("unnest({arrays}) with ordinality as v({names}, n)");

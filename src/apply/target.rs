@@ -25,6 +25,8 @@ pub(super) struct Table {
     pub takes_copy: bool,
     /// Rows that go by one unique column are looked up by the array of its values.
     pub deletes_by_array: bool,
+    /// Arrays of rows are taken apart in a list of columns.
+    pub unnests_in_select: bool,
     /// A trigger or rule fires in this session on a change of the table or a partition: it may
     /// depend on the order of changes.
     pub acts: bool,
@@ -118,6 +120,7 @@ impl Table {
             owned: row.bool(5)?,
             takes_copy: row.bool(6)?,
             deletes_by_array: true,
+            unnests_in_select: true,
             key,
             columns: columns.remove(row.str(0)?).unwrap_or_default(),
         })

@@ -22,6 +22,7 @@ use super::progress::Progress;
 use super::request::{Replies, Request, Role};
 use super::routing::{Names, Routes};
 use super::rows::culprit;
+use super::sent::Sent;
 use super::statement::GUARD_PREFIX;
 use super::{Message, Mode, Options};
 use crate::fault::{Fault, Faulty};
@@ -64,8 +65,9 @@ pub(super) struct Writer {
     pub(super) mode: Mode,
     /// However few changes there are.
     pub(super) always_sets: bool,
-    /// See [`super::Tuning::set_rows`].
+    /// See [`super::Tuning`].
     pub(super) set_rows: usize,
+    pub(super) sort_keys: bool,
     pub(super) routes: Routes,
     pub(super) names: Names,
     /// Of the target transaction under way, to be handed on once it is committed.
@@ -74,6 +76,7 @@ pub(super) struct Writer {
     flights: VecDeque<Flight>,
     pub(super) prepared: Prepared,
     pub(super) books: Books,
+    pub(super) sent: Sent,
     /// When the target was asked last where its log stands, and how often it is to be.
     asked_at: Instant,
     asked_every: Duration,
@@ -110,12 +113,14 @@ impl Writer {
             mode: options.tuning.mode,
             always_sets: options.tuning.mode == Mode::Sets,
             set_rows: options.tuning.set_rows,
+            sort_keys: options.tuning.sort_keys,
             routes: Routes::open(Parks::told(parks)?, options),
             names: Names::default(),
             messages: Vec::new(),
             flights: VecDeque::new(),
             prepared: Prepared::told(stream, committed, open)?,
             books: Books::new(options.tuning.counters_interval),
+            sent: Sent::default(),
             asked_at: Instant::now(),
             asked_every: options.tuning.position_interval,
         })
@@ -175,8 +180,10 @@ impl Writer {
     ) -> Result<()> {
         let ends = |f: &Flight| f.batch.commit.filter(|_| f.commits).map(|c| c.end_lsn);
         let previous_lsn = self.flights.iter().rev().find_map(ends).unwrap_or(progress_lsn);
+        let behind = self.in_flight() > 0;
         let mut flight = self.draft(previous_lsn, batch)?;
         let order = self.order(&flight.admitted);
+        self.sent.count(&flight.batch, behind, order == Order::Sets);
         flight.request = self.request(progress, &flight, order, false)?;
         self.send(session, flight).await
     }

@@ -31,6 +31,7 @@ mod rollback;
 mod run;
 mod slot;
 mod status;
+mod tuning;
 mod verify;
 
 use std::ffi::OsString;
@@ -39,6 +40,7 @@ use std::process::ExitCode;
 use clap::{Arg, CommandFactory, Parser, Subcommand};
 
 pub use options::JobArgs;
+pub use tuning::take_small_pages;
 
 use crate::cluster::read;
 use crate::{config, job, pg};

@@ -7,12 +7,11 @@ use clap::Args;
 
 use super::brought::{self, BroughtArgs};
 use super::failover::FailoverArgs;
-use super::mapping;
+use super::{mapping, tuning};
 use crate::apply::conflict::Policy as Settling;
-use crate::apply::{Mode, OnRowError, Tuning};
+use crate::apply::{Mode, OnRowError};
 use crate::buffer::durable::KafkaProperties;
 use crate::config::{self, File, parse_duration, parse_size};
-use crate::copy::Freeze;
 use crate::decode::Plugin;
 use crate::id::JobName;
 use crate::job::opening::Half;
@@ -20,11 +19,10 @@ use crate::job::place::{Buffer, KafkaPlace};
 use crate::job::reading::Wanted;
 use crate::job::routes::RouteSecrets;
 use crate::job::store::JobOptions;
-use crate::job::{self, Bulk, JobConfig};
+use crate::job::{self, JobConfig};
 use crate::pg::Config;
 use crate::schema::policy::Policy;
 use crate::secret::SecretString;
-use crate::source::BulkOptions;
 
 /// Name of a job that was not given one.
 const DEFAULT_NAME: &str = "main";
@@ -210,7 +208,7 @@ impl JobArgs {
 
     /// The same between these ends, without standbys, which are of one source.
     pub fn between(&self, file: File, source: Config, target: Config) -> anyhow::Result<JobConfig> {
-        let (tuning, bulk) = (tuning(self.apply, &file)?, bulk(&file));
+        let (tuning, bulk, backlog) = tuning::take(self.apply, &file)?;
         let (map, kafka) = (mapping::read(&file)?, kafka_properties(&file)?);
         let (brought, from_lsn) = self.own_copy.read(&file)?;
         let (two_way, settles) = (self.two_way(&file)?, self.settles(&file));
@@ -272,22 +270,12 @@ impl JobArgs {
             decode_from: None,
             after_failover: self.standbys.after(file.after_failover)?,
             secrets: secrets(&file.cutover.route)?,
-            backlog: backlog(&file.tuning),
+            backlog,
             bulk,
             map,
             one_way: self.one_way || file.one_way,
             insert_only: false,
         })
-    }
-}
-
-/// What `[tuning]` says of reading in bulk.
-fn backlog(tuning: &config::Tuning) -> BulkOptions {
-    let default = BulkOptions::default();
-    BulkOptions {
-        least_bytes: tuning.bulk_bytes.or(default.least_bytes).filter(|bytes| *bytes > 0),
-        ahead: tuning.bulk_ahead.unwrap_or(default.ahead),
-        transaction_bytes: tuning.bulk_transaction_bytes.unwrap_or(default.transaction_bytes),
     }
 }
 
@@ -410,52 +398,6 @@ pub(super) fn size(
 ) -> Result<Option<u64>, config::Error> {
     let read = text.map(|text| parse_size(&text)).transpose();
     read.map_err(|message| config::Error::Value { option, message })
-}
-
-fn tuning(apply: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
-    let mut tuning = Tuning::default();
-    let in_file = || {
-        let parsed = file.apply.as_deref().map(str::parse).transpose();
-        parsed.map_err(|message| config::Error::Value { option: "apply", message })
-    };
-    tuning.mode = match apply {
-        Some(mode) => mode,
-        None => in_file()?.unwrap_or_default(),
-    };
-    let sizes = file.tuning;
-    // A size that was asked for does not grow.
-    let (limits, most) = (&mut tuning.limits, &mut tuning.limits_max);
-    if let Some(bytes) = sizes.batch_bytes {
-        (limits.bytes, most.bytes) = (bytes.max(1), bytes.max(1));
-    }
-    if let Some(transactions) = sizes.batch_transactions {
-        (limits.transactions, most.transactions) = (transactions.max(1), transactions.max(1));
-    }
-    tuning.copy_inserts = sizes.copy_inserts.unwrap_or(tuning.copy_inserts);
-    tuning.binary_values = sizes.binary_values.unwrap_or(tuning.binary_values);
-    tuning.eager = sizes.eager_batches.unwrap_or(tuning.eager);
-    tuning.delete_by_array = sizes.delete_by_array.unwrap_or(tuning.delete_by_array);
-    tuning.set_rows = sizes.set_rows.unwrap_or(tuning.set_rows);
-    let millis = |given: Option<u64>, default| given.map_or(default, Duration::from_millis);
-    tuning.counters_interval = millis(sizes.counters_ms, tuning.counters_interval);
-    tuning.position_interval = millis(sizes.positions_ms, tuning.position_interval);
-    tuning.in_flight_max = sizes.batches_in_flight.unwrap_or(tuning.in_flight_max).max(1);
-    Ok(tuning)
-}
-
-fn bulk(file: &File) -> Bulk {
-    let default = Bulk::default();
-    let freeze = match file.tuning.freeze {
-        None => default.freeze,
-        Some(true) => Freeze::Whole,
-        Some(false) => Freeze::Never,
-    };
-    let bundle_tables = file.tuning.bundle_tables.unwrap_or(default.bundle_tables).max(1);
-    let keys_beside = file.tuning.keys_beside.unwrap_or(default.keys_beside);
-    let memory =
-        file.tuning.maintenance_work_mem.map(|megabytes| megabytes.saturating_mul(1 << 20));
-    let maintenance_work_mem = memory.unwrap_or(default.maintenance_work_mem);
-    Bulk { bundle_tables, freeze, keys_beside, maintenance_work_mem }
 }
 
 /// `None` for `auto`, or for nothing given.

@@ -173,6 +173,21 @@ pub struct Tuning {
     pub counters_ms: Option<u64>,
     /// The target is asked every so many milliseconds where its log stands; 0 with every batch.
     pub positions_ms: Option<u64>,
+    /// After so many milliseconds without a batch the target is made to flush its log; 0 as soon as
+    /// there is nothing to do.
+    pub flush_ms: Option<u64>,
+    /// Commits of the applier and of the copy do not wait for the target's disk.
+    pub async_commit: Option<bool>,
+    /// Arrays of sets are taken apart in a list of columns, not in FROM.
+    pub unnest_in_select: Option<bool>,
+    /// Rows of a set are written in the order of their keys.
+    pub sort_keys: Option<bool>,
+    /// The target is asked about its tables, and for the job's row, at once and beforehand.
+    pub ask_ahead: Option<bool>,
+    /// What the target says of its own types is asked once.
+    pub keep_types: Option<bool>,
+    /// The kernel may give the process huge pages.
+    pub huge_pages: Option<bool>,
     /// A backlog of so many bytes of log is read in bulk before it is streamed; 0 for never.
     pub bulk_bytes: Option<u64>,
     /// The source decodes a chunk of a backlog while the one before is taken.
@@ -180,8 +195,14 @@ pub struct Tuning {
     /// A committed transaction of up to so many bytes of log is read in bulk; 0 leaves large ones
     /// to the stream.
     pub bulk_transaction_bytes: Option<u64>,
+    /// Messages of each chunk of a backlog, or of what is pulled, which grow otherwise.
+    pub chunk_messages: Option<u32>,
     /// Small tables that are copied, given indexes and analyzed together; 1 is each by itself.
     pub bundle_tables: Option<usize>,
+    /// Tables that are larger are copied in parts of so many bytes at most; 0 is each in one.
+    pub part_bytes: Option<u64>,
+    /// Rows are copied in binary where both sides read that alike.
+    pub binary_copy: Option<bool>,
     /// Whether tables copied whole are written frozen.
     pub freeze: Option<bool>,
     /// Whether keys of large tables are built beside their other indexes.

@@ -39,7 +39,7 @@ impl Again {
     /// that is logged there, as the rows would come back through the other direction's stream.
     pub async fn prepare(live: &Config, dest: &Config, unlogged: Vec<Table>) -> Result<Again> {
         let live = Session::connect(live, Purpose::Sql).await?;
-        let (mut dest, replica) = connect_target(dest).await?;
+        let (mut dest, replica) = connect_target(dest, true).await?;
         if !replica {
             // A seal that an earlier switch left lets such sessions pass.
             dest.execute("set walferry.applying = 'on'").await?;

@@ -53,6 +53,7 @@ pub mod transfer;
 pub use again::Again;
 pub use error::Error;
 pub use format::Format;
+pub use parts::PART_BYTES;
 pub use progress::{CopyProgress, ProgressSnapshot, TableProgress};
 pub use run::{Freeze, Options, run};
 pub use snapshot::{SnapshotSource, export_snapshot};

@@ -7,6 +7,10 @@ use crate::id::{QualifiedName, quote_ident};
 /// larger or smaller than asked for.
 const BLOCK_BYTES: u64 = 8192;
 
+/// Parts of a table hold so many bytes at most: large enough that starting one costs nothing, small
+/// enough that one lost is soon read again.
+pub const PART_BYTES: u64 = 256 << 20;
+
 /// Tables up to this size, in bytes, are copied with others in one transaction. A larger one is
 /// worth a transaction of its own: what it takes then is small beside its rows.
 pub const SMALL_BYTES: u64 = 1 << 20;
@@ -55,7 +59,11 @@ pub fn parts(table: &Table, part_bytes: u64, source_major: u32) -> Vec<Part> {
 /// for all workers to be busy to the end. With four parts' worth of work for each worker, the last
 /// one to end is late by a quarter of its time at most, and by less the more tables there are; a
 /// part below 64 MiB is done in about a second, and a table left whole can be written frozen.
+/// With a limit of 0 all are left whole.
 pub fn part_bytes(tables: &[&Table], jobs: usize, limit: u64) -> u64 {
+    if limit == 0 {
+        return u64::MAX;
+    }
     let total: u64 = tables.iter().map(|table| weight(table)).sum();
     let even = total / (4 * jobs.max(1) as u64);
     even.max(64 << 20).min(limit).max(1)

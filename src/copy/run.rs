@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 
 use super::family::Families;
-use super::parts::{SMALL_BYTES, bundle, order, part_bytes, parts, weight};
+use super::parts::{PART_BYTES, SMALL_BYTES, bundle, order, part_bytes, parts, weight};
 use super::snapshot::import;
 use super::store::{self, Stored, filenode, is_uneven, is_whole};
 use super::transfer::{Item, Origin, connect_target, transfer};
@@ -47,7 +47,7 @@ pub struct Options {
     pub jobs: usize,
     /// Tables larger than this (TOAST included) are cut into parts of at most about this size, in
     /// bytes; into smaller ones where workers would wait for the last. Only what is not stored yet
-    /// is cut.
+    /// is cut; 0 cuts none.
     pub part_bytes: u64,
     /// How rows travel.
     pub format: Format,
@@ -55,25 +55,27 @@ pub struct Options {
     pub bundle_tables: usize,
     /// Which rows are written frozen.
     pub freeze: Freeze,
+    /// Commits do not wait for the target's disk.
+    pub async_commit: bool,
     /// Others write to the target's tables as well: those may have rows, and are never emptied, so
     /// each table is one part, whose transaction brings all of it or nothing.
     pub shared: bool,
 }
 
 impl Options {
-    /// Four workers, parts of 256 MiB: large enough that starting one costs nothing, small enough
-    /// that one lost is soon read again. Of small tables 64 together: their request is small, and
-    /// what a table costs by itself is then all there is.
+    /// Four workers, parts of [`PART_BYTES`]. Of small tables 64 together: their request is small,
+    /// and what a table costs by itself is then all there is.
     pub fn new(source: Config, target: Config, job: &str) -> Self {
         Options {
             source,
             target,
             job: job.to_string(),
             jobs: 4,
-            part_bytes: 256 << 20,
+            part_bytes: PART_BYTES,
             format: Format::Auto,
             bundle_tables: 64,
             freeze: Freeze::Whole,
+            async_commit: true,
             shared: false,
         }
     }
@@ -93,7 +95,7 @@ pub async fn run(
     snapshot: &SnapshotSource,
     progress: &CopyProgress,
 ) -> Result<()> {
-    let mut target = open_target(&options.target).await?;
+    let mut target = open_target(options).await?;
     let source = Session::connect(&options.source, Purpose::Sql).await?;
     store_parts(&mut target, &source, options, tables).await?;
     drop(source);
@@ -178,8 +180,8 @@ fn written_names(tables: &[Table]) -> HashMap<QualifiedName, QualifiedName> {
     mapped.map(|table| (table.name.clone(), table.written_name().clone())).collect()
 }
 
-async fn open_target(config: &Config) -> Result<Target> {
-    let (mut session, replica) = connect_target(config).await?;
+async fn open_target(options: &Options) -> Result<Target> {
+    let (mut session, replica) = connect_target(&options.target, options.async_commit).await?;
     let everything = Selection::default();
     let tables = tables(&mut session, &everything).await?;
     let tables = tables.into_iter().map(|table| (table.name.clone(), table)).collect();
@@ -399,7 +401,8 @@ impl Shared {
             let text = format!("snapshot {name} is {snapshot_id}, not {}", self.origin.snapshot_id);
             return Err(Error::Bug(text));
         }
-        let (target, _) = connect_target(&self.options.target).await?;
+        let Options { target, async_commit, .. } = &self.options;
+        let (target, _) = connect_target(target, *async_commit).await?;
         Ok(Pair { source, target })
     }
 }

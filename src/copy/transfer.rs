@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 
 use super::error::Error;
 use super::format::Wires;
-use super::parts::{Part, read_sql, write_sql};
+use super::parts::{Part, SMALL_BYTES, read_sql, weight, write_sql};
 use super::progress::CopyProgress;
 use super::store::{self, Done};
 use super::{Freeze, Result};
@@ -123,11 +123,13 @@ pub(super) async fn transfer(
     Ok(rewritten)
 }
 
-/// A session that writes. Commits do not wait for the disk: the mark of a part is in the same
+/// A session that writes. Commits need not wait for the disk: the mark of a part is in the same
 /// transaction as its rows, so a crash of the server loses both or neither.
-pub(super) async fn connect_target(config: &Config) -> Result<(Session, bool)> {
+pub(super) async fn connect_target(config: &Config, async_commit: bool) -> Result<(Session, bool)> {
     let mut session = Session::connect(config, Purpose::Sql).await?;
-    session.execute("set synchronous_commit = off").await?;
+    if async_commit {
+        session.execute("set synchronous_commit = off").await?;
+    }
     match session.execute("set session_replication_role = replica").await {
         Ok(_) => Ok((session, true)),
         Err(error) if error.code() == Some("42501") => Ok((session, false)),
@@ -142,8 +144,10 @@ async fn prepare(target: &mut Session, freeze: Freeze, item: &Item) -> pg::Resul
     if !item.is_whole() {
         return Ok(false);
     }
-    // COPY FREEZE does not know partitioned tables.
-    let freezes = freeze == Freeze::Whole && !item.only.is_empty();
+    // COPY FREEZE does not know partitioned tables. And a commit that drops a file, as after
+    // TRUNCATE, waits for the disk whatever it is told: too long for a small table.
+    let is_small = weight(&item.table) <= SMALL_BYTES;
+    let freezes = freeze == Freeze::Whole && !item.only.is_empty() && !is_small;
     if !item.begun && !freezes {
         return Ok(false);
     }

@@ -13,7 +13,7 @@ use super::run::{Notice, Report, Runner};
 use super::state::Event;
 use super::{Error, Result};
 use crate::catalog::{Table, TableKind};
-use crate::copy::{self, CopyProgress, Freeze, SnapshotSource};
+use crate::copy::{self, CopyProgress, Format, Freeze, SnapshotSource};
 use crate::id::QualifiedName;
 use crate::pg::{Config, Purpose, Session};
 use crate::schema::{self, PostOptions, PostPhase, PostProgress};
@@ -28,6 +28,10 @@ pub struct Bulk {
     pub freeze: Freeze,
     /// Keys of large tables are built beside their other indexes.
     pub keys_beside: bool,
+    /// Tables that are larger are copied in parts of so many bytes at most; 0 is each in one.
+    pub part_bytes: u64,
+    /// How rows travel.
+    pub format: Format,
     /// maintenance_work_mem of each session that builds indexes, in bytes, where the target's own
     /// is less; 0 leaves it to the target.
     pub maintenance_work_mem: u64,
@@ -39,6 +43,8 @@ impl Default for Bulk {
             bundle_tables: 64,
             freeze: Freeze::default(),
             keys_beside: true,
+            part_bytes: copy::PART_BYTES,
+            format: Format::default(),
             maintenance_work_mem: PostOptions::MEMORY_BYTES,
         }
     }
@@ -64,6 +70,9 @@ impl Runner {
             jobs: config.jobs,
             bundle_tables: config.bulk.bundle_tables,
             freeze: config.bulk.freeze,
+            part_bytes: config.bulk.part_bytes,
+            format: config.bulk.format,
+            async_commit: config.tuning.async_commit,
             shared: config.options.shared,
             ..copy::Options::new(config.source.clone(), config.target.clone(), config.job.as_str())
         };
@@ -89,8 +98,9 @@ impl Runner {
             self.store.forget_newcomers().await?;
             return Ok(Event::CopyDone);
         }
-        self.copy_large_objects().await?;
-        self.build(PostPhase::Indexes).await?;
+        // Neither needs the other, and there may be nothing but commits to wait for.
+        let indexes = self.building(PostPhase::Indexes).await?;
+        tokio::try_join!(indexes, self.copy_large_objects())?;
         self.analyze(&tables).await?;
         // Tables read under different snapshots do not fit each other until the stream has passed
         // them; foreign keys have to wait for that.
@@ -137,7 +147,7 @@ impl Runner {
 
     /// Foreign keys, triggers and the rest; nothing if they are there.
     pub(super) async fn build_rest(&mut self) -> Result<()> {
-        self.build(PostPhase::Rest).await
+        self.building(PostPhase::Rest).await?.await
     }
 
     /// The slot's snapshot while its holder lives, else a fresh one. The holder must be kept.
@@ -164,7 +174,11 @@ impl Runner {
         Ok(schema::Dump { pre, post })
     }
 
-    async fn build(&mut self, phase: PostPhase) -> Result<()> {
+    /// What builds one half of post-data, by sessions of its own.
+    async fn building(
+        &mut self,
+        phase: PostPhase,
+    ) -> Result<impl Future<Output = Result<()>> + use<>> {
         let dump = self.dump().await?;
         let target = self.row().await?.abilities.target;
         let report = self.report.clone();
@@ -178,8 +192,9 @@ impl Runner {
         options.bundle = self.config.bulk.bundle_tables;
         options.keys_beside = self.config.bulk.keys_beside;
         options.maintenance_work_mem = self.config.bulk.maintenance_work_mem;
-        schema::apply_post(&self.config.target, &dump, &options, &mut progress).await?;
-        Ok(())
+        options.async_commit = self.config.tuning.async_commit;
+        let target = self.config.target.clone();
+        Ok(async move { Ok(schema::apply_post(&target, &dump, &options, &mut progress).await?) })
     }
 }
 

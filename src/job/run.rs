@@ -274,7 +274,7 @@ impl Runner {
         let (lease, sessions) = lease::take_with_sessions(&config, left.holder.as_ref()).await?;
         left.holder = Some(lease.holder().clone());
         let [home, mut listener, mut source] = sessions?;
-        let mut store = Store::holding(home, config.job.clone()).await?;
+        let mut store = Store::holding(home, config.job.clone(), config.tuning.ask_ahead).await?;
         if left.opened && store.load().await?.is_none() {
             // It was finished or canceled while we were away: nothing is to be made anew.
             return Err(store.no_job().await);

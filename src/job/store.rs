@@ -163,9 +163,12 @@ impl Store {
     /// Reads the job's row once, for all who ask until something is stored or
     /// [`Store::forget`]: for a runner that begins. It has the lease, and nobody else stores
     /// anything before its streams run and it takes commands. The home may be far away, and is
-    /// asked a dozen times by then.
-    pub async fn holding(session: Session, job: JobName) -> Result<Store> {
+    /// asked a dozen times by then; so it is where this is not to be done `ahead`.
+    pub async fn holding(session: Session, job: JobName, ahead: bool) -> Result<Store> {
         let mut store = Store::new(session, job);
+        if !ahead {
+            return Ok(store);
+        }
         let asked = [LOAD, Readings::LOAD].map(|sql| {
             let mut pipeline = Pipeline::new();
             pipeline.ask(sql, &[Some(store.job.as_str())]);

@@ -265,7 +265,7 @@ async fn run(
 /// lowest version that is not below the source's. Lowest, because a later pg_dump may write what
 /// an older target does not understand.
 async fn find(major: u32) -> Result<PgDump> {
-    let found = on_this_machine().await;
+    let found = on_this_machine(|version| version == major).await;
     pick(&found, major).cloned().ok_or_else(|| {
         let list: Vec<String> =
             found.iter().map(|d| format!("{} {}", d.path.display(), d.major)).collect();
@@ -274,16 +274,19 @@ async fn find(major: u32) -> Result<PgDump> {
     })
 }
 
-/// Major versions of the pg_dump programs of this machine, ascending, each once.
-pub async fn pg_dump_versions() -> Vec<u32> {
-    let mut versions: Vec<u32> = on_this_machine().await.iter().map(|d| d.major).collect();
+/// Major versions of the pg_dump programs of this machine, ascending, each once; those after one
+/// that can read a source of this major version are left out.
+pub async fn pg_dump_versions(source_major: u32) -> Vec<u32> {
+    let found = on_this_machine(|version| version >= source_major).await;
+    let mut versions: Vec<u32> = found.iter().map(|d| d.major).collect();
     versions.sort_unstable();
     versions.dedup();
     versions
 }
 
-/// The one in WALFERRY_PG_DUMP alone, else Debian's and those on the PATH.
-async fn on_this_machine() -> Vec<PgDump> {
+/// The one in WALFERRY_PG_DUMP alone, else Debian's and those on the PATH, up to the first whose
+/// version will do: each is started to tell it, and a wrapper takes longer than the program.
+async fn on_this_machine(will_do: impl Fn(u32) -> bool) -> Vec<PgDump> {
     let chosen = std::env::var_os("WALFERRY_PG_DUMP").map(PathBuf::from);
     let paths = match chosen {
         Some(path) => vec![path],
@@ -293,6 +296,9 @@ async fn on_this_machine() -> Vec<PgDump> {
     for path in paths {
         if let Some(major) = version_of(&path).await {
             found.push(PgDump { path, major });
+            if will_do(major) {
+                break;
+            }
         }
     }
     found

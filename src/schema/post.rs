@@ -36,6 +36,10 @@ pub struct PostOptions {
     pub bundle: usize,
     /// Keys of large tables are built beside their other indexes.
     pub keys_beside: bool,
+    /// Commits do not wait for the server's disk: a statement and its row are lost together or not
+    /// at all. Only for callers that note what comes of it by a commit on this very server, which
+    /// waits for all before it.
+    pub async_commit: bool,
 }
 
 impl PostOptions {
@@ -54,6 +58,7 @@ impl PostOptions {
             maintenance_work_mem: Self::MEMORY_BYTES,
             bundle: 64,
             keys_beside: true,
+            async_commit: false,
         }
     }
 }
@@ -172,6 +177,9 @@ impl Crew<'_> {
              where name = 'maintenance_work_mem' and setting::int8 < {kb}"
         );
         session.query(&sql).await?;
+        if self.options.async_commit {
+            session.execute("set synchronous_commit = off").await?;
+        }
         Ok(())
     }
 

@@ -142,7 +142,7 @@ impl Bulk {
             came_lsn: options.start_lsn,
             confirmed_lsn,
             rest_bytes: least_bytes / 4,
-            chunks: Chunks::ahead(options.pull_messages),
+            chunks: Chunks::ahead(options.bulk.messages),
             asked: None,
             wal_bytes: CHUNK_WAL.0,
             stretched: false,
@@ -226,7 +226,7 @@ impl Bulk {
             rest_bytes: self.rest_bytes,
             last: self.asked.map(|asked| (self.read_lsn, asked)),
         };
-        let fixed = self.stretched || self.maker.options.pull_messages.is_some();
+        let fixed = self.stretched || self.maker.options.bulk.messages.is_some();
         self.asked = (!fixed).then_some(order.messages);
         Reading::start(hand, &self.maker, order)
     }

@@ -49,13 +49,11 @@ pub struct StreamOptions {
     /// Have a server that can (pgoutput, 15 and on) give prepared transactions at their PREPARE. A
     /// slot that was read so once is read so for ever.
     pub two_phase: bool,
-    /// What is read in bulk before it is streamed.
+    /// What is read in bulk before it is streamed, and the chunks of that and of a pull.
     pub bulk: BulkOptions,
     /// Where transactions in progress wait for their end: with it, a server that can is asked to
     /// send them (pgoutput, 14 and on, by the replication protocol).
     pub spill: Option<Arc<dyn Spill>>,
-    /// Messages asked for at a time, in bulk or by a pull; chosen by what chunks cost where `None`.
-    pub pull_messages: Option<u32>,
     /// Where decoded and filtered changes are counted.
     pub counters: Counters,
 }
@@ -70,12 +68,14 @@ pub struct BulkOptions {
     /// A transaction of up to about so many bytes of log; 0 leaves those that are longer than a
     /// chunk to the stream. The source keeps what is decoded of it in a temporary file.
     pub transaction_bytes: u64,
+    /// Messages of a chunk, in bulk or by a pull; chosen by what chunks cost where `None`.
+    pub messages: Option<u32>,
 }
 
 impl Default for BulkOptions {
     fn default() -> Self {
         let (least_bytes, transaction_bytes) = (Some(BULK_BYTES), BULK_TRANSACTION_BYTES);
-        BulkOptions { least_bytes, ahead: true, transaction_bytes }
+        BulkOptions { least_bytes, ahead: true, transaction_bytes, messages: None }
     }
 }
 
@@ -98,7 +98,6 @@ impl StreamOptions {
             two_phase: false,
             bulk: BulkOptions::default(),
             spill: None,
-            pull_messages: None,
             counters: Counters::new(),
         }
     }

@@ -155,7 +155,7 @@ impl Pull {
             drained_lsn: Lsn::ZERO,
             came_lsn: Lsn::ZERO,
             confirmed_lsn: self.confirmed_lsn,
-            chunks: Chunks::of(self.options.pull_messages),
+            chunks: Chunks::of(self.options.bulk.messages),
             options: self.options,
             advance_at: Instant::now(),
         };

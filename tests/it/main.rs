@@ -42,6 +42,7 @@ mod states;
 mod stories;
 mod support;
 mod support_works;
+mod switches;
 mod test_decoding;
 mod two_way;
 mod verify;

@@ -24,6 +24,7 @@ fn mapping(identity: ReplicaIdentity, kind: &str, key: &[&str]) -> Mapping {
         counts_inserts: false,
         takes_copy: true,
         deletes_by_array: true,
+        unnests_in_select: true,
         acts: false,
         owned: true,
         key: key.iter().map(|k| k.to_string()).collect(),

@@ -6,7 +6,7 @@ impl Check<'_> {
     /// A pg_dump that can read the source: of the same major version or newer.
     pub(super) async fn tools(&mut self) {
         let source = self.source.major_version();
-        let versions = crate::schema::pg_dump_versions().await;
+        let versions = crate::schema::pg_dump_versions(source).await;
         self.findings.extend(judge(&versions, source));
     }
 }

@@ -251,9 +251,15 @@ async fn both_orders_leave_what_the_source_has() {
             wish.tuning.eager = short;
             wish.tuning.delete_by_array = short;
             wish.tuning.set_rows = if short { 3 } else { 0 };
+            wish.tuning.unnest_in_select = short;
+            wish.tuning.sort_keys = short;
+            wish.tuning.ask_ahead = short;
+            wish.tuning.keep_types = short;
+            wish.tuning.async_commit = short;
             if !short {
                 wish.tuning.counters_interval = Duration::ZERO;
                 wish.tuning.position_interval = Duration::ZERO;
+                wish.tuning.flush_after = Duration::ZERO;
             }
             if grows {
                 wish.tuning.limits_max = Limits::default();

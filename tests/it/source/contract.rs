@@ -13,7 +13,7 @@ use walferry::limit::CHUNK_BYTES;
 use walferry::lsn::Lsn;
 use walferry::pg::{Config, Purpose, Session, SlotKind};
 use walferry::source::{
-    self, CreateOptions, Recorded, StreamOptions, Transport, publication, slot,
+    self, BulkOptions, CreateOptions, Recorded, StreamOptions, Transport, publication, slot,
 };
 
 use super::rig::{PATIENCE, Reader, is_mark, names, soon};
@@ -150,7 +150,7 @@ impl Rig {
         let recorded = Recorded { plugin: way.0.to_string(), ..self.recorded.clone() };
         let slot = slot_of(way);
         StreamOptions {
-            pull_messages: Some(40),
+            bulk: BulkOptions { messages: Some(40), ..BulkOptions::default() },
             plain_numbers: true,
             followed: Arc::new(names(TABLES).into_iter().collect()),
             ..StreamOptions::new(&slot, "walferry_contract", start_lsn, recorded)

@@ -33,7 +33,8 @@ async fn until_mark(reader: &mut Reader) -> usize {
 async fn a_pull_outlives_what_a_session_of_an_old_server_bears() {
     let server = Server::start(&Server::bin_of(10).unwrap(), &[]).unwrap();
     let mut rig = Rig::on(server, "create table public.t (id int primary key)", &["t"]).await;
-    let options = StreamOptions { pull_messages: Some(10), ..rig.options() };
+    let bulk = BulkOptions { messages: Some(10), ..BulkOptions::default() };
+    let options = StreamOptions { bulk, ..rig.options() };
     let mut reader = Reader::start_by(&rig.config, Transport::Pull, options, BUFFER).await;
     let mut backends = std::collections::HashSet::new();
     for round in 0..30 {
