@@ -215,7 +215,8 @@ async fn store_parts(
         }
     };
     let major = source.major_version();
-    let parts: Vec<_> = fresh.iter().flat_map(|table| parts(table, bytes, major)).collect();
+    let parts: Vec<_> =
+        fresh.iter().flat_map(|table| parts(table, bytes, options.jobs, major)).collect();
     target.session.execute(&store::insert_sql(&options.job, &parts)).await?;
     Ok(())
 }
