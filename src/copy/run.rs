@@ -214,9 +214,8 @@ async fn store_parts(
             part_bytes(&fresh, options.jobs, options.part_bytes)
         }
     };
-    let major = source.major_version();
-    let parts: Vec<_> =
-        fresh.iter().flat_map(|table| parts(table, bytes, options.jobs, major)).collect();
+    let (jobs, major) = (options.jobs, source.major_version());
+    let parts: Vec<_> = fresh.iter().flat_map(|table| parts(table, bytes, jobs, major)).collect();
     target.session.execute(&store::insert_sql(&options.job, &parts)).await?;
     Ok(())
 }
