@@ -34,16 +34,12 @@ pub struct Part {
 }
 
 /// The parts of a table of these sizes. `part_bytes` is what a part should hold at most, TOAST
-/// included. A table that is split has as many for each of `jobs` workers: with one left over, all
-/// but one of them had nothing to do at the end. `source_major` decides whether ranges of ctid can
-/// be scanned without reading the whole table, which PostgreSQL 14 was the first to do.
+/// included. `source_major` decides whether ranges of ctid can be scanned without reading the
+/// whole table, which PostgreSQL 14 was the first to do.
 ///
 /// <https://www.postgresql.org/docs/14/release-14.html> (TID range scans)
-pub fn parts(table: &Table, part_bytes: u64, jobs: usize, source_major: u32) -> Vec<Part> {
-    let count = match table.bytes.div_ceil(part_bytes.max(1)) {
-        count if count > 1 && source_major >= 14 => count.next_multiple_of(jobs.max(1) as u64),
-        _ => 1,
-    };
+pub fn parts(table: &Table, part_bytes: u64, source_major: u32) -> Vec<Part> {
+    let count = if source_major >= 14 { table.bytes.div_ceil(part_bytes.max(1)) } else { 1 };
     // No part without a block, and never so many that bookkeeping is what takes the time.
     let count = count.clamp(1, table.blocks.clamp(1, 10_000));
     let edge = |n: u64| u128::from(table.blocks) * u128::from(n) / u128::from(count);
@@ -201,10 +197,10 @@ mod tests {
 
     #[test]
     fn small_tables_are_one_part_and_old_sources_never_split() {
-        assert_eq!(parts(&table("t", 0, 0), 100, 2, 15).len(), 1);
-        assert_eq!(parts(&table("t", 10, 81_920), 81_920, 2, 15).len(), 1);
-        assert_eq!(parts(&table("t", 1000, 8_192_000), 8192, 2, 13).len(), 1);
-        assert_eq!(parts(&table("t", 2, 1 << 40), 1, 4, 15).len(), 2, "TOAST does not make blocks");
+        assert_eq!(parts(&table("t", 0, 0), 100, 15).len(), 1);
+        assert_eq!(parts(&table("t", 10, 81_920), 81_920, 15).len(), 1);
+        assert_eq!(parts(&table("t", 1000, 8_192_000), 8192, 13).len(), 1);
+        assert_eq!(parts(&table("t", 2, 1 << 40), 1, 15).len(), 2, "TOAST does not make blocks");
     }
 
     #[test]
@@ -219,7 +215,7 @@ mod tests {
     #[test]
     fn statements_name_columns_and_leave_generated_ones_out() {
         let table = table("T", 4, 4 * 8192);
-        let parts = parts(&table, 2 * 8192, 1, 15);
+        let parts = parts(&table, 2 * 8192, 15);
         assert_eq!(
             read_sql(&table, &parts[0], "format text").unwrap(),
             "copy (select \"a\"\"b\", \"c\" from only \"s\".\"T\" where ctid >= \
@@ -240,7 +236,7 @@ mod tests {
         let second = read_sql(&some, &parts[1], "x").unwrap();
         assert!(second.ends_with("tid and ((c > 3) or (c is null))) to stdout with (x)"));
         some.columns.pop();
-        let whole = self::parts(&some, u64::MAX, 1, 15);
+        let whole = self::parts(&some, u64::MAX, 15);
         assert_eq!(
             read_sql(&some, &whole[0], "x").unwrap(),
             "copy (select \"a\"\"b\" from only \"s\".\"T\" where ((c > 3) or (c is null))) \
@@ -255,8 +251,6 @@ mod tests {
         assert_eq!(part_bytes(&[&one], 2, 32 << 20), 32 << 20, "the limit");
         assert_eq!(part_bytes(&[&ten], 2, 256 << 20), 64 << 20, "not too fine");
         assert_eq!(part_bytes(&[&one; 100], 4, 256 << 20), 256 << 20);
-        assert_eq!(parts(&one, 400 << 20, 2, 15).len(), 4, "two for each, and not three");
-        assert_eq!(parts(&ten, 20 << 20, 2, 15).len(), 1, "not split for that");
     }
 
     #[test]
@@ -279,7 +273,7 @@ mod tests {
         fn parts_cover_every_block_once_and_are_about_equal(
             blocks in 0..1_000_000_u64, toast in 0..1_u64 << 34, part_bytes in 1..1_u64 << 30
         ) {
-            let parts = parts(&table("t", blocks, blocks * 8192 + toast), part_bytes, 4, 17);
+            let parts = parts(&table("t", blocks, blocks * 8192 + toast), part_bytes, 17);
             let mut next = 0;
             for (index, part) in parts.iter().enumerate() {
                 prop_assert_eq!(part.lo_block, next);

@@ -214,8 +214,8 @@ async fn store_parts(
             part_bytes(&fresh, options.jobs, options.part_bytes)
         }
     };
-    let (jobs, major) = (options.jobs, source.major_version());
-    let parts: Vec<_> = fresh.iter().flat_map(|table| parts(table, bytes, jobs, major)).collect();
+    let major = source.major_version();
+    let parts: Vec<_> = fresh.iter().flat_map(|table| parts(table, bytes, major)).collect();
     target.session.execute(&store::insert_sql(&options.job, &parts)).await?;
     Ok(())
 }

@@ -447,7 +447,7 @@ async fn peerdb_1750_and_pgcopydb_720_a_lost_snapshot_costs_no_finished_table_an
     // Three parts of `wide` get done; before the fourth, the holder and the worker die.
     let mut wide = pair.tables().await;
     wide.retain(|t| t.name.name == "wide");
-    let parts = walferry::copy::parts::parts(&wide[0], 1 << 20, 1, 15);
+    let parts = walferry::copy::parts::parts(&wide[0], 1 << 20, 15);
     assert!(parts.len() > 3);
     let mut blocker = support::session(&pair.server, "target").await;
     let progress = CopyProgress::new(&wide);
