@@ -285,8 +285,11 @@ impl Bulk {
         if taking.is_untouched() {
             return Ok(Taken::Whole { count: 0, bytes: 0, next });
         }
-        let (count, bytes) = taking.end(intake)?;
-        Ok(Taken::Whole { count, bytes, next })
+        match taking.end(intake) {
+            Ok((count, bytes)) => Ok(Taken::Whole { count, bytes, next }),
+            // Whoever read it knows why; a connection that is lost is made again.
+            Err(early) => Err(reading.failure().await.unwrap_or(early)),
+        }
     }
 
     /// Everything below has been received.

@@ -326,6 +326,15 @@ impl Reading {
         Reading { pieces, mark, task }
     }
 
+    /// Why there are no more pieces, if that is a failure. To be asked once there are none, and
+    /// nothing after it.
+    pub async fn failure(&mut self) -> Option<super::Error> {
+        match (&mut self.task).await {
+            Ok(Err(error)) => Some(error),
+            _ => None,
+        }
+    }
+
     /// Gives the hand back once all its pieces are taken.
     pub async fn end(mut self) -> Result<(Option<Hand>, Outcome)> {
         match (&mut self.task).await {

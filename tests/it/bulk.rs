@@ -1,5 +1,5 @@
 //! Backlogs that are read in bulk, through a whole job: killed in the middle of the reading and
-//! where the stream takes over, then gone through, switched, and compared.
+//! where the stream takes over, cut off from the source, then gone through, switched, and compared.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -79,11 +79,7 @@ impl Backlogs {
         support::until_sql(&mut source, marked).await;
         match strike {
             Strike::Reading => {}
-            Strike::Applying => {
-                let first = self.round * 10_000_000;
-                let some = format!("select exists (select from public.backlog where id > {first})");
-                support::until_sql(&mut target, &some).await;
-            }
+            Strike::Applying => self.has_some().await,
             Strike::HandingOver(after) => {
                 support::until_sql(&mut source, unmarked).await;
                 tokio::time::sleep(after).await;
@@ -107,6 +103,14 @@ impl Backlogs {
         assert!(target.query_one(&kept, &[]).await.unwrap().bool(0).unwrap(), "{told} was told");
     }
 
+    /// Waits until some of the last backlog is on the target.
+    async fn has_some(&self) {
+        let mut target = session(&self.ends.target, "app").await;
+        let first = self.round * 10_000_000;
+        let some = format!("select exists (select from public.backlog where id > {first})");
+        support::until_sql(&mut target, &some).await;
+    }
+
     /// Waits until the stream has caught up with what is written all the time.
     async fn caught_up(&self, run: &mut Walferry) {
         for _ in 0..300 {
@@ -122,7 +126,7 @@ impl Backlogs {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_killed_while_it_reads_in_bulk_and_at_the_hand_over_ends_exact() {
+async fn a_job_killed_or_cut_off_while_it_reads_in_bulk_and_at_the_hand_over_ends_exact() {
     let mut job = Backlogs::start().await;
     let writer = job.ends.writer(100.0).await;
     let mut run = job.run();
@@ -137,8 +141,13 @@ async fn a_job_killed_while_it_reads_in_bulk_and_at_the_hand_over_ends_exact() {
         job.struck(strike).await;
     }
     job.pile_up();
+    job.net.throttle(500_000);
     let mut run = job.run();
     run.says("reading in bulk").await;
+    job.has_some().await;
+    assert!(!run.so_far().contains("streaming what is left"), "the cut came too late");
+    job.net.cut();
+    job.net.restore();
     run.says("streaming what is left").await;
     job.caught_up(&mut run).await;
     job.ends.done(&["verify"]).await;
