@@ -117,6 +117,16 @@ pub(super) async fn make_source_tables(config: &JobConfig, source: &mut Session)
     }
 }
 
+/// The same for a job that is under way: a server that took over may not have them.
+pub(super) async fn make_source_tables_again(config: &JobConfig) -> Result<()> {
+    let mut source = Session::control(&config.source).await?;
+    source.execute(&format!("select {BESIDE}")).await?;
+    if may_have_tables(&mut source).await? {
+        make_source_tables(config, &mut source).await?;
+    }
+    Ok(())
+}
+
 /// True if schema walferry is there for us, or we may make it.
 pub(super) async fn may_have_tables(session: &mut Session) -> pg::Result<bool> {
     let sql = "select coalesce((select pg_catalog.has_schema_privilege(oid, 'create') \

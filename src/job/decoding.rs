@@ -200,6 +200,7 @@ pub(super) async fn settle(config: &JobConfig, store: &mut Store) -> Result<()> 
     if came_along {
         let what = Stream::Forward.as_str();
         record_timeline(&mut store.session, &config.job, what, recorded.timeline).await?;
+        store.forget();
     }
     readings.decoded_at = given;
     store.save_readings(&readings).await

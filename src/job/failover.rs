@@ -22,6 +22,7 @@
 use std::collections::{HashMap, HashSet};
 use std::str::FromStr;
 
+use super::admit::make_source_tables_again;
 use super::admit::recorded;
 use super::opening::Half;
 use super::run::{Notice, Runner};
@@ -175,6 +176,7 @@ impl Runner {
         // the slot: the old primary may be the one that comes back.
         if row.phase == Phase::Copying && found.timeline != recorded.timeline {
             record_timeline(home, &self.config.job, "copied", found.timeline).await?;
+            self.store.forget();
             let said = format!(
                 "the source is on timeline {} now, and has all that was copied",
                 found.timeline
@@ -211,11 +213,14 @@ impl Runner {
         self.say(Notice::Said(loss.clone()));
         let said = "making a new slot, and reading again what differs from the source";
         self.say(Notice::Said(said.to_string()));
+        make_source_tables_again(&self.config).await?;
         if self.row().await?.armed {
             let mut target = Session::control(&self.config.target).await?;
             slot::drop(&mut target, &self.config.job.object(Stream::Reverse)).await?;
         }
         let job = self.config.job.clone();
+        // A run that begins holds the row as it was.
+        self.store.forget();
         let home = &mut self.store.session;
         home.execute("begin").await?;
         refill::begin(home, job.as_str(), &loss).await?;

@@ -200,6 +200,42 @@ async fn patroni_1749_what_an_asynchronous_promotion_loses_is_named_and_read_aga
     ends.done(&["finish"]).await;
 }
 
+/// A standby that was cut off before the job began has nothing of it: neither its tables nor its
+/// publication. Found by a run that goes on, and by one that begins.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_walferry_made_on_the_source_may_be_among_what_is_lost() {
+    for goes_on in [true, false] {
+        let mut ends = Ends::start(15, 15);
+        let sql = "create table t (id int primary key); insert into t select generate_series(1, 9)";
+        ends.source.psql("app", sql).unwrap();
+        let standby = ends.source.standby(&[]).unwrap();
+        ends.source_via = of_both(&ends.source, &standby);
+        level(&ends.source, &standby).await;
+        cut_off(&standby);
+        let refilling = ["run", "--after-failover", "refill"];
+        let mut run = ends.spawn(&refilling);
+        ends.until_phase(&mut run, "following").await;
+        ends.source.psql("app", "insert into t values (10)").unwrap();
+        assert_equal(&ends.source, &ends.target, &mut run).await;
+        let run = match goes_on {
+            true => Some(run),
+            false => {
+                run.kill9().await;
+                None
+            }
+        };
+        ends.source.kill9().unwrap();
+        standby.promote().unwrap();
+        standby.psql("app", "insert into t values (11)").unwrap();
+        let mut run = run.unwrap_or_else(|| ends.spawn(&refilling));
+        run.says("comparing every table").await;
+        ends.until_phase(&mut run, "following").await;
+        assert_equal(&standby, &ends.target, &mut run).await;
+        ends.done(&["cutover"]).await;
+        ends.done(&["verify"]).await;
+    }
+}
+
 /// What a synchronous standby of the target has not flushed could be lost with the primary: rows are
 /// there, and the slot is not told of them before the standby has them.
 #[tokio::test(flavor = "multi_thread")]
