@@ -77,11 +77,7 @@ pub(super) async fn make_tables(
         probed(&mut store.session, is_new).await
     };
     let on_source = async {
-        source.execute(&beside).await?;
-        // Following needs none of them; the way back does, and asks again.
-        if may_have_tables(source).await? {
-            make_source_tables(config, source).await?;
-        }
+        make_source_tables_beside(config, source).await?;
         probed(source, is_new).await
     };
     let sides = tokio::try_join!(on_target, on_source)?;
@@ -117,14 +113,18 @@ pub(super) async fn make_source_tables(config: &JobConfig, source: &mut Session)
     }
 }
 
-/// The same for a job that is under way: a server that took over may not have them.
-pub(super) async fn make_source_tables_again(config: &JobConfig) -> Result<()> {
-    let mut source = Session::control(&config.source).await?;
+/// The same where the role may make them, while no clean-up of another job takes the schema away:
+/// until the session ends, or says that it is beside no more.
+pub(super) async fn make_source_tables_beside(
+    config: &JobConfig,
+    source: &mut Session,
+) -> Result<()> {
     source.execute(&format!("select {BESIDE}")).await?;
-    if may_have_tables(&mut source).await? {
-        make_source_tables(config, &mut source).await?;
+    // Following needs none of them; the way back does, and asks again.
+    match may_have_tables(source).await? {
+        true => make_source_tables(config, source).await,
+        false => Ok(()),
     }
-    Ok(())
 }
 
 /// True if schema walferry is there for us, or we may make it.

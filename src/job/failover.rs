@@ -22,8 +22,7 @@
 use std::collections::{HashMap, HashSet};
 use std::str::FromStr;
 
-use super::admit::make_source_tables_again;
-use super::admit::recorded;
+use super::admit::{make_source_tables_beside, recorded};
 use super::opening::Half;
 use super::run::{Notice, Runner};
 use super::state::{Event, Phase};
@@ -213,7 +212,9 @@ impl Runner {
         self.say(Notice::Said(loss.clone()));
         let said = "making a new slot, and reading again what differs from the source";
         self.say(Notice::Said(said.to_string()));
-        make_source_tables_again(&self.config).await?;
+        // They may be among what is lost.
+        let mut source = Session::control(&self.config.source).await?;
+        make_source_tables_beside(&self.config, &mut source).await?;
         if self.row().await?.armed {
             let mut target = Session::control(&self.config.target).await?;
             slot::drop(&mut target, &self.config.job.object(Stream::Reverse)).await?;

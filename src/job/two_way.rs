@@ -57,10 +57,9 @@ pub(super) async fn settle(
 ) -> Result<()> {
     let Some(default) = config.two_way.clone() else { return Ok(()) };
     let job = config.job.to_string();
-    let sql = "select on_conflict from walferry.job where name = $1";
-    let row = store.session.query_one(sql, &[Some(&job)]).await?;
+    let stored = stored(&mut store.session, &config.job).await?;
     let stored: Option<Policy> =
-        row.opt(0)?.map(str::parse).transpose().map_err(super::Error::State)?;
+        stored.map(|text| text.parse()).transpose().map_err(super::Error::State)?;
     let policy = config.on_conflict.clone().or_else(|| stored.clone()).unwrap_or(default);
     config.two_way = Some(policy.clone());
     if stored.as_ref() != Some(&policy) {

@@ -14,8 +14,8 @@
 //!    is small, that the target has something to do.
 //! 3. A chunk of log in which no transaction ended is followed by one that is long enough for
 //!    most, with all that committed behind it; the source keeps what comes of it in a temporary
-//!    file. If that has no end either, or
-//!    there is no room for it, the walsender sends that transaction piece by piece.
+//!    file. If that has no end either, or there is no room for it, the walsender sends that
+//!    transaction piece by piece.
 //! 4. This ends when little is left, and earlier where it does not pay: see 3, and when the source
 //!    decodes too much again for each chunk. Before it does, the target gets a moment to take what
 //!    it was given: the walsender decodes once more what the slot was not told of, and a busy
