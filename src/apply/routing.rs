@@ -293,6 +293,7 @@ impl Routes {
         };
         table.takes_copy &= self.tuning.copy_inserts;
         table.deletes_by_array = self.tuning.delete_by_array;
+        table.counts_by_server &= self.tuning.count_by_server;
         table.unnests_in_select = self.tuning.unnest_in_select;
         match table.kind.as_str() {
             "r" | "p" => {}

@@ -26,6 +26,9 @@ const TABLE_CHANGES_MIN: usize = 4;
 /// Fewer rows than this do not go into a table by COPY, which takes longer to start.
 const COPY_ROWS_MIN: usize = 32;
 
+/// Fewer rows that go are counted one by one.
+const COUNTED_ROWS_MIN: usize = 256;
+
 /// Of the rows of a set, so many bytes go into one execution: a fourth of work_mem's default,
 /// beyond which a server writes them to a file first.
 const PIECE_BYTES: usize = 1 << 20;
@@ -35,6 +38,8 @@ const PIECE_BYTES: usize = 1 << 20;
 struct Measure {
     /// So many new rows at least go by COPY.
     copied_min: usize,
+    /// So many rows that go at least are counted by the server.
+    counted_min: usize,
     /// What goes into one execution.
     most: Most,
 }
@@ -144,6 +149,7 @@ impl Writer {
             let few = !self.always_sets && places.len() < TABLE_CHANGES_MIN;
             let measure = Measure {
                 copied_min: if self.always_sets { 1 } else { COPY_ROWS_MIN },
+                counted_min: if self.always_sets { 1 } else { COUNTED_ROWS_MIN },
                 most: match self.set_rows {
                     0 => WHOLE,
                     rows => Most { rows, bytes: PIECE_BYTES },
@@ -157,13 +163,13 @@ impl Writer {
                 })
             {
                 if let Ok(sets) = folded.encode(mapping, measure) {
-                    write(request, &mut self.names, route, sets, None);
+                    write(request, &mut self.names, route, (sets, measure), None);
                     continue;
                 }
                 // Some value has no binary form.
                 let plain = mapping.plain();
                 if let Ok(sets) = folded.encode(&plain, measure) {
-                    write(request, &mut self.names, route, sets, Some(&plain));
+                    write(request, &mut self.names, route, (sets, measure), Some(&plain));
                     continue;
                 }
             }
@@ -314,19 +320,19 @@ fn write(
     request: &mut Request,
     names: &mut Names,
     route: &mut Route,
-    sets: Sets,
+    (sets, measure): (Sets, Measure),
     plain: Option<&Mapping>,
 ) {
     let Route { mapping: Some(mapping), statements, .. } = route else { return };
     let mut at = Desk { request, names, statements, mapping: plain.unwrap_or(mapping), plain };
     let inserts = match sets {
         Sets::Keyed { keys, mut deletes, updates, inserts } => {
-            at.run(b"sd".to_vec(), &mut deletes, true, |mapping| setwise::delete(mapping, &keys));
+            at.delete(&keys, &mut deletes, measure.counted_min);
             for Updates { set, mut arrays } in updates {
                 let mut key = b"su".to_vec();
                 set.iter().for_each(|c| key.extend_from_slice(&(*c as u16).to_be_bytes()));
                 let sql = |mapping: &Mapping| setwise::update(mapping, &keys, &set);
-                at.run(key, &mut arrays, true, sql);
+                at.run(key, &mut arrays, Met::Guard, sql);
             }
             inserts
         }
@@ -338,8 +344,8 @@ fn write(
     };
     match inserts {
         Inserts::Arrays(mut arrays) => {
-            let guarded = at.mapping.table.counts_inserts;
-            at.run(b"si".to_vec(), &mut arrays, guarded, setwise::insert);
+            let met = if at.mapping.table.counts_inserts { Met::Guard } else { Met::Tag };
+            at.run(b"si".to_vec(), &mut arrays, met, setwise::insert);
         }
         Inserts::Lines(lines) => at.copy(lines),
     }
@@ -378,12 +384,29 @@ impl Desk<'_> {
         }
     }
 
+    /// Adds the DELETEs, and what counts them.
+    fn delete(&mut self, keys: &[usize], deletes: &mut Arrays, counted_min: usize) {
+        let rows: usize = deletes.pieces().map(|piece| piece.rows()).sum();
+        if rows < counted_min || !setwise::counts(self.mapping, keys) {
+            let sql = |mapping: &Mapping| setwise::delete(mapping, keys, false);
+            return self.run(b"sd".to_vec(), deletes, Met::Guard, sql);
+        }
+        let before = self.name(b"sb".to_vec(), |mapping| setwise::counted(mapping).0);
+        self.request.run(&before, Role::Aside);
+        let sql = |mapping: &Mapping| setwise::delete(mapping, keys, true);
+        self.run(b"sn".to_vec(), deletes, Met::Later, sql);
+        let after = self.name(b"sa".to_vec(), |mapping| setwise::counted(mapping).1);
+        let expected = rows.to_string();
+        self.request.pipeline.run_mixed(&after, &[Param::Text(Some(expected.as_bytes()))]);
+        self.request.roles.push(Role::Set { bare: None });
+    }
+
     /// Adds one statement for each piece of the arrays; none for no rows.
     fn run(
         &mut self,
         key: Vec<u8>,
         arrays: &mut Arrays,
-        guarded: bool,
+        met: Met,
         sql: impl FnOnce(&Mapping) -> String,
     ) {
         if arrays.is_empty() {
@@ -391,7 +414,7 @@ impl Desk<'_> {
         }
         let name = self.name(key, sql);
         for piece in arrays.pieces() {
-            bind(self.request, &name, piece, guarded);
+            bind(self.request, &name, piece, met);
         }
     }
 
@@ -401,7 +424,7 @@ impl Desk<'_> {
         let Some(deletes) = deletes.pieces().next() else { return };
         self.request.aside(&search_plans(true));
         self.request.pipeline.parse("", &setwise::delete_whole(self.mapping), &[]);
-        bind(self.request, "", deletes, true);
+        bind(self.request, "", deletes, Met::Guard);
         self.request.aside(&search_plans(false));
     }
 }
@@ -418,13 +441,24 @@ fn search_plans(whole: bool) -> String {
     )
 }
 
-fn bind(request: &mut Request, name: &str, piece: &mut Piece, guarded: bool) {
+/// What tells that as many rows were met as the statement is given.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Met {
+    /// The statement itself, on the server.
+    Guard,
+    /// Its command tag.
+    Tag,
+    /// A statement behind it, on the server.
+    Later,
+}
+
+fn bind(request: &mut Request, name: &str, piece: &mut Piece, met: Met) {
     let rows = piece.rows();
     let expected = rows.to_string();
     let mut params: Vec<Param<'_>> = piece.params().collect();
-    if guarded {
+    if met == Met::Guard {
         params.push(Param::Text(Some(expected.as_bytes())));
     }
     request.pipeline.run_mixed(name, &params);
-    request.roles.push(Role::Set { bare: (!guarded).then_some(rows) });
+    request.roles.push(Role::Set { bare: (met == Met::Tag).then_some(rows) });
 }

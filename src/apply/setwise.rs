@@ -33,14 +33,16 @@ pub(super) fn copy(mapping: &Mapping) -> String {
     format!("copy {} ({names}) from stdin{form}", mapping.table.name.quoted())
 }
 
-/// DELETE of the rows with these keys, each of one row.
-pub(super) fn delete(mapping: &Mapping, keys: &[usize]) -> String {
+/// DELETE of the rows with these keys, each of one row. Of many rows, without a guard of its own
+/// where they are [`counted`].
+pub(super) fn delete(mapping: &Mapping, keys: &[usize], counted: bool) -> String {
     let (only, table) = (mapping.table.only(), mapping.table.name.quoted());
     if let Some(found) = among(mapping, keys) {
-        let guard = guard(1, false);
-        return format!(
-            "with u as (delete from {only}{table} as t where {found} returning 1) {guard}"
-        );
+        let delete = format!("delete from {only}{table} as t where {found}");
+        return match counted {
+            true => delete,
+            false => format!("with u as ({delete} returning 1) {}", guard(1, false)),
+        };
     }
     let several = !is_unique(mapping, keys);
     let (found, rows) = (found(mapping, keys), rows(mapping, keys, several));
@@ -48,6 +50,33 @@ pub(super) fn delete(mapping: &Mapping, keys: &[usize]) -> String {
     format!(
         "with u as (delete from {only}{table} as t using {rows} where {found} returning {each}) \
          {guard}"
+    )
+}
+
+/// Whether the server's statistics tell how many rows [`delete`] met. Those of a partitioned table
+/// are its partitions'.
+pub(super) fn counts(mapping: &Mapping, keys: &[usize]) -> bool {
+    let table = &mapping.table;
+    table.counts_by_server && !table.is_partitioned() && among(mapping, keys).is_some()
+}
+
+/// What stands before and behind DELETEs that have no guard: the second gives 1 if as many rows as
+/// its parameter says have gone since the first, by what the server counts of this transaction,
+/// undone parts included. To give back each row and count those is a seventh of what a large
+/// DELETE takes.
+///
+/// <https://www.postgresql.org/docs/current/monitoring-stats.html> (pg_stat_xact_user_tables)
+pub(super) fn counted(mapping: &Mapping) -> (String, String) {
+    let table = crate::id::quote_literal(&mapping.table.name.quoted());
+    let deleted =
+        format!("pg_catalog.pg_stat_get_xact_tuples_deleted({table}::pg_catalog.regclass)");
+    let met = format!("{deleted} - pg_catalog.current_setting('walferry.deleted')::int8");
+    (
+        format!("select pg_catalog.set_config('walferry.deleted', {deleted}::text, true)"),
+        format!(
+            "select case when {met} = $1::int8 then 1 \
+             else pg_catalog.concat('{GUARD_PREFIX}', {met})::int end"
+        ),
     )
 }
 

@@ -25,6 +25,8 @@ pub(super) struct Table {
     pub takes_copy: bool,
     /// Rows that go by one unique column are looked up by the array of its values.
     pub deletes_by_array: bool,
+    /// Rows that went by such an array are counted by the server's statistics of the transaction.
+    pub counts_by_server: bool,
     /// Arrays of rows are taken apart in a list of columns.
     pub unnests_in_select: bool,
     /// A trigger or rule fires in this session on a change of the table or a partition: it may
@@ -120,6 +122,7 @@ impl Table {
             owned: row.bool(5)?,
             takes_copy: row.bool(6)?,
             deletes_by_array: true,
+            counts_by_server: row.bool(9)?,
             unnests_in_select: true,
             key,
             columns: columns.remove(row.str(0)?).unwrap_or_default(),
@@ -237,7 +240,7 @@ const TABLE: &str = "select c.oid, c.relkind, \
          union all select from pg_catalog.pg_rewrite r join tree on r.ev_class = tree.oid \
              join on_here on r.ev_enabled::text = letter where r.ev_type <> '1'), \
      pg_catalog.pg_has_role(c.relowner, 'usage'), not c.relrowsecurity, n.nspname, \
-     c.relname \
+     c.relname, pg_catalog.current_setting('track_counts') = 'on' \
      from pg_catalog.jsonb_array_elements($1::jsonb) w(name) \
      join pg_catalog.pg_namespace n on n.nspname = w.name ->> 0 \
      join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = w.name ->> 1";

@@ -52,6 +52,9 @@ pub struct Tuning {
     /// Rows of a set that go by one unique column are looked up by the array of its values, not by
     /// a join.
     pub delete_by_array: bool,
+    /// Rows that went by such an array are counted by the server's statistics of the transaction,
+    /// not by giving back each of them. Where the server keeps none, they are given back.
+    pub count_by_server: bool,
     /// Of a set so many rows, and a megabyte of them, go to the target in one execution; 0 for all.
     pub set_rows: usize,
     /// For how long counts may wait beside progress before they are entered in their table; zero
@@ -90,6 +93,7 @@ impl Default for Tuning {
             binary_values: true,
             eager: true,
             delete_by_array: true,
+            count_by_server: true,
             set_rows: limit::SET_ROWS,
             counters_interval: limit::COUNTERS_INTERVAL,
             position_interval: limit::POSITION_INTERVAL,

@@ -45,6 +45,7 @@ fn apply(mode: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
     tuning.binary_values = sizes.binary_values.unwrap_or(tuning.binary_values);
     tuning.eager = sizes.eager_batches.unwrap_or(tuning.eager);
     tuning.delete_by_array = sizes.delete_by_array.unwrap_or(tuning.delete_by_array);
+    tuning.count_by_server = sizes.count_by_server.unwrap_or(tuning.count_by_server);
     tuning.set_rows = sizes.set_rows.unwrap_or(tuning.set_rows);
     tuning.async_commit = sizes.async_commit.unwrap_or(tuning.async_commit);
     tuning.unnest_in_select = sizes.unnest_in_select.unwrap_or(tuning.unnest_in_select);

@@ -166,6 +166,8 @@ pub struct Tuning {
     pub eager_batches: Option<bool>,
     /// Rows of a set that go by one unique column are looked up by the array of its values.
     pub delete_by_array: Option<bool>,
+    /// Rows that went so are counted by the server's statistics of the transaction.
+    pub count_by_server: Option<bool>,
     /// Of a set so many rows go to the target in one execution; 0 for all.
     pub set_rows: Option<usize>,
     /// For so many milliseconds counts of a stream may wait in the row of its progress; 0 writes

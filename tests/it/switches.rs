@@ -128,6 +128,9 @@ static APPLYING: &[Switch] = &[
         t.said("transactions_max")
     }),
     Switch::new(&[("delete-by-array", "false")], Goes, |t| t.on_target(" any ($1::integer[])")),
+    Switch::new(&[("count-by-server", "false")], Goes, |t| {
+        t.on_target("pg_stat_get_xact_tuples_deleted")
+    }),
     Switch::new(&[("set-rows", "0")], Less, |t| t.on_target("update only \"public\".\"big\"")),
     Switch::new(&[("counters-ms", "0")], More, |t| t.on_target("execute walferry_counts:")),
     Switch::new(&[("positions-ms", "0")], More, |t| t.on_target("execute walferry_position:")),
@@ -326,7 +329,7 @@ const BACKLOG: &[&str] = &[
      end loop; end $$",
     "begin; update big set n = n + 1 where id <= 2000; savepoint s; delete from big; \
      rollback to s; insert into big select i, 'new', 0 from generate_series(10001, 10400) i; \
-     delete from big where id between 3001 and 3200; update big set id = -id where id between 2001 \
+     delete from big where id between 3001 and 3400; update big set id = -id where id between 2001 \
      and 2050; commit",
     "truncate tr, wide; insert into wide values (1, 'all that is left')",
 ];

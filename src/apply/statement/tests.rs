@@ -24,6 +24,7 @@ fn mapping(identity: ReplicaIdentity, kind: &str, key: &[&str]) -> Mapping {
         counts_inserts: false,
         takes_copy: true,
         deletes_by_array: true,
+        counts_by_server: true,
         unnests_in_select: true,
         acts: false,
         owned: true,

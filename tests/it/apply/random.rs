@@ -250,6 +250,7 @@ async fn both_orders_leave_what_the_source_has() {
             wish.tuning.binary_values = binary_values;
             wish.tuning.eager = short;
             wish.tuning.delete_by_array = short;
+            wish.tuning.count_by_server = copy_inserts;
             wish.tuning.set_rows = if short { 3 } else { 0 };
             wish.tuning.unnest_in_select = short;
             wish.tuning.sort_keys = short;

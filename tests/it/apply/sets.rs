@@ -197,6 +197,44 @@ async fn a_row_missing_from_a_set_is_named_and_nothing_of_the_batch_stays() {
     assert_eq!(rows(&mut session, "select count(*) from walferry.stream_table").await, "0");
 }
 
+/// By its statistics of the transaction; where it keeps none, and of partitions, by giving them back.
+#[tokio::test]
+async fn rows_that_go_are_counted_by_the_server_and_a_missing_one_is_named() {
+    let (server, mut session) = target(
+        "create table public.k (id int primary key, v text); \
+         create table public.p (id int primary key, v text) partition by range (id); \
+         create table public.pa partition of public.p for values from (1) to (1500); \
+         create table public.pb partition of public.p for values from (1500) to (9999); \
+         insert into public.k select i, 'x' from generate_series(1, 4000) i where i <> 1700; \
+         insert into public.p select i, 'x' from generate_series(1, 4000) i where i <> 1700;",
+    )
+    .await;
+    let tables = [table("k", ByKey, &["id*", "v"]), table("p", ByKey, &["id*", "v"])];
+    let gone = |range: std::ops::Range<u32>| -> Vec<Change> {
+        let ids = range.map(|id| id.to_string());
+        ids.flat_map(|id| tables.each_ref().map(|table| table.delete(&[&id, N]))).collect()
+    };
+    let left = "select (select count(*) from public.k), (select count(*) from public.p)";
+    for (at, counts, range, rest) in
+        [(100, "on", 1..1001, "2999|2999"), (200, "off", 3001..4001, "1999|1999")]
+    {
+        let set = format!("alter database postgres set track_counts = {counts}");
+        session.execute(&set).await.unwrap();
+        let batch = vec![transaction(at, gone(range))];
+        let applied = in_order(&server, Mode::Auto, batch).await.unwrap();
+        assert_eq!((applied.rows, applied.fallbacks), (2000, 0), "track_counts = {counts}");
+        assert_eq!(rows(&mut session, left).await, rest);
+    }
+    for counts in ["on", "off"] {
+        let set = format!("alter database postgres set track_counts = {counts}");
+        session.execute(&set).await.unwrap();
+        let batch = vec![transaction(300, gone(1001..2001))];
+        let error = in_order(&server, Mode::Auto, batch).await.unwrap_err();
+        assert!(error.to_string().contains("DELETE of public.k key (id)=(1700)"), "{error}");
+        assert_eq!(rows(&mut session, left).await, "1999|1999");
+    }
+}
+
 /// A nested loop would begin a scan for every row; the statistics count them.
 #[tokio::test]
 async fn rows_without_a_key_cost_one_scan_a_batch_and_not_one_each() {
