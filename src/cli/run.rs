@@ -143,6 +143,8 @@ struct Screen {
     bar: Mutex<Option<ProgressBar>>,
     copy: Mutex<Option<(Arc<CopyProgress>, Instant)>>,
     said: Mutex<Said>,
+    /// What is being built beside a copy: done, total, the statement.
+    building: Mutex<Option<(usize, usize, String)>>,
     /// The job was ended by another command.
     ended: AtomicBool,
 }
@@ -167,6 +169,7 @@ impl Screen {
                 self.line("stopped: the job is ended by finish or cancel");
             }
             Notice::Copying(progress) => self.copying(progress),
+            Notice::Copied => self.copied(),
             Notice::Building(done, total, statement) => self.building(done, total, &statement),
             Notice::Trouble(text) => {
                 let Ok(mut said) = self.said.lock() else { return };
@@ -213,23 +216,39 @@ impl Screen {
         }
     }
 
+    /// Beside a copy, whose bar stays, it is a word there.
     fn building(&self, done: usize, total: usize, statement: &str) {
         let text = statement.split_whitespace().collect::<Vec<_>>().join(" ");
-        self.end_copy();
-        let bar = self.bar_of(total as u64, "{bar:30} {pos}/{len} {wide_msg}");
-        if bar.is_hidden() && !text.is_empty() {
+        let is_copying = self.copy.lock().is_ok_and(|copy| copy.is_some());
+        let is_hidden = match is_copying {
+            true => {
+                self.bar.lock().is_ok_and(|bar| bar.as_ref().is_none_or(ProgressBar::is_hidden))
+            }
+            false => self.building_bar(done, total, &text).is_hidden(),
+        };
+        if is_hidden && !text.is_empty() {
             let short: String = text.chars().take(100).collect();
             self.line(&format!("building {done}/{total}: {short}"));
         }
-        bar.set_length(total as u64);
-        bar.set_position(done as u64);
-        bar.set_message(text);
+        if let Ok(mut building) = self.building.lock() {
+            *building = is_copying.then_some((done, total, text));
+        }
     }
 
-    /// The copy's bar makes room for another.
-    fn end_copy(&self) {
-        if self.copy.lock().is_ok_and(|copy| copy.is_some()) {
-            self.clear();
+    fn building_bar(&self, done: usize, total: usize, text: &str) -> ProgressBar {
+        let bar = self.bar_of(total as u64, "{bar:30} {pos}/{len} {wide_msg}");
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+        bar.set_message(text.to_string());
+        bar
+    }
+
+    /// The copy's bar makes room for that of what is built, if something is.
+    fn copied(&self) {
+        self.clear();
+        let building = self.building.lock().ok().and_then(|mut building| building.take());
+        if let Some((done, total, text)) = building.filter(|(done, total, _)| done < total) {
+            self.building_bar(done, total, &text);
         }
     }
 
@@ -250,6 +269,9 @@ impl Screen {
     /// The copy's counters are looked at four times a second until the bar is cleared.
     fn copying(self: &Arc<Self>, progress: Arc<CopyProgress>) {
         self.clear();
+        if let Ok(mut building) = self.building.lock() {
+            *building = None;
+        }
         let bar = self.bar_of(0, "{bar:30} {percent:>3} % {wide_msg}");
         if let Ok(mut copy) = self.copy.lock() {
             *copy = Some((progress.clone(), Instant::now()));
@@ -260,8 +282,12 @@ impl Screen {
             while !bar.is_finished() {
                 let now = progress.snapshot();
                 let left = now.left.map_or(String::new(), |s| format!(", {} left", time(s)));
+                let building = screen.building.lock().ok().and_then(|building| building.clone());
+                let building = building.filter(|(done, total, _)| done < total);
+                let building = building
+                    .map_or(String::new(), |(done, total, _)| format!(", building {done}/{total}"));
                 let text = format!(
-                    "{} rows, {} rows/s, {}/s{left}",
+                    "{} rows, {} rows/s, {}/s{left}{building}",
                     print::count(now.rows),
                     print::count(now.rows_per_second as u64),
                     print::bytes(now.bytes_per_second as u64)

@@ -70,6 +70,8 @@ fn copy(tuning: &config::Tuning) -> Bulk {
     };
     let bundle_tables = tuning.bundle_tables.unwrap_or(default.bundle_tables).max(1);
     let keys_beside = tuning.keys_beside.unwrap_or(default.keys_beside);
+    let indexes_beside_copy = tuning.indexes_beside_copy.unwrap_or(default.indexes_beside_copy);
+    let analyze_beside = tuning.analyze_beside.unwrap_or(default.analyze_beside);
     let memory = tuning.maintenance_work_mem.map(|megabytes| megabytes.saturating_mul(1 << 20));
     let maintenance_work_mem = memory.unwrap_or(default.maintenance_work_mem);
     let part_bytes = tuning.part_bytes.unwrap_or(default.part_bytes);
@@ -77,7 +79,16 @@ fn copy(tuning: &config::Tuning) -> Bulk {
         Some(false) => Format::Text,
         _ => default.format,
     };
-    Bulk { bundle_tables, freeze, keys_beside, part_bytes, format, maintenance_work_mem }
+    Bulk {
+        bundle_tables,
+        freeze,
+        keys_beside,
+        indexes_beside_copy,
+        analyze_beside,
+        part_bytes,
+        format,
+        maintenance_work_mem,
+    }
 }
 
 /// What `[tuning]` says of reading in bulk.

@@ -209,6 +209,10 @@ pub struct Tuning {
     pub freeze: Option<bool>,
     /// Whether keys of large tables are built beside their other indexes.
     pub keys_beside: Option<bool>,
+    /// Whether a table gets its indexes while others are still copied.
+    pub indexes_beside_copy: Option<bool>,
+    /// Whether a table that has its indexes is analyzed while others get theirs.
+    pub analyze_beside: Option<bool>,
     /// maintenance_work_mem of sessions that build indexes, in megabytes, where the target's own is
     /// less; 0 leaves it to the target.
     pub maintenance_work_mem: Option<u64>,

@@ -53,11 +53,11 @@ pub mod transfer;
 pub use again::Again;
 pub use error::Error;
 pub use format::Format;
-pub use parts::PART_BYTES;
+pub use parts::{PART_BYTES, heap_bytes};
 pub use progress::{CopyProgress, ProgressSnapshot, TableProgress};
 pub use run::{Freeze, Options, run};
 pub use snapshot::{SnapshotSource, export_snapshot};
-pub use store::{DDL, visibility};
+pub use store::{DDL, visibility, whole};
 
 /// Result with this room's error.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -98,9 +98,14 @@ pub fn bundle<T>(
     bundles
 }
 
+/// Bytes of a table's rows, without TOAST.
+pub fn heap_bytes(table: &Table) -> u64 {
+    table.blocks * BLOCK_BYTES
+}
+
 /// Bytes to be read for a table: what decides who comes first.
 pub fn weight(table: &Table) -> u64 {
-    table.bytes.max(table.blocks * BLOCK_BYTES)
+    table.bytes.max(heap_bytes(table))
 }
 
 /// Tables that hold rows, largest first: a partitioned parent has none of its own.

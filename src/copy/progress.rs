@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::parts::{order, weight};
+use tokio::sync::watch;
+
+use super::parts::{SMALL_BYTES, order, weight};
 use crate::catalog::Table;
 use crate::id::QualifiedName;
 
@@ -20,6 +22,8 @@ struct Inner {
     started: Instant,
     tables: Vec<Counters>,
     index: HashMap<QualifiedName, usize>,
+    /// Told of each table that gets its last part, small ones left out.
+    whole: watch::Sender<()>,
 }
 
 #[derive(Debug, Default)]
@@ -100,7 +104,13 @@ impl CopyProgress {
             .enumerate()
             .filter_map(|(at, table)| table.name.clone().map(|name| (name, at)))
             .collect();
-        CopyProgress { inner: Arc::new(Inner { started: Instant::now(), tables, index }) }
+        let whole = watch::Sender::new(());
+        CopyProgress { inner: Arc::new(Inner { started: Instant::now(), tables, index, whole }) }
+    }
+
+    /// Changes whenever another table that is not small may be there wholly: see [`super::whole`].
+    pub fn whole(&self) -> watch::Receiver<()> {
+        self.inner.whole.subscribe()
     }
 
     fn counters(&self, table: &QualifiedName) -> Option<&Counters> {
@@ -127,6 +137,7 @@ impl CopyProgress {
             ] {
                 counter.store(value, Ordering::Relaxed);
             }
+            self.tell(counters);
         }
     }
 
@@ -150,6 +161,15 @@ impl CopyProgress {
     pub(super) fn part_done(&self, table: &QualifiedName) {
         if let Some(counters) = self.counters(table) {
             counters.parts_done.fetch_add(1, Ordering::Relaxed);
+            self.tell(counters);
+        }
+    }
+
+    fn tell(&self, counters: &Counters) {
+        let (parts, done) = (&counters.parts, &counters.parts_done);
+        let is_done = done.load(Ordering::Relaxed) >= parts.load(Ordering::Relaxed);
+        if is_done && counters.weight > SMALL_BYTES {
+            self.inner.whole.send_replace(());
         }
     }
 

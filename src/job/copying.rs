@@ -1,22 +1,19 @@
-//! Rows, then indexes and constraints.
+//! Rows, then indexes and constraints, or indexes beside rows (see [`super::building`]).
 //!
 //! All tables are read under one snapshot while the slot's lives, otherwise what is not finished is
 //! read under a fresh one, whose visibility the applier then respects. Foreign keys and the rest
 //! come once the target is consistent, which it is at once where all tables share one snapshot.
 
-use std::collections::{HashSet, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use tokio::task::JoinSet;
-
-use super::run::{Notice, Report, Runner};
+use super::analyzing::Analysis;
+use super::run::{Notice, Runner};
 use super::state::Event;
 use super::{Error, Result};
 use crate::catalog::{Table, TableKind};
 use crate::copy::{self, CopyProgress, Format, Freeze, SnapshotSource};
-use crate::id::QualifiedName;
-use crate::pg::{Config, Purpose, Session};
-use crate::schema::{self, PostOptions, PostPhase, PostProgress};
+use crate::pg::{Purpose, Session};
+use crate::schema::{self, PostOptions, PostPhase};
 use crate::source::{ExportedSnapshot, HeldSlot, snapshot};
 
 /// What makes the copy fast, each with a value that turns it off.
@@ -28,6 +25,10 @@ pub struct Bulk {
     pub freeze: Freeze,
     /// Keys of large tables are built beside their other indexes.
     pub keys_beside: bool,
+    /// Indexes of a table that is copied are built while others are copied.
+    pub indexes_beside_copy: bool,
+    /// A table that has its indexes is analyzed while others get theirs.
+    pub analyze_beside: bool,
     /// Tables that are larger are copied in parts of so many bytes at most; 0 is each in one.
     pub part_bytes: u64,
     /// How rows travel.
@@ -43,6 +44,8 @@ impl Default for Bulk {
             bundle_tables: 64,
             freeze: Freeze::default(),
             keys_beside: true,
+            indexes_beside_copy: false,
+            analyze_beside: true,
             part_bytes: copy::PART_BYTES,
             format: Format::default(),
             maintenance_work_mem: PostOptions::MEMORY_BYTES,
@@ -65,6 +68,30 @@ impl Runner {
         self.capture_forward().await?;
         let progress = Arc::new(CopyProgress::new(&tables));
         self.say(Notice::Copying(progress.clone()));
+        let mut analysis = Analysis::new(&self.config, &self.report, &tables);
+        if joined {
+            self.copy_rows(&tables, &progress).await?;
+            analysis.finish().await?;
+            self.store.forget_newcomers().await?;
+            return Ok(Event::CopyDone);
+        }
+        self.copy_and_build(&tables, &progress, &mut analysis).await?;
+        analysis.finish().await?;
+        // Tables read under different snapshots do not fit each other until the stream has passed
+        // them; foreign keys have to wait for that.
+        let job = self.config.job.as_str();
+        if copy::visibility(&mut self.store.session, job).await?.is_empty() {
+            self.build_rest().await?;
+        }
+        Ok(Event::CopyDone)
+    }
+
+    /// Copies rows, under fresh snapshots where one is of no use any more, until all are there.
+    pub(super) async fn copy_rows(
+        &mut self,
+        tables: &[Table],
+        progress: &CopyProgress,
+    ) -> Result<()> {
         let config = self.config.clone();
         let options = copy::Options {
             jobs: config.jobs,
@@ -78,9 +105,9 @@ impl Runner {
         };
         loop {
             let (holder, snapshots) = self.snapshot().await?;
-            let judged = self.judge(&tables, &snapshots).await;
+            let judged = self.judge(tables, &snapshots).await;
             let outcome = match judged {
-                Ok(()) => copy::run(&options, &tables, &snapshots, &progress).await,
+                Ok(()) => copy::run(&options, tables, &snapshots, progress).await,
                 Err(Error::Copy(error)) => Err(error),
                 Err(error) => return Err(error),
             };
@@ -93,22 +120,8 @@ impl Runner {
                 Err(error) => return Err(error.into()),
             }
         }
-        if joined {
-            self.analyze(&tables).await?;
-            self.store.forget_newcomers().await?;
-            return Ok(Event::CopyDone);
-        }
-        // Neither needs the other, and there may be nothing but commits to wait for.
-        let indexes = self.building(PostPhase::Indexes).await?;
-        tokio::try_join!(indexes, self.copy_large_objects())?;
-        self.analyze(&tables).await?;
-        // Tables read under different snapshots do not fit each other until the stream has passed
-        // them; foreign keys have to wait for that.
-        let job = self.config.job.as_str();
-        if copy::visibility(&mut self.store.session, job).await?.is_empty() {
-            self.build_rest().await?;
-        }
-        Ok(Event::CopyDone)
+        self.say(Notice::Copied);
+        Ok(())
     }
 
     /// What has no position in the log and so no seam: unlogged tables, which recovery empties, and
@@ -122,32 +135,9 @@ impl Runner {
         Ok(Event::CopyDone)
     }
 
-    /// The planner would know nothing of the new tables until autovacuum comes by, and applications
-    /// may be switched to them before that. As many sessions as copied take the tables by the
-    /// handful, largest first.
-    async fn analyze(&self, tables: &[Table]) -> Result<()> {
-        self.say(Notice::Said("analyzing the target's tables".to_string()));
-        let names = analyzed(tables);
-        let jobs = self.config.jobs.max(1);
-        let count = self.config.bulk.bundle_tables.min(names.len().div_ceil(4 * jobs)).max(1);
-        let waiting: VecDeque<Vec<QualifiedName>> =
-            names.chunks(count).map(<[QualifiedName]>::to_vec).collect();
-        let sessions = jobs.min(waiting.len());
-        let waiting = Arc::new(Mutex::new(waiting));
-        let mut workers = JoinSet::new();
-        for _ in 0..sessions {
-            let (target, report) = (self.config.target.clone(), self.report.clone());
-            workers.spawn(analyze_waiting(target, waiting.clone(), report));
-        }
-        while let Some(ended) = workers.join_next().await {
-            ended.map_err(|e| Error::State(format!("analyzing: {e}")))??;
-        }
-        Ok(())
-    }
-
     /// Foreign keys, triggers and the rest; nothing if they are there.
     pub(super) async fn build_rest(&mut self) -> Result<()> {
-        self.building(PostPhase::Rest).await?.await
+        self.building(PostPhase::Rest, None, None).await?.await
     }
 
     /// The slot's snapshot while its holder lives, else a fresh one. The holder must be kept.
@@ -173,79 +163,6 @@ impl Runner {
             dump.ok_or_else(|| Error::State("the schema dump is gone".to_string()))?;
         Ok(schema::Dump { pre, post })
     }
-
-    /// What builds one half of post-data, by sessions of its own.
-    async fn building(
-        &mut self,
-        phase: PostPhase,
-    ) -> Result<impl Future<Output = Result<()>> + use<>> {
-        let dump = self.dump().await?;
-        let target = self.row().await?.abilities.target;
-        let report = self.report.clone();
-        let mut progress = move |at: PostProgress<'_>| {
-            report(Notice::Building(at.done, at.total, at.statement.to_string()));
-        };
-        let mut options = PostOptions::new(self.config.job.as_str(), phase);
-        options.postponed = target.acting(self.selection.tables_only);
-        options.selection = self.selection_by_dump()?;
-        options.parallel = self.config.jobs;
-        options.bundle = self.config.bulk.bundle_tables;
-        options.keys_beside = self.config.bulk.keys_beside;
-        options.maintenance_work_mem = self.config.bulk.maintenance_work_mem;
-        options.async_commit = self.config.tuning.async_commit;
-        let target = self.config.target.clone();
-        Ok(async move { Ok(schema::apply_post(&target, &dump, &options, &mut progress).await?) })
-    }
-}
-
-/// What to name in ANALYZE, largest first: of a partitioned table the parent, which takes its
-/// partitions along.
-///
-/// <https://www.postgresql.org/docs/current/sql-analyze.html>
-fn analyzed(tables: &[Table]) -> Vec<QualifiedName> {
-    let all: HashSet<&QualifiedName> = tables.iter().map(|table| &table.name).collect();
-    let mut named: Vec<&Table> = tables
-        .iter()
-        .filter(|table| !table.partition_of.as_ref().is_some_and(|parent| all.contains(parent)))
-        .collect();
-    named.sort_by_key(|table| {
-        std::cmp::Reverse((table.kind == TableKind::Partitioned, table.bytes))
-    });
-    named.into_iter().map(|table| table.written_name().clone()).collect()
-}
-
-/// Analyzes handfuls of tables until none waits. A help and no condition: a table that somebody has
-/// locked is left to autovacuum.
-async fn analyze_waiting(
-    target: Config,
-    waiting: Arc<Mutex<VecDeque<Vec<QualifiedName>>>>,
-    report: Report,
-) -> Result<()> {
-    let mut session = Session::connect(&target, Purpose::Sql).await?;
-    session.execute("set lock_timeout = '1s'").await?;
-    let take = || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-    while let Some(names) = take() {
-        // Up to 10 the statement takes one table.
-        if session.major_version() > 10 && names.len() > 1 {
-            let list: Vec<String> = names.iter().map(QualifiedName::quoted).collect();
-            match session.execute(&format!("analyze {}", list.join(", "))).await {
-                Ok(_) => continue,
-                Err(error) if error.code() == Some("55P03") => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        for name in names {
-            match session.execute(&format!("analyze {}", name.quoted())).await {
-                Err(error) if error.code() == Some("55P03") => {
-                    report(Notice::Said(format!("{name} is locked, not analyzed")));
-                }
-                analyzed => {
-                    analyzed?;
-                }
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Keeps a snapshot alive.

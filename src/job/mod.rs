@@ -7,8 +7,9 @@
 //! - `state`: the pure step function. `store`, `ddl`, `options`: its tables. `lease`: one runner at
 //!   a time.
 //! - `admit`: who may run it. `place`: where changes wait. `run`: the runner, a loop of step and
-//!   execute. `prepare`: check, publication, slot, tables. `copying`: rows, then indexes and
-//!   constraints. `streams`: starting and stopping them. `pipeline`: one stream, kept going;
+//!   execute. `prepare`: check, publication, slot, tables. `copying`: rows, then
+//!   indexes and constraints; `building`: those, also beside rows; `analyzing`: what the planner is
+//!   told. `streams`: starting and stopping them. `pipeline`: one stream, kept going;
 //!   `spooling`: one through a spool. `attend`: what a runner does while it follows: commands,
 //!   `positions`. `vigil`: the lease, and servers that fall silent. `flip`: arming the way back,
 //!   and the choreography; `request`: as it is asked for; `journal`: its journal.
@@ -45,9 +46,11 @@ mod admit;
 pub mod align;
 mod alone;
 mod altering;
+mod analyzing;
 pub mod ask;
 mod attend;
 mod brought;
+mod building;
 pub mod capturing;
 pub mod check;
 pub mod cleanup;

@@ -9,10 +9,9 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-pub use super::config::JobConfig;
-
 use super::admit::{admit, make_tables};
 use super::capturing;
+pub use super::config::JobConfig;
 use super::flip::FlipRequest;
 use super::heartbeat::Heartbeat;
 use super::lease::{self, Holder};
@@ -68,12 +67,13 @@ pub enum Notice {
     Ended,
     /// Rows are being copied; look at the counters from time to time.
     Copying(Arc<CopyProgress>),
-    /// Indexes and constraints: done, total, what is being built.
+    /// All rows are copied.
+    Copied,
+    /// Indexes and constraints: done, total, what is being built. Also while rows are copied.
     Building(usize, usize, String),
     /// A fault that is being tried again.
     Trouble(String),
-    /// The stream to the target has begun, and how far it is from then on; again when it begins
-    /// anew, and the one before gives nothing more.
+    /// The stream to the target has begun (anew: the one before is over), and how far it is.
     Flows(watch::Receiver<Applied>),
     /// How the stream flows.
     Lag {

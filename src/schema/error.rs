@@ -35,6 +35,9 @@ pub enum Error {
         /// What it said.
         stderr: String,
     },
+    /// The copy beside which indexes were built was given up.
+    #[error("indexes were to be built beside a copy, which was given up")]
+    NotCopied,
     /// pg_dump's output cannot be read.
     #[error("cannot read the output of pg_dump: {0}; this is a bug of walferry, please report it")]
     Script(#[from] LexError),
@@ -148,6 +151,7 @@ impl Faulty for Error {
             {
                 Fault::Retry
             }
+            Error::NotCopied => Fault::Retry,
             Error::NoPgDump { .. }
             | Error::PgDump { .. }
             | Error::Roles { .. }

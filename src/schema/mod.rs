@@ -12,7 +12,8 @@
 //! 3. The rows are copied, by others, into tables without indexes, keys and triggers.
 //! 4. `apply_post` with [`PostPhase::Indexes`]: indexes and their constraints, in parallel, largest
 //!    table first, those of small tables many to a transaction; then indexes of partitions are
-//!    attached, replica identities set.
+//!    attached, replica identities set. It may begin while step 3 is under way, with the tables
+//!    that are copied ([`Beside`]).
 //! 5. `apply_post` with [`PostPhase::Rest`]: foreign keys, triggers, rules, policies, materialized
 //!    views filled, event triggers last.
 //! 6. `refresh` (materialized views) and `set_sequences` at the cutover.
@@ -65,7 +66,7 @@ pub use dump::{Dump, Options, dump, pg_dump_versions};
 pub use error::Error;
 pub use older::{Fitted, TooNew, fit};
 pub use plan::PostPhase;
-pub use post::{PostOptions, PostProgress, apply_post};
+pub use post::{Beside, Copied, PostOptions, PostProgress, apply_post};
 pub use pre::{apply_pre, drop_made, is_made};
 pub use refresh::{Unrefreshed, materialized, refresh};
 pub use sequence::set_sequences;

@@ -59,14 +59,16 @@ pub fn bundles(
 
 /// ALTER TABLE ... ADD PRIMARY KEY shuts every other CREATE INDEX out of its table for as long as
 /// it sorts. Of a large table that gets other indexes too, a key becomes a unique index, built
-/// beside those, and a constraint made of it afterwards, which takes no time. `done` are ids of an
-/// earlier run: what was begun so is ended so.
+/// beside those, and a constraint made of it afterwards, which takes no time. So does a large
+/// table's only key where the table `is_early`, built while others are copied: everybody may read
+/// it meanwhile. `done` are ids of an earlier run: what was begun so is ended so.
 ///
 /// <https://www.postgresql.org/docs/current/sql-altertable.html> (ADD table_constraint_using_index)
 pub fn keys_beside(
     steps: Vec<Step>,
     bytes: &HashMap<QualifiedName, u64>,
     done: &HashSet<String>,
+    is_early: impl Fn(&QualifiedName) -> bool,
 ) -> Vec<Step> {
     let mut builds: HashMap<QualifiedName, usize> = HashMap::new();
     for lock in steps.iter().filter(|step| step.wave == Wave::Build).flat_map(|step| &step.locks) {
@@ -79,7 +81,7 @@ pub fn keys_beside(
             && step.locks.iter().all(|lock| {
                 lock.exclusive
                     && size(bytes, lock) > SMALL_BYTES
-                    && builds.get(&lock.table) > Some(&1)
+                    && (builds.get(&lock.table) > Some(&1) || is_early(&lock.table))
             });
         let wanted = !done.contains(&step.id) && (pays || done.contains(&index_id));
         if let Some((index, adopt)) = wanted.then(|| as_index(&step.statement.sql)).flatten() {
@@ -198,7 +200,7 @@ mod tests {
                     ALTER INDEX s.p ATTACH PARTITION s.k";
         let plan = |done: &[&String]| -> Vec<(Wave, String, String)> {
             let done = done.iter().map(ToString::to_string).collect();
-            let planned = keys_beside(steps(post, &bytes).unwrap(), &bytes, &done);
+            let planned = keys_beside(steps(post, &bytes).unwrap(), &bytes, &done, |_| false);
             planned.into_iter().map(|s| (s.wave, s.statement.sql, s.id)).collect()
         };
         let planned = plan(&[]);
@@ -215,6 +217,16 @@ mod tests {
         assert_eq!(plan(&[index_id]), planned, "a run that was stopped between the two");
         let statements = plan(&[index_id, key_id]);
         assert_eq!(statements.len(), 6, "a key that is there is not taken apart");
+        let early = keys_beside(steps(post, &bytes).unwrap(), &bytes, &HashSet::new(), |_| true);
+        let adopted = early.iter().filter(|step| step.wave == Wave::Adopt);
+        assert_eq!(adopted.count(), 2, "an only key of a large table that is early");
+        let late: Vec<&str> = early
+            .iter()
+            .filter(|step| step.locks.iter().any(|lock| lock.exclusive))
+            .filter(|step| step.wave == Wave::Build)
+            .map(|step| step.statement.sql.as_str())
+            .collect();
+        assert_eq!(late, ["ALTER TABLE ONLY s.small ADD CONSTRAINT m PRIMARY KEY (a)"]);
     }
 
     #[test]

@@ -3,10 +3,11 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::pack;
-use super::plan::{self, PostPhase, Step, Wave};
+use super::plan::{self, Lock, PostPhase, Step, Wave};
 use super::pre::{known_settings, record, texts, transaction, with_settings};
 use super::{Acting, Dump, Error, Result};
 use crate::catalog::Selection;
@@ -40,6 +41,44 @@ pub struct PostOptions {
     /// at all. Only for callers that note what comes of it by a commit on this very server, which
     /// waits for all before it.
     pub async_commit: bool,
+    /// Rows are still being copied, and what is there wholly gets its indexes meanwhile; without,
+    /// all rows are there.
+    pub beside: Option<Beside>,
+}
+
+/// What is copied so far. Names are those on the target.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Copied {
+    /// Tables that have all their rows for good: none of them is emptied again.
+    pub tables: HashSet<QualifiedName>,
+    /// Everything is copied.
+    pub all: bool,
+}
+
+/// A copy under way beside which indexes are built.
+#[derive(Clone, Debug)]
+pub struct Beside {
+    /// Where the copy is. If the sender goes before all is copied, so does what is being built.
+    pub copied: watch::Receiver<Copied>,
+    /// Heap sizes on the source, in bytes, of the tables that are copied: those on the target say
+    /// nothing yet.
+    pub bytes: HashMap<QualifiedName, u64>,
+    /// Sessions at most until all is copied; 0 counts as 1.
+    pub parallel: usize,
+}
+
+impl Beside {
+    fn is_over(&self) -> bool {
+        self.copied.borrow().all
+    }
+
+    /// True if these may run now. Until all is copied nothing locks a table against readers for as
+    /// long as an index takes: a copy that begins again, and a person, look at sizes.
+    fn lets(&self, steps: &[Step]) -> bool {
+        let copied = self.copied.borrow();
+        let may = |lock: &Lock| !lock.exclusive && copied.tables.contains(&lock.table);
+        copied.all || steps.iter().all(|step| step.locks.iter().all(may))
+    }
 }
 
 impl PostOptions {
@@ -59,6 +98,7 @@ impl PostOptions {
             bundle: 64,
             keys_beside: true,
             async_commit: false,
+            beside: None,
         }
     }
 }
@@ -72,14 +112,22 @@ pub struct PostProgress<'a> {
     pub total: usize,
     /// The statement that starts now, or has just ended.
     pub statement: &'a str,
+    /// Tables that have just got the last of their indexes. What an earlier call has built is not
+    /// told.
+    pub complete: &'a [QualifiedName],
 }
 
 /// Runs one half of post-data over up to `parallel` sessions of its own. Statements that an
 /// earlier call for this job has done are left out. `progress` is called at the start and the end
 /// of each transaction, with its first statement, and must not block.
 ///
+/// Beside a copy, indexes of a table are built once its rows are there, and everything else waits
+/// for the end of the copy. What is recorded as done then stands on rows that are there as well,
+/// though neither commit may have waited for the disk: both are in one server's log, and of that a
+/// crash loses the end, so the index goes before its rows do.
+///
 /// After an error the statements under way are canceled and rolled back, and a later call goes on
-/// from there. A refused statement is shown whole.
+/// from there. A refused statement is shown whole. [`Error::NotCopied`]: the copy was given up.
 pub async fn apply_post(
     config: &Config,
     dump: &Dump,
@@ -88,7 +136,12 @@ pub async fn apply_post(
 ) -> Result<()> {
     let mut session = Session::connect(config, Purpose::Sql).await?;
     let done = done(&mut session, &options.job).await?;
-    let bytes = table_bytes(&mut session).await?;
+    let mut bytes = table_bytes(&mut session).await?;
+    let copied = options.beside.iter().flat_map(|beside| &beside.bytes);
+    for (table, copied) in copied.filter(|(_, copied)| **copied > 0) {
+        let there = bytes.entry(table.clone()).or_default();
+        *there = (*there).max(*copied);
+    }
     let known = known_settings(&mut session).await?;
     let mut steps = plan::steps(&dump.post, &bytes)?;
     steps.retain(|step| {
@@ -96,7 +149,9 @@ pub async fn apply_post(
         step.wave.phase() == options.phase && !postponed
     });
     if options.keys_beside {
-        steps = pack::keys_beside(steps, &bytes, &done);
+        let early = options.beside.as_ref().map(|beside| &beside.bytes);
+        let is_early = |table: &QualifiedName| early.is_some_and(|early| early.contains_key(table));
+        steps = pack::keys_beside(steps, &bytes, &done, is_early);
     }
     let total = steps.len();
     steps.retain(|step| !done.contains(&step.id));
@@ -107,6 +162,7 @@ pub async fn apply_post(
         idle: Vec::new(),
         busy: JoinSet::new(),
         running: HashMap::new(),
+        unbuilt: unbuilt(&steps),
         started: 0,
         done: total - steps.len(),
         total,
@@ -131,6 +187,15 @@ pub async fn apply_post(
         }
     }
     Ok(())
+}
+
+/// How many indexes each table lacks.
+fn unbuilt(steps: &[Step]) -> HashMap<QualifiedName, usize> {
+    let mut unbuilt = HashMap::new();
+    for lock in steps.iter().filter(|step| step.wave == Wave::Build).flat_map(|step| &step.locks) {
+        *unbuilt.entry(lock.table.clone()).or_default() += 1;
+    }
+    unbuilt
 }
 
 async fn done(session: &mut Session, job: &str) -> Result<HashSet<String>> {
@@ -164,6 +229,8 @@ struct Crew<'a> {
     busy: JoinSet<(Session, usize, Result<()>)>,
     /// What each transaction under way runs, by its number.
     running: HashMap<usize, (Vec<Step>, CancelHandle)>,
+    /// Tables that lack indexes, and how many.
+    unbuilt: HashMap<QualifiedName, usize>,
     started: usize,
     done: usize,
     total: usize,
@@ -198,32 +265,79 @@ impl Crew<'_> {
         mut waiting: VecDeque<Vec<Step>>,
         progress: &mut (dyn FnMut(PostProgress<'_>) + Send),
     ) -> Result<()> {
-        let parallel = if wave.is_parallel() { self.options.parallel.max(1) } else { 1 };
+        let mut beside = self.options.beside.clone();
         loop {
-            while self.running.len() < parallel {
+            while self.running.len() < self.parallel(wave) {
                 let others = self.running.values().flat_map(|(steps, _)| steps);
                 let free = waiting.iter().position(|steps| {
-                    steps.iter().all(|step| others.clone().all(|other| step.is_free_of(other)))
+                    beside.as_ref().is_none_or(|beside| beside.lets(steps))
+                        && steps
+                            .iter()
+                            .all(|step| others.clone().all(|other| step.is_free_of(other)))
                 });
                 let Some(steps) = free.and_then(|index| waiting.remove(index)) else { break };
-                self.report(&steps, progress);
+                self.report(&steps, &[], progress);
                 self.start(steps).await?;
             }
-            let Some(ended) = self.busy.join_next().await else { return Ok(()) };
+            // Other waves find all copied: this, the first, does not end before.
+            let copying = beside.as_mut().filter(|beside| !beside.is_over());
+            let ended = match copying {
+                None => self.busy.join_next().await,
+                Some(beside) => tokio::select! {
+                    ended = self.busy.join_next(), if !self.busy.is_empty() => ended,
+                    changed = beside.copied.changed() => {
+                        changed.map_err(|_| Error::NotCopied)?;
+                        continue;
+                    }
+                },
+            };
+            let Some(ended) = ended else { return Ok(()) };
             let (session, number, outcome) =
                 ended.map_err(|e| Error::Bug(format!("a schema statement: {e}")))?;
             let steps = self.running.remove(&number).map_or(Vec::new(), |(steps, _)| steps);
             outcome?;
             self.idle.push(session);
             self.done += steps.len();
-            self.report(&steps, progress);
+            let complete = self.complete(wave, &steps);
+            self.report(&steps, &complete, progress);
         }
     }
 
-    fn report(&self, steps: &[Step], progress: &mut (dyn FnMut(PostProgress<'_>) + Send)) {
+    /// Sessions that may be at work.
+    fn parallel(&self, wave: Wave) -> usize {
+        let beside = self.options.beside.as_ref().filter(|beside| !beside.is_over());
+        match beside {
+            _ if !wave.is_parallel() => 1,
+            Some(beside) => beside.parallel.clamp(1, self.options.parallel.max(1)),
+            None => self.options.parallel.max(1),
+        }
+    }
+
+    /// Tables that have got the last of their indexes with these.
+    fn complete(&mut self, wave: Wave, steps: &[Step]) -> Vec<QualifiedName> {
+        let mut complete = Vec::new();
+        if wave != Wave::Build {
+            return complete;
+        }
+        for lock in steps.iter().flat_map(|step| &step.locks) {
+            let Some(left) = self.unbuilt.get_mut(&lock.table) else { continue };
+            *left = left.saturating_sub(1);
+            if *left == 0 {
+                complete.push(lock.table.clone());
+            }
+        }
+        complete
+    }
+
+    fn report(
+        &self,
+        steps: &[Step],
+        complete: &[QualifiedName],
+        progress: &mut (dyn FnMut(PostProgress<'_>) + Send),
+    ) {
         if let Some(step) = steps.first() {
             let statement = step.statement.sql.as_str();
-            progress(PostProgress { done: self.done, total: self.total, statement });
+            progress(PostProgress { done: self.done, total: self.total, statement, complete });
         }
     }
 

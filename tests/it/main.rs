@@ -3,6 +3,7 @@
 
 mod apply;
 mod brought;
+mod building;
 mod bulk;
 mod catalog;
 mod check;

@@ -96,6 +96,8 @@ static COPYING: &[Switch] = &[
     }),
     Switch::new(&[("freeze", "false")], Goes, |t| t.on_target(", freeze)")),
     Switch::new(&[("keys-beside", "false")], Goes, |t| t.on_target("PRIMARY KEY USING INDEX ")),
+    Switch::new(&[("indexes-beside-copy", "true")], Comes, Trace::indexes_before_the_last_rows),
+    Switch::new(&[("analyze-beside", "false")], Goes, Trace::analyzed_before_the_last_key),
     Switch::new(&[("maintenance-work-mem", "0")], Comes, |t| {
         t.on_target("set_config(name, '0', false)")
     }),
@@ -187,6 +189,23 @@ impl Trace {
         };
         let build = of(": CREATE INDEX ");
         build.intersection(&of("set synchronous_commit = off")).count() as u64
+    }
+
+    /// Indexes whose building began before the last COPY ended.
+    fn indexes_before_the_last_rows(&self) -> u64 {
+        let last = self.target.iter().rposition(|line| line.contains("c set state = 'done'"));
+        let before = self.target.iter().take(last.unwrap_or_default());
+        let is_index = |line: &&String| {
+            line.contains(": CREATE INDEX ") || line.contains(": CREATE UNIQUE INDEX ")
+        };
+        before.filter(is_index).count() as u64
+    }
+
+    /// Tables analyzed before the last key was there.
+    fn analyzed_before_the_last_key(&self) -> u64 {
+        let last = self.target.iter().rposition(|line| line.contains("ADD CONSTRAINT "));
+        let before = self.target.iter().take(last.unwrap_or_default());
+        before.filter(|line| line.contains("analyze \"")).count() as u64
     }
 
     /// The largest number that the applier told of `field`.

@@ -100,6 +100,8 @@ pub struct CheckOptions {
     pub spool: Option<PathBuf>,
     /// Parallel copies: each needs a connection on both sides.
     pub copy_jobs: usize,
+    /// Sessions that build indexes on the target beside those.
+    pub index_jobs: usize,
     /// Whether a way back will be armed, for which both sides need the rights of the other.
     pub reverse: bool,
     /// Assumed speed of the copy in bytes per second, all jobs together.
@@ -137,6 +139,7 @@ impl CheckOptions {
             alters: false,
             spool: None,
             copy_jobs: 4,
+            index_jobs: 0,
             reverse: true,
             copy_bytes_per_second: 50_000_000,
             wal_sample: Duration::from_secs(1),
@@ -169,6 +172,7 @@ impl CheckOptions {
                 _ => None,
             },
             copy_jobs: config.jobs,
+            index_jobs: config.jobs_beside_copy(),
             // Without a way back none of its rights is asked for.
             reverse: !config.is_one_way(),
             ..CheckOptions::new(config.job.clone())

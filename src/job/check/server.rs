@@ -164,7 +164,8 @@ fn capacity(end: &End, options: &CheckOptions) -> Vec<Finding> {
         room("no-free-origin", origins_setting, origins, 1, wanted, "the replication origin");
     }
     let used = end.facts.connections_used + end.number("superuser_reserved_connections");
-    let needed = CONNECTIONS_NEEDED + options.copy_jobs as i64;
+    let beside = if end.side == Side::Target { options.index_jobs } else { 0 };
+    let needed = CONNECTIONS_NEEDED + (options.copy_jobs + beside) as i64;
     let what = "the copy and the streams";
     room("few-connections", "max_connections", used, needed, used + needed, what);
     findings

@@ -48,7 +48,7 @@ impl View {
                 new.then(|| format!("trying again: {text}"))
             }
             Notice::Said(text) => Some(text),
-            Notice::Lag { .. } | Notice::Flows(_) => None,
+            Notice::Copied | Notice::Lag { .. } | Notice::Flows(_) => None,
             Notice::Ended => Some("ended by finish or cancel".to_string()),
         }
     }
