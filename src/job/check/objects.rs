@@ -86,8 +86,12 @@ impl Check<'_> {
 async fn extensions(source: &mut Session, target: &mut Session) -> pg::Result<Vec<Finding>> {
     let installed =
         source.query("select extname, extversion from pg_catalog.pg_extension order by 1").await?;
+    // What is installed is there, whatever became of the files it was installed from.
     let available = target
-        .query("select name, version from pg_catalog.pg_available_extension_versions")
+        .query(
+            "select name, version from pg_catalog.pg_available_extension_versions \
+             union select extname, extversion from pg_catalog.pg_extension",
+        )
         .await?;
     let mut versions: HashMap<&str, Vec<&str>> = HashMap::new();
     for row in &available {
