@@ -133,7 +133,12 @@ static APPLYING: &[Switch] = &[
     Switch::new(&[("count-by-server", "false")], Goes, |t| {
         t.on_target("pg_stat_get_xact_tuples_deleted")
     }),
-    Switch::new(&[("set-rows", "0")], Less, |t| t.on_target("update only \"public\".\"big\"")),
+    // Only what is written as a set: a batch that has also what sets cannot do is written in rows.
+    Switch::new(&[("set-rows", "0")], Less, |t| {
+        let of_big = |line: &&String| line.contains("update only \"public\".\"big\"");
+        let is_set = |line: &&String| line.contains("unnest(");
+        t.target.iter().filter(of_big).filter(is_set).count() as u64
+    }),
     Switch::new(&[("counters-ms", "0")], More, |t| t.on_target("execute walferry_counts:")),
     Switch::new(&[("positions-ms", "0")], More, |t| t.on_target("execute walferry_position:")),
     Switch::new(&[("flush-ms", "0")], More, |t| {
