@@ -62,8 +62,8 @@ pub(super) fn counts(mapping: &Mapping, keys: &[usize]) -> bool {
 
 /// What stands before and behind DELETEs that have no guard: the second gives 1 if as many rows as
 /// its parameter says have gone since the first, by what the server counts of this transaction,
-/// undone parts included. To give back each row and count those is a seventh of what a large
-/// DELETE takes.
+/// undone parts included. To give back each row and count those is a tenth of what a large
+/// DELETE takes, or more.
 ///
 /// <https://www.postgresql.org/docs/current/monitoring-stats.html> (pg_stat_xact_user_tables)
 pub(super) fn counted(mapping: &Mapping) -> (String, String) {

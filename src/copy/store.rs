@@ -279,14 +279,8 @@ pub(super) async fn uneven(session: &mut Session, job: &str) -> Result<Option<Qu
 /// [`super::run`] leaves them as they are, but for partitions published as their root, which have
 /// to fit their siblings.
 pub async fn whole(session: &mut Session, job: &str) -> Result<HashSet<QualifiedName>> {
-    let sql = "select schema, name from walferry.table_copy where job = $1 group by schema, name \
-               having bool_and(state = 'done') and count(distinct snapshot_id) <= 1 \
-               and count(distinct filenode) <= 1";
-    let mut whole = HashSet::new();
-    for row in session.query_params(sql, &[Some(job)]).await? {
-        whole.insert(QualifiedName::new(row.str(0)?, row.str(1)?));
-    }
-    Ok(whole)
+    let tables = load(session, job).await?;
+    Ok(tables.into_iter().filter(|(_, parts)| is_whole(parts)).map(|(table, _)| table).collect())
 }
 
 /// Tables of the job that were read under another snapshot than the slot's, with that snapshot and

@@ -35,7 +35,7 @@ use std::time::Duration;
 
 use super::admit::recorded;
 use super::config::JobConfig;
-use super::failover::{AfterFailover, record_timeline};
+use super::failover::AfterFailover;
 use super::opening::Half;
 use super::pipeline::PipeOptions;
 use super::run::{Notice, Runner};
@@ -198,9 +198,7 @@ pub(super) async fn settle(config: &JobConfig, store: &mut Store) -> Result<()> 
     check_system(&mut session, &recorded, progress_lsn).await?;
     check_slot(&name, Some(&status), &recorded, progress_lsn)?;
     if came_along {
-        let what = Stream::Forward.as_str();
-        record_timeline(&mut store.session, &config.job, what, recorded.timeline).await?;
-        store.forget();
+        store.record_timeline(Stream::Forward.as_str(), recorded.timeline).await?;
     }
     readings.decoded_at = given;
     store.save_readings(&readings).await

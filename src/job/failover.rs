@@ -174,8 +174,7 @@ impl Runner {
         // What is copied from here on is of this timeline. A stream records its own, once it has
         // the slot: the old primary may be the one that comes back.
         if row.phase == Phase::Copying && found.timeline != recorded.timeline {
-            record_timeline(home, &self.config.job, "copied", found.timeline).await?;
-            self.store.forget();
+            self.store.record_timeline("copied", found.timeline).await?;
             let said = format!(
                 "the source is on timeline {} now, and has all that was copied",
                 found.timeline

@@ -11,6 +11,7 @@ use super::ability::Abilities;
 pub use super::ddl::DDL_BOTH;
 use super::ddl::DDL_HOME;
 use super::error::Error;
+use super::failover::record_timeline;
 use super::groups::Group;
 pub use super::options::JobOptions;
 use super::owners::Owners;
@@ -179,6 +180,13 @@ impl Store {
             store.held = Some((row, Readings::read(readings.first())?));
         }
         Ok(store)
+    }
+
+    /// See [`record_timeline`]; what is held of the row is forgotten.
+    pub async fn record_timeline(&mut self, what: &str, timeline: u32) -> Result<()> {
+        record_timeline(&mut self.session, &self.job, what, timeline).await?;
+        self.forget();
+        Ok(())
     }
 
     /// From here on the row is read anew.
