@@ -53,6 +53,13 @@ impl JobName {
         &self.0
     }
 
+    /// The origins by which a stream's changes are written.
+    pub fn origins(&self, stream: Stream) -> [String; 2] {
+        let name = self.object(stream);
+        let second = second_origin(&name);
+        [name, second]
+    }
+
     /// Slot, publication and origin of one stream share this name: `walferry_<job>_forward`.
     pub fn object(&self, stream: Stream) -> String {
         format!("walferry_{}_{}", self.0, stream)
@@ -133,6 +140,11 @@ fn display_ident(ident: &str) -> String {
     let plain = ident.starts_with(|c: char| c.is_ascii_lowercase() || c == '_')
         && ident.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
     if plain { ident.to_string() } else { quote_ident(ident) }
+}
+
+/// The origin of a second session that applies the stream whose first origin is this.
+pub fn second_origin(origin: &str) -> String {
+    format!("{origin}_2")
 }
 
 /// `"ident"` with inner double quotes doubled, as `quote_ident()` does when it must quote.

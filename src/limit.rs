@@ -55,6 +55,9 @@ pub const FLUSH_AFTER: Duration = Duration::from_millis(20);
 /// that neither side waits for the other. More would only be memory.
 pub const BATCHES_IN_FLIGHT: usize = 2;
 
+/// Sessions that write to a target at once under a backlog.
+pub const APPLY_SESSIONS: usize = 2;
+
 /// The largest protocol message taken from a server: PostgreSQL's own limit of 1 GiB a field, and
 /// some room for the frame.
 pub const MESSAGE_BYTES: usize = (1 << 30) + (1 << 20);

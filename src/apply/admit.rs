@@ -52,6 +52,13 @@ impl Step {
     }
 }
 
+impl Admitted {
+    /// Nothing but rows is written.
+    pub fn is_rows_only(&self) -> bool {
+        self.steps.iter().all(|step| matches!(step, Step::Row(..)))
+    }
+}
+
 /// Counts every change of the batch, and gives those to be written. Every relation must have its
 /// route.
 pub(super) fn admit(routes: &mut Routes, batch: &Batch) -> Result<Admitted> {

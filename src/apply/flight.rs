@@ -6,15 +6,17 @@ use std::time::Instant;
 
 use super::admit::Admitted;
 use super::batch::Batch;
+use super::claims::Claims;
 use super::count::Entry;
 use super::error::{Error, Result};
+use super::lanes::Lane;
 use super::prepared::Prepared;
 use super::progress::Progress;
 use super::request::{Replies, Request, Role};
 use crate::change::{Change, Relation};
 use crate::fault::{Fault, Faulty};
 use crate::lsn::Lsn;
-use crate::pg::{self, Event};
+use crate::pg::{self, Event, Pipeline};
 
 /// A batch with all that is decided before it is written, and what came back.
 #[derive(Debug)]
@@ -36,8 +38,49 @@ pub(super) struct Flight {
     pub replies: Replies,
     pub failure: Option<pg::Error>,
     pub sent_at: Instant,
-    /// All has been answered.
-    pub over: bool,
+    /// What of it is still to be sent, once all before it in the other session have landed.
+    pub rest: Option<Pipeline>,
+    /// Some of it was sent before that.
+    pub ahead: bool,
+    /// Requests that have been sent and not answered.
+    pub due: usize,
+    /// What it writes, if that is known.
+    pub claims: Option<Arc<Claims>>,
+}
+
+impl Flight {
+    /// In which session.
+    pub fn lane(&self) -> Lane {
+        self.request.lane
+    }
+
+    /// All has been sent and answered.
+    pub fn over(&self) -> bool {
+        self.rest.is_none() && self.due == 0
+    }
+
+    /// It is to be sent as a whole, after all before it.
+    pub fn load(&mut self, request: Request) {
+        self.request = request;
+        let pipeline = std::mem::take(&mut self.request.pipeline);
+        (self.replies, self.failure) = (Replies::default(), None);
+        (self.ahead, self.due) = (false, 0);
+        self.rest = (!pipeline.is_empty()).then_some(pipeline);
+        self.claims = self.request.claims.take().map(Arc::new);
+    }
+
+    /// The same, but for a first part that can be sent now, if there is one.
+    pub fn load_ahead(&mut self, mut request: Request) -> Option<Pipeline> {
+        let Some(mut late) = request.late.take() else {
+            self.load(request);
+            return None;
+        };
+        std::mem::swap(&mut request.pipeline, &mut late.pipeline);
+        request.roles.append(&mut late.roles);
+        self.load(request);
+        (self.ahead, self.due) = (true, 1);
+        Some(late.pipeline)
+    }
 }
 
 /// A target transaction is worth its while for row changes, filtered ones included as they are
@@ -58,13 +101,14 @@ pub(super) fn falls_back(error: &pg::Error, flight: &Flight) -> bool {
     answered && of_set && !error.is_closed() && error.fault() != Fault::Retry
 }
 
-/// Gives an event to the oldest batch that is not over.
-pub(super) fn deliver(flights: &mut VecDeque<Flight>, event: Event) {
-    let Some(flight) = flights.iter_mut().find(|f| !f.over) else { return };
+/// Gives an event of a session to the oldest batch there that waits for one.
+pub(super) fn deliver(flights: &mut VecDeque<Flight>, lane: Lane, event: Event) {
+    let waiting = flights.iter_mut().find(|f| f.lane() == lane && f.due > 0);
+    let Some(flight) = waiting else { return };
     match event {
         Event::Reply(reply) => flight.replies.take(&flight.request.roles, reply),
         Event::Failed(error) => flight.failure = flight.failure.take().or(Some(error)),
-        Event::Over => flight.over = true,
+        Event::Over => flight.due -= 1,
     }
 }
 

@@ -60,7 +60,8 @@
 //!
 //! `conflict` is the other way to write: to a target that applications write to as well.
 //!
-//! Left out on purpose: several target sessions.
+//! `lanes` is the second session that writes under a backlog, `claims` tells what may be written
+//! there before the batch under way has landed; `landing` sends batches and takes their answers.
 //!
 //! [`Item::Idle`]: crate::change::Item::Idle
 
@@ -68,14 +69,18 @@ mod admit;
 pub mod altered;
 mod batch;
 mod carried;
+mod claims;
 pub mod conflict;
 mod count;
 mod durable;
 mod encode;
 mod error;
 mod flight;
+mod folded;
 mod gate;
 mod growth;
+mod landing;
+mod lanes;
 mod lines;
 mod native;
 pub mod parked;
@@ -263,6 +268,9 @@ pub struct Applied {
     /// Batches since [`Applier::connect`] that the target refused in set order, and took in row
     /// order.
     pub fallbacks: u64,
+    /// Batches since [`Applier::connect`] that were begun in one session while another had the one
+    /// before them.
+    pub ahead: u64,
     /// The hold position that is in force: everything below it is durable, and nothing at or above
     /// it is applied before the hold is taken back, unless `last_end_lsn` says that it was already.
     pub held: Option<Lsn>,
@@ -322,10 +330,11 @@ impl Applier {
         };
         let mut session = Session::connect(&config, Purpose::Sql).await?;
         let progress = Progress::of(&options.stream, options.progress);
-        let claimed = set_up(&mut session, &options, progress.claiming()).await?;
+        let settings = Settings::of(&options);
+        let claimed = settings.set_up(&mut session, progress.claiming()).await?;
         progress.claim(&mut session, claimed, options.busy_wait).await?;
         let (progress_lsn, durable) = progress.open(&mut session).await?;
-        let writer = Writer::new(&mut session, &options).await?;
+        let writer = Writer::new(&config, &mut session, &options).await?;
         let known = match &options.alter {
             Some(_) => altered::known(&mut session, &options.stream).await?,
             None => Known::new(),
@@ -372,41 +381,52 @@ impl Applier {
     }
 }
 
-/// Settings, and with them, as a target may be far away, a first try to claim progress: gives what
-/// came of that.
-async fn set_up(
-    session: &mut Session,
-    options: &Options,
-    claiming: Pipeline,
-) -> Result<pg::Result<()>> {
-    let mut settings = Pipeline::new();
-    // The seal of a fence lets this session through by the one or the other.
-    settings.once(match options.replica_role {
-        true => "set session_replication_role = replica",
-        false => "set walferry.applying = 'on'",
-    });
-    // An index is used wherever there is one, even if the planner saw the table when it was small;
-    // the cost that this adds to scans must not start the JIT compiler. Sets are joined to a table
-    // by its index, row by row, for the same reason.
-    let jit = (session.major_version() >= 11).then_some("jit");
-    for name in ["enable_seqscan", "enable_hashjoin", "enable_mergejoin"].into_iter().chain(jit) {
-        settings.once(&format!("set {name} = off"));
+/// How a session that writes is set up.
+#[derive(Clone, Copy, Debug)]
+struct Settings {
+    replica_role: bool,
+    async_commit: bool,
+}
+
+impl Settings {
+    fn of(options: &Options) -> Settings {
+        let Options { replica_role, tuning, .. } = options;
+        Settings { replica_role: *replica_role, async_commit: tuning.async_commit }
     }
-    if options.tuning.async_commit {
-        settings.once("set synchronous_commit = off");
+
+    /// Sets it up, and with that, as a target may be far away, tries to claim progress: gives what
+    /// came of that.
+    async fn set_up(self, session: &mut Session, claiming: Pipeline) -> Result<pg::Result<()>> {
+        let mut settings = Pipeline::new();
+        // The seal of a fence lets this session through by the one or the other.
+        settings.once(match self.replica_role {
+            true => "set session_replication_role = replica",
+            false => "set walferry.applying = 'on'",
+        });
+        // An index is used wherever there is one, even if the planner saw the table when it was small;
+        // the cost that this adds to scans must not start the JIT compiler. Sets are joined to a table
+        // by its index, row by row, for the same reason.
+        let jit = (session.major_version() >= 11).then_some("jit");
+        for name in ["enable_seqscan", "enable_hashjoin", "enable_mergejoin"].into_iter().chain(jit)
+        {
+            settings.once(&format!("set {name} = off"));
+        }
+        if self.async_commit {
+            settings.once("set synchronous_commit = off");
+        }
+        let [set, claimed] = session.exchange_each([settings, claiming]).await?;
+        if let Err(error) = set {
+            // The others are everybody's to set.
+            let grant = if session.major_version() >= 15 {
+                |role: &str| format!("grant set on parameter session_replication_role to {role}")
+            } else {
+                |role: &str| format!("alter role {role} superuser")
+            };
+            return Err(refused(session, error, "set session_replication_role", grant).await);
+        }
+        session.pass_unknown_bytes().await?;
+        Ok(claimed.map(|_| ()))
     }
-    let [set, claimed] = session.exchange_each([settings, claiming]).await?;
-    if let Err(error) = set {
-        // The others are everybody's to set.
-        let grant = if session.major_version() >= 15 {
-            |role: &str| format!("grant set on parameter session_replication_role to {role}")
-        } else {
-            |role: &str| format!("alter role {role} superuser")
-        };
-        return Err(refused(session, error, "set session_replication_role", grant).await);
-    }
-    session.pass_unknown_bytes().await?;
-    Ok(claimed.map(|_| ()))
 }
 
 /// A refusal for lack of rights (42501) with the SQL that grants them; any other error as it is.

@@ -272,7 +272,7 @@ fn fill(new: &Row, before: &Row) -> Row {
 }
 
 /// The key's columns in one piece; `None` if one has no text.
-fn key_of<'a>(row: &'a Row, keys: &[usize]) -> Option<Cow<'a, [u8]>> {
+pub(super) fn key_of<'a>(row: &'a Row, keys: &[usize]) -> Option<Cow<'a, [u8]>> {
     let text = |value: Option<Value<'a>>| match value {
         Some(Value::Text(text)) => Some(text),
         _ => None,

@@ -25,7 +25,7 @@ use super::standby::POSITION;
 use super::statement::GUARD_PREFIX;
 use super::{DDL, count, refused};
 use crate::clock::Deadline;
-use crate::id::quote_literal;
+use crate::id::{quote_literal, second_origin};
 use crate::lsn::Lsn;
 use crate::pg::{self, Pipeline, Row, Session};
 
@@ -145,6 +145,12 @@ impl Progress {
         pipeline.once(&count::enter_waiting(&stream));
         pipeline.once(&format!("update walferry.progress set counts = null {waiting}"));
         pipeline.once("commit");
+        self.prepare(&mut pipeline);
+        pipeline
+    }
+
+    /// Prepares the statements that write the row.
+    pub fn prepare(&self, pipeline: &mut Pipeline) {
         // A batch that a predecessor left in the server's socket knows of counts that are entered
         // now, and must fail as it does where progress has moved.
         let counts = (", counts = $4::text", " and (counts is null) = $5::bool");
@@ -159,7 +165,6 @@ impl Progress {
         }
         let mark = "update walferry.progress set end_lsn = end_lsn where stream = $1::text";
         pipeline.parse(MARK, mark, &[]);
-        pipeline
     }
 
     /// True if a transaction's first statement has to be to the stream's row.
@@ -299,10 +304,12 @@ pub async fn told_progress(session: &mut Session, stream: &str) -> Result<(Lsn, 
 pub async fn forget(session: &mut Session, stream: &str) -> Result<()> {
     // Asked first: who may not call the function may not call it for no rows either.
     let known = "select 1 from pg_catalog.pg_replication_origin where roname = $1";
-    if session.query_opt(known, &[Some(stream)]).await?.is_some() {
-        let drop = "select pg_catalog.pg_replication_origin_drop($1)";
-        if let Err(error) = session.query_params(drop, &[Some(stream)]).await {
-            return Err(denied(session, error).await);
+    for origin in [stream, &second_origin(stream)] {
+        if session.query_opt(known, &[Some(origin)]).await?.is_some() {
+            let drop = "select pg_catalog.pg_replication_origin_drop($1)";
+            if let Err(error) = session.query_params(drop, &[Some(origin)]).await {
+                return Err(denied(session, error).await);
+            }
         }
     }
     super::prepared::roll_back_all(session, stream).await?;

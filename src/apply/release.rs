@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use super::admit::Step;
 use super::batch::Batch;
 use super::error::{self, Error, Result};
+use super::lanes::Lane;
 use super::parking::{self, Noted, OnRowError, Parks, Reason, TRUNCATE_RESTART, described};
 use super::request::{Replies, Request, Role};
 use super::statement::GUARD_PREFIX;
@@ -263,7 +264,7 @@ impl Applier {
             return Err(error.into());
         }
         // Statements that were to be prepared after the one that failed are not there.
-        self.writer.routes.forget_statements();
+        self.writer.routes.forget_statements(Lane::Main);
         if self.session.in_transaction() {
             self.session.execute("rollback").await?;
         }

@@ -1,6 +1,11 @@
 //! One request to the target: its bytes, what each statement in it is for, and what came back.
 
+use std::sync::Arc;
+
+use super::claims::Claims;
 use super::error::{Error, Result};
+use super::lanes::Lane;
+use crate::id::QualifiedName;
 use crate::lsn::Lsn;
 use crate::pg::{self, Pipeline, Reply};
 
@@ -40,6 +45,14 @@ pub(super) struct Request {
     pub roles: Vec<Role>,
     /// Prepared statements that it drops.
     pub closed: Vec<String>,
+    /// In which session.
+    pub lane: Lane,
+    /// What it writes, where somebody may want to begin beside it.
+    pub claims: Option<Claims>,
+    /// What those before it write that are in the other session.
+    pub others: Vec<Arc<Claims>>,
+    /// What is sent once all those have landed; `None` where all is sent at once.
+    pub late: Option<Box<Request>>,
 }
 
 impl Request {
@@ -47,6 +60,19 @@ impl Request {
     pub fn aside(&mut self, sql: &str) {
         self.pipeline.once(sql);
         self.roles.push(Role::Aside);
+    }
+
+    /// Itself, or what is sent later of it.
+    pub fn part(&mut self, late: bool) -> &mut Request {
+        match late && self.late.is_some() {
+            true => self.late.get_or_insert_default(),
+            false => self,
+        }
+    }
+
+    /// True if one of those before it, in the other session, writes to the table.
+    pub fn meets(&self, table: &QualifiedName) -> bool {
+        self.others.iter().any(|claims| claims.touches(table))
     }
 
     /// Adds a prepared statement without parameters.

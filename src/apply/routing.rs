@@ -4,10 +4,11 @@ use std::collections::{self, BTreeMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use foldhash::{HashMap, HashMapExt};
+use foldhash::HashMap;
 
 use super::count::Counts;
 use super::error::{Error, Result};
+use super::lanes::{Lane, PerLane};
 use super::parking::Parks;
 use super::statement::{Bind, Mapping, MissingColumn};
 use super::target::{Table, Types};
@@ -26,7 +27,10 @@ pub(super) struct Prepared {
     pub binds: Vec<Bind>,
 }
 
-/// Names of prepared statements.
+/// Prepared statements of a table.
+pub(super) type Statements = HashMap<Vec<u8>, Prepared>;
+
+/// Names of the prepared statements of a session.
 #[derive(Debug, Default)]
 pub(super) struct Names {
     /// How many are on the server.
@@ -52,8 +56,8 @@ pub(super) struct Route {
     pub mapping: Option<Mapping>,
     /// What the copy read already, and the position from which on it need not be asked.
     pub copied: Option<(Snapshot, Lsn)>,
-    /// Names of prepared statements, by what makes them differ.
-    pub statements: HashMap<Vec<u8>, Prepared>,
+    /// Of each session, names of prepared statements, by what makes them differ.
+    pub statements: PerLane<Statements>,
     /// Of the target transaction under way.
     pub counts: Counts,
 }
@@ -70,8 +74,8 @@ pub(super) struct Routes {
     visibility: collections::HashMap<QualifiedName, (Snapshot, Lsn)>,
     gate: Option<Arc<Gate>>,
     tuning: Tuning,
-    /// Names of prepared statements that no route uses any more.
-    pub discarded: Vec<String>,
+    /// Of each session, names of prepared statements that no route uses any more.
+    pub discarded: PerLane<Vec<String>>,
     /// Tables whose changes are kept.
     pub parks: Parks,
     /// Counted under routes that are forgotten.
@@ -133,10 +137,17 @@ impl Routes {
         self.left.clear();
     }
 
-    /// All statements are to be prepared anew.
-    pub fn forget_statements(&mut self) {
+    /// All statements of a session are to be prepared anew.
+    pub fn forget_statements(&mut self, lane: Lane) {
+        let discarded = self.discarded.of_mut(lane);
         for route in self.routes.values_mut() {
-            self.discarded.extend(route.statements.drain().map(|(_, p)| p.name));
+            discarded.extend(route.statements.of_mut(lane).drain().map(|(_, p)| p.name));
+        }
+    }
+
+    fn discard(&mut self, statements: PerLane<Statements>) {
+        for (lane, statements) in statements.both() {
+            self.discarded.of_mut(lane).extend(statements.into_values().map(|p| p.name));
         }
     }
 
@@ -144,7 +155,7 @@ impl Routes {
     pub fn retire(&mut self) {
         for address in std::mem::take(&mut self.superseded) {
             let Some(old) = self.routes.remove(&address) else { continue };
-            self.discarded.extend(old.statements.into_values().map(|p| p.name));
+            self.discard(old.statements);
             let heir = self.routes.values_mut().find(|r| r.relation.name == old.relation.name);
             if let Some(heir) = heir {
                 heir.counts.add(old.counts);
@@ -155,14 +166,15 @@ impl Routes {
     /// Forgets all that is known of a table, so that the target is asked again. To be called
     /// between target transactions.
     pub fn forget(&mut self, table: &QualifiedName) {
-        let discarded = &mut self.discarded;
+        let mut gone = Vec::new();
         self.routes.retain(|_, route| {
             let stays = route.relation.name != *table;
             if !stays {
-                discarded.extend(route.statements.drain().map(|(_, p)| p.name));
+                gone.push(std::mem::take(&mut route.statements));
             }
             stays
         });
+        gone.into_iter().for_each(|statements| self.discard(statements));
         let routes = &self.routes;
         self.superseded.retain(|address| routes.contains_key(address));
     }
@@ -240,7 +252,7 @@ impl Routes {
     /// The relation's route; without a mapping its changes are kept or filtered.
     pub fn learn(&mut self, relation: &Arc<Relation>, mapping: Option<Mapping>) {
         let address = address(relation);
-        let mut statements = HashMap::new();
+        let mut statements = PerLane::default();
         for (old_address, old) in &mut self.routes {
             if old.relation.name != relation.name || self.superseded.contains(old_address) {
                 continue;
@@ -274,7 +286,8 @@ impl Routes {
 
     /// Forgets all tables, so that the target is asked again; what is counted stays.
     pub fn forget_all(&mut self) {
-        self.forget_statements();
+        self.forget_statements(Lane::Main);
+        self.forget_statements(Lane::Second);
         self.types = Types::default();
         self.foresee_no_more();
         self.left = self.counts().into_iter().map(|(name, n)| (name.clone(), n)).collect();

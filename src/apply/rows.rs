@@ -59,14 +59,15 @@ impl Writer {
         let Some(shape) = Shape::new(&route.relation, mapping, change).map_err(unfit)? else {
             return Err(Error::Broken("not a row change".to_string()));
         };
-        if !route.statements.contains_key(&shape.key) {
+        let statements = route.statements.of_mut(request.lane);
+        if !statements.contains_key(&shape.key) {
             let statement = shape.statement(mapping);
-            let name = self.names.next();
+            let name = self.names.of_mut(request.lane).next();
             request.pipeline.parse(&name, &statement.sql, &[]);
             let prepared = Prepared { name, binds: statement.binds };
-            route.statements.insert(shape.key.clone(), prepared);
+            statements.insert(shape.key.clone(), prepared);
         }
-        if let Some(prepared) = route.statements.get(&shape.key) {
+        if let Some(prepared) = statements.get(&shape.key) {
             let params = match shape.params(&route.relation, &prepared.binds) {
                 Ok(params) => params,
                 Err(Unfit::Broken(text)) => return Err(Error::Broken(text)),

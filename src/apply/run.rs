@@ -64,6 +64,9 @@ impl Applier {
                 self.applied.held = None;
             }
             self.fill(&mut feed)?;
+            if self.writer.looks_at().is_some_and(|due| due <= Instant::now()) {
+                self.writer.give_way(&mut self.session, &self.progress).await?;
+            }
             if self.parks_are_due() && !stopping {
                 self.land_all().await?;
                 self.try_parked().await?;
@@ -117,7 +120,7 @@ impl Applier {
     fn next_work(&mut self, hold_lsn: Option<Lsn>) -> Option<Work> {
         let room = match self.writer.in_flight() {
             0 => true,
-            count if count >= self.in_flight_max || self.batcher.is_empty() => false,
+            count if count >= self.in_flight_max() || self.batcher.is_empty() => false,
             _ => self.follows_closely() || self.is_worth_sending() || !self.batcher.wants_more(),
         };
         if room { self.batcher.take(hold_lsn) } else { None }
@@ -131,8 +134,9 @@ impl Applier {
         ended: &mut bool,
         shutdown: &mut watch::Receiver<bool>,
     ) -> Result<bool> {
-        let room = self.writer.in_flight() < self.in_flight_max && self.batcher.wants_more();
+        let room = self.writer.in_flight() < self.in_flight_max() && self.batcher.wants_more();
         let listens = room && !*ended && self.eager;
+        let look = self.writer.looks_at();
         tokio::select! {
             biased;
             item = feed.pop(), if listens => {
@@ -144,7 +148,14 @@ impl Applier {
             }
             arrived = self.writer.arrived(&mut self.session) => arrived.map(|()| true),
             () = changed(shutdown) => Ok(false),
+            () = at(look) => Ok(false),
         }
+    }
+
+    /// How many batches may be under way. With two sessions, the one that waits for the other has
+    /// the next batch to go on with.
+    fn in_flight_max(&self) -> usize {
+        self.in_flight_max + usize::from(self.writer.second.is_at_work())
     }
 
     /// True where batches are so small that the next is sent at once, behind the one under way,
@@ -205,11 +216,13 @@ impl Applier {
             }
             None => None,
         };
-        let cancel = self.session.cancel_handle();
+        let cancel = [Some(self.session.cancel_handle()), self.writer.second.cancel_handle()];
         let write = self.write(batch);
         let mut stopping = shutdown.clone();
         let (outcome, canceled) = until(write, asked(&mut stopping), async {
-            let _ = cancel.cancel().await;
+            for session in cancel.iter().flatten() {
+                let _ = session.cancel().await;
+            }
         })
         .await;
         self.canceled |= canceled;
@@ -259,6 +272,7 @@ impl Applier {
         self.batcher.resize(self.growth.learn(landed.batch.full, took));
         self.applied.rows += landed.rows;
         self.applied.fallbacks += u64::from(landed.fell_back);
+        self.applied.ahead += u64::from(landed.ahead);
         let Some(commit) = landed.batch.commit else { return Ok(()) };
         match landed.committed {
             false => self.passed(commit.end_lsn),
@@ -449,7 +463,7 @@ async fn changed<T>(receiver: &mut watch::Receiver<T>) {
 }
 
 /// Ready then; never for `None`.
-async fn at(due: Option<Instant>) {
+pub(super) async fn at(due: Option<Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due.into()).await,
         None => pending().await,

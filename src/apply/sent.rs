@@ -14,29 +14,33 @@ pub(super) struct Sent {
     behind: u64,
     /// Of those, the ones that were not full.
     closely: u64,
+    /// Begun in another session than the one under way.
+    ahead: u64,
     /// Source transactions of the largest.
     transactions_max: u64,
 }
 
 impl Sent {
     /// One more is sent.
-    pub fn count(&mut self, batch: &Batch, behind: bool, as_sets: bool) {
+    pub fn count(&mut self, batch: &Batch, behind: bool, as_sets: bool, ahead: bool) {
         self.batches += 1;
         self.as_sets += u64::from(as_sets);
         self.behind += u64::from(behind);
+        self.ahead += u64::from(ahead);
         self.closely += u64::from(behind && !batch.full);
         self.transactions_max = self.transactions_max.max(batch.transactions());
     }
 
     /// Says so.
     pub fn tell(&self, stream: &str) {
-        let Sent { batches, as_sets, behind, closely, transactions_max } = *self;
+        let Sent { batches, as_sets, behind, closely, ahead, transactions_max } = *self;
         tracing::debug!(
             stream,
             batches,
             as_sets,
             behind,
             closely,
+            ahead,
             transactions_max,
             "batches sent to the target"
         );

@@ -8,16 +8,19 @@ use foldhash::HashMap;
 
 use super::admit::Step;
 use super::batch::Batch;
-use super::encode::{Arrays, Carrier, Most, NoValue, Piece, WHOLE};
+use super::encode::{Arrays, Most, NoValue, Piece, WHOLE};
 use super::error::Result;
+use super::folded::{Folded, claim_whole, fold, part};
+use super::lanes::PerLane;
 use super::lines::Lines;
-use super::plan::{self, Copies, Entry, Net, Rules};
+use super::plan::{Copies, Entry, Net};
 use super::request::{Request, Role};
-use super::routing::{Names, Prepared, Route};
+use super::routing::{Names, Prepared, Route, Statements};
 use super::setwise;
 use super::statement::{Locator, Mapping};
 use super::writer::Writer;
-use crate::change::{Change, Relation, ReplicaIdentity, Row, Value};
+use crate::change::{Relation, Row, Value};
+use crate::id::QualifiedName;
 use crate::pg::Param;
 
 /// Fewer changes of a table than this are not worth a set, whose statements cost more to start.
@@ -70,14 +73,6 @@ enum Sets {
     Keyed { keys: Vec<usize>, deletes: Arrays, updates: Vec<Updates>, inserts: Inserts },
     Whole { deletes: Arrays, inserts: Inserts },
     Inserts(Inserts),
-}
-
-/// What a table's changes come to, before any of it is encoded.
-enum Folded<'a> {
-    Keyed(Vec<usize>, Vec<Entry<'a>>),
-    Whole(Vec<Copies<'a>>),
-    /// Nothing but new rows.
-    Inserts(Vec<&'a Row>),
 }
 
 /// Rows that come: by INSERT, or by COPY where there are many, and the target takes one.
@@ -143,9 +138,15 @@ impl Writer {
         steps: &[Step],
         tables: Tables,
     ) -> Result<()> {
-        for (relation, places) in tables.list {
+        let mut names = HashMap::<&QualifiedName, usize>::default();
+        for (relation, _) in &tables.list {
+            *names.entry(&relation.name).or_default() += 1;
+        }
+        for (relation, places) in &tables.list {
+            // Of one that was described anew, the older changes come first.
+            let once = names.get(&relation.name) == Some(&1);
             let chosen = || places.iter().filter_map(|at| steps.get(*at));
-            let route = self.routes.get_mut(&relation);
+            let route = self.routes.get_mut(relation);
             let few = !self.always_sets && places.len() < TABLE_CHANGES_MIN;
             let measure = Measure {
                 copied_min: if self.always_sets { 1 } else { COPY_ROWS_MIN },
@@ -162,20 +163,22 @@ impl Writer {
                     chosen().filter_map(|step| Some(step.of(batch)?.1))
                 })
             {
-                if let Ok(sets) = folded.encode(mapping, measure) {
+                let parts = part(request, mapping, &relation.name, folded, once);
+                if let Ok(sets) = encode(&parts, mapping, measure) {
                     write(request, &mut self.names, route, (sets, measure), None);
                     continue;
                 }
                 // Some value has no binary form.
                 let plain = mapping.plain();
-                if let Ok(sets) = folded.encode(&plain, measure) {
+                if let Ok(sets) = encode(&parts, &plain, measure) {
                     write(request, &mut self.names, route, (sets, measure), Some(&plain));
                     continue;
                 }
             }
+            let late = claim_whole(request, &relation.name);
             for at in places {
-                if let Some(step) = steps.get(at) {
-                    self.step(request, batch, at, step)?;
+                if let Some(step) = steps.get(*at) {
+                    self.step(request.part(late), batch, *at, step)?;
                 }
             }
         }
@@ -183,49 +186,12 @@ impl Writer {
     }
 }
 
-/// The table's net change; `None` if its changes are to be written one by one.
-fn fold<'a, I: Iterator<Item = &'a Change> + Clone>(
-    route: &Route,
+fn encode(
+    parts: &[(bool, Folded<'_>)],
     mapping: &Mapping,
-    sort_keys: bool,
-    changes: impl Fn() -> I,
-) -> Option<Folded<'a>> {
-    let mut written = mapping.written().peekable();
-    written.peek()?;
-    if written.any(|c| mapping.carrier(c) == Carrier::None) {
-        return None;
-    }
-    let width = mapping.places.len();
-    let new_row = |change: &'a Change| match change {
-        Change::Insert { new, .. } if new.len() == width => Some(new),
-        _ => None,
-    };
-    if let Some(rows) = changes().map(new_row).collect() {
-        return Some(Folded::Inserts(rows));
-    }
-    let mut rules = Rules {
-        width,
-        keys: &[],
-        complete: mapping.is_complete(),
-        settable: true,
-        full: route.relation.identity == ReplicaIdentity::Full,
-    };
-    match &mapping.locator {
-        Locator::Key(keys) => {
-            let mut keys = keys.clone();
-            keys.sort_unstable();
-            rules.keys = &keys;
-            // SET cannot write such a column, and the stream does not say whether it changed.
-            rules.settable = mapping.identity_always().is_none_or(|c| keys.contains(&c));
-            let mut entries = plan::keyed(&rules, changes())?;
-            if sort_keys {
-                plan::sort(&keys, &mut entries);
-            }
-            Some(Folded::Keyed(keys, entries))
-        }
-        Locator::Whole if rules.complete => Some(Folded::Whole(plan::whole(width, changes())?)),
-        Locator::Whole | Locator::None => None,
-    }
+    measure: Measure,
+) -> std::result::Result<Vec<(bool, Sets)>, NoValue> {
+    parts.iter().map(|(late, folded)| Ok((*late, folded.encode(mapping, measure)?))).collect()
 }
 
 impl Folded<'_> {
@@ -318,13 +284,20 @@ fn encode_whole(
 /// value that another gives up. `plain` is the mapping they were encoded by, if not the route's.
 fn write(
     request: &mut Request,
-    names: &mut Names,
+    names: &mut PerLane<Names>,
     route: &mut Route,
-    (sets, measure): (Sets, Measure),
+    (parts, measure): (Vec<(bool, Sets)>, Measure),
     plain: Option<&Mapping>,
 ) {
     let Route { mapping: Some(mapping), statements, .. } = route else { return };
-    let mut at = Desk { request, names, statements, mapping: plain.unwrap_or(mapping), plain };
+    let (names, statements) = (names.of_mut(request.lane), statements.of_mut(request.lane));
+    for (late, sets) in parts {
+        let (request, mapping) = (request.part(late), plain.unwrap_or(mapping));
+        put(Desk { request, names, statements, mapping, plain }, sets, measure);
+    }
+}
+
+fn put(mut at: Desk<'_>, sets: Sets, measure: Measure) {
     let inserts = match sets {
         Sets::Keyed { keys, mut deletes, updates, inserts } => {
             at.delete(&keys, &mut deletes, measure.counted_min);
@@ -355,7 +328,7 @@ fn write(
 struct Desk<'a> {
     request: &'a mut Request,
     names: &'a mut Names,
-    statements: &'a mut HashMap<Vec<u8>, Prepared>,
+    statements: &'a mut Statements,
     mapping: &'a Mapping,
     plain: Option<&'a Mapping>,
 }

@@ -126,7 +126,7 @@ pub(super) fn delete_whole(mapping: &Mapping) -> String {
 }
 
 /// Whether no two rows of the target can have the same key.
-fn is_unique(mapping: &Mapping, keys: &[usize]) -> bool {
+pub(super) fn is_unique(mapping: &Mapping, keys: &[usize]) -> bool {
     let is_key = |unique: &String| {
         keys.iter().any(|c| mapping.target(*c).is_some_and(|column| column.name == *unique))
     };

@@ -37,6 +37,8 @@ pub(super) struct Table {
     /// Names of the columns of the primary key, or else of the smallest unique index over NOT NULL
     /// columns; empty if there is neither.
     pub key: Vec<String>,
+    /// How many of its indexes allow each value but once, or exclude others otherwise.
+    pub unique_indexes: usize,
     /// In attnum order.
     pub columns: Vec<Column>,
 }
@@ -62,6 +64,8 @@ pub(super) struct Column {
     pub generated: bool,
     /// GENERATED ALWAYS AS IDENTITY: INSERT must override it, UPDATE cannot set it.
     pub identity_always: bool,
+    /// No collation holds different texts equal.
+    pub deterministic: bool,
 }
 
 impl Table {
@@ -124,6 +128,7 @@ impl Table {
             deletes_by_array: true,
             counts_by_server: row.bool(9)?,
             unnests_in_select: true,
+            unique_indexes: row.parse(10)?,
             key,
             columns: columns.remove(row.str(0)?).unwrap_or_default(),
         })
@@ -146,6 +151,7 @@ impl Column {
             equality,
             generated: row.bool(2)?,
             identity_always: row.bool(3)?,
+            deterministic: row.bool(5)?,
             carrier: own.map_or(carrier, Carrier::Native),
             plain_carrier: carrier,
             native,
@@ -213,7 +219,8 @@ fn carrier(named: &str) -> Carrier {
 }
 
 /// Oid, kind, whether INSERT may lose rows, key, whether something acts on changes, whether it is
-/// ours, whether it has no row security, its name. For the second a partition's own triggers are
+/// ours, whether it has no row security, its name, whether the server counts what it does to it, and
+/// how many indexes exclude rows. For the second a partition's own triggers are
 /// not looked for, so inserts into partitioned tables are always counted.
 const TABLE: &str = "select c.oid, c.relkind, \
      c.relhasrules or c.relkind = 'p' or exists (select from pg_catalog.pg_trigger g \
@@ -240,15 +247,20 @@ const TABLE: &str = "select c.oid, c.relkind, \
          union all select from pg_catalog.pg_rewrite r join tree on r.ev_class = tree.oid \
              join on_here on r.ev_enabled::text = letter where r.ev_type <> '1'), \
      pg_catalog.pg_has_role(c.relowner, 'usage'), not c.relrowsecurity, n.nspname, \
-     c.relname, pg_catalog.current_setting('track_counts') = 'on' \
+     c.relname, pg_catalog.current_setting('track_counts') = 'on', \
+     (select pg_catalog.count(*) from pg_catalog.pg_index i where i.indrelid = c.oid \
+         and (i.indisunique or i.indisexclusion)) \
      from pg_catalog.jsonb_array_elements($1::jsonb) w(name) \
      join pg_catalog.pg_namespace n on n.nspname = w.name ->> 0 \
      join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = w.name ->> 1";
 
-/// Columns with their types' oids, and of which table they are.
+/// Columns with their types' oids, of which table they are, and whether their collation tells all
+/// texts apart, which it always did before 12.
 const COLUMNS: &str = "select a.attname, a.atttypid, \
      coalesce(pg_catalog.to_jsonb(a) ->> 'attgenerated', '') <> '', a.attidentity = 'a', \
-     a.attrelid from pg_catalog.pg_attribute a where a.attrelid = any ($1::oid[]) \
+     a.attrelid, not exists (select from pg_catalog.pg_collation c where c.oid = a.attcollation \
+         and pg_catalog.to_jsonb(c) ->> 'collisdeterministic' = 'false') \
+     from pg_catalog.pg_attribute a where a.attrelid = any ($1::oid[]) \
      and a.attnum > 0 and not a.attisdropped order by a.attrelid, a.attnum";
 
 /// Types with their base types and equality operators.

@@ -43,6 +43,9 @@ pub struct Tuning {
     /// How many batches may be on their way to the target at once; at least 1. The second is made
     /// and sent while the server works on the first.
     pub in_flight_max: usize,
+    /// How many sessions write at once under a backlog: 1 or 2. With two, what of a batch nobody
+    /// before it writes is begun in the one while the other works on the batch before.
+    pub sessions: usize,
     /// Sets of new rows go in by COPY, where the target's table takes one.
     pub copy_inserts: bool,
     /// Values of sets travel in their binary form, where they have one.
@@ -89,6 +92,7 @@ impl Default for Tuning {
                 transactions: limit::BATCH_TRANSACTIONS_MAX,
             },
             in_flight_max: limit::BATCHES_IN_FLIGHT,
+            sessions: limit::APPLY_SESSIONS,
             copy_inserts: true,
             binary_values: true,
             eager: true,

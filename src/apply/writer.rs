@@ -15,7 +15,8 @@ use super::admit::{self, Admitted};
 use super::batch::Batch;
 use super::count::{self, Books, Counts, Entry};
 use super::error::{self, Culprit, Error, Result};
-use super::flight::{Flight, deliver, falls_back, has_rows, head, relations};
+use super::flight::{Flight, has_rows, head, relations};
+use super::lanes::{PerLane, Second};
 use super::parking::Parks;
 use super::prepared::Prepared;
 use super::progress::Progress;
@@ -28,7 +29,7 @@ use super::{Message, Mode, Options};
 use crate::fault::{Fault, Faulty};
 use crate::id::QualifiedName;
 use crate::lsn::Lsn;
-use crate::pg::{self, Pipeline, Session};
+use crate::pg::{self, Config, Pipeline, Session};
 
 /// Prepared statements kept on the server; beyond that all are dropped and made again as needed.
 /// Columns left out of an UPDATE by TOAST, and NULLs under REPLICA IDENTITY FULL, multiply them.
@@ -53,6 +54,8 @@ pub(super) struct Landed {
     pub position: Option<(Lsn, Lsn)>,
     /// Set order was refused, and row order taken.
     pub fell_back: bool,
+    /// It was begun before the one before it had landed.
+    pub ahead: bool,
     /// Messages of the transactions committed.
     pub messages: Vec<Message>,
     /// When it was sent.
@@ -69,11 +72,13 @@ pub(super) struct Writer {
     pub(super) set_rows: usize,
     pub(super) sort_keys: bool,
     pub(super) routes: Routes,
-    pub(super) names: Names,
+    pub(super) names: PerLane<Names>,
+    /// The other session that writes, if there is one.
+    pub(super) second: Second,
     /// Of the target transaction under way, to be handed on once it is committed.
-    messages: Vec<Message>,
+    pub(super) messages: Vec<Message>,
     /// Batches sent and not landed, oldest first.
-    flights: VecDeque<Flight>,
+    pub(super) flights: VecDeque<Flight>,
     pub(super) prepared: Prepared,
     pub(super) books: Books,
     pub(super) sent: Sent,
@@ -83,7 +88,7 @@ pub(super) struct Writer {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Order {
+pub(super) enum Order {
     Rows,
     Sets,
 }
@@ -91,13 +96,8 @@ enum Order {
 impl Writer {
     /// Prepares the statements every batch needs, and asks for what is kept and prepared: one round
     /// trip.
-    pub async fn new(session: &mut Session, options: &Options) -> Result<Writer> {
-        let mut pipeline = Pipeline::new();
-        pipeline.parse("walferry_begin", "begin", &[]);
-        pipeline.parse("walferry_commit", "commit", &[]);
-        pipeline.parse("walferry_position", super::standby::POSITION, &[]);
-        pipeline.parse("walferry_counts", &count::upsert(), &[]);
-        pipeline.parse("walferry_fallback", count::FALLBACK, &[]);
+    pub async fn new(config: &Config, session: &mut Session, options: &Options) -> Result<Writer> {
+        let pipeline = Writer::preparing();
         let stream = &options.stream;
         let [committed, open] = Prepared::asking(stream);
         let asked = [pipeline, Parks::asking(stream), committed, open];
@@ -115,7 +115,8 @@ impl Writer {
             set_rows: options.tuning.set_rows,
             sort_keys: options.tuning.sort_keys,
             routes: Routes::open(Parks::told(parks)?, options),
-            names: Names::default(),
+            names: PerLane::default(),
+            second: Second::of(config, options),
             messages: Vec::new(),
             flights: VecDeque::new(),
             prepared: Prepared::told(stream, committed, open)?,
@@ -124,6 +125,18 @@ impl Writer {
             asked_at: Instant::now(),
             asked_every: options.tuning.position_interval,
         })
+    }
+
+    /// The statements that every batch needs.
+    pub fn preparing() -> Pipeline {
+        let mut pipeline = Pipeline::new();
+        // Rows that are written late must be seen as those before have left them.
+        pipeline.parse("walferry_begin", "begin isolation level read committed", &[]);
+        pipeline.parse("walferry_commit", "commit", &[]);
+        pipeline.parse("walferry_position", super::standby::POSITION, &[]);
+        pipeline.parse("walferry_counts", &count::upsert(), &[]);
+        pipeline.parse("walferry_fallback", count::FALLBACK, &[]);
+        pipeline
     }
 
     /// How many batches are under way.
@@ -165,137 +178,7 @@ impl Writer {
         self.routes.foresee(session, unknown).await
     }
 
-    /// Sends a batch whose tables are known; it lands by [`Writer::land`]. `progress_lsn` is the
-    /// progress recorded by what has landed. After an error the session must not be used for
-    /// another batch.
-    ///
-    /// A batch may be sent behind others that are under way. If one of those fails, the server
-    /// refuses all behind it: the transaction is aborted, or progress is not what they expect.
-    pub async fn launch(
-        &mut self,
-        session: &mut Session,
-        progress: &Progress,
-        progress_lsn: Lsn,
-        batch: Batch,
-    ) -> Result<()> {
-        let ends = |f: &Flight| f.batch.commit.filter(|_| f.commits).map(|c| c.end_lsn);
-        let previous_lsn = self.flights.iter().rev().find_map(ends).unwrap_or(progress_lsn);
-        let behind = self.in_flight() > 0;
-        let mut flight = self.draft(previous_lsn, batch)?;
-        let order = self.order(&flight.admitted);
-        self.sent.count(&flight.batch, behind, order == Order::Sets);
-        flight.request = self.request(progress, &flight, order, false)?;
-        self.send(session, flight).await
-    }
-
-    /// Waits for the oldest batch under way; `None` if there is none. After an error nothing of it
-    /// or of those behind it is committed, unless that cannot be known, and the session must not be
-    /// used for another batch.
-    pub async fn land(
-        &mut self,
-        session: &mut Session,
-        progress: &Progress,
-    ) -> Result<Option<Landed>> {
-        let Some(mut flight) = self.arrival(session).await? else { return Ok(None) };
-        let mut fell_back = false;
-        if let Some(error) = flight.failure.take() {
-            self.drain(session).await?;
-            if !falls_back(&error, &flight) {
-                return Err(self.explain(session, progress, &flight, error).await);
-            }
-            tracing::debug!(%error, "set order refused, trying row order");
-            fell_back = true;
-            flight = self.again_in_row_order(session, progress, flight).await?;
-        }
-        let rows = flight.admitted.steps.len() as u64;
-        let position = self.settle(&mut flight)?;
-        self.prepared.landed(&flight.batch);
-        let messages =
-            if flight.batch.commit.is_some() { flight.admitted.messages } else { Vec::new() };
-        let (committed, sent_at) = (flight.commits, flight.sent_at);
-        let batch = flight.batch;
-        Ok(Some(Landed { batch, rows, committed, position, fell_back, messages, sent_at }))
-    }
-
-    /// Waits for whatever is under way and forgets it.
-    pub async fn drain(&mut self, session: &mut Session) -> Result<()> {
-        while self.flights.iter().any(|f| !f.over) {
-            let event = session.next_event().await?;
-            deliver(&mut self.flights, event);
-        }
-        Ok(())
-    }
-
-    /// Waits until the oldest batch under way is over. Cancel-safe.
-    pub async fn arrived(&mut self, session: &mut Session) -> Result<()> {
-        while self.flights.front().is_some_and(|f| !f.over) {
-            let event = session.next_event().await?;
-            deliver(&mut self.flights, event);
-        }
-        Ok(())
-    }
-
-    async fn arrival(&mut self, session: &mut Session) -> Result<Option<Flight>> {
-        self.arrived(session).await?;
-        Ok(self.flights.pop_front())
-    }
-
-    async fn send(&mut self, session: &mut Session, mut flight: Flight) -> Result<()> {
-        let pipeline = std::mem::take(&mut flight.request.pipeline);
-        flight.over = pipeline.is_empty();
-        (flight.replies, flight.failure) = (Replies::default(), None);
-        let over = flight.over;
-        self.flights.push_back(flight);
-        if !over {
-            session.post(pipeline, |event| deliver(&mut self.flights, event)).await?;
-        }
-        Ok(())
-    }
-
-    /// Undoes what the batch wrote, up to where it began, and writes it in row order; then sends
-    /// those behind it once more, which the server has refused.
-    async fn again_in_row_order(
-        &mut self,
-        session: &mut Session,
-        progress: &Progress,
-        mut flight: Flight,
-    ) -> Result<Flight> {
-        let mut behind = std::mem::take(&mut self.flights);
-        for flight in std::iter::once(&mut flight).chain(&mut behind) {
-            self.routes.discarded.append(&mut flight.request.closed);
-        }
-        // Statements that were to be prepared after the one that failed are not there.
-        self.routes.forget_statements();
-        let sql = match flight.batch.opens {
-            true => "rollback",
-            false => "rollback to savepoint walferry",
-        };
-        session.execute(sql).await?;
-        flight.request = self.request(progress, &flight, Order::Rows, true)?;
-        self.send(session, flight).await?;
-        let flight = self.arrival(session).await?;
-        let Some(mut flight) = flight else {
-            return Err(Error::Broken("a batch sent again was lost".to_string()));
-        };
-        if let Some(error) = flight.failure.take() {
-            return Err(self.explain(session, progress, &flight, error).await);
-        }
-        for mut flight in behind {
-            let order = self.order(&flight.admitted);
-            flight.request = self.request(progress, &flight, order, false)?;
-            self.send(session, flight).await?;
-        }
-        Ok(flight)
-    }
-
-    /// The target transaction under way is rolled back; nothing may be under way.
-    pub fn abandon(&mut self) {
-        self.flights.clear();
-        self.messages.clear();
-        self.routes.reset_counts();
-    }
-
-    fn draft(&mut self, previous_lsn: Lsn, batch: Batch) -> Result<Flight> {
+    pub(super) fn draft(&mut self, previous_lsn: Lsn, batch: Batch) -> Result<Flight> {
         let mut admitted = admit::admit(&mut self.routes, &batch)?;
         self.messages.append(&mut admitted.messages);
         if batch.commit.is_some() {
@@ -326,7 +209,10 @@ impl Writer {
             replies: Replies::default(),
             failure: None,
             sent_at: Instant::now(),
-            over: false,
+            rest: None,
+            ahead: false,
+            due: 0,
+            claims: None,
         })
     }
 
@@ -350,7 +236,7 @@ impl Writer {
         true
     }
 
-    fn order(&self, admitted: &Admitted) -> Order {
+    pub(super) fn order(&self, admitted: &Admitted) -> Order {
         let pays = admitted.steps.len() >= SET_CHANGES_MIN || admitted.searches > 1;
         match self.mode {
             _ if admitted.acts => Order::Rows,
@@ -361,15 +247,15 @@ impl Writer {
         }
     }
 
-    /// Everything from BEGIN, if the batch opens and has something to write, to the position.
-    fn request(
+    /// Everything from BEGIN, if the batch opens and has something to write, to the position, by
+    /// the way that an empty request tells.
+    pub(super) fn request(
         &mut self,
         progress: &Progress,
         flight: &Flight,
-        order: Order,
-        again: bool,
+        (order, again): (Order, bool),
+        mut request: Request,
     ) -> Result<Request> {
-        let mut request = Request::default();
         self.forget_discarded(&mut request);
         let recorded = head(&mut request, progress, &self.prepared, flight)?;
         // Earlier parts of the transaction must outlive a refusal of this one.
@@ -390,12 +276,25 @@ impl Writer {
             request.aside("release savepoint walferry");
         }
         self.park(&mut request, &flight.batch, &flight.admitted);
+        self.tail(progress, flight, again, recorded, request.part(true));
+        Ok(request)
+    }
+
+    /// What ends a request.
+    fn tail(
+        &self,
+        progress: &Progress,
+        flight: &Flight,
+        again: bool,
+        recorded: bool,
+        request: &mut Request,
+    ) {
         if again {
             request.pipeline.run("walferry_fallback", [Some(self.stream.as_bytes())].into_iter());
             request.roles.push(Role::Aside);
         }
         if let (true, Some(commit)) = (flight.commits, &flight.batch.commit) {
-            self.prepared.prepare(&mut request, &flight.batch, flight.there);
+            self.prepared.prepare(request, &flight.batch, flight.there);
             if self.count(&mut request.pipeline, &flight.entry) {
                 request.roles.push(Role::Aside);
             }
@@ -409,22 +308,22 @@ impl Writer {
                 request.run("walferry_position", Role::Position);
             }
         }
-        Ok(request)
     }
 
     /// Drops prepared statements that no route uses, or all of them if there are too many.
     pub(super) fn forget_discarded(&mut self, request: &mut Request) {
-        if self.names.prepared > PREPARED_MAX {
-            self.routes.forget_statements();
+        let prepared = self.names.of_mut(request.lane);
+        if prepared.prepared > PREPARED_MAX {
+            self.routes.forget_statements(request.lane);
         }
-        let names = std::mem::take(&mut self.routes.discarded);
-        self.names.prepared = self.names.prepared.saturating_sub(names.len());
+        let names = std::mem::take(self.routes.discarded.of_mut(request.lane));
+        prepared.prepared = prepared.prepared.saturating_sub(names.len());
         names.iter().for_each(|name| request.pipeline.close(name));
         request.closed = names;
     }
 
     /// Holds the replies against the request; gives the position after COMMIT.
-    fn settle(&self, flight: &mut Flight) -> Result<Option<(Lsn, Lsn)>> {
+    pub(super) fn settle(&self, flight: &mut Flight) -> Result<Option<(Lsn, Lsn)>> {
         let replies = std::mem::take(&mut flight.replies);
         match replies.odd(&flight.request.roles) {
             Some(Role::Step { at, .. }) => Err(self.row_missing(flight, at, "0".to_string())),
@@ -437,7 +336,7 @@ impl Writer {
     }
 
     /// Which statement failed, and what that means.
-    async fn explain(
+    pub(super) async fn explain(
         &self,
         session: &mut Session,
         progress: &Progress,

@@ -41,6 +41,7 @@ fn apply(mode: Option<Mode>, file: &File) -> Result<Tuning, config::Error> {
     if let Some(transactions) = sizes.batch_transactions {
         (limits.transactions, most.transactions) = (transactions.max(1), transactions.max(1));
     }
+    tuning.sessions = sizes.apply_sessions.unwrap_or(tuning.sessions);
     tuning.copy_inserts = sizes.copy_inserts.unwrap_or(tuning.copy_inserts);
     tuning.binary_values = sizes.binary_values.unwrap_or(tuning.binary_values);
     tuning.eager = sizes.eager_batches.unwrap_or(tuning.eager);

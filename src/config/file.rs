@@ -158,6 +158,8 @@ pub struct Tuning {
     pub batch_transactions: Option<usize>,
     /// So many batches may be on their way to the target.
     pub batches_in_flight: Option<usize>,
+    /// So many sessions write to the target under a backlog: 1 or 2.
+    pub apply_sessions: Option<usize>,
     /// Sets of new rows go into the target by COPY.
     pub copy_inserts: Option<bool>,
     /// Values of sets travel in their binary form, where they have one.

@@ -205,7 +205,7 @@ impl PipeOptions {
             // Not origin 'none' at the server: an application's own transactions may carry an
             // origin (it may itself be fed by a subscription), and would be left out without a
             // trace.
-            skip_origins: vec![opposite.clone()],
+            skip_origins: self.job.origins(self.stream.opposite()).to_vec(),
             skip_markers: vec![opposite],
             followed: self.followed.clone(),
             publications: self.publications.clone(),

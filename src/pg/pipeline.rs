@@ -4,6 +4,7 @@
 //! are read while the request is still being written: a server blocked on its own output would
 //! otherwise never read the rest of ours (pgcopydb#880).
 
+use std::task::Poll;
 use std::time::Instant;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -166,6 +167,14 @@ impl Pipeline {
         texts.join("; ")
     }
 
+    /// Adds what another has collected, behind.
+    pub fn append(&mut self, other: Pipeline) {
+        match self.out.is_empty() {
+            true => self.out = other.out,
+            false => self.out.unsplit(other.out),
+        }
+    }
+
     /// Drops a prepared statement.
     pub fn close(&mut self, name: &str) {
         let _ = frontend::close(b'S', name, &mut self.out);
@@ -176,6 +185,16 @@ fn patch(out: &mut BytesMut, at: usize, bytes: &[u8]) {
     if let Some(place) = out.get_mut(at..at + bytes.len()) {
         place.copy_from_slice(bytes);
     }
+}
+
+/// What the future gives without waiting, if it does.
+pub async fn now<F: Future>(future: F) -> Option<F::Output> {
+    tokio::pin!(future);
+    std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
+        Poll::Ready(output) => Poll::Ready(Some(output)),
+        Poll::Pending => Poll::Ready(None),
+    })
+    .await
 }
 
 /// What comes back for requests that were posted.
@@ -292,16 +311,9 @@ impl Session {
         pipeline: Pipeline,
         mut on_event: impl FnMut(Event),
     ) -> Result<()> {
-        let mut out = pipeline.out;
-        frontend::sync(&mut out);
-        let mut out: Bytes = out.freeze();
-        let mut flushed = false;
-        if self.posted == 0 {
-            self.begin_exchange()?;
-        }
-        self.posted += 1;
-        while !flushed {
-            let Some(frame) = self.frame_or_write(&mut out, &mut flushed).await? else { continue };
+        self.submit(pipeline)?;
+        while !self.outbox.is_empty() {
+            let Some(frame) = self.frame_or_written().await? else { continue };
             if let Some(event) = self.event(frame)? {
                 on_event(event);
             }
@@ -309,13 +321,56 @@ impl Session {
         Ok(())
     }
 
-    /// The next event of the requests posted, waiting for it. Cancel-safe.
+    /// Takes the collected requests and one Sync to be written, and does not wait for it: that is
+    /// done in [`Session::next_event`]. For whoever has other sessions to look after meanwhile.
+    pub fn submit(&mut self, pipeline: Pipeline) -> Result<()> {
+        let mut out = pipeline.out;
+        frontend::sync(&mut out);
+        if self.posted == 0 {
+            self.begin_exchange()?;
+        }
+        self.posted += 1;
+        self.outbox.push_back(out.freeze());
+        Ok(())
+    }
+
+    /// The next event of the requests posted, waiting for it. Writes meanwhile what is to be
+    /// written. Cancel-safe.
     pub async fn next_event(&mut self) -> Result<Event> {
         loop {
-            let frame = self.reader.next().await.map_err(|e| self.lost(e))?;
+            let Some(frame) = self.frame_or_written().await? else { continue };
             if let Some(event) = self.event(frame)? {
                 return Ok(event);
             }
+        }
+    }
+
+    /// A frame that came in, or `None` after some of what is to be written went out. Cancel-safe.
+    async fn frame_or_written(&mut self) -> Result<Option<Frame>> {
+        let Session { reader, writer, outbox, .. } = &mut *self;
+        let writing = async {
+            match outbox.front_mut() {
+                None => std::future::pending().await,
+                // TLS keeps the last records until flushed; a full socket must not stop reading.
+                Some(out) if out.is_empty() => {
+                    writer.flush().await?;
+                    outbox.pop_front();
+                }
+                Some(out) => {
+                    let count = writer.write(out).await?;
+                    out.advance(count);
+                }
+            }
+            std::io::Result::Ok(())
+        };
+        let written = tokio::select! {
+            biased;
+            frame = reader.next() => return frame.map(Some).map_err(|e| self.lost(e)),
+            written = writing => written,
+        };
+        match written {
+            Ok(()) => Ok(None),
+            Err(source) => Err(self.last_words(source).await),
         }
     }
 

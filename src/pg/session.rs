@@ -59,8 +59,10 @@ pub struct Session {
     status: u8,
     /// Set while an exchange is under way; still set on entry means that one was abandoned.
     busy: bool,
-    /// Requests of [`Session::post`] that are not over.
+    /// Requests of [`Session::post`] and [`Session::submit`] that are not over.
     pub(super) posted: usize,
+    /// What of them is still to be written.
+    pub(super) outbox: VecDeque<Bytes>,
     /// A notice that announced the end of the session, as an immediate shutdown gives it.
     farewell: Option<Box<ServerError>>,
     /// WARNINGs that nobody has taken yet, each text once; `None` where nobody wants them.
@@ -111,6 +113,7 @@ impl Session {
             status: b'I',
             busy: false,
             posted: 0,
+            outbox: VecDeque::new(),
             farewell: None,
             warnings: None,
             over: false,

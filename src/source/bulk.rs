@@ -33,7 +33,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::fetch::{Taking, Watch, now, push};
+use super::fetch::{Taking, Watch, push};
 use super::hand::{Hand, Maker, Order, Outcome, Reading, copy, mark_name, set};
 use super::intake::Intake;
 use super::options::{Spoken, plugin_options};
@@ -43,7 +43,7 @@ use crate::change::Sink;
 use crate::decode::Plugin;
 use crate::id::quote_literal;
 use crate::lsn::Lsn;
-use crate::pg::{self, Config, Session};
+use crate::pg::{self, Config, Session, now};
 
 /// Bytes of log of the first chunk, and of any but those for a large transaction.
 const CHUNK_WAL: (u64, u64) = (16 << 20, 256 << 20);

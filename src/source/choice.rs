@@ -157,9 +157,10 @@ async fn not_approved(session: &mut Session, plugin: Plugin) -> Result<Option<St
 pub async fn foreign_origin(config: &Config, job: &JobName) -> Result<Option<String>> {
     let mut session = Session::connect(config, Purpose::Sql).await?;
     let sql = "select roname from pg_catalog.pg_replication_origin \
-         where roname <> $1 and roname <> $2 order by roname limit 1";
-    let (forward, reverse) = (job.object(Stream::Forward), job.object(Stream::Reverse));
-    let row = session.query_opt(sql, &[Some(&forward), Some(&reverse)]).await?;
+         where roname not in ($1, $2, $3, $4) order by roname limit 1";
+    let ours = [job.origins(Stream::Forward), job.origins(Stream::Reverse)];
+    let ours: Vec<Option<&str>> = ours.as_flattened().iter().map(|name| Some(&**name)).collect();
+    let row = session.query_opt(sql, &ours).await?;
     Ok(row.map(|row| row.string(0)).transpose()?)
 }
 

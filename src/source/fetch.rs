@@ -4,8 +4,6 @@
 //! Nothing is said before the server has decoded the whole chunk, and nothing is read while the
 //! sink is full. Neither is silence: who looks on another connection sees that the slot is held.
 
-use std::future::Future;
-use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,7 +16,7 @@ use super::rows::Rows;
 use super::{End, Result};
 use crate::change::{Item, Sink};
 use crate::lsn::Lsn;
-use crate::pg::{self, Session};
+use crate::pg::{self, Session, now};
 
 /// Rows are taken over together up to about so many bytes, which then live as long as any of them.
 pub(super) const PIECE_BYTES: usize = 64 << 10;
@@ -175,16 +173,6 @@ pub(super) async fn push<S: Sink>(
     }
     intake.buffered(end_lsn);
     None
-}
-
-/// What the future gives without waiting, if it does.
-pub(super) async fn now<F: Future>(future: F) -> Option<F::Output> {
-    tokio::pin!(future);
-    std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
-        Poll::Ready(output) => Poll::Ready(Some(output)),
-        Poll::Pending => Poll::Ready(None),
-    })
-    .await
 }
 
 /// Those who may end the reader, and whom it waits for.

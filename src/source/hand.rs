@@ -19,14 +19,14 @@
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use super::fetch::{PIECE_BYTES, now};
+use super::fetch::PIECE_BYTES;
 use super::link::Link;
 use super::options::{Spoken, plugin_options};
 use super::peek::{Canceled, Peeks, Starts};
 use super::{Result, StreamOptions};
 use crate::id::quote_literal;
 use crate::lsn::Lsn;
-use crate::pg::{self, Config, Purpose, ServerError, Session};
+use crate::pg::{self, Config, Purpose, ServerError, Session, now};
 
 /// Pieces that wait to be taken.
 const PIECES: usize = 4;

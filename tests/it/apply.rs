@@ -23,6 +23,7 @@ use walferry::pg::{Config, Session};
 use crate::support;
 
 mod binary;
+mod lanes;
 mod random;
 mod sets;
 

@@ -118,7 +118,6 @@ static READING: &[Switch] = &[
 ];
 
 static APPLYING: &[Switch] = &[
-    Switch::new(&[("apply", "\"row\"")], Goes, |t| t.said("as_sets")),
     Switch::new(&[("unnest-in-select", "false")], Goes, |t| t.on_target("(select unnest(")),
     Switch::new(&[("copy-inserts", "false")], Goes, |t| {
         t.on_target(") from stdin") - t.on_target(") from stdin with (")
@@ -126,9 +125,25 @@ static APPLYING: &[Switch] = &[
     Switch::new(&[("binary-values", "false")], Goes, |t| t.on_target("unnest($1::integer[])")),
     Switch::new(&[("eager-batches", "false")], Goes, |t| t.said("closely")),
     Switch::new(&[("batches-in-flight", "1")], Goes, |t| t.said("behind")),
-    Switch::new(&[("batch-transactions", "10"), ("batch-bytes", "100000")], Less, |t| {
-        t.said("transactions_max")
-    }),
+    // Small batches, each as sets, are begun ahead however quick the target is.
+    Switch::new(
+        &[("batch-transactions", "10"), ("batch-bytes", "100000"), ("apply", "\"set\"")],
+        Less,
+        |t| t.said("transactions_max"),
+    ),
+    Switch {
+        beside: Some("batch-transactions"),
+        ..Switch::new(
+            &[
+                ("apply-sessions", "1"),
+                ("batch-transactions", "10"),
+                ("batch-bytes", "100000"),
+                ("apply", "\"set\""),
+            ],
+            Goes,
+            |t| t.said("ahead"),
+        )
+    },
     Switch::new(&[("delete-by-array", "false")], Goes, |t| t.on_target(" any ($1::integer[])")),
     Switch::new(&[("count-by-server", "false")], Goes, |t| {
         t.on_target("pg_stat_get_xact_tuples_deleted")
@@ -158,6 +173,8 @@ static APPLYING: &[Switch] = &[
             t.on_target("with recursive base(own, oid")
         })
     },
+    // The last: where all are off, it is in force.
+    Switch::new(&[("apply", "\"row\"")], Goes, |t| t.said("as_sets")),
 ];
 
 /// Row order writes no sets, whose switches then make no difference.

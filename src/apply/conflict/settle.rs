@@ -13,6 +13,7 @@ use crate::apply::admit::{self, Admitted, Step};
 use crate::apply::batch::Batch;
 use crate::apply::error::{Error, Result};
 use crate::apply::flight::has_rows;
+use crate::apply::lanes::Lane;
 use crate::apply::request::{Request, Role};
 use crate::apply::rows::culprit;
 use crate::apply::statement::Mapping;
@@ -121,7 +122,7 @@ impl Applier {
                 self.session.execute("rollback").await?;
             }
             self.writer.abandon();
-            self.writer.routes.forget_statements();
+            self.writer.routes.forget_statements(Lane::Main);
         }
         Ok(())
     }

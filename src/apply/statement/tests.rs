@@ -17,6 +17,7 @@ fn mapping(identity: ReplicaIdentity, kind: &str, key: &[&str]) -> Mapping {
         native: None,
         generated: name == "g",
         identity_always: name == "id",
+        deterministic: true,
     };
     let table = Table {
         name: QualifiedName::new("s", "t"),
@@ -26,6 +27,7 @@ fn mapping(identity: ReplicaIdentity, kind: &str, key: &[&str]) -> Mapping {
         deletes_by_array: true,
         counts_by_server: true,
         unnests_in_select: true,
+        unique_indexes: 1,
         acts: false,
         owned: true,
         key: key.iter().map(|k| k.to_string()).collect(),

@@ -159,7 +159,8 @@ impl Check<'_> {
             true => &[Stream::Reverse],
             false => &[Stream::Forward, Stream::Reverse],
         };
-        let names: Vec<String> = streams.iter().map(|s| quote_literal(&job.object(*s))).collect();
+        let names = streams.iter().flat_map(|stream| job.origins(*stream));
+        let names: Vec<String> = names.map(|name| quote_literal(&name)).collect();
         let sql = LEFTOVERS.replace("$names$", &names.join(","));
         let mut findings = Vec::new();
         for row in self.end(side).session.query(&sql).await? {

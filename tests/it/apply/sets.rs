@@ -6,7 +6,7 @@ async fn in_order(server: &Server, mode: Mode, items: Vec<Item>) -> Result<Appli
     apply_with(server, tuned(mode, None), items).await
 }
 
-async fn fallbacks(session: &mut Session) -> String {
+pub(super) async fn fallbacks(session: &mut Session) -> String {
     rows(session, "select batches from walferry.stream_fallback").await
 }
 
