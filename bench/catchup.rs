@@ -320,6 +320,9 @@ impl Bench {
         if let Some(count) = number("IN_FLIGHT") {
             options.tuning.in_flight_max = count;
         }
+        if let Some(count) = number("SESSIONS") {
+            options.tuning.sessions = count;
+        }
         let decoded = if from_memory { Some(self.decoded(slot).await) } else { None };
         let (own, begun) = (own_cpu(), Instant::now());
         let target = Config::parse(&self.target.uri(slot)).unwrap();

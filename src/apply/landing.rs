@@ -50,7 +50,7 @@ impl Writer {
         self.sent.count(&flight.batch, behind, order == Order::Sets, flight.ahead);
         let lane = flight.lane();
         if self.flights.is_empty() {
-            self.second.looked_at = Some(Instant::now());
+            self.second.rest();
         }
         self.flights.push_back(flight);
         if let Some(first) = first {
@@ -158,9 +158,13 @@ impl Writer {
     }
 
     /// Waits for whatever has been sent, to be forgotten; the second session is closed, with what
-    /// it has open.
+    /// was begun ahead there, which may wait for what the main one has open.
     pub async fn drain(&mut self, session: &mut Session) -> Result<()> {
-        self.drain_lane(session, Lane::Second).await?;
+        let commits = |f: &Flight| f.lane() == Lane::Second && f.rest.is_none() && f.due > 0;
+        while self.flights.iter().any(commits) {
+            let event = session_of(Lane::Second, session, &mut self.second)?.next_event().await?;
+            deliver(&mut self.flights, Lane::Second, event);
+        }
         self.second.leave();
         self.routes.forget_statements(Lane::Second);
         self.drain_lane(session, Lane::Main).await

@@ -5,8 +5,9 @@
 //! or on another host than the target, that backend is what everything waits for.
 //!
 //! # Steps
-//! 1. A batch that comes behind another under a backlog goes to the session which the other is not
-//!    in. What of its net change nobody before it writes (`claims`) is sent at once: BEGIN and sets.
+//! 1. Once the target has been behind for a second without a rest, a batch goes to the session that
+//!    the one before it is not in. What of its net change nobody before it writes (`claims`) is
+//!    sent at once: BEGIN and sets.
 //! 2. The rest of it, progress and COMMIT are sent once all batches before it have landed. So
 //!    target transactions commit in the order of the stream, one by one, and no reader sees what
 //!    the source never had (law 5).
@@ -49,6 +50,11 @@ pub(super) const AHEAD_STEPS_MIN: usize = 2000;
 
 /// A first batch that takes so long is looked at: it may wait for a lock that we hold.
 pub(super) const STALL: Duration = Duration::from_secs(1);
+
+/// The target has to be behind for so long, without a moment of rest, before a batch is begun
+/// ahead: where the source is what is waited for, on the same processors even, it would be slowed
+/// down.
+const BEHIND: Duration = Duration::from_secs(1);
 
 /// So many batches go by where of the last one less than half could be sent ahead.
 const PASSES: u32 = 16;
@@ -106,6 +112,8 @@ pub(super) struct Second {
     passes: u32,
     /// Nor any before this.
     penance: Option<Instant>,
+    /// Since when there was always a batch under way when the next was made.
+    behind_since: Option<Instant>,
     /// When the first batch was looked at last, or came to be the first.
     pub looked_at: Option<Instant>,
 }
@@ -158,7 +166,17 @@ impl Second {
 
     /// True if another batch may be under way because of it.
     pub fn is_at_work(&self) -> bool {
-        matches!(self.state, State::Open(_)) && self.passes == 0 && !self.does_penance()
+        let is_open = matches!(self.state, State::Open(_));
+        is_open && self.passes == 0 && self.is_behind() && !self.does_penance()
+    }
+
+    /// Nothing is under way.
+    pub fn rest(&mut self) {
+        (self.behind_since, self.looked_at) = (None, Some(Instant::now()));
+    }
+
+    fn is_behind(&self) -> bool {
+        self.behind_since.is_some_and(|since| since.elapsed() >= BEHIND)
     }
 
     fn does_penance(&self) -> bool {
@@ -173,15 +191,19 @@ impl Second {
         }
     }
 
-    /// Whether a batch may be begun ahead now. The first who asks has the session opened, and the
-    /// `patient` wait for it.
-    pub async fn is_ready(&mut self, progress: &Progress, patient: bool) -> bool {
+    /// Whether a batch may be begun ahead now, as another is under way. The first who asks has the
+    /// session opened, and who has to have it (`always`) waits for it.
+    pub async fn is_ready(&mut self, progress: &Progress, always: bool) -> bool {
+        self.behind_since.get_or_insert_with(Instant::now);
+        if !always && !self.is_behind() {
+            return false;
+        }
         self.state = match std::mem::take(&mut self.state) {
             State::Closed(opening) => {
                 let progress = progress.clone();
                 State::Opening(tokio::spawn(async move { opening.open(&progress).await }))
             }
-            State::Opening(task) if patient || task.is_finished() => match task.await {
+            State::Opening(task) if always || task.is_finished() => match task.await {
                 Ok(Ok(session)) => State::Open(Box::new(session)),
                 Ok(Err(error)) => {
                     tracing::info!(%error, "batches are written by one session");

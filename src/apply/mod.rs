@@ -403,12 +403,12 @@ impl Settings {
             true => "set session_replication_role = replica",
             false => "set walferry.applying = 'on'",
         });
-        // An index is used wherever there is one, even if the planner saw the table when it was small;
-        // the cost that this adds to scans must not start the JIT compiler. Sets are joined to a table
-        // by its index, row by row, for the same reason.
+        // An index is used wherever there is one, even if the planner saw the table when it was
+        // small; the cost that this adds to scans must not start the JIT compiler. Sets are joined
+        // to a table by its index, row by row, for the same reason.
         let jit = (session.major_version() >= 11).then_some("jit");
-        for name in ["enable_seqscan", "enable_hashjoin", "enable_mergejoin"].into_iter().chain(jit)
-        {
+        let planner = ["enable_seqscan", "enable_hashjoin", "enable_mergejoin"];
+        for name in planner.into_iter().chain(jit) {
             settings.once(&format!("set {name} = off"));
         }
         if self.async_commit {

@@ -64,13 +64,7 @@ impl Applier {
                 self.applied.held = None;
             }
             self.fill(&mut feed)?;
-            if self.writer.looks_at().is_some_and(|due| due <= Instant::now()) {
-                self.writer.give_way(&mut self.session, &self.progress).await?;
-            }
-            if self.parks_are_due() && !stopping {
-                self.land_all().await?;
-                self.try_parked().await?;
-            }
+            self.look_after(stopping).await?;
             let work = if stopping { None } else { self.next_work(hold_lsn) };
             if work.is_none() && under_way > 0 && !stopping {
                 let landed = self.arrived_or_fed(&mut feed, &mut ended, &mut shutdown).await?;
@@ -115,6 +109,18 @@ impl Applier {
         self.finish(positions).await
     }
 
+    /// What has its time beside the stream.
+    async fn look_after(&mut self, stopping: bool) -> Result<()> {
+        if self.writer.looks_at().is_some_and(|due| due <= Instant::now()) {
+            self.writer.give_way(&mut self.session, &self.progress).await?;
+        }
+        if self.parks_are_due() && !stopping {
+            self.land_all().await?;
+            self.try_parked().await?;
+        }
+        Ok(())
+    }
+
     /// What is to be done now, if anything is. Behind a batch under way another is sent if it is
     /// full, or follows closely; idleness waits its turn.
     fn next_work(&mut self, hold_lsn: Option<Lsn>) -> Option<Work> {
@@ -152,8 +158,7 @@ impl Applier {
         }
     }
 
-    /// How many batches may be under way. With two sessions, the one that waits for the other has
-    /// the next batch to go on with.
+    /// With two sessions, the one that waits for the other has the next batch to go on with.
     fn in_flight_max(&self) -> usize {
         self.in_flight_max + usize::from(self.writer.second.is_at_work())
     }

@@ -219,9 +219,9 @@ fn carrier(named: &str) -> Carrier {
 }
 
 /// Oid, kind, whether INSERT may lose rows, key, whether something acts on changes, whether it is
-/// ours, whether it has no row security, its name, whether the server counts what it does to it, and
-/// how many indexes exclude rows. For the second a partition's own triggers are
-/// not looked for, so inserts into partitioned tables are always counted.
+/// ours, whether it has no row security, its name, whether the server counts what is done to it,
+/// and how many indexes exclude rows. For the second a partition's own triggers are not looked for,
+/// so inserts into partitioned tables are always counted.
 const TABLE: &str = "select c.oid, c.relkind, \
      c.relhasrules or c.relkind = 'p' or exists (select from pg_catalog.pg_trigger g \
          where g.tgrelid = c.oid and not g.tgisinternal and g.tgenabled <> 'D'), \

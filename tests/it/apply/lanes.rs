@@ -159,13 +159,19 @@ async fn the_end_of_either_session_ends_both_and_nothing_is_half_done() {
     for round in 0..200 {
         let applying = apply_with(&server, beside(10), items());
         let ending = async {
-            tokio::time::sleep(Duration::from_millis(30 + round % 7 * 10)).await;
-            let sql = "select pg_terminate_backend(pid) from pg_stat_activity \
-                 where application_name = 'walferry apply' order by backend_start";
+            let named = "from pg_stat_activity where application_name = 'walferry apply'";
+            let both = format!("select count(*) = 2 {named}");
+            let begun = Instant::now();
+            while rows(&mut session, &both).await != "t" && begun.elapsed().as_secs() < 2 {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            tokio::time::sleep(Duration::from_millis(20 + round % 7 * 5)).await;
             let last = if round % 2 == 0 { "" } else { " desc" };
-            session.execute(&format!("{sql}{last} limit 1")).await.unwrap()
+            let end = "select pg_terminate_backend(pid)";
+            session.execute(&format!("{end} {named} order by backend_start{last} limit 1")).await
         };
-        let (applied, _) = tokio::join!(applying, ending);
+        let (applied, ended) = tokio::join!(applying, ending);
+        ended.unwrap();
         let state = rows(&mut session, "select count(*), coalesce(max(id), 0) from public.a").await;
         let (count, last) = state.split_once('|').unwrap();
         assert_eq!(count, last, "round {round}: a transaction is missing");
@@ -177,7 +183,36 @@ async fn the_end_of_either_session_ends_both_and_nothing_is_half_done() {
             }
         }
     }
-    assert!(ends > 1, "no session was ended");
+    assert!(ends > 1, "{ends} sessions were ended");
     assert_eq!(rows(&mut session, "select count(*) from public.a").await, LAST.to_string());
     assert_eq!(counts(&mut session, "a").await, format!("{LAST}/0"));
+}
+
+#[tokio::test]
+async fn the_second_session_comes_once_the_target_has_been_behind_for_a_while() {
+    let (server, mut session) = target(
+        "create function public.slow(int) returns boolean language plpgsql as \
+         $$ begin perform pg_catalog.count(*) from pg_catalog.generate_series(1, 500); \
+         return true; end $$; create table public.s (id int primary key check (public.slow(id)));",
+    )
+    .await;
+    let s = table("s", ByKey, &["id*"]);
+    let each = |n: u64| {
+        let rows = (n * 2000..n * 2000 + 2000).map(|id| s.insert(&[&id.to_string()]));
+        transaction(n * 100, rows.collect())
+    };
+    let applied = |sessions, transactions| {
+        let mut wish = tuned(Mode::Auto, Some(Limits { bytes: 1 << 30, transactions: 1 }));
+        wish.tuning.sessions = sessions;
+        apply_with(&server, wish, (1..=transactions).map(each).collect())
+    };
+    let begun = Instant::now();
+    let two = applied(2, 20).await.unwrap();
+    println!("{} of 20 ahead, {:.1} s", two.ahead, begun.elapsed().as_secs_f64());
+    assert_eq!(rows(&mut session, "select count(*), max(id) from public.s").await, "40000|41999");
+    session.execute("truncate public.s; delete from walferry.progress").await.unwrap();
+    // Two batches are over before that.
+    let (short, one) = (applied(2, 2).await.unwrap(), applied(1, 8).await.unwrap());
+    assert_eq!((short.ahead, one.ahead, one.transactions), (0, 0, 6));
+    assert!(two.ahead > 3, "{} ahead", two.ahead);
 }

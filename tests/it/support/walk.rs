@@ -130,6 +130,11 @@ pub fn hold(server: &Server, name: &str, statements: &str) {
     server.psql("app", &sql).unwrap();
 }
 
+/// Ends a hold that has written.
+pub fn undo(server: &Server, name: &str) {
+    server.psql("app", &format!("rollback prepared '{name}'")).unwrap();
+}
+
 /// Ends a hold.
 pub fn let_go(server: &Server, name: &str) {
     server.psql("app", &format!("commit prepared '{name}'")).unwrap();
