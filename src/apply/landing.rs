@@ -124,16 +124,7 @@ impl Writer {
         session: &mut Session,
         progress: &Progress,
     ) -> Result<Option<Landed>> {
-        loop {
-            let due = self.looks_at();
-            tokio::select! {
-                biased;
-                arrived = self.arrived(session) => break arrived?,
-                () = at(due) => {}
-            }
-            self.give_way(session, progress).await?;
-        }
-        let Some(mut flight) = self.flights.pop_front() else { return Ok(None) };
+        let Some(mut flight) = self.first(session, progress).await? else { return Ok(None) };
         let (ahead, mut fell_back) = (flight.ahead, false);
         if let Some(error) = flight.failure.take() {
             let lane = flight.lane();
@@ -155,6 +146,26 @@ impl Writer {
         let (committed, sent_at) = (flight.commits, flight.sent_at);
         let batch = flight.batch;
         Ok(Some(Landed { batch, rows, committed, position, fell_back, ahead, messages, sent_at }))
+    }
+
+    /// Takes the oldest batch once it is over. What it waits for gives way.
+    async fn first(
+        &mut self,
+        session: &mut Session,
+        progress: &Progress,
+    ) -> Result<Option<Flight>> {
+        loop {
+            let due = self.looks_at();
+            tokio::select! {
+                biased;
+                arrived = self.arrived(session) => {
+                    arrived?;
+                    return Ok(self.flights.pop_front());
+                }
+                () = at(due) => {}
+            }
+            self.give_way(session, progress).await?;
+        }
     }
 
     /// Waits for whatever has been sent, to be forgotten; the second session is closed, with what
@@ -225,9 +236,9 @@ impl Writer {
         }
         self.flights = flights;
         self.flights.push_front(flight);
+        self.second.looked_at = Some(Instant::now());
         self.advance(session).await?;
-        self.arrived(session).await?;
-        let Some(mut flight) = self.flights.pop_front() else {
+        let Some(mut flight) = self.first(session, progress).await? else {
             return Err(Error::Broken("a batch sent again was lost".to_string()));
         };
         if let Some(error) = flight.failure.take() {

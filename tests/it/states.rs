@@ -4,9 +4,9 @@
 //! each writer the lines are the first so many.
 //!
 //! The runner is killed on the way, and what waits then is read in bulk. One life has sizes and
-//! times as shipped, the next those by which everything is in bulk, and counts are never due. Its
-//! books (law 10) are held against the rows while nobody runs. `make states` takes a million
-//! transactions.
+//! times as shipped, the next those by which everything is in bulk, counts are never due, and all
+//! is sets, in two sessions at once. Its books (law 10) are held against the rows while nobody runs.
+//! `make states` takes a million transactions.
 
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -107,7 +107,8 @@ async fn a_reader_of_the_target_sees_only_states_of_the_source_while_runners_die
     let ends = Ends::of(start(), start());
     ends.source.psql("app", TABLES).unwrap();
     let config = ends.source.dir().join("walferry.toml");
-    std::fs::write(&config, "[tuning]\nbulk-bytes = 1\ncounters-ms = 3600000\n").unwrap();
+    let settings = "apply = \"set\"\n[tuning]\nbulk-bytes = 1\ncounters-ms = 3600000\n";
+    std::fs::write(&config, settings).unwrap();
     let lives = [vec!["run"], vec!["run", "-c", config.to_str().unwrap()]];
     let mut lives = lives.iter().cycle();
     let mut run = || ends.spawn(lives.next().unwrap());
@@ -129,6 +130,8 @@ async fn a_reader_of_the_target_sees_only_states_of_the_source_while_runners_die
         begun.elapsed().as_secs_f64()
     );
     assert!(states > kills, "only {states} states were seen");
+    let second = "select count(*) = 1 from pg_replication_origin where roname like '%forward_2'";
+    until_sql(&mut target, second).await;
     drop(writers);
     let comparison = compare(&ends.source_uri(), &ends.target_uri()).await.unwrap();
     assert_eq!(comparison.differences, Vec::<String>::new());

@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use walferry::id::{JobName, Stream};
+
 use super::sets::fallbacks;
 use super::*;
 
@@ -33,6 +35,8 @@ async fn batches_begun_ahead_are_committed_in_the_order_of_the_stream() {
         }
         transaction(n * 100, changes)
     };
+    let slot = "select pg_create_logical_replication_slot('back', 'test_decoding')";
+    session.query(slot).await.unwrap();
     let reader = support::session(&server, "postgres").await;
     let (stop, stopped) = watch::channel(false);
     let looking = tokio::spawn(look(reader, stopped));
@@ -48,8 +52,23 @@ async fn batches_begun_ahead_are_committed_in_the_order_of_the_stream() {
     let wanted = format!("{LAST}|100|{hot}|{}", LAST - 100);
     assert_eq!(rows(&mut session, sums).await, wanted);
     assert_eq!(counts(&mut session, "a").await, format!("{}/0", LAST + LAST - 100));
-    let origins = "select count(*) from pg_replication_origin where roname like 'walferry_test%'";
-    assert_eq!(rows(&mut session, origins).await, "2");
+    // The way back can tell the rows of both sessions from an application's.
+    let decoded = "select count(*) > 10000, count(*) filter (where data like 'table public.%') \
+         from pg_logical_slot_peek_changes('back', null, null";
+    let [all, local] = ["", ", 'only-local', '1'"].map(|option| format!("{decoded}{option})"));
+    assert!(rows(&mut session, &all).await.starts_with("t|"));
+    assert_eq!(rows(&mut session, &local).await, "f|0");
+    session.query("select pg_drop_replication_slot('back')").await.unwrap();
+    let origins = "select string_agg(roname, ' ' order by roname) from pg_replication_origin";
+    let both = "test".parse::<JobName>().unwrap().origins(Stream::Forward).join(" ");
+    assert_eq!(rows(&mut session, origins).await, both);
+    // And both go with the stream, once their sessions have.
+    let begun = Instant::now();
+    while let Err(error) = walferry::apply::forget(&mut session, STREAM).await {
+        assert!(begun.elapsed().as_secs() < 10, "{error}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(rows(&mut session, origins).await, "-");
 }
 
 /// Looks at states of the target until told to stop: of transactions 1 to n each has all it wrote,
