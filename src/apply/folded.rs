@@ -99,6 +99,9 @@ pub(super) fn part<'a>(
     folded: Folded<'a>,
     once: bool,
 ) -> Vec<(bool, Folded<'a>)> {
+    if request.claims.is_none() {
+        return vec![(false, folded)];
+    }
     let apart = match once {
         true => Apart::of(mapping, matches!(folded, Folded::Inserts(_))),
         false => Apart::No,
@@ -113,9 +116,6 @@ pub(super) fn part<'a>(
         };
         return vec![(late, folded)];
     };
-    if request.claims.is_none() && request.others.is_empty() {
-        return vec![(false, folded)];
-    }
     let mut columns = columns.to_vec();
     columns.sort_unstable();
     let keys: Vec<u64> = folded.rows().map(|row| claims::key(row, &columns)).collect();

@@ -226,13 +226,10 @@ impl Writer {
             false => "rollback to savepoint walferry",
         };
         session_of(lane, session, &mut self.second)?.execute(sql).await?;
-        let plain = || Request { lane, ..Request::default() };
-        flight.load(self.request(progress, &flight, (Order::Rows, true), plain())?);
+        let plain = Request { lane, ..Request::default() };
+        flight.load(self.request(progress, &flight, (Order::Rows, true), plain)?);
         for flight in behind {
-            let order = self.order(&flight.admitted);
-            let claims = flight.claims.take();
-            flight.load(self.request(progress, flight, (order, false), plain())?);
-            flight.claims = claims;
+            self.reload(progress, flight)?;
         }
         self.flights = flights;
         self.flights.push_front(flight);
@@ -245,6 +242,16 @@ impl Writer {
             return Err(self.explain_in(lane, session, progress, &flight, error).await);
         }
         Ok(flight)
+    }
+
+    /// Has a batch of which nothing is left sent again, as a whole and in the same session. What it
+    /// writes stays known.
+    fn reload(&mut self, progress: &Progress, flight: &mut Flight) -> Result<()> {
+        let (order, claims) = (self.order(&flight.admitted), flight.claims.take());
+        let plain = Request { lane: flight.lane(), ..Request::default() };
+        flight.load(self.request(progress, flight, (order, false), plain)?);
+        flight.claims = claims;
+        Ok(())
     }
 
     /// Which statement failed, and what that means. The session is asked, and of no more use.
@@ -295,10 +302,7 @@ impl Writer {
         let Some(mut flight) = self.flights.remove(place) else { return Ok(()) };
         tracing::debug!("a batch that was begun ahead gives way");
         self.second.repent();
-        let (order, claims) = (self.order(&flight.admitted), flight.claims.take());
-        let plain = Request { lane, ..Request::default() };
-        flight.load(self.request(progress, &flight, (order, false), plain)?);
-        flight.claims = claims;
+        self.reload(progress, &mut flight)?;
         self.flights.insert(place, flight);
         self.advance(session).await
     }
