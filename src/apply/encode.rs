@@ -11,7 +11,7 @@
 use super::native::{Native, put};
 use super::statement::Mapping;
 use crate::change::{Row, Value};
-use crate::pg::Param;
+use crate::pg::OwnedParam;
 
 /// How a column travels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,8 +104,7 @@ impl Arrays {
     /// Adds a row. On an error the arrays are of no more use.
     pub fn push(&mut self, row: &Row) -> Result<(), NoValue> {
         if self.pieces.last().is_none_or(|piece| piece.is_full(self.most)) {
-            let arrays = self.carriers.iter().map(|carrier| Array::new(*carrier)).collect();
-            self.pieces.push(Piece { arrays, rows: 0 });
+            self.pieces.push(self.piece());
         }
         let Some(piece) = self.pieces.last_mut() else { return Ok(()) };
         for (column, (value, slot)) in row.values().zip(&self.slots).enumerate() {
@@ -120,14 +119,28 @@ impl Arrays {
         Ok(())
     }
 
+    /// An empty piece, with room for as much as the last one holds: an array that grows is copied
+    /// each time, and those of one shape are alike.
+    fn piece(&self) -> Piece {
+        let last = self.pieces.last();
+        let room = |place| last.and_then(|piece| piece.arrays.get(place)).map_or(0, Array::room);
+        let array = |(place, carrier): (usize, &Carrier)| Array::new(*carrier, room(place));
+        Piece { arrays: self.carriers.iter().enumerate().map(array).collect(), rows: 0 }
+    }
+
     /// True if there are no rows.
     pub fn is_empty(&self) -> bool {
         self.pieces.is_empty()
     }
 
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.pieces.iter().map(Piece::rows).sum()
+    }
+
     /// What each execution is given. None is empty.
-    pub fn pieces(&mut self) -> impl Iterator<Item = &mut Piece> {
-        self.pieces.iter_mut()
+    pub fn into_pieces(self) -> impl Iterator<Item = Piece> {
+        self.pieces.into_iter()
     }
 }
 
@@ -143,17 +156,25 @@ impl Piece {
     }
 
     /// The parameters, in the order of the columns given.
-    pub fn params(&mut self) -> impl Iterator<Item = Param<'_>> {
+    pub fn into_params(self) -> impl Iterator<Item = OwnedParam> {
         let rows = self.rows as u32;
-        self.arrays.iter_mut().map(move |array| array.param(rows))
+        self.arrays.into_iter().map(move |array| array.into_param(rows))
     }
 }
 
 impl Array {
-    fn new(carrier: Carrier) -> Array {
-        let literal = matches!(carrier, Carrier::Literal | Carrier::None);
-        let out = if literal { vec![b'{'] } else { vec![0; HEADER_BYTES] };
+    fn new(carrier: Carrier, room: usize) -> Array {
+        let mut out = Vec::with_capacity(room.max(HEADER_BYTES));
+        match carrier {
+            Carrier::Literal | Carrier::None => out.push(b'{'),
+            Carrier::Text | Carrier::Native(_) => out.resize(HEADER_BYTES, 0),
+        }
         Array { carrier, out }
+    }
+
+    /// For another like it: an eighth more than it has.
+    fn room(&self) -> usize {
+        self.out.len() + self.out.len() / 8
     }
 
     fn push(&mut self, index: usize, text: Option<&[u8]>) -> Option<()> {
@@ -183,13 +204,13 @@ impl Array {
         self.out.push(b'"');
     }
 
-    fn param(&mut self, rows: u32) -> Param<'_> {
+    fn into_param(mut self, rows: u32) -> OwnedParam {
         let element_oid = match self.carrier {
             Carrier::Text => TEXT_OID,
             Carrier::Native(native) => native.element_oid().unwrap_or(TEXT_OID),
             Carrier::Literal | Carrier::None => {
                 self.out.push(b'}');
-                return Param::Text(Some(&self.out));
+                return OwnedParam { binary: false, value: self.out };
             }
         };
         // The flag for NULLs may be set where there are none.
@@ -197,6 +218,6 @@ impl Array {
         if let Some(place) = self.out.get_mut(..HEADER_BYTES) {
             place.copy_from_slice(header.as_flattened());
         }
-        Param::Binary(&self.out)
+        OwnedParam { binary: true, value: self.out }
     }
 }

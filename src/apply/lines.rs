@@ -15,6 +15,12 @@ use crate::change::{Row, Value};
 /// Signature, flags, and the length of an extension that is not there.
 const BINARY_HEAD: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 
+/// A piece is complete once it has so many bytes.
+const PIECE_BYTES: usize = 64 << 10;
+
+/// What a row may have more than is left in a piece before that has to grow.
+const PIECE_ROOM: usize = 4 << 10;
+
 /// In place of another row's number of columns.
 const BINARY_END: [u8; 2] = (-1_i16).to_be_bytes();
 
@@ -25,6 +31,9 @@ pub(super) struct Lines {
     columns: Vec<Form>,
     /// Number of columns that are written, where rows travel in binary.
     binary: Option<u16>,
+    /// Complete ones: data of megabytes in one place would be copied each time it outgrew it.
+    pieces: Vec<Vec<u8>>,
+    /// The one that rows go to.
     out: Vec<u8>,
     rows: usize,
 }
@@ -47,8 +56,9 @@ impl Lines {
         };
         let columns = (0..mapping.places.len()).map(form).collect();
         let binary = natives.map(|natives| natives.len() as u16);
-        let out = if binary.is_some() { BINARY_HEAD.to_vec() } else { Vec::new() };
-        Lines { columns, binary, out, rows: 0 }
+        let mut out = Vec::with_capacity(PIECE_BYTES + PIECE_ROOM);
+        out.extend_from_slice(if binary.is_some() { BINARY_HEAD } else { b"" });
+        Lines { columns, binary, pieces: Vec::new(), out, rows: 0 }
     }
 
     /// Number of rows.
@@ -61,12 +71,13 @@ impl Lines {
         self.binary.is_some()
     }
 
-    /// The rows' data, complete: no row may be added after.
-    pub fn data(&mut self) -> &[u8] {
+    /// The rows' data, one message each.
+    pub fn into_pieces(mut self) -> Vec<Vec<u8>> {
         if self.is_binary() {
             self.out.extend_from_slice(&BINARY_END);
         }
-        &self.out
+        self.pieces.push(self.out);
+        self.pieces
     }
 
     /// Adds a row. On an error the lines are of no more use.
@@ -83,6 +94,10 @@ impl Lines {
         }
         if !self.is_binary() {
             self.out.push(b'\n');
+        }
+        if self.out.len() >= PIECE_BYTES {
+            let next = Vec::with_capacity(PIECE_BYTES + PIECE_ROOM);
+            self.pieces.push(std::mem::replace(&mut self.out, next));
         }
         self.rows += 1;
         Ok(())

@@ -21,7 +21,7 @@ use super::statement::{Locator, Mapping};
 use super::writer::Writer;
 use crate::change::{Relation, Row, Value};
 use crate::id::QualifiedName;
-use crate::pg::Param;
+use crate::pg::{OwnedParam, Param};
 
 /// Fewer changes of a table than this are not worth a set, whose statements cost more to start.
 const TABLE_CHANGES_MIN: usize = 4;
@@ -299,26 +299,26 @@ fn write(
 
 fn put(mut at: Desk<'_>, sets: Sets, measure: Measure) {
     let inserts = match sets {
-        Sets::Keyed { keys, mut deletes, updates, inserts } => {
-            at.delete(&keys, &mut deletes, measure.counted_min);
-            for Updates { set, mut arrays } in updates {
+        Sets::Keyed { keys, deletes, updates, inserts } => {
+            at.delete(&keys, deletes, measure.counted_min);
+            for Updates { set, arrays } in updates {
                 let mut key = b"su".to_vec();
                 set.iter().for_each(|c| key.extend_from_slice(&(*c as u16).to_be_bytes()));
                 let sql = |mapping: &Mapping| setwise::update(mapping, &keys, &set);
-                at.run(key, &mut arrays, Met::Guard, sql);
+                at.run(key, arrays, Met::Guard, sql);
             }
             inserts
         }
-        Sets::Whole { mut deletes, inserts } => {
-            at.search(&mut deletes);
+        Sets::Whole { deletes, inserts } => {
+            at.search(deletes);
             inserts
         }
         Sets::Inserts(inserts) => inserts,
     };
     match inserts {
-        Inserts::Arrays(mut arrays) => {
+        Inserts::Arrays(arrays) => {
             let met = if at.mapping.table.counts_inserts { Met::Guard } else { Met::Tag };
-            at.run(b"si".to_vec(), &mut arrays, met, setwise::insert);
+            at.run(b"si".to_vec(), arrays, met, setwise::insert);
         }
         Inserts::Lines(lines) => at.copy(lines),
     }
@@ -348,18 +348,18 @@ impl Desk<'_> {
     }
 
     /// Adds one COPY. Its tag tells how many rows went in.
-    fn copy(&mut self, mut lines: Lines) {
+    fn copy(&mut self, lines: Lines) {
         let rows = lines.rows();
         if rows > 0 {
             let name = self.name(b"sc".to_vec(), setwise::copy);
-            self.request.pipeline.copy(&name, lines.data());
+            self.request.pipeline.copy(&name, lines.into_pieces());
             self.request.roles.push(Role::Set { bare: Some(rows) });
         }
     }
 
     /// Adds the DELETEs, and what counts them.
-    fn delete(&mut self, keys: &[usize], deletes: &mut Arrays, counted_min: usize) {
-        let rows: usize = deletes.pieces().map(|piece| piece.rows()).sum();
+    fn delete(&mut self, keys: &[usize], deletes: Arrays, counted_min: usize) {
+        let rows = deletes.rows();
         if rows < counted_min || !setwise::counts(self.mapping, keys) {
             let sql = |mapping: &Mapping| setwise::delete(mapping, keys, false);
             return self.run(b"sd".to_vec(), deletes, Met::Guard, sql);
@@ -378,7 +378,7 @@ impl Desk<'_> {
     fn run(
         &mut self,
         key: Vec<u8>,
-        arrays: &mut Arrays,
+        arrays: Arrays,
         met: Met,
         sql: impl FnOnce(&Mapping) -> String,
     ) {
@@ -386,15 +386,15 @@ impl Desk<'_> {
             return;
         }
         let name = self.name(key, sql);
-        for piece in arrays.pieces() {
+        for piece in arrays.into_pieces() {
             bind(self.request, &name, piece, met);
         }
     }
 
     /// Adds the DELETE by whole rows. It is planned anew each time, as the best way depends on how
     /// many rows there are, and by what the session forbids otherwise.
-    fn search(&mut self, deletes: &mut Arrays) {
-        let Some(deletes) = deletes.pieces().next() else { return };
+    fn search(&mut self, deletes: Arrays) {
+        let Some(deletes) = deletes.into_pieces().next() else { return };
         self.request.aside(&search_plans(true));
         self.request.pipeline.parse("", &setwise::delete_whole(self.mapping), &[]);
         bind(self.request, "", deletes, Met::Guard);
@@ -425,13 +425,12 @@ enum Met {
     Later,
 }
 
-fn bind(request: &mut Request, name: &str, piece: &mut Piece, met: Met) {
+fn bind(request: &mut Request, name: &str, piece: Piece, met: Met) {
     let rows = piece.rows();
-    let expected = rows.to_string();
-    let mut params: Vec<Param<'_>> = piece.params().collect();
+    let mut params: Vec<OwnedParam> = piece.into_params().collect();
     if met == Met::Guard {
-        params.push(Param::Text(Some(expected.as_bytes())));
+        params.push(OwnedParam { binary: false, value: rows.to_string().into_bytes() });
     }
-    request.pipeline.run_mixed(name, &params);
+    request.pipeline.run_owned(name, params);
     request.roles.push(Role::Set { bare: (met == Met::Tag).then_some(rows) });
 }

@@ -38,7 +38,7 @@ pub use cancel::CancelHandle;
 pub use config::{Config, Host};
 pub use copy::{CopyChunk, CopyIn, CopyOut, Filled};
 pub use error::{Error, ServerError};
-pub use pipeline::{Event, Param, Pipeline, Reply, now};
+pub use pipeline::{Event, OwnedParam, Param, Pipeline, Reply, now};
 pub use replication::{CreatedSlot, ReplicationMessage, SlotKind};
 pub use row::Row;
 pub use session::{Notification, Purpose, Session};

@@ -16,12 +16,15 @@ use super::frame::Frame;
 use super::{Result, Row, Session};
 use crate::pg::Error;
 
-/// Bytes of one CopyData message: the server keeps a whole one in memory.
-const COPY_PIECE_BYTES: usize = 64 << 10;
+/// Values from this size on are sent from where they lie; smaller ones are copied behind what is
+/// there, as each that is not takes a write of its own.
+const APART_BYTES: usize = 16 << 10;
 
 /// Requests being collected for one exchange.
 #[derive(Debug, Default)]
 pub struct Pipeline {
+    /// What goes before `out`, in order.
+    before: Vec<Bytes>,
     out: BytesMut,
 }
 
@@ -43,6 +46,15 @@ pub enum Param<'a> {
     Binary(&'a [u8]),
 }
 
+/// A parameter that is handed over: a large one is not copied.
+#[derive(Debug)]
+pub struct OwnedParam {
+    /// It is in the type's receive format; as text otherwise.
+    pub binary: bool,
+    /// The value.
+    pub value: Vec<u8>,
+}
+
 impl Pipeline {
     /// An empty request.
     pub fn new() -> Self {
@@ -51,12 +63,12 @@ impl Pipeline {
 
     /// Bytes collected so far.
     pub fn len(&self) -> usize {
-        self.out.len()
+        self.before.iter().map(Bytes::len).sum::<usize>() + self.out.len()
     }
 
     /// True if nothing was collected.
     pub fn is_empty(&self) -> bool {
-        self.out.is_empty()
+        self.before.is_empty() && self.out.is_empty()
     }
 
     /// Names a prepared statement; `types` are parameter type OIDs, 0 for "infer".
@@ -106,6 +118,38 @@ impl Pipeline {
         self.end_bind_and_execute(start);
     }
 
+    /// Binds and runs a prepared statement with parameters that are handed over; results come as
+    /// text. A message holds less than 2 GB.
+    pub fn run_owned(&mut self, name: &str, params: Vec<OwnedParam>) {
+        let values: usize = params.iter().map(|param| 2 + 4 + param.value.len()).sum();
+        // Its length, the portal's name, the statement's, three counts, values with their forms.
+        let length = 4 + 1 + name.len() + 1 + 2 + 2 + 2 + values;
+        self.out.put_u8(b'B');
+        self.out.put_u32(length as u32);
+        self.out.put_u8(0);
+        self.out.put_slice(name.as_bytes());
+        self.out.put_u8(0);
+        self.out.put_u16(params.len() as u16);
+        for param in &params {
+            self.out.put_u16(u16::from(param.binary));
+        }
+        self.out.put_u16(params.len() as u16);
+        for param in params {
+            self.out.put_u32(param.value.len() as u32);
+            self.hand_over(param.value);
+        }
+        self.out.put_u16(0);
+        let _ = frontend::execute("", 0, &mut self.out);
+    }
+
+    fn hand_over(&mut self, value: Vec<u8>) {
+        if value.len() < APART_BYTES {
+            return self.out.put_slice(&value);
+        }
+        self.before.push(self.out.split().freeze());
+        self.before.push(value.into());
+    }
+
     /// The head of a Bind message to the unnamed portal; gives where its length stands.
     fn begin_bind(&mut self, name: &str) -> usize {
         self.out.put_u8(b'B');
@@ -125,15 +169,16 @@ impl Pipeline {
     }
 
     /// Binds and runs a prepared `COPY ... FROM STDIN` without parameters, and gives it all of its
-    /// data, before the server has said that it wants it: one that does not reads past it.
+    /// data, before the server has said that it wants it: one that does not reads past it. Each
+    /// piece is a message, of which the server keeps a whole one in memory.
     ///
     /// <https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-COPY>
-    pub fn copy(&mut self, name: &str, data: &[u8]) {
+    pub fn copy(&mut self, name: &str, pieces: impl IntoIterator<Item = Vec<u8>>) {
         self.run(name, std::iter::empty());
-        for piece in data.chunks(COPY_PIECE_BYTES) {
+        for piece in pieces {
             self.out.put_u8(b'd');
             self.out.put_u32(piece.len() as u32 + 4);
-            self.out.put_slice(piece);
+            self.hand_over(piece);
         }
         frontend::copy_done(&mut self.out);
     }
@@ -152,7 +197,8 @@ impl Pipeline {
 
     /// The text of what is prepared in it, with semicolons between.
     fn statements(&self) -> String {
-        let (mut rest, mut texts) = (self.out.as_ref(), Vec::new());
+        let all = [self.before.concat().as_slice(), self.out.as_ref()].concat();
+        let (mut rest, mut texts) = (all.as_slice(), Vec::new());
         // Each message is a tag, its length with the four bytes of it, and the body.
         while let Some((head, tail)) = rest.split_at_checked(5) {
             let mut length = head.get(1..).unwrap_or_default();
@@ -169,9 +215,14 @@ impl Pipeline {
 
     /// Adds what another has collected, behind.
     pub fn append(&mut self, other: Pipeline) {
-        match self.out.is_empty() {
-            true => self.out = other.out,
-            false => self.out.unsplit(other.out),
+        if self.is_empty() {
+            *self = other;
+        } else if other.before.is_empty() {
+            self.out.unsplit(other.out);
+        } else {
+            self.before.push(self.out.split().freeze());
+            self.before.extend(other.before);
+            self.out = other.out;
         }
     }
 
@@ -324,12 +375,13 @@ impl Session {
     /// Takes the collected requests and one Sync to be written, and does not wait for it: that is
     /// done in [`Session::next_event`]. For whoever has other sessions to look after meanwhile.
     pub fn submit(&mut self, pipeline: Pipeline) -> Result<()> {
-        let mut out = pipeline.out;
+        let Pipeline { before, mut out } = pipeline;
         frontend::sync(&mut out);
         if self.posted == 0 {
             self.begin_exchange()?;
         }
         self.posted += 1;
+        self.outbox.extend(before);
         self.outbox.push_back(out.freeze());
         Ok(())
     }
@@ -348,12 +400,15 @@ impl Session {
     /// A frame that came in, or `None` after some of what is to be written went out. Cancel-safe.
     async fn frame_or_written(&mut self) -> Result<Option<Frame>> {
         let Session { reader, writer, outbox, .. } = &mut *self;
+        let is_last = outbox.len() == 1;
         let writing = async {
             match outbox.front_mut() {
                 None => std::future::pending().await,
                 // TLS keeps the last records until flushed; a full socket must not stop reading.
                 Some(out) if out.is_empty() => {
-                    writer.flush().await?;
+                    if is_last {
+                        writer.flush().await?;
+                    }
                     outbox.pop_front();
                 }
                 Some(out) => {
@@ -422,3 +477,7 @@ impl Session {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "pipeline_tests.rs"]
+mod tests;
