@@ -143,7 +143,8 @@ pub fn one_large(options: &Options) -> Backlog {
     }
 }
 
-/// The shapes that are hard in a way of their own.
+/// The shapes that are hard in a way of their own. Each takes a subscription two seconds or more where
+/// it can: below that it is starting up that is measured.
 pub fn shapes(options: &Options) -> Vec<Backlog> {
     let backlog = |name, tables: &str, scripts: &[(&str, u32)], full, changes_each| Backlog {
         name,
@@ -154,7 +155,7 @@ pub fn shapes(options: &Options) -> Vec<Backlog> {
         transactions: options.sized(full, 20),
         changes_each,
     };
-    let deletes = options.sized(10_000, 20) * 50;
+    let deletes = options.sized(40_000, 20) * 50;
     vec![
         backlog(
             "insert-only",
@@ -191,7 +192,7 @@ pub fn shapes(options: &Options) -> Vec<Backlog> {
                  delete from doomed where id > (:i - 1) * 50 and id <= :i * 50;\n",
                 1,
             )],
-            10_000,
+            40_000,
             50,
         ),
         backlog(
@@ -227,7 +228,7 @@ pub fn shapes(options: &Options) -> Vec<Backlog> {
                     1,
                 ),
             ],
-            5_000,
+            20_000,
             10,
         ),
     ]

@@ -17,6 +17,8 @@ pub struct Options {
     pub rounds: usize,
     /// Which scenarios run.
     pub only: Vec<String>,
+    /// Which of the shapes; empty means all.
+    pub shapes: Vec<String>,
     /// Which peers run beside walferry; empty means all that are installed.
     pub peers: Vec<String>,
     /// A short run that shows that the bench works: bars are not judged, nothing is kept.
@@ -39,6 +41,7 @@ impl Options {
             let all: &[&str] = if is_bench { &SCENARIOS } else { &["copy", "catchup", "follow"] };
             only = all.iter().map(ToString::to_string).collect();
         }
+        let shapes = shapes_of(&mut only);
         if let Some(unknown) = only.iter().find(|name| !SCENARIOS.contains(&name.as_str())) {
             bail!("no scenario {unknown:?}: ONLY takes {}", SCENARIOS.join(", "));
         }
@@ -46,7 +49,12 @@ impl Options {
         let kept = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("bench/results");
         let passing = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("bench");
         let results = if smoke { passing } else { kept };
-        Ok(Options { scale, rounds, only, peers: list("PEERS"), smoke, results })
+        Ok(Options { scale, rounds, only, shapes, peers: list("PEERS"), smoke, results })
+    }
+
+    /// True if a shape of this name is wanted.
+    pub fn wants_shape(&self, shape: &str) -> bool {
+        self.shapes.is_empty() || self.shapes.iter().any(|wanted| wanted == shape)
     }
 
     /// `full` at this scale, at least `least`.
@@ -59,6 +67,19 @@ impl Options {
         let name = peer.split([',', ' ']).next().unwrap_or(peer);
         self.peers.is_empty() || self.peers.iter().any(|wanted| wanted == name)
     }
+}
+
+/// `shapes-deletes` is the scenario `shapes` with deletes alone.
+fn shapes_of(only: &mut Vec<String>) -> Vec<String> {
+    let mut shapes = Vec::new();
+    for name in only.iter_mut() {
+        if let Some(shape) = name.strip_prefix("shapes-") {
+            shapes.push(shape.to_string());
+            *name = "shapes".to_string();
+        }
+    }
+    only.dedup();
+    shapes
 }
 
 fn variable<T>(name: &str) -> Result<Option<T>>
