@@ -171,18 +171,24 @@ impl Writer {
     /// Waits for whatever has been sent, to be forgotten; the second session is closed, with what
     /// was begun ahead there, which may wait for what the main one has open.
     pub async fn drain(&mut self, session: &mut Session) -> Result<()> {
-        let commits = |f: &Flight| f.lane() == Lane::Second && f.rest.is_none() && f.due > 0;
-        while self.flights.iter().any(commits) {
-            let event = session_of(Lane::Second, session, &mut self.second)?.next_event().await?;
-            deliver(&mut self.flights, Lane::Second, event);
-        }
+        let commits = |f: &Flight| f.rest.is_none();
+        self.drain_those(session, Lane::Second, commits).await?;
         self.second.leave();
         self.routes.forget_statements(Lane::Second);
         self.drain_lane(session, Lane::Main).await
     }
 
     async fn drain_lane(&mut self, session: &mut Session, lane: Lane) -> Result<()> {
-        while self.flights.iter().any(|f| f.lane() == lane && f.due > 0) {
+        self.drain_those(session, lane, |_| true).await
+    }
+
+    async fn drain_those(
+        &mut self,
+        session: &mut Session,
+        lane: Lane,
+        is_one: impl Fn(&Flight) -> bool,
+    ) -> Result<()> {
+        while self.flights.iter().any(|f| f.lane() == lane && f.due > 0 && is_one(f)) {
             let event = session_of(lane, session, &mut self.second)?.next_event().await?;
             deliver(&mut self.flights, lane, event);
         }

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use walferry::apply::OnRowError;
 use walferry::id::{JobName, Stream};
 
 use super::sets::fallbacks;
@@ -163,6 +164,49 @@ async fn a_set_that_is_refused_in_either_session_is_written_in_row_order() {
     assert_eq!(rows(&mut session, "select * from public.u order by 1").await, "1|a\n2|b");
     assert_eq!(rows(&mut session, "select count(*) from public.w").await, "80");
     assert_eq!(fallbacks(&mut session).await, "20");
+}
+
+#[tokio::test]
+async fn rows_that_are_refused_in_either_session_wait_with_their_tables() {
+    // One of each table's rows; no two tables have it at the same time.
+    const REFUSED: [u64; 4] = [40, 57, 74, 91];
+    const LAST: u64 = 200;
+    let mut sql = "create table public.o (id int primary key);".to_string();
+    for (of, id) in REFUSED.iter().enumerate() {
+        sql += &format!("create table public.t{of} (id int primary key check (id <> {id}));");
+    }
+    let (server, mut session) = target(&sql).await;
+    let tables = [0, 1, 2, 3].map(|of| table(&format!("t{of}"), ByKey, &["id*"]));
+    let o = table("o", ByKey, &["id*"]);
+    // Half of the transactions are of a table of which nothing is kept, so that there always are
+    // some to begin ahead.
+    let items = || -> Vec<Item> {
+        let of = |n: u64| tables.get(n as usize % 8).unwrap_or(&o);
+        (1..=LAST).map(|n| transaction(n * 100, vec![of(n).insert(&[&n.to_string()])])).collect()
+    };
+    let mut refused = 0;
+    let applied = loop {
+        let wish = Options { on_row_error: OnRowError::Quarantine, ..beside(1) };
+        match apply_with(&server, wish, items()).await {
+            Ok(applied) => break applied,
+            Err(error) => assert_eq!(error.fault(), Fault::Retry, "{error}"),
+        }
+        refused += 1;
+        assert!(refused <= REFUSED.len(), "a row is refused twice");
+    };
+    println!("{} ahead after the last of {refused}", applied.ahead);
+    assert_eq!(refused, REFUSED.len());
+    assert!(applied.ahead > 5, "{} ahead", applied.ahead);
+    let mut kept = 0;
+    for (of, id) in REFUSED.iter().enumerate() {
+        let own = |from: u64, to: u64| (from..to).filter(|n| *n as usize % 8 == of).count();
+        let count = rows(&mut session, &format!("select count(*) from public.t{of}")).await;
+        assert_eq!(count, own(1, *id).to_string(), "t{of}");
+        kept += own(*id, LAST + 1);
+    }
+    assert_eq!(rows(&mut session, "select count(*) from public.o").await, "100");
+    let parked = "select count(*), count(distinct name) from walferry.parked_change";
+    assert_eq!(rows(&mut session, parked).await, format!("{kept}|4"));
 }
 
 #[tokio::test]
