@@ -130,8 +130,11 @@ async fn a_reader_of_the_target_sees_only_states_of_the_source_while_runners_die
         begun.elapsed().as_secs_f64()
     );
     assert!(states > kills, "only {states} states were seen");
+    // A short life may have nothing to begin ahead; of twenty some have.
     let second = "select count(*) = 1 from pg_replication_origin where roname like '%forward_2'";
-    until_sql(&mut target, second).await;
+    if asked.is_some() {
+        until_sql(&mut target, second).await;
+    }
     drop(writers);
     let comparison = compare(&ends.source_uri(), &ends.target_uri()).await.unwrap();
     assert_eq!(comparison.differences, Vec::<String>::new());
