@@ -71,7 +71,7 @@ impl Lines {
         self.binary.is_some()
     }
 
-    /// The rows' data, one message each.
+    /// The rows' data.
     pub fn into_pieces(mut self) -> Vec<Vec<u8>> {
         if self.is_binary() {
             self.out.extend_from_slice(&BINARY_END);

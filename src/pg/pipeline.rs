@@ -16,6 +16,12 @@ use super::frame::Frame;
 use super::{Result, Row, Session};
 use crate::pg::Error;
 
+/// Most bytes of rows in one CopyData message: the server keeps a whole one in memory.
+const COPY_MESSAGE_BYTES: usize = 128 << 10;
+
+/// No forms: every result is text.
+const RESULT_FORMS: [u8; 2] = [0; 2];
+
 /// Values from this size on are sent from where they lie; smaller ones are copied behind what is
 /// there, as each that is not takes a write of its own.
 const APART_BYTES: usize = 16 << 10;
@@ -121,30 +127,26 @@ impl Pipeline {
     /// Binds and runs a prepared statement with parameters that are handed over; results come as
     /// text. A message holds less than 2 GB.
     pub fn run_owned(&mut self, name: &str, params: Vec<OwnedParam>) {
-        let values: usize = params.iter().map(|param| 2 + 4 + param.value.len()).sum();
-        // Its length, the portal's name, the statement's, three counts, values with their forms.
-        let length = 4 + 1 + name.len() + 1 + 2 + 2 + 2 + values;
-        self.out.put_u8(b'B');
-        self.out.put_u32(length as u32);
-        self.out.put_u8(0);
-        self.out.put_slice(name.as_bytes());
-        self.out.put_u8(0);
+        let start = self.begin_bind(name);
         self.out.put_u16(params.len() as u16);
         for param in &params {
             self.out.put_u16(u16::from(param.binary));
         }
         self.out.put_u16(params.len() as u16);
+        // Told before the values, which need not come to lie behind it.
+        let values: usize = params.iter().map(|param| 4 + param.value.len()).sum();
+        self.set_length(start, values + RESULT_FORMS.len());
         for param in params {
             self.out.put_u32(param.value.len() as u32);
             self.hand_over(param.value);
         }
-        self.out.put_u16(0);
-        let _ = frontend::execute("", 0, &mut self.out);
+        self.execute();
     }
 
-    fn hand_over(&mut self, value: Vec<u8>) {
-        if value.len() < APART_BYTES {
-            return self.out.put_slice(&value);
+    /// Adds a value: a large one where it lies, the rest behind what is there.
+    fn hand_over(&mut self, value: impl AsRef<[u8]> + Into<Bytes>) {
+        if value.as_ref().len() < APART_BYTES {
+            return self.out.put_slice(value.as_ref());
         }
         self.before.push(self.out.split().freeze());
         self.before.push(value.into());
@@ -162,23 +164,36 @@ impl Pipeline {
     }
 
     fn end_bind_and_execute(&mut self, start: usize) {
-        self.out.put_u16(0); // every result is text
-        let len = (self.out.len() - start) as u32;
-        patch(&mut self.out, start, &len.to_be_bytes());
+        self.set_length(start, RESULT_FORMS.len());
+        self.execute();
+    }
+
+    /// Tells the length of a message that has so many bytes to come.
+    fn set_length(&mut self, start: usize, to_come: usize) {
+        let length = (self.out.len() - start + to_come) as u32;
+        patch(&mut self.out, start, &length.to_be_bytes());
+    }
+
+    /// The end of a Bind message, and Execute.
+    fn execute(&mut self) {
+        self.out.put_slice(&RESULT_FORMS);
         let _ = frontend::execute("", 0, &mut self.out);
     }
 
     /// Binds and runs a prepared `COPY ... FROM STDIN` without parameters, and gives it all of its
     /// data, before the server has said that it wants it: one that does not reads past it. Each
-    /// piece is a message, of which the server keeps a whole one in memory.
+    /// piece is a message of its own, or several if it is large.
     ///
     /// <https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-COPY>
     pub fn copy(&mut self, name: &str, pieces: impl IntoIterator<Item = Vec<u8>>) {
         self.run(name, std::iter::empty());
-        for piece in pieces {
-            self.out.put_u8(b'd');
-            self.out.put_u32(piece.len() as u32 + 4);
-            self.hand_over(piece);
+        for mut rest in pieces.into_iter().map(Bytes::from) {
+            while !rest.is_empty() {
+                let piece = rest.split_to(rest.len().min(COPY_MESSAGE_BYTES));
+                self.out.put_u8(b'd');
+                self.out.put_u32(piece.len() as u32 + 4);
+                self.hand_over(piece);
+            }
         }
         frontend::copy_done(&mut self.out);
     }

@@ -56,3 +56,19 @@ fn data_of_a_copy_is_a_message_a_piece_and_its_statement_is_still_told() {
     assert!(sent.ends_with(b"ad\0\0\0\x05bc\0\0\0\x04"));
     assert_eq!(pipeline.statements(), "copy large from stdin");
 }
+
+#[test]
+fn a_large_piece_of_a_copy_is_several_messages() {
+    let mut pipeline = Pipeline::new();
+    pipeline.copy("large", [vec![b'a'; 2 * COPY_MESSAGE_BYTES + 3], Vec::new()]);
+    let sent = bytes(&pipeline);
+    let (mut rest, mut sizes) = (sent.as_slice(), Vec::new());
+    while let Some((head, tail)) = rest.split_at_checked(5) {
+        let length = u32::from_be_bytes(head[1..].try_into().unwrap()) as usize - 4;
+        if head[0] == b'd' {
+            sizes.push(length);
+        }
+        rest = &tail[length..];
+    }
+    assert_eq!((sizes, rest), (vec![COPY_MESSAGE_BYTES, COPY_MESSAGE_BYTES, 3], b"".as_slice()));
+}
