@@ -56,10 +56,11 @@ pub fn catchup(options: &Options, machine: &Machine) -> Result<Vec<Outcome>> {
 pub fn shapes(options: &Options, machine: &Machine) -> Result<Vec<Outcome>> {
     let mut outcomes = Vec::new();
     let mut backlogs = data::shapes(options);
-    backlogs.retain(|backlog| options.wants_shape(backlog.name));
-    if backlogs.is_empty() {
-        bail!("no such shape: {}", options.shapes.join(", "));
+    let is_one = |shape: &String| backlogs.iter().any(|backlog| backlog.name == shape);
+    if let Some(unknown) = options.shapes.iter().find(|shape| !is_one(shape)) {
+        bail!("no shape {unknown:?}");
     }
+    backlogs.retain(|backlog| options.wants_shape(backlog.name));
     for backlog in backlogs {
         let scenario = format!("shapes-{}", backlog.name);
         let peers = [Peer::Walferry, Peer::Native("")];
@@ -101,8 +102,8 @@ pub fn far(options: &Options, machine: &Machine) -> Result<Vec<Outcome>> {
     Ok(vec![outcome])
 }
 
-/// A backlog once, four (that of catchup) and sixteen times as long: at a quarter of that, as it was,
-/// four times was over before memory was at what it keeps.
+/// A backlog once, four and sixteen times as long. Four times is catchup's: a shorter one is over before
+/// memory is at what it keeps.
 pub fn growth(options: &Options, machine: &Machine) -> Result<Vec<Outcome>> {
     let mut all: Option<Outcome> = None;
     let mut figures = Vec::new();

@@ -69,16 +69,15 @@ impl Options {
     }
 }
 
-/// `shapes-deletes` is the scenario `shapes` with deletes alone.
+/// `shapes-deletes` is the scenario `shapes`, once, with deletes alone.
 fn shapes_of(only: &mut Vec<String>) -> Vec<String> {
     let mut shapes = Vec::new();
-    for name in only.iter_mut() {
-        if let Some(shape) = name.strip_prefix("shapes-") {
-            shapes.push(shape.to_string());
-            *name = "shapes".to_string();
-        }
-    }
-    only.dedup();
+    only.retain_mut(|name| {
+        let Some(shape) = name.strip_prefix("shapes-").map(str::to_string) else { return true };
+        shapes.push(shape);
+        *name = "shapes".to_string();
+        shapes.len() == 1
+    });
     shapes
 }
 
