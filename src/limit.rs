@@ -70,6 +70,10 @@ pub const BULK_BYTES: u64 = 16 << 20;
 /// about as much again on the source's disk, beside what decoding puts there in any case.
 pub const BULK_TRANSACTION_BYTES: u64 = 2 << 30;
 
+/// A backlog whose messages are larger on average is streamed: what a walsender spends on each is
+/// then less than what a chunk costs, whose bytes are put by before the first of them is sent.
+pub const BULK_MESSAGE_BYTES: u64 = 512;
+
 /// How often the slot is told how far we are, at least. A third of the smallest sensible
 /// wal_sender_timeout (the default is 60 s), and often enough that retained WAL stays small.
 pub const FEEDBACK_INTERVAL: Duration = Duration::from_secs(1);

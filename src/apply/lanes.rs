@@ -5,8 +5,9 @@
 //! or on another host than the target, that backend is what everything waits for.
 //!
 //! # Steps
-//! 1. Once the target has been behind for a second without a rest, a batch goes to the session that
-//!    the one before it is not in. What of its net change nobody before it writes (`claims`) is
+//! 1. Once the target has been behind for a second without a rest, or at once where the source has
+//!    nothing left to do for a backlog (`change::AllRead`), a batch goes to the session that the
+//!    one before it is not in. What of its net change nobody before it writes (`claims`) is
 //!    sent at once: BEGIN and sets.
 //! 2. The rest of it, progress and COMMIT are sent once all batches before it have landed. So
 //!    target transactions commit in the order of the stream, one by one, and no reader sees what
@@ -41,6 +42,7 @@ use super::error::{Error, Result};
 use super::progress::Progress;
 use super::writer::Writer;
 use super::{Mode, Options, ProgressKind, Settings};
+use crate::change::AllRead;
 use crate::id::second_origin;
 use crate::pg::{CancelHandle, Config, Purpose, Session};
 
@@ -52,8 +54,8 @@ pub(super) const AHEAD_STEPS_MIN: usize = 2000;
 pub(super) const STALL: Duration = Duration::from_secs(1);
 
 /// The target has to be behind for so long, without a moment of rest, before a batch is begun
-/// ahead: where the source is what is waited for, on the same processors even, it would be slowed
-/// down.
+/// ahead, while the source is at work: where that is what is waited for, on the same processors
+/// even, it would be slowed down.
 const BEHIND: Duration = Duration::from_secs(1);
 
 /// So many batches go by where of the last one less than half could be sent ahead.
@@ -114,6 +116,8 @@ pub(super) struct Second {
     penance: Option<Instant>,
     /// Since when there was always a batch under way when the next was made.
     behind_since: Option<Instant>,
+    /// Whether the source has anything left to do.
+    all_read: AllRead,
     /// When the first batch was looked at last, or came to be the first.
     pub looked_at: Option<Instant>,
 }
@@ -156,7 +160,7 @@ impl Second {
                 busy_wait: options.busy_wait,
             })),
         };
-        Second { state, ..Second::default() }
+        Second { state, all_read: options.all_read.clone(), ..Second::default() }
     }
 
     /// False if there is none, and never will be.
@@ -176,7 +180,8 @@ impl Second {
     }
 
     fn is_behind(&self) -> bool {
-        self.behind_since.is_some_and(|since| since.elapsed() >= BEHIND)
+        let is_long = |since: Instant| since.elapsed() >= BEHIND;
+        self.behind_since.is_some_and(|since| self.all_read.get() || is_long(since))
     }
 
     fn does_penance(&self) -> bool {

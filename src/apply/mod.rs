@@ -125,7 +125,7 @@ use growth::Growth;
 use progress::Progress;
 use writer::Writer;
 
-use crate::change::Snapshot;
+use crate::change::{AllRead, Snapshot};
 use crate::clock::PgTimestamp;
 use crate::id::QualifiedName;
 use crate::lsn::Lsn;
@@ -227,6 +227,8 @@ pub struct Options {
     /// Tables of the target that are likely to be written: it is asked about them while the stream
     /// begins, and not when their first changes wait for it.
     pub expected: Vec<QualifiedName>,
+    /// Whether the reader has anything left to do, where there is one that tells.
+    pub all_read: AllRead,
 }
 
 impl Options {
@@ -246,6 +248,7 @@ impl Options {
             alter: None,
             two_way: None,
             expected: Vec::new(),
+            all_read: AllRead::default(),
         }
     }
 }

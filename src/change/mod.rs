@@ -4,6 +4,7 @@
 //! travels as one or more [`Chunk`]s, so that one of any size passes through fixed memory; a small
 //! one, the usual case, is a single chunk with `commit` set.
 
+pub mod backlog;
 pub mod captured;
 pub mod feed;
 pub mod relation;
@@ -13,6 +14,7 @@ pub mod spill;
 pub mod transaction;
 pub mod visibility;
 
+pub use backlog::AllRead;
 pub use captured::Captured;
 pub use feed::Feed;
 pub use relation::{Column, KnownColumn, Relation, ReplicaIdentity};

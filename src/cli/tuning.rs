@@ -99,6 +99,10 @@ fn backlog(tuning: &config::Tuning) -> BulkOptions {
         least_bytes: tuning.bulk_bytes.or(default.least_bytes).filter(|bytes| *bytes > 0),
         ahead: tuning.bulk_ahead.unwrap_or(default.ahead),
         transaction_bytes: tuning.bulk_transaction_bytes.unwrap_or(default.transaction_bytes),
+        message_bytes: tuning
+            .bulk_message_bytes
+            .or(default.message_bytes)
+            .filter(|bytes| *bytes > 0),
         messages: tuning.chunk_messages.map(|count| count.clamp(1, i32::MAX as u32)),
     }
 }

@@ -199,6 +199,8 @@ pub struct Tuning {
     /// A committed transaction of up to so many bytes of log is read in bulk; 0 leaves large ones
     /// to the stream.
     pub bulk_transaction_bytes: Option<u64>,
+    /// A backlog whose messages have more bytes on average is streamed; 0 for never.
+    pub bulk_message_bytes: Option<u64>,
     /// Messages of each chunk of a backlog, or of what is pulled, which grow otherwise.
     pub chunk_messages: Option<u32>,
     /// Small tables that are copied, given indexes and analyzed together; 1 is each by itself.

@@ -25,7 +25,7 @@ use crate::apply::altered::Alter;
 use crate::apply::{self, Applied, Applier, Gate, OnRowError, Tuning};
 use crate::buffer::memory;
 use crate::buffer::spool::Spill;
-use crate::change::{self, Snapshot};
+use crate::change::{self, AllRead, Snapshot};
 use crate::clock::Backoff;
 use crate::cluster::shard;
 use crate::decode::Plugin;
@@ -113,6 +113,8 @@ pub struct PipeOptions {
     pub two_way: Option<apply::conflict::Policy>,
     /// What of a backlog is read in bulk.
     pub backlog: BulkOptions,
+    /// By it the reader tells the applier that it is through with a backlog.
+    pub all_read: AllRead,
 }
 
 /// Both ways of keeping a stream going, through memory and through a spool, open their ends by
@@ -133,6 +135,7 @@ impl PipeOptions {
             visibility,
             gate: self.gate.clone(),
             tuning: self.tuning,
+            all_read: self.all_read.clone(),
             on_row_error: self.on_row_error,
             alter: self.alter.clone(),
             progress: self.ability.progress(),
@@ -212,6 +215,7 @@ impl PipeOptions {
             plain_numbers: self.plain_numbers,
             confirmed_lsn,
             bulk: self.backlog,
+            all_read: self.all_read.clone(),
             spill: self.spill(),
             two_phase: self.two_phase && self.transport == Transport::Stream,
             ..StreamOptions::new(&name, &name, start_lsn, recorded)

@@ -20,6 +20,7 @@ use crate::apply::altered::Alter;
 use crate::apply::{OnRowError, Open};
 use crate::buffer::spool::Spill;
 use crate::catalog::{Selection, tables};
+use crate::change::AllRead;
 use crate::copy;
 use crate::id::{QualifiedName, Stream};
 use crate::limit::CATALOG_WAIT;
@@ -170,11 +171,7 @@ pub(super) async fn pipe_options(
         ability,
         visibility: None,
         streaming: config.streaming.as_ref().map(|streaming| {
-            let dir = match &row.spool {
-                Some(Place::Spool(place)) => PathBuf::from(&place.dir),
-                _ => temporary(),
-            };
-            Arc::new(Spill::new(dir, streaming.limit_bytes))
+            Arc::new(Spill::new(spill_dir(row.spool.as_ref()), streaming.limit_bytes))
         }),
         spool: row.spool.map(|place| SpoolOptions {
             place,
@@ -198,7 +195,16 @@ pub(super) async fn pipe_options(
         map: config.map_of(stream),
         two_way: config.two_way.clone(),
         backlog: config.backlog,
+        all_read: AllRead::default(),
     })
+}
+
+/// Where transactions in progress wait for their end.
+fn spill_dir(spool: Option<&Place>) -> PathBuf {
+    match spool {
+        Some(Place::Spool(place)) => PathBuf::from(&place.dir),
+        _ => temporary(),
+    }
 }
 
 /// The server that a stream reads as it was when the slot was made, and its timeline now.

@@ -10,17 +10,19 @@
 //! 2. Chunks are taken with `pg_logical_slot_get_binary_changes`, which moves the mark behind
 //!    them. Nothing of one is sent before the source has decoded all of it. So two marks take
 //!    turns (`hand`): one is read ahead while what the other gave is applied. The source decodes
-//!    from the mark's restart_lsn for each, so they grow, by half as much as the last; the first
-//!    is small, that the target has something to do.
+//!    from the mark's restart_lsn for each, so each is twice as large as the last; the first is
+//!    small, that the target has something to do.
 //! 3. A chunk of log in which no transaction ended is followed by one that is long enough for
 //!    most, with all that committed behind it; the source keeps what comes of it in a temporary
 //!    file. If that has no end either, or there is no room for it, the walsender sends that
 //!    transaction piece by piece.
-//! 4. This ends when little is left, and earlier where it does not pay: see 3, and when the source
-//!    decodes too much again for each chunk. Before it does, the target gets a moment to take what
-//!    it was given: the walsender decodes once more what the slot was not told of, and a busy
-//!    machine has better things to do.
-//! 5. The marks are dropped, and the job's slot streamed from the end of what was read: the server
+//! 4. This ends when little is left, and earlier where it does not pay: see 3 and 5, and when the
+//!    source decodes too much again for each chunk. Before it does, the target gets a moment to
+//!    take what it was given: the walsender decodes once more what the slot was not told of, and a
+//!    busy machine has better things to do.
+//! 5. Nor does it pay where messages are large: a walsender's call for each is nothing then, and it
+//!    sends the first while it decodes the next. The first chunk tells.
+//! 6. The marks are dropped, and the job's slot streamed from the end of what was read: the server
 //!    passes over what committed before. No record is missed between, and none comes twice.
 //!
 //! Where it cannot be (before 12, without a free slot), the stream begins at once;
@@ -34,7 +36,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::fetch::{Taking, Watch, push};
-use super::hand::{Hand, Maker, Order, Outcome, Reading, copy, mark_name, set};
+use super::hand::{Coming, Hand, Maker, Order, Outcome, Reading, copy, mark_name, set};
 use super::intake::Intake;
 use super::options::{Spoken, plugin_options};
 use super::peek::{Chunks, Peeks};
@@ -80,6 +82,8 @@ pub(super) struct Bulk {
     stretched: bool,
     /// A second hand reads ahead.
     ahead: bool,
+    /// That hand, until it has something to do for the first time.
+    second: Option<Coming>,
     advance_at: Instant,
 }
 
@@ -110,6 +114,7 @@ impl Bulk {
         confirmed_lsn: Lsn,
         flush_lsn: Lsn,
     ) -> Result<Option<Bulk>> {
+        options.all_read.set(false);
         let Some(least_bytes) = options.bulk.least_bytes else { return Ok(None) };
         let backlog_bytes = flush_lsn.0.saturating_sub(options.start_lsn.0);
         let may = spoken.plugin == Plugin::Pgoutput && !options.two_phase;
@@ -147,6 +152,7 @@ impl Bulk {
             wal_bytes: CHUNK_WAL.0,
             stretched: false,
             ahead: options.bulk.ahead,
+            second: None,
             advance_at: Instant::now() + ADVANCE_GAP,
         }))
     }
@@ -168,6 +174,8 @@ impl Bulk {
         let mut idle = Idle::default();
         let mut settled = false;
         let mut reading = self.start(Some(first), None);
+        // While the source decodes what comes first, and nobody else has anything to do.
+        self.second = self.ahead.then(|| self.maker.second());
         loop {
             let begun = Instant::now();
             let (count, bytes, next) =
@@ -178,11 +186,16 @@ impl Bulk {
             let (hand, outcome) = reading.end().await?;
             let goes_on = match outcome {
                 Outcome::Read { read_lsn } => {
+                    // No chunk came before, with or without rows.
+                    let is_first = self.read_lsn == self.maker.options.start_lsn;
                     (idle.other, idle.last) = (idle.last.take().or(idle.other.take()), hand);
                     settled = false;
                     self.chunks.learn(false, begun.elapsed(), bytes);
                     if let Some(end) = self.reached(read_lsn, intake, watch).await {
                         return Ok(Err(end));
+                    }
+                    if is_first && self.is_wide(count, bytes) {
+                        break;
                     }
                     self.advance(&mut idle, watch).await?;
                     count > 0 && self.unstretch() || self.stretch()
@@ -210,6 +223,8 @@ impl Bulk {
                 None => break,
             };
         }
+        self.second = None;
+        self.maker.options.all_read.set(false);
         idle.into_session().await.map(Ok)
     }
 
@@ -228,7 +243,22 @@ impl Bulk {
         };
         let fixed = self.stretched || self.maker.options.bulk.messages.is_some();
         self.asked = (!fixed).then_some(order.messages);
-        Reading::start(hand, &self.maker, order)
+        let hand = match hand {
+            Some(hand) => Ok(hand),
+            None => Err(self.second.take().unwrap_or_else(|| self.maker.second())),
+        };
+        Reading::start(hand, order)
+    }
+
+    /// True of a chunk whose messages had better come one by one.
+    fn is_wide(&self, count: u32, bytes: u64) -> bool {
+        let most = self.maker.options.bulk.message_bytes;
+        let is_wide =
+            most.is_some_and(|most| count > 0 && bytes > most.saturating_mul(count.into()));
+        if is_wide {
+            tracing::debug!(slot = self.maker.options.slot, count, bytes, "messages are large");
+        }
+        is_wide
     }
 
     /// After a chunk without an end: true if a longer one may have it.

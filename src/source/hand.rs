@@ -24,6 +24,7 @@ use super::link::Link;
 use super::options::{Spoken, plugin_options};
 use super::peek::{Canceled, Peeks, Starts};
 use super::{Result, StreamOptions};
+use crate::change::AllRead;
 use crate::id::quote_literal;
 use crate::lsn::Lsn;
 use crate::pg::{self, Config, Purpose, ServerError, Session, now};
@@ -47,6 +48,7 @@ pub(super) struct Hand {
     starts: Starts,
     link: Link,
     canceled: Canceled,
+    all_read: AllRead,
 }
 
 /// How much is to be read, and from where.
@@ -125,6 +127,7 @@ impl Maker {
             starts: Starts::of(&session, self.spoken.plugin),
             link: Link::of(self.config.clone(), &of_mark),
             canceled: Canceled::of(&session),
+            all_read: self.options.all_read.clone(),
             is_first,
             is_made: is_first,
             mark,
@@ -132,12 +135,45 @@ impl Maker {
         }
     }
 
-    async fn second(&self, mark: String) -> pg::Result<Hand> {
+    /// Has a second hand made, which has no mark yet.
+    pub fn second(&self) -> Coming {
+        let (maker, mark) = (self.clone(), mark_name());
+        let name = mark.clone();
+        Coming { mark, task: tokio::spawn(async move { maker.connect(name).await }) }
+    }
+
+    async fn connect(&self, mark: String) -> pg::Result<Hand> {
         let mut session = Session::connect(&self.config, Purpose::Sql).await?;
         session.pass_unknown_bytes().await?;
         session.keep_warnings();
         set(&mut session).await?;
         Ok(self.hand(session, mark, false))
+    }
+}
+
+/// A hand that is being made. Dropped, it is not.
+#[derive(Debug)]
+pub(super) struct Coming {
+    mark: String,
+    task: JoinHandle<pg::Result<Hand>>,
+}
+
+impl Coming {
+    /// Waits for it; `None` where it cannot be had, which the log tells.
+    async fn hand(mut self) -> Option<Hand> {
+        match (&mut self.task).await {
+            Ok(Ok(hand)) => return Some(hand),
+            Ok(Err(error)) => tracing::info!(%error, "the backlog is not read ahead"),
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Err(_) => {}
+        }
+        None
+    }
+}
+
+impl Drop for Coming {
+    fn drop(&mut self) {
+        self.task.abort();
     }
 }
 
@@ -172,7 +208,10 @@ impl Hand {
         let Some(stand) = link.bounded(stand(session, &place)).await? else {
             return Ok(Outcome::Costly);
         };
-        if stand.flush_lsn.0.saturating_sub(stand.read_lsn.0) <= order.rest_bytes {
+        let is_little = stand.flush_lsn.0.saturating_sub(stand.read_lsn.0) <= order.rest_bytes;
+        // With an order for what is behind a chunk, that one is decoded.
+        self.all_read.set(is_little);
+        if is_little {
             return Ok(Outcome::Little);
         }
         let again_bytes = stand.read_lsn.0.saturating_sub(stand.restart_lsn.0);
@@ -303,23 +342,19 @@ pub(super) struct Reading {
 }
 
 impl Reading {
-    /// Sets a hand to work; without one, a second is made.
-    pub fn start(hand: Option<Hand>, maker: &Maker, order: Order) -> Reading {
+    /// Sets a hand to work, once it is there.
+    pub fn start(hand: std::result::Result<Hand, Coming>, order: Order) -> Reading {
         let (sender, pieces) = mpsc::channel(PIECES);
-        let maker = maker.clone();
-        let mark = hand.as_ref().map_or_else(mark_name, |hand| hand.mark.clone());
-        let name = mark.clone();
+        let mark = match &hand {
+            Ok(hand) => hand.mark.clone(),
+            Err(coming) => coming.mark.clone(),
+        };
         let task = tokio::spawn(async move {
-            let mut hand = match hand {
-                Some(hand) => hand,
-                None => match maker.second(name).await {
-                    Ok(hand) => hand,
-                    Err(error) => {
-                        tracing::info!(%error, "the backlog is not read ahead");
-                        return Ok((None, Outcome::Alone));
-                    }
-                },
+            let hand = match hand {
+                Ok(hand) => Some(hand),
+                Err(coming) => coming.hand().await,
             };
+            let Some(mut hand) = hand else { return Ok((None, Outcome::Alone)) };
             let outcome = hand.read(&order, sender).await?;
             Ok((Some(hand), outcome))
         });

@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Counters, Error, Followed, Recorded, Result};
-use crate::change::Spill;
+use crate::change::{AllRead, Spill};
 use crate::clock::PgTimestamp;
 use crate::decode::wal2json::{self, Numbers};
 use crate::decode::{Plugin, test_decoding};
 use crate::id::quote_ident;
-use crate::limit::{BULK_BYTES, BULK_TRANSACTION_BYTES, SILENCE};
+use crate::limit::{BULK_BYTES, BULK_MESSAGE_BYTES, BULK_TRANSACTION_BYTES, SILENCE};
 use crate::lsn::Lsn;
 use crate::pg;
 
@@ -56,6 +56,8 @@ pub struct StreamOptions {
     pub spill: Option<Arc<dyn Spill>>,
     /// Where decoded and filtered changes are counted.
     pub counters: Counters,
+    /// Told when a backlog that is read in bulk is read to its end.
+    pub all_read: AllRead,
 }
 
 /// What of a backlog is read in bulk, and how.
@@ -68,14 +70,22 @@ pub struct BulkOptions {
     /// A transaction of up to about so many bytes of log; 0 leaves those that are longer than a
     /// chunk to the stream. The source keeps what is decoded of it in a temporary file.
     pub transaction_bytes: u64,
+    /// Where messages of the first chunk have more bytes on average, all others are streamed;
+    /// `None` for never.
+    pub message_bytes: Option<u64>,
     /// Messages of a chunk, in bulk or by a pull; chosen by what chunks cost where `None`.
     pub messages: Option<u32>,
 }
 
 impl Default for BulkOptions {
     fn default() -> Self {
-        let (least_bytes, transaction_bytes) = (Some(BULK_BYTES), BULK_TRANSACTION_BYTES);
-        BulkOptions { least_bytes, ahead: true, transaction_bytes, messages: None }
+        BulkOptions {
+            least_bytes: Some(BULK_BYTES),
+            ahead: true,
+            transaction_bytes: BULK_TRANSACTION_BYTES,
+            message_bytes: Some(BULK_MESSAGE_BYTES),
+            messages: None,
+        }
     }
 }
 
@@ -99,6 +109,7 @@ impl StreamOptions {
             bulk: BulkOptions::default(),
             spill: None,
             counters: Counters::new(),
+            all_read: AllRead::default(),
         }
     }
 

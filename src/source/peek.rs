@@ -242,13 +242,13 @@ impl Chunks {
         Chunks { messages: messages.unwrap_or(AHEAD_MESSAGES), fixed: messages.is_some() }
     }
 
-    /// What to ask for now; half as many again next time: a source decodes that in the time in
-    /// which a target takes the chunk before, and with larger steps it had nothing to do
-    /// meanwhile. Where that is too many, it is [learned](Chunks::learn) a chunk later.
+    /// What to ask for now; twice as many next time: for each chunk the source decodes again what
+    /// came before it, and the last one is taken by a target that has both its sessions for it.
+    /// Where that is too many, it is [learned](Chunks::learn) a chunk later.
     pub fn rise(&mut self) -> u32 {
         let messages = self.messages;
         if !self.fixed {
-            self.messages = messages.saturating_add(messages / 2).min(MESSAGES.1);
+            self.messages = messages.saturating_mul(2).min(MESSAGES.1);
         }
         messages
     }
@@ -372,8 +372,8 @@ mod tests {
     fn chunks_read_ahead_rise_by_themselves_and_a_large_one_halves_the_next() {
         let mut chunks = Chunks::ahead(None);
         let asked: Vec<u32> = (0..4).map(|_| chunks.rise()).collect();
-        assert_eq!(asked, [100_000, 150_000, 225_000, 337_500]);
-        assert_eq!([chunks.rise(), chunks.rise()], [MESSAGES.1, MESSAGES.1]);
+        assert_eq!(asked, [100_000, 200_000, 400_000, 500_000]);
+        assert_eq!(chunks.rise(), MESSAGES.1);
         chunks.learn(false, Duration::from_secs(1), CHUNK_BYTES * 3);
         assert_eq!(chunks.rise(), MESSAGES.1 / 2);
         let mut fixed = Chunks::ahead(Some(7));

@@ -91,6 +91,39 @@ async fn look(mut session: Session, stopped: watch::Receiver<bool>) -> usize {
     seen.len()
 }
 
+/// Both sessions write at once where the source is known to have nothing left to do.
+#[tokio::test]
+async fn a_target_that_alone_is_waited_for_has_both_sessions_at_once() {
+    let (server, mut session) = target(
+        "create function public.slow(int) returns boolean language plpgsql as \
+         $$ begin if $1 % 1000 = 0 then perform pg_sleep(0.025); end if; return true; end $$; \
+         create table public.s (id int primary key check (public.slow(id)));",
+    )
+    .await;
+    let s = table("s", ByKey, &["id*"]);
+    let batch = |at: u64| {
+        let rows = at * 2500..(at + 1) * 2500;
+        transaction(at * 100 + 100, rows.map(|id| s.insert(&[&id.to_string()])).collect())
+    };
+    for all_read in [false, true] {
+        session.execute("truncate public.s").await.unwrap();
+        let options = tuned(Mode::Auto, Some(Limits { bytes: 8 << 20, transactions: 1 }));
+        options.all_read.set(all_read);
+        let begun = Instant::now();
+        // The stream of the second round begins behind the first.
+        let first = if all_read { 8 } else { 0 };
+        let items = (first..first + 8).map(batch).collect();
+        let applied = apply_with(&server, options, items).await.unwrap();
+        println!("all read {all_read}: {} ahead, {:?}", applied.ahead, begun.elapsed());
+        match all_read {
+            true => assert!(applied.ahead > 0),
+            // On a machine that slow the target was behind for long.
+            false => assert!(applied.ahead == 0 || begun.elapsed() > Duration::from_secs(1)),
+        }
+        assert_eq!(rows(&mut session, "select count(*) from public.s").await, "20000");
+    }
+}
+
 #[tokio::test]
 async fn what_is_begun_ahead_gives_way_to_a_batch_that_waits_for_its_locks() {
     let (server, mut session) = target(

@@ -403,6 +403,60 @@ async fn what_is_read_in_bulk_is_what_is_streamed() {
     rig.wait_for(left, "0").await;
 }
 
+/// A backlog of large messages is streamed behind its first chunk, or read in bulk where that is not
+/// wanted, and is the same. That nothing is left to read is said until the stream begins.
+#[tokio::test]
+async fn a_backlog_of_large_rows_is_streamed_behind_its_first_chunk() {
+    let ddl = "create table public.a (id serial primary key, v text)";
+    let mut rig = Rig::new(&[], ddl, &["a"]).await;
+    if rig.sql.major_version() < 12 {
+        return; // No copies of slots.
+    }
+    let write = "do $$ begin for i in 1..570 loop insert into public.a (v) \
+         select repeat('x', 1000) from generate_series(1, 5); commit; end loop; end $$";
+    rig.sql.execute(write).await.unwrap();
+    rig.mark().await;
+    let streaming = "select count(*) > 0 from pg_stat_replication where state = 'streaming'";
+    let mut seen: Vec<Vec<Chunk>> = Vec::new();
+    for (message_bytes, is_streamed) in [(None, false), (Some(900), false), (Some(512), true)] {
+        // A chunk is of 143 transactions, which have 0.7 MB.
+        let (least_bytes, messages) = (Some(1), Some(1000));
+        let bulk = BulkOptions { least_bytes, messages, message_bytes, ..Default::default() };
+        let options = StreamOptions { bulk, ..rig.options() };
+        let all_read = options.all_read.clone();
+        let room = if is_streamed { 1 << 20 } else { 256 << 10 };
+        let mut reader = Reader::start(&rig.config, options, room).await;
+        let mut chunks = Vec::new();
+        if is_streamed {
+            rig.wait_for(streaming, "t").await;
+        } else {
+            // Of the last chunk there is more than has room anywhere.
+            while chunks.len() < 3 * 143 + 1 {
+                if chunks.len() == 200 {
+                    assert!(!all_read.get());
+                    rig.wait_for(streaming, "f").await;
+                }
+                if let Item::Chunk(chunk) = reader.pop().await {
+                    chunks.extend((!chunk.changes.is_empty()).then_some(chunk));
+                }
+            }
+            let said = async {
+                while !all_read.get() {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            };
+            soon("that all is read", said).await;
+        }
+        chunks.extend(reader.until_mark().await);
+        rig.wait_for(streaming, "t").await;
+        assert!(!all_read.get());
+        seen.push(chunks);
+        reader.end().await.unwrap();
+    }
+    assert_eq!(seen[0].len(), 570);
+    assert!(seen.iter().all(|chunks| *chunks == seen[0]), "they differ");
+}
+
 /// The mark is dropped and the slot streamed while writers go on, and one of them is in the middle
 /// of a transaction all the time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
