@@ -10,7 +10,7 @@
 
 use super::native::{Native, put};
 use super::statement::Mapping;
-use crate::change::{Row, Value};
+use crate::change::Value;
 use crate::pg::OwnedParam;
 
 /// How a column travels.
@@ -102,12 +102,12 @@ impl Arrays {
     }
 
     /// Adds a row. On an error the arrays are of no more use.
-    pub fn push(&mut self, row: &Row) -> Result<(), NoValue> {
+    pub fn push<'a>(&mut self, row: impl Iterator<Item = Value<'a>>) -> Result<(), NoValue> {
         if self.pieces.last().is_none_or(|piece| piece.is_full(self.most)) {
             self.pieces.push(self.piece());
         }
         let Some(piece) = self.pieces.last_mut() else { return Ok(()) };
-        for (column, (value, slot)) in row.values().zip(&self.slots).enumerate() {
+        for (column, (value, slot)) in row.zip(&self.slots).enumerate() {
             let Some(array) = slot.and_then(|slot| piece.arrays.get_mut(slot)) else { continue };
             match value {
                 Value::Text(text) => array.push(piece.rows, Some(text)).ok_or(NoValue(column))?,

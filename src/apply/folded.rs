@@ -64,6 +64,15 @@ pub(super) fn fold<'a, I: Iterator<Item = &'a Change> + Clone>(
 }
 
 impl<'a> Folded<'a> {
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        match self {
+            Folded::Keyed(_, entries) => entries.len(),
+            Folded::Whole(entries) => entries.len(),
+            Folded::Inserts(rows) => rows.len(),
+        }
+    }
+
     /// A row with the key of each, in order.
     fn rows(&self) -> Box<dyn Iterator<Item = &'a Row> + '_> {
         match self {

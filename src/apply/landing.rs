@@ -138,14 +138,25 @@ impl Writer {
         }
         self.second.looked_at = Some(Instant::now());
         self.advance(session).await?;
-        let rows = flight.admitted.steps.len() as u64;
+        let steps = flight.admitted.steps.len();
+        let (rows, folds) = (steps as u64, steps.checked_div(flight.request.rows).unwrap_or(1));
         let position = self.settle(&mut flight)?;
         self.prepared.landed(&flight.batch);
         let messages =
             if flight.batch.commit.is_some() { flight.admitted.messages } else { Vec::new() };
         let (committed, sent_at) = (flight.commits, flight.sent_at);
         let batch = flight.batch;
-        Ok(Some(Landed { batch, rows, committed, position, fell_back, ahead, messages, sent_at }))
+        Ok(Some(Landed {
+            batch,
+            rows,
+            folds,
+            committed,
+            position,
+            fell_back,
+            ahead,
+            messages,
+            sent_at,
+        }))
     }
 
     /// Takes the oldest batch once it is over. What it waits for gives way.

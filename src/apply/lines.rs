@@ -10,7 +10,7 @@
 use super::encode::NoValue;
 use super::native::Native;
 use super::statement::Mapping;
-use crate::change::{Row, Value};
+use crate::change::Value;
 
 /// Signature, flags, and the length of an extension that is not there.
 const BINARY_HEAD: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
@@ -81,12 +81,12 @@ impl Lines {
     }
 
     /// Adds a row. On an error the lines are of no more use.
-    pub fn push(&mut self, row: &Row) -> Result<(), NoValue> {
+    pub fn push<'a>(&mut self, row: impl Iterator<Item = Value<'a>>) -> Result<(), NoValue> {
         if let Some(count) = self.binary {
             self.out.extend_from_slice(&count.to_be_bytes());
         }
         let mut first = true;
-        for (column, (value, form)) in row.values().zip(&self.columns).enumerate() {
+        for (column, (value, form)) in row.zip(&self.columns).enumerate() {
             if !matches!(form, Form::Left) {
                 push(&mut self.out, *form, value, std::mem::take(&mut first))
                     .ok_or(NoValue(column))?;

@@ -79,6 +79,7 @@ mod flight;
 mod folded;
 mod gate;
 mod growth;
+mod image;
 mod landing;
 mod lanes;
 mod lines;

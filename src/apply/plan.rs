@@ -18,10 +18,8 @@ use std::collections::hash_map::Entry as Slot;
 
 use foldhash::{HashMap, HashMapExt};
 
+use super::image::Image;
 use crate::change::{Change, OldRow, Row, RowBuilder, Value};
-
-/// A row as it was sent, or put together from several.
-pub(super) type Image<'a> = Cow<'a, Row>;
 
 /// What becomes of one key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,7 +85,7 @@ pub(super) fn keyed<'a>(
     let mut folder = Folder { rules, entries: Vec::new(), places: HashMap::new() };
     for change in changes {
         match change {
-            Change::Insert { new, .. } => folder.insert(new, Cow::Borrowed(new))?,
+            Change::Insert { new, .. } => folder.insert(new, Image::of(new))?,
             Change::Delete { old, .. } if rules.fits(Some(old)) => folder.delete(old.row())?,
             Change::Update { old, new, .. } if rules.fits(old.as_ref()) => {
                 folder.update(old.as_ref(), new)?;
@@ -165,14 +163,14 @@ impl<'a> Folder<'a, '_> {
     }
 
     fn change(&mut self, new: &'a Row) -> Option<()> {
-        let (entry, is_new) = self.entry(new, Net::Update(Cow::Borrowed(new)))?;
+        let (entry, is_new) = self.entry(new, Net::Update(Image::of(new)))?;
         if is_new {
             return Some(());
         }
-        entry.net = match &entry.net {
-            Net::Insert(image) => Net::Insert(filled(new, image)),
-            Net::Update(image) => Net::Update(filled(new, image)),
-            Net::Replace(image) => Net::Replace(filled(new, image)),
+        entry.net = match std::mem::replace(&mut entry.net, Net::Nothing) {
+            Net::Insert(image) => Net::Insert(image.then(new)),
+            Net::Update(image) => Net::Update(image.then(new)),
+            Net::Replace(image) => Net::Replace(image.then(new)),
             Net::Nothing | Net::Delete => return None,
         };
         Some(())
@@ -188,12 +186,12 @@ impl<'a> Folder<'a, '_> {
         let made_here = matches!(net, Some(Net::Insert(_) | Net::Replace(_)));
         let mut image = match net {
             Some(Net::Insert(known) | Net::Update(known) | Net::Replace(known)) => {
-                filled(new, known)
+                known.clone().then(new)
             }
-            _ => Cow::Borrowed(new),
+            _ => Image::of(new),
         };
         if let (true, OldRow::Full(old)) = (image.has_unchanged(), old) {
-            image = Cow::Owned(fill(&image, old));
+            image = image.over(old);
         }
         if image.has_unchanged() || (!self.rules.complete && !made_here) {
             return None;
@@ -207,7 +205,7 @@ impl<'a> Folder<'a, '_> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Copies<'a> {
     /// The whole row.
-    pub row: Image<'a>,
+    pub row: Cow<'a, Row>,
     /// So many equal rows go.
     pub deleted: usize,
     /// So many come.
@@ -221,8 +219,8 @@ pub(super) fn whole<'a>(
     changes: impl Iterator<Item = &'a Change>,
 ) -> Option<Vec<Copies<'a>>> {
     let mut entries: Vec<Copies<'a>> = Vec::new();
-    let mut places: HashMap<Image<'a>, usize> = HashMap::new();
-    let mut note = |row: Image<'a>, comes: bool| {
+    let mut places: HashMap<Cow<'a, Row>, usize> = HashMap::new();
+    let mut note = |row: Cow<'a, Row>, comes: bool| {
         if row.len() != width || row.has_unchanged() {
             return None;
         }
@@ -245,7 +243,7 @@ pub(super) fn whole<'a>(
             Change::Delete { old: OldRow::Full(old), .. } => note(Cow::Borrowed(old), false)?,
             Change::Update { old: Some(OldRow::Full(old)), new, .. } => {
                 note(Cow::Borrowed(old), false)?;
-                note(filled(new, &Cow::Borrowed(old)), true)?;
+                note(filled(new, old), true)?;
             }
             _ => return None,
         }
@@ -254,21 +252,13 @@ pub(super) fn whole<'a>(
 }
 
 /// `new`, its unchanged values taken from what the row was before.
-fn filled<'a>(new: &'a Row, before: &Image<'a>) -> Image<'a> {
-    if new.has_unchanged() { Cow::Owned(fill(new, before)) } else { Cow::Borrowed(new) }
-}
-
-fn fill(new: &Row, before: &Row) -> Row {
-    let mut builder = RowBuilder::new();
-    let mut before = before.values();
-    for value in new.values() {
-        let before = before.next();
-        builder.push(match value {
-            Value::Unchanged => before.unwrap_or(Value::Unchanged),
-            value => value,
-        });
+fn filled<'a>(new: &'a Row, before: &'a Row) -> Cow<'a, Row> {
+    if !new.has_unchanged() {
+        return Cow::Borrowed(new);
     }
-    builder.finish()
+    let mut builder = RowBuilder::new();
+    Image::of(new).over(before).values().for_each(|value| builder.push(value));
+    Cow::Owned(builder.finish())
 }
 
 /// The key's columns in one piece; `None` if one has no text.

@@ -43,6 +43,8 @@ pub(super) struct Request {
     pub pipeline: Pipeline,
     /// One for each statement that answers.
     pub roles: Vec<Role>,
+    /// Rows that it writes: fewer than there are changes, where they were folded.
+    pub rows: usize,
     /// Prepared statements that it drops.
     pub closed: Vec<String>,
     /// In which session.

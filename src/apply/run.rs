@@ -163,17 +163,17 @@ impl Applier {
         self.in_flight_max + usize::from(self.writer.second.is_at_work())
     }
 
-    /// True where batches are so small that the next is sent at once, behind the one under way,
-    /// and the server need not wait for us between them. Larger ones may as well grow meanwhile:
-    /// they cost less the fewer they are.
+    /// True where batches are so small that the next is sent at once, and the server need not wait
+    /// for us between them. Larger ones may as well grow meanwhile: they cost less the fewer.
     fn follows_closely(&self) -> bool {
         self.eager && self.writer.in_flight_steps() < SMALL_STEPS && !self.batcher.is_open()
     }
 
     /// True if as much is gathered as is under way: the target is to find it when it is done, and
     /// not wait while it is put together. Were less sent, batches would become smaller and smaller.
+    /// What is gathered for longer is less to write where rows are written again and again.
     fn is_worth_sending(&self) -> bool {
-        self.eager && self.batcher.bytes() >= self.writer.in_flight_bytes()
+        self.eager && self.batcher.bytes() >= self.writer.in_flight_bytes() * self.growth.folds()
     }
 
     /// Takes what is there, without waiting.
@@ -274,7 +274,7 @@ impl Applier {
         let Some(landed) = landed else { return Ok(()) };
         let took = self.landed_at.max(landed.sent_at).elapsed();
         self.landed_at = Instant::now();
-        self.batcher.resize(self.growth.learn(landed.batch.full, took));
+        self.batcher.resize(self.growth.learn(landed.batch.full, took, landed.folds));
         self.applied.rows += landed.rows;
         self.applied.fallbacks += u64::from(landed.fell_back);
         self.applied.ahead += u64::from(landed.ahead);

@@ -11,6 +11,7 @@ use super::batch::Batch;
 use super::encode::{Arrays, Most, NoValue, Piece, WHOLE};
 use super::error::Result;
 use super::folded::{Folded, claim_whole, fold, part};
+use super::image::Image;
 use super::lanes::PerLane;
 use super::lines::Lines;
 use super::plan::{Copies, Entry, Net};
@@ -19,7 +20,7 @@ use super::routing::{Names, Prepared, Route, Statements};
 use super::setwise;
 use super::statement::{Locator, Mapping};
 use super::writer::Writer;
-use crate::change::{Relation, Row, Value};
+use crate::change::{Relation, Value};
 use crate::id::QualifiedName;
 use crate::pg::{OwnedParam, Param};
 
@@ -94,7 +95,10 @@ impl Inserts {
         }
     }
 
-    fn push(&mut self, row: &Row) -> std::result::Result<(), NoValue> {
+    fn push<'a>(
+        &mut self,
+        row: impl Iterator<Item = Value<'a>>,
+    ) -> std::result::Result<(), NoValue> {
         match self {
             Inserts::Arrays(arrays) => arrays.push(row),
             Inserts::Lines(lines) => lines.push(row),
@@ -163,6 +167,7 @@ impl Writer {
                     chosen().filter_map(|step| Some(step.of(batch)?.1))
                 })
             {
+                request.rows += folded.len();
                 let parts = part(request, mapping, &relation.name, folded, once);
                 if let Ok(sets) = encode(&parts, mapping, measure) {
                     write(request, &mut self.names, route, (sets, measure), None);
@@ -175,6 +180,7 @@ impl Writer {
                     continue;
                 }
             }
+            request.rows += places.len();
             let late = claim_whole(request, &relation.name);
             for at in places {
                 if let Some(step) = steps.get(*at) {
@@ -202,7 +208,7 @@ impl Folded<'_> {
             Folded::Whole(entries) => encode_whole(mapping, measure, entries),
             Folded::Inserts(rows) => {
                 let mut inserts = Inserts::new(mapping, measure, rows.len());
-                rows.iter().try_for_each(|row| inserts.push(row))?;
+                rows.iter().try_for_each(|row| inserts.push(row.values()))?;
                 Ok(Sets::Inserts(inserts))
             }
         }
@@ -223,11 +229,11 @@ fn encode_keyed(
     for entry in entries {
         match &entry.net {
             Net::Nothing => {}
-            Net::Delete => deletes.push(entry.key)?,
-            Net::Insert(image) => inserts.push(image)?,
+            Net::Delete => deletes.push(entry.key.values())?,
+            Net::Insert(image) => inserts.push(image.values())?,
             Net::Replace(image) => {
-                deletes.push(entry.key)?;
-                inserts.push(image)?;
+                deletes.push(entry.key.values())?;
+                inserts.push(image.values())?;
             }
             Net::Update(image) => {
                 let sets = |u: &Updates| is_set(&columns, keys, image).eq(u.set.iter().copied());
@@ -241,7 +247,7 @@ fn encode_keyed(
                     }
                 };
                 if let Some(updates) = updates.get_mut(place) {
-                    updates.arrays.push(image)?;
+                    updates.arrays.push(image.values())?;
                 }
             }
         }
@@ -253,7 +259,7 @@ fn encode_keyed(
 fn is_set<'a>(
     columns: &'a [usize],
     keys: &'a [usize],
-    image: &'a Row,
+    image: &Image<'a>,
 ) -> impl Iterator<Item = usize> + 'a {
     image.values().enumerate().filter_map(move |(column, value)| {
         let set = value != Value::Unchanged
@@ -274,8 +280,8 @@ fn encode_whole(
     let coming = entries.iter().map(|e| e.inserted).sum();
     let mut inserts = Inserts::new(mapping, measure, coming);
     for entry in entries {
-        (0..entry.deleted).try_for_each(|_| deletes.push(&entry.row))?;
-        (0..entry.inserted).try_for_each(|_| inserts.push(&entry.row))?;
+        (0..entry.deleted).try_for_each(|_| deletes.push(entry.row.values()))?;
+        (0..entry.inserted).try_for_each(|_| inserts.push(entry.row.values()))?;
     }
     Ok(Sets::Whole { deletes, inserts })
 }

@@ -46,6 +46,8 @@ pub(super) struct Landed {
     pub batch: Batch,
     /// Row changes of the batch.
     pub rows: u64,
+    /// So many changes, rounded down, for each row that was written; 1 where it was not by sets.
+    pub folds: usize,
     /// It has committed a target transaction. Not if it had nothing to write, or if that
     /// transaction is still open.
     pub committed: bool,
