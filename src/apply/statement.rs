@@ -367,8 +367,8 @@ impl<'a> Writer<'a> {
 
 /// One TRUNCATE of all tables, as the source's statement was. RESTRICT, as the source listed every
 /// table that its CASCADE reached. Sequences go on whatever that said: they count for nothing until
-/// a flip sets them past every value given out, and does so while the last changes still arrive. One
-/// that restarted behind that would give values a second time.
+/// a flip sets them past every value given out, and does so while the last changes still arrive.
+/// One that restarted behind that would give values a second time.
 pub(super) fn truncate(tables: &[&Table]) -> String {
     let list: Vec<String> =
         tables.iter().map(|t| format!("{}{}", t.only(), t.name.quoted())).collect();
