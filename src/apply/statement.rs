@@ -366,13 +366,14 @@ impl<'a> Writer<'a> {
 }
 
 /// One TRUNCATE of all tables, as the source's statement was. RESTRICT, as the source listed every
-/// table that its CASCADE reached. Sequences go on whatever that said: they count for nothing until
-/// a flip sets them past every value given out, and does so while the last changes still arrive.
-/// One that restarted behind that would give values a second time.
-pub(super) fn truncate(tables: &[&Table]) -> String {
+/// table that its CASCADE reached. Only an owner may restart sequences, and needs not: those of the
+/// side that is written count for nothing until a flip sets them.
+pub(super) fn truncate(tables: &[&Table], restart_identity: bool) -> String {
     let list: Vec<String> =
         tables.iter().map(|t| format!("{}{}", t.only(), t.name.quoted())).collect();
-    format!("truncate {} continue identity restrict", list.join(", "))
+    let restarts = restart_identity && tables.iter().all(|table| table.owned);
+    let identity = if restarts { "restart" } else { "continue" };
+    format!("truncate {} {identity} identity restrict", list.join(", "))
 }
 
 #[cfg(test)]

@@ -32,6 +32,8 @@ pub(super) struct Table {
     /// A trigger or rule fires in this session on a change of the table or a partition: it may
     /// depend on the order of changes.
     pub acts: bool,
+    /// The role may do what only its owner may.
+    pub owned: bool,
     /// Names of the columns of the primary key, or else of the smallest unique index over NOT NULL
     /// columns; empty if there is neither.
     pub key: Vec<String>,
@@ -110,7 +112,7 @@ impl Table {
     }
 
     fn read(row: &Row, columns: &mut HashMap<String, Vec<Column>>) -> pg::Result<Table> {
-        let name = QualifiedName::new(row.str(6)?, row.str(7)?);
+        let name = QualifiedName::new(row.str(7)?, row.str(8)?);
         let key = match row.opt(3)? {
             None => Vec::new(),
             Some(json) => serde_json::from_str(json)
@@ -121,11 +123,12 @@ impl Table {
             kind: row.string(1)?,
             counts_inserts: row.bool(2)?,
             acts: row.bool(4)?,
-            takes_copy: row.bool(5)?,
+            owned: row.bool(5)?,
+            takes_copy: row.bool(6)?,
             deletes_by_array: true,
-            counts_by_server: row.bool(8)?,
+            counts_by_server: row.bool(9)?,
             unnests_in_select: true,
-            unique_indexes: row.parse(9)?,
+            unique_indexes: row.parse(10)?,
             key,
             columns: columns.remove(row.str(0)?).unwrap_or_default(),
         })
@@ -243,7 +246,7 @@ const TABLE: &str = "select c.oid, c.relkind, \
              join on_here on g.tgenabled::text = letter \
          union all select from pg_catalog.pg_rewrite r join tree on r.ev_class = tree.oid \
              join on_here on r.ev_enabled::text = letter where r.ev_type <> '1'), \
-     not c.relrowsecurity, n.nspname, \
+     pg_catalog.pg_has_role(c.relowner, 'usage'), not c.relrowsecurity, n.nspname, \
      c.relname, pg_catalog.current_setting('track_counts') = 'on', \
      (select pg_catalog.count(*) from pg_catalog.pg_index i where i.indrelid = c.oid \
          and (i.indisunique or i.indisexclusion)) \

@@ -29,6 +29,7 @@ fn mapping(identity: ReplicaIdentity, kind: &str, key: &[&str]) -> Mapping {
         unnests_in_select: true,
         unique_indexes: 1,
         acts: false,
+        owned: true,
         key: key.iter().map(|k| k.to_string()).collect(),
         columns: vec![
             column("id", "integer", Some(EQUAL)),
@@ -119,7 +120,7 @@ fn every_parameter_of_a_replacement_has_a_bind() {
 fn truncate_takes_partitions_along_and_heirs_not() {
     let [plain, tree] = ["r", "p"].map(|k| mapping(ReplicaIdentity::Full, k, &[]).table);
     assert_eq!(
-        truncate(&[&plain, &tree]),
-        "truncate only \"s\".\"t\", \"s\".\"t\" continue identity restrict"
+        truncate(&[&plain, &tree], true),
+        "truncate only \"s\".\"t\", \"s\".\"t\" restart identity restrict"
     );
 }
