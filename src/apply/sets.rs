@@ -167,15 +167,17 @@ impl Writer {
                     chosen().filter_map(|step| Some(step.of(batch)?.1))
                 })
             {
-                request.rows += folded.len();
+                let rows = folded.len();
                 let parts = part(request, mapping, &relation.name, folded, once);
                 if let Ok(sets) = encode(&parts, mapping, measure) {
+                    request.rows += rows;
                     write(request, &mut self.names, route, (sets, measure), None);
                     continue;
                 }
                 // Some value has no binary form.
                 let plain = mapping.plain();
                 if let Ok(sets) = encode(&parts, &plain, measure) {
+                    request.rows += rows;
                     write(request, &mut self.names, route, (sets, measure), Some(&plain));
                     continue;
                 }

@@ -95,14 +95,13 @@ fn copy(tuning: &config::Tuning) -> Bulk {
 /// What `[tuning]` says of reading in bulk.
 fn backlog(tuning: &config::Tuning) -> BulkOptions {
     let default = BulkOptions::default();
+    let unless_zero =
+        |said: Option<u64>, default: Option<u64>| said.or(default).filter(|bytes| *bytes > 0);
     BulkOptions {
-        least_bytes: tuning.bulk_bytes.or(default.least_bytes).filter(|bytes| *bytes > 0),
+        least_bytes: unless_zero(tuning.bulk_bytes, default.least_bytes),
         ahead: tuning.bulk_ahead.unwrap_or(default.ahead),
         transaction_bytes: tuning.bulk_transaction_bytes.unwrap_or(default.transaction_bytes),
-        message_bytes: tuning
-            .bulk_message_bytes
-            .or(default.message_bytes)
-            .filter(|bytes| *bytes > 0),
+        message_bytes: unless_zero(tuning.bulk_message_bytes, default.message_bytes),
         messages: tuning.chunk_messages.map(|count| count.clamp(1, i32::MAX as u32)),
     }
 }

@@ -243,11 +243,11 @@ impl Bulk {
         };
         let fixed = self.stretched || self.maker.options.bulk.messages.is_some();
         self.asked = (!fixed).then_some(order.messages);
-        let hand = match hand {
-            Some(hand) => Ok(hand),
-            None => Err(self.second.take().unwrap_or_else(|| self.maker.second())),
-        };
-        Reading::start(hand, order)
+        if let Some(hand) = hand {
+            return Reading::start(hand, order);
+        }
+        let second = self.second.take().unwrap_or_else(|| self.maker.second());
+        Reading::start_coming(second, order)
     }
 
     /// True of a chunk whose messages had better come one by one.

@@ -16,6 +16,8 @@
 //! memory or its temporary files. Dropped, a reading cancels its backend, and marks go with their
 //! sessions.
 
+use std::future::{Future, ready};
+
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -342,19 +344,24 @@ pub(super) struct Reading {
 }
 
 impl Reading {
-    /// Sets a hand to work, once it is there.
-    pub fn start(hand: std::result::Result<Hand, Coming>, order: Order) -> Reading {
+    /// Sets a hand to work.
+    pub fn start(hand: Hand, order: Order) -> Reading {
+        Reading::of(hand.mark.clone(), ready(Some(hand)), order)
+    }
+
+    /// Sets one to work that is still being made.
+    pub fn start_coming(coming: Coming, order: Order) -> Reading {
+        Reading::of(coming.mark.clone(), coming.hand(), order)
+    }
+
+    fn of(
+        mark: String,
+        hand: impl Future<Output = Option<Hand>> + Send + 'static,
+        order: Order,
+    ) -> Reading {
         let (sender, pieces) = mpsc::channel(PIECES);
-        let mark = match &hand {
-            Ok(hand) => hand.mark.clone(),
-            Err(coming) => coming.mark.clone(),
-        };
         let task = tokio::spawn(async move {
-            let hand = match hand {
-                Ok(hand) => Some(hand),
-                Err(coming) => coming.hand().await,
-            };
-            let Some(mut hand) = hand else { return Ok((None, Outcome::Alone)) };
+            let Some(mut hand) = hand.await else { return Ok((None, Outcome::Alone)) };
             let outcome = hand.read(&order, sender).await?;
             Ok((Some(hand), outcome))
         });
