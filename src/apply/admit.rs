@@ -29,6 +29,8 @@ pub(super) struct Admitted {
     pub messages: Vec<Message>,
     /// A trigger or rule on one of the tables may look at the order of changes.
     pub acts: bool,
+    /// Sequences are restarted with tables that are emptied.
+    pub restarts: bool,
     /// Updates and deletes of tables that are searched whole for each.
     pub searches: usize,
     /// Changes of parked tables.
@@ -78,6 +80,7 @@ pub(super) fn admit(routes: &mut Routes, batch: &Batch) -> Result<Admitted> {
                     let at = (chunk_at, change_at);
                     let written = admitted.truncated(routes, &chunk.begin, relations, at);
                     if !written.is_empty() {
+                        admitted.restarts |= change.restarts();
                         admitted.steps.push(Step::Truncate(chunk_at, change_at, written));
                     }
                 }

@@ -145,6 +145,7 @@ impl Writer {
         let messages =
             if flight.batch.commit.is_some() { flight.admitted.messages } else { Vec::new() };
         let (committed, sent_at) = (flight.commits, flight.sent_at);
+        let restarts = flight.admitted.restarts;
         let batch = flight.batch;
         Ok(Some(Landed {
             batch,
@@ -154,6 +155,7 @@ impl Writer {
             position,
             fell_back,
             ahead,
+            restarts,
             messages,
             sent_at,
         }))

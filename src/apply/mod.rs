@@ -261,6 +261,10 @@ pub struct Applied {
     pub applied_lsn: Lsn,
     /// Exclusive: and no crash of the target can take it back. What the slot may be told.
     pub durable_lsn: Lsn,
+    /// `applied_lsn` when a TRUNCATE ... RESTART IDENTITY was last seen to be written, or may have
+    /// been unseen by an applier before. Whoever reads `applied_lsn`, and sets the target's sequences
+    /// after that, has set those for good that no later value of this reaches.
+    pub restarted_lsn: Lsn,
     /// End of the last transaction written; not moved by idleness.
     pub last_end_lsn: Lsn,
     /// When the source committed that transaction; `None` before the first of this run.
@@ -302,6 +306,8 @@ pub struct Applier {
     /// When the target was last made to flush its log.
     flushed_at: Instant,
     applied: Applied,
+    /// Sequences of the target may have been restarted since that was last told.
+    restarted: bool,
     on_message: Option<MessageHook>,
     on_row_error: OnRowError,
     alter: Option<Arc<dyn Alter>>,
@@ -367,6 +373,7 @@ impl Applier {
                 last_end_lsn: progress_lsn,
                 ..Applied::default()
             },
+            restarted: true,
             on_message: options.on_message,
             on_row_error: options.on_row_error,
             alter: options.alter,

@@ -236,6 +236,7 @@ impl Applier {
         }
         replies.settle(&request.roles, Lsn::ZERO)?;
         self.applied.rows += kept.len() as u64;
+        self.restarted |= kept.iter().any(|stored| stored.change.restarts());
         Ok(Sent::Written)
     }
 

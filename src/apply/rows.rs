@@ -24,10 +24,9 @@ impl Writer {
         let bare = match step {
             Step::Row(..) => self.row(request, &chunk.begin, change)?,
             Step::Truncate(_, _, written) => {
-                let restart = matches!(change, Change::Truncate { restart_identity: true, .. });
                 let mappings = written.iter().filter_map(|r| self.routes.get(r)?.mapping.as_ref());
                 let tables: Vec<_> = mappings.map(|m| &m.table).collect();
-                request.pipeline.once(&statement::truncate(&tables, restart));
+                request.pipeline.once(&statement::truncate(&tables, change.restarts()));
                 false
             }
         };

@@ -278,6 +278,7 @@ impl Applier {
         self.applied.rows += landed.rows;
         self.applied.fallbacks += u64::from(landed.fell_back);
         self.applied.ahead += u64::from(landed.ahead);
+        self.restarted |= landed.restarts;
         let Some(commit) = landed.batch.commit else { return Ok(()) };
         match landed.committed {
             false => self.passed(commit.end_lsn),
@@ -451,12 +452,11 @@ impl Applier {
 
     fn publish(&mut self, positions: &watch::Sender<Applied>) {
         self.applied.durable_lsn = self.durable.durable_lsn();
+        if std::mem::take(&mut self.restarted) {
+            self.applied.restarted_lsn = self.applied.applied_lsn;
+        }
         let applied = self.applied;
-        positions.send_if_modified(|last| {
-            let modified = *last != applied;
-            *last = applied;
-            modified
-        });
+        positions.send_if_modified(|last| std::mem::replace(last, applied) != applied);
     }
 }
 

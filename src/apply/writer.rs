@@ -58,6 +58,8 @@ pub(super) struct Landed {
     pub fell_back: bool,
     /// It was begun before the one before it had landed.
     pub ahead: bool,
+    /// It may have restarted sequences.
+    pub restarts: bool,
     /// Messages of the transactions committed.
     pub messages: Vec<Message>,
     /// When it was sent.

@@ -87,6 +87,11 @@ impl Change {
         }
     }
 
+    /// True for a TRUNCATE that restarts sequences.
+    pub fn restarts(&self) -> bool {
+        matches!(self, Change::Truncate { restart_identity: true, .. })
+    }
+
     /// About how much memory the change holds, in bytes: payload and bookkeeping.
     pub fn bytes(&self) -> usize {
         let payload = match self {

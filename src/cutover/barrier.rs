@@ -54,6 +54,11 @@ pub async fn reached(
     }
 }
 
+/// True if sequences of the other side may have been restarted since `applied_lsn` was this.
+pub fn restarted(carry: &watch::Receiver<Applied>, since_lsn: Lsn) -> bool {
+    carry.borrow().restarted_lsn >= since_lsn
+}
+
 /// Refuses where the standby that the live side is decoded from is not on its timeline: it was
 /// promoted, or follows another, and positions of the two mean different things. `decoder` is a
 /// replication session. Asked behind a drained barrier, as a standby replays one history: what it

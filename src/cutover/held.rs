@@ -9,6 +9,7 @@
 //! ```text
 //! barrier ──▶ drain ───────────────────▶ rest, rules, flush ─▶ seal ─▶ switch ─▶ no return
 //!             unaltered, sequences       kept aside?
+//!             (again behind the drain, if one of the last changes restarted some)
 //!             routes made ready
 //!             triggers of the seal
 //! ```
@@ -128,6 +129,7 @@ impl<J: Journal> Flight<'_, J> {
         let (rest, mark) = (&mut plan.rest, plan.mark.as_deref());
         let (selection, tables) = (&plan.selection, &*plan.tables);
         let those = (selection, &plan.sequences);
+        let since_lsn = plan.carry.borrow().applied_lsn;
         let draining = timed("drain", drain(&mut plan.carry, barrier_lsn, held, max_hold));
         let looking = async {
             let own = selection.tables_only.then_some(tables);
@@ -145,12 +147,17 @@ impl<J: Journal> Flight<'_, J> {
             };
             let carrying = sequences::carry(live, dest, those, &stood, max_hold);
             done.push(timed("sequences", carrying).await?.1);
-            Ok::<_, Error>(done)
+            Ok::<_, Error>((done, stood))
         };
         let readying = ready_routes(&plan.routes, &plan.context);
         let sealing = fence.prepare_seal(&plan.rules, tables);
-        let (((), drained), looked, readied, (), ()) =
+        let (((), drained), (mut looked, stood), readied, (), ()) =
             tokio::try_join!(draining, looking, readying, sealing, noting)?;
+        if barrier::restarted(&plan.carry, since_lsn) {
+            // By one of the last changes, maybe behind the moment at which they were set.
+            let again = timed("sequences", sequences::carry(live, dest, those, &stood, max_hold));
+            looked.push(again.await?.1);
+        }
         self.steps.push(drained);
         self.steps.extend(readied);
         self.steps.extend(looked);
