@@ -19,9 +19,10 @@ const STEP: usize = 4;
 /// After a full batch that took longer, the next is half as large.
 const SLOW: Duration = Duration::from_millis(1000);
 
-/// A batch may be as many times as large as it has changes for each row that is written, up to
-/// this.
-const FOLDS_MAX: usize = 4;
+/// A batch may be as many times as large as it has changes for each row that is written, from the
+/// one to the other. With fewer, half of the changes may be of rows of their own, and the others of
+/// so few that they are folded as well in a small batch: memory would be all that is spent.
+const FOLDS: (usize, usize) = (3, 4);
 
 /// Bounds of a batch.
 #[derive(Clone, Copy, Debug)]
@@ -58,7 +59,7 @@ impl Growth {
     pub fn learn(&mut self, full: bool, took: Duration, folds: usize) -> Limits {
         // Bounds that were asked for stay.
         let may = self.least.bytes < self.most.bytes;
-        self.folds = if may { folds.clamp(1, FOLDS_MAX) } else { 1 };
+        self.folds = if may && folds >= FOLDS.0 { folds.min(FOLDS.1) } else { 1 };
         let most_bytes = self.most.bytes.saturating_mul(self.folds).max(self.least.bytes);
         self.now.bytes = self.now.bytes.min(most_bytes);
         let Limits { bytes, transactions } = self.now;
@@ -116,7 +117,7 @@ mod tests {
         let mut growth = Growth::new(limits(100, 10), limits(350, 80));
         let quick = Duration::from_millis(1);
         let mut bytes = |folds| growth.learn(true, quick, folds).bytes;
-        assert_eq!([bytes(1), bytes(2), bytes(3), bytes(90)], [350, 700, 1050, 1400]);
+        assert_eq!([bytes(1), bytes(2), bytes(3), bytes(90)], [350, 350, 1050, 1400]);
         assert_eq!([bytes(90), bytes(0)], [1400, 350]);
         assert_eq!(growth.folds(), 1);
         let mut asked = Growth::new(limits(5, 700), limits(5, 700));

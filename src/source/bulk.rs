@@ -48,7 +48,7 @@ use crate::lsn::Lsn;
 use crate::pg::{self, Config, Session, now};
 
 /// Bytes of log of the first chunk, and of any but those for a large transaction.
-const CHUNK_WAL: (u64, u64) = (16 << 20, 256 << 20);
+const CHUNK_WAL: (u64, u64) = (16 << 20, 1 << 30);
 
 /// No limit: the function takes an integer.
 const ALL_MESSAGES: u32 = i32::MAX as u32;
@@ -190,7 +190,7 @@ impl Bulk {
                     let is_first = self.read_lsn == self.maker.options.start_lsn;
                     (idle.other, idle.last) = (idle.last.take().or(idle.other.take()), hand);
                     settled = false;
-                    self.chunks.learn(false, begun.elapsed(), bytes);
+                    self.chunks.learn(false, begun.elapsed(), (count, bytes));
                     if let Some(end) = self.reached(read_lsn, intake, watch).await {
                         return Ok(Err(end));
                     }

@@ -213,12 +213,18 @@ fn without_header(lsn: Lsn, segment_bytes: u64) -> Lsn {
 #[derive(Debug)]
 pub(super) struct Chunks {
     messages: u32,
+    /// As many as take what a chunk may, being as large as those of the last one.
+    most: u32,
     fixed: bool,
 }
 
-/// Fewest and most messages of a chunk. 20,000 are read in a tenth of a second; half a million
-/// small ones are 50 MB on the source, and take it half a second, for which the target may be idle.
-const MESSAGES: (u32, u32) = (20_000, 500_000);
+/// Fewest and most messages of a chunk. 20,000 are read in a tenth of a second; two million small
+/// ones are 200 MB on the source. For each chunk it decodes again what committed since its last
+/// record of running transactions, which a busy server logs every 15 s: a million messages or so.
+const MESSAGES: (u32, u32) = (20_000, 2_000_000);
+
+/// Where nothing is read ahead.
+const FIRST_MESSAGES: u32 = 100_000;
 
 /// Decoded in some 60 ms, in which the target has nothing to do yet.
 const AHEAD_MESSAGES: u32 = 100_000;
@@ -233,23 +239,29 @@ const CHUNK_TIME: Duration = Duration::from_secs(10);
 impl Chunks {
     /// Always so many; by default 100,000 at first.
     pub fn of(messages: Option<u32>) -> Self {
-        Chunks { messages: messages.unwrap_or(100_000), fixed: messages.is_some() }
+        Chunks::first(messages, FIRST_MESSAGES)
     }
 
     /// The same for chunks that are asked for before the last one is through: the first is small,
     /// as nobody has anything to do before it comes.
     pub fn ahead(messages: Option<u32>) -> Self {
-        Chunks { messages: messages.unwrap_or(AHEAD_MESSAGES), fixed: messages.is_some() }
+        Chunks::first(messages, AHEAD_MESSAGES)
+    }
+
+    fn first(asked: Option<u32>, ours: u32) -> Self {
+        let messages = asked.unwrap_or(ours);
+        Chunks { messages, most: MESSAGES.1, fixed: asked.is_some() }
     }
 
     /// What to ask for now; twice as many next time: for each chunk the source decodes again what
     /// came before it, and the last one is taken by a target that has both its sessions for it.
     /// Where that is too many, it is [learned](Chunks::learn) a chunk later.
     pub fn rise(&mut self) -> u32 {
-        let messages = self.messages;
-        if !self.fixed {
-            self.messages = messages.saturating_mul(2).min(MESSAGES.1);
+        if self.fixed {
+            return self.messages;
         }
+        let messages = self.messages.min(self.most);
+        self.messages = messages.saturating_mul(2);
         messages
     }
 
@@ -258,16 +270,20 @@ impl Chunks {
         self.messages
     }
 
-    /// A chunk of that size, cut short or not, took so long and had so many bytes.
-    pub fn learn(&mut self, full: bool, took: Duration, bytes: u64) {
+    /// A chunk of that size, cut short or not, took so long and had so many messages and bytes.
+    pub fn learn(&mut self, full: bool, took: Duration, (count, bytes): (u32, u64)) {
         if self.fixed {
             return;
+        }
+        if let Some(each) = bytes.checked_div(count.into()) {
+            let most = CHUNK_BYTES * 2 / each.max(1);
+            self.most = u32::try_from(most).unwrap_or(MESSAGES.1).clamp(MESSAGES.0, MESSAGES.1);
         }
         if took > CHUNK_TIME * 2 || bytes > CHUNK_BYTES * 2 {
             self.messages = (self.messages / 2).max(MESSAGES.0);
         } else if full && took < CHUNK_TIME / 2 && bytes < CHUNK_BYTES / 2 {
             let times = if bytes < CHUNK_BYTES / 4 { 4 } else { 2 };
-            self.messages = (self.messages * times).min(MESSAGES.1);
+            self.messages = (self.messages * times).min(self.most);
         }
     }
 }
@@ -356,26 +372,31 @@ mod tests {
     fn chunks_grow_while_they_are_cheap_and_shrink_when_they_are_not() {
         let mut chunks = Chunks::of(None);
         let first = chunks.messages();
-        chunks.learn(true, Duration::from_secs(1), 1 << 20);
+        let second = Duration::from_secs(1);
+        chunks.learn(true, second, (first, 1 << 20));
         assert_eq!(chunks.messages(), first * 4);
-        chunks.learn(false, Duration::from_secs(1), 1 << 20);
+        chunks.learn(false, second, (first, 1 << 20));
         assert_eq!(chunks.messages(), first * 4);
-        chunks.learn(true, Duration::from_secs(1), CHUNK_BYTES / 3);
+        for _ in 0..3 {
+            chunks.learn(true, second, (first * 20, CHUNK_BYTES / 3));
+        }
         assert_eq!(chunks.messages(), MESSAGES.1);
         for _ in 0..20 {
-            chunks.learn(true, Duration::from_secs(1), CHUNK_BYTES * 3);
+            chunks.learn(true, second, (first * 20, CHUNK_BYTES * 3));
         }
         assert_eq!(chunks.messages(), MESSAGES.0);
     }
 
     #[test]
-    fn chunks_read_ahead_rise_by_themselves_and_a_large_one_halves_the_next() {
+    fn chunks_read_ahead_rise_by_themselves_as_far_as_their_bytes_may() {
         let mut chunks = Chunks::ahead(None);
-        let asked: Vec<u32> = (0..4).map(|_| chunks.rise()).collect();
-        assert_eq!(asked, [100_000, 200_000, 400_000, 500_000]);
-        assert_eq!(chunks.rise(), MESSAGES.1);
-        chunks.learn(false, Duration::from_secs(1), CHUNK_BYTES * 3);
-        assert_eq!(chunks.rise(), MESSAGES.1 / 2);
+        let asked: Vec<u32> = (0..6).map(|_| chunks.rise()).collect();
+        assert_eq!(asked, [100_000, 200_000, 400_000, 800_000, 1_600_000, MESSAGES.1]);
+        let second = Duration::from_secs(1);
+        chunks.learn(false, second, (1_000_000, CHUNK_BYTES * 3));
+        assert_eq!([chunks.rise(), chunks.rise()], [667_749, 667_749]);
+        chunks.learn(false, second, (0, 0));
+        assert_eq!(chunks.rise(), 667_749);
         let mut fixed = Chunks::ahead(Some(7));
         assert_eq!([fixed.rise(), fixed.rise()], [7, 7]);
     }

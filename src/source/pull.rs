@@ -269,7 +269,7 @@ impl<S: Sink> Puller<'_, S> {
             self.came_lsn = self.intake.buffered_lsn();
         }
         let full = count >= limit;
-        self.chunks.learn(full, begun.elapsed(), bytes);
+        self.chunks.learn(full, begun.elapsed(), (count, bytes));
         if full {
             return Ok(Turn::Full);
         }
