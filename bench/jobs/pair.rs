@@ -147,6 +147,8 @@ impl Pair {
     pub fn restore(&self, server: &Server, name: &str) -> Result<()> {
         server.stop(StopMode::Immediate)?;
         replace(&server.dir().join(format!("saved-{name}")), &server.data_dir())?;
+        // What is still to be written would take the disk from whoever comes first.
+        run(Command::new("sync").arg("-f").arg(server.dir()))?;
         server.resume()?;
         Ok(())
     }
