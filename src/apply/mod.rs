@@ -262,8 +262,8 @@ pub struct Applied {
     /// Exclusive: and no crash of the target can take it back. What the slot may be told.
     pub durable_lsn: Lsn,
     /// `applied_lsn` when a TRUNCATE ... RESTART IDENTITY was last seen to be written, or may have
-    /// been unseen by an applier before. Whoever reads `applied_lsn`, and sets the target's sequences
-    /// after that, has set those for good that no later value of this reaches.
+    /// been written unseen before [`Applier::connect`]. Whoever read `applied_lsn` and then set the
+    /// target's sequences has to do so again, if this is not below what was read.
     pub restarted_lsn: Lsn,
     /// End of the last transaction written; not moved by idleness.
     pub last_end_lsn: Lsn,
