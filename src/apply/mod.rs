@@ -261,8 +261,8 @@ pub struct Applied {
     pub applied_lsn: Lsn,
     /// Exclusive: and no crash of the target can take it back. What the slot may be told.
     pub durable_lsn: Lsn,
-    /// `applied_lsn` when a TRUNCATE ... RESTART IDENTITY was last seen to be written, or may have
-    /// been written unseen before [`Applier::connect`]. Whoever read `applied_lsn` and then set the
+    /// `applied_lsn` when a TRUNCATE ... RESTART IDENTITY was last seen to be committed, or may have
+    /// been unseen before [`Applier::connect`]. Whoever read `applied_lsn` and then set the
     /// target's sequences has to do so again, if this is not below what was read.
     pub restarted_lsn: Lsn,
     /// End of the last transaction written; not moved by idleness.
@@ -306,7 +306,9 @@ pub struct Applier {
     /// When the target was last made to flush its log.
     flushed_at: Instant,
     applied: Applied,
-    /// Sequences of the target may have been restarted since that was last told.
+    /// The transaction under way restarts sequences of the target.
+    restarting: bool,
+    /// One that is over may have done so since that was last told.
     restarted: bool,
     on_message: Option<MessageHook>,
     on_row_error: OnRowError,
@@ -373,6 +375,7 @@ impl Applier {
                 last_end_lsn: progress_lsn,
                 ..Applied::default()
             },
+            restarting: false,
             restarted: true,
             on_message: options.on_message,
             on_row_error: options.on_row_error,

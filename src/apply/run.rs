@@ -278,8 +278,9 @@ impl Applier {
         self.applied.rows += landed.rows;
         self.applied.fallbacks += u64::from(landed.fell_back);
         self.applied.ahead += u64::from(landed.ahead);
-        self.restarted |= landed.restarts;
+        self.restarting |= landed.restarts;
         let Some(commit) = landed.batch.commit else { return Ok(()) };
+        self.restarted |= std::mem::take(&mut self.restarting);
         match landed.committed {
             false => self.passed(commit.end_lsn),
             true => {
@@ -455,8 +456,7 @@ impl Applier {
         if std::mem::take(&mut self.restarted) {
             self.applied.restarted_lsn = self.applied.applied_lsn;
         }
-        let applied = self.applied;
-        positions.send_if_modified(|last| std::mem::replace(last, applied) != applied);
+        positions.send_if_modified(|last| std::mem::replace(last, self.applied) != self.applied);
     }
 }
 

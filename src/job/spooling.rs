@@ -176,6 +176,8 @@ async fn watch_target(joint: &Joint, ends: &mut Ends) -> Result<()> {
         ends.applied.send_modify(|applied| {
             applied.applied_lsn = applied.applied_lsn.max(applied_lsn);
             applied.durable_lsn = applied.durable_lsn.max(told_lsn);
+            // The other process may have restarted sequences on the way there.
+            applied.restarted_lsn = applied.applied_lsn;
         });
     }
 }
