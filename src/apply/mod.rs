@@ -261,8 +261,8 @@ pub struct Applied {
     pub applied_lsn: Lsn,
     /// Exclusive: and no crash of the target can take it back. What the slot may be told.
     pub durable_lsn: Lsn,
-    /// `applied_lsn` when a TRUNCATE ... RESTART IDENTITY was last seen to be committed, or may have
-    /// been unseen before [`Applier::connect`]. Whoever read `applied_lsn` and then set the
+    /// `applied_lsn` when a TRUNCATE ... RESTART IDENTITY was last seen to be committed, or may
+    /// have been unseen before [`Applier::connect`]. Whoever read `applied_lsn` and then set the
     /// target's sequences has to do so again, if this is not below what was read.
     pub restarted_lsn: Lsn,
     /// End of the last transaction written; not moved by idleness.
