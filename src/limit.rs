@@ -74,11 +74,6 @@ pub const BULK_TRANSACTION_BYTES: u64 = 2 << 30;
 /// then less than what a chunk costs, whose bytes are put by before the first of them is sent.
 pub const BULK_MESSAGE_BYTES: u64 = 512;
 
-/// For each chunk of a backlog the source decodes again what lies between its restart_lsn and the
-/// chunk, a few seconds for so many bytes of log: a transaction that long was open, or nothing told
-/// the slot's restart_lsn to move.
-pub const BULK_AGAIN_BYTES: u64 = 1 << 30;
-
 /// How often the slot is told how far we are, at least. A third of the smallest sensible
 /// wal_sender_timeout (the default is 60 s), and often enough that retained WAL stays small.
 pub const FEEDBACK_INTERVAL: Duration = Duration::from_secs(1);

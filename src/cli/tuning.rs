@@ -102,7 +102,6 @@ fn backlog(tuning: &config::Tuning) -> BulkOptions {
         ahead: tuning.bulk_ahead.unwrap_or(default.ahead),
         transaction_bytes: tuning.bulk_transaction_bytes.unwrap_or(default.transaction_bytes),
         message_bytes: unless_zero(tuning.bulk_message_bytes, default.message_bytes),
-        again_bytes: default.again_bytes,
         messages: tuning.chunk_messages.map(|count| count.clamp(1, i32::MAX as u32)),
     }
 }

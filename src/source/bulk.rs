@@ -27,8 +27,7 @@
 //!
 //! Where it cannot be (before 12, without a free slot), the stream begins at once;
 //! without a second free slot, nothing is read ahead. Nothing survives a crash, and nothing has to:
-//! a mark is no promise to anybody. The next run makes its mark from the job's slot, which was told
-//! what is durable now and then only, and goes over what lies between twice, without its rows.
+//! a mark is no promise to anybody.
 //!
 //! <https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION>
 
@@ -409,10 +408,6 @@ async fn make(
     if options.start_lsn > confirmed_lsn {
         let (start_lsn, mark) = (options.start_lsn, quote_literal(mark));
         let sql = format!("select pg_catalog.pg_replication_slot_advance({mark}, '{start_lsn}')");
-        // Of all records of running transactions that lie behind what was confirmed before, only
-        // the first moves restart_lsn (LogicalIncreaseRestartDecodingForSlot); they lie before it
-        // the second time. A run that ended in the middle of a backlog leaves many.
-        session.query(&sql).await?;
         session.query(&sql).await?;
     }
     Ok(())

@@ -34,6 +34,9 @@ use crate::pg::{self, Config, Purpose, ServerError, Session, now};
 /// Pieces that wait to be taken.
 const PIECES: usize = 4;
 
+/// More than this is not decoded again for each chunk.
+const AGAIN_BYTES: u64 = 1 << 30;
+
 /// A session and its mark.
 #[derive(Debug)]
 pub(super) struct Hand {
@@ -48,7 +51,6 @@ pub(super) struct Hand {
     link: Link,
     canceled: Canceled,
     all_read: AllRead,
-    again_bytes: u64,
 }
 
 /// How much is to be read, and from where.
@@ -128,7 +130,6 @@ impl Maker {
             link: Link::of(self.config.clone(), &of_mark),
             canceled: Canceled::of(&session),
             all_read: self.options.all_read.clone(),
-            again_bytes: self.options.bulk.again_bytes,
             is_first,
             is_made: is_first,
             mark,
@@ -216,7 +217,7 @@ impl Hand {
             return Ok(Outcome::Little);
         }
         let again_bytes = stand.read_lsn.0.saturating_sub(stand.restart_lsn.0);
-        if again_bytes >= self.again_bytes || !self.starts.take() {
+        if again_bytes >= AGAIN_BYTES || !self.starts.take() {
             return Ok(Outcome::Costly);
         }
         if let Some(from) = &order.from {

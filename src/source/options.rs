@@ -9,9 +9,7 @@ use crate::clock::PgTimestamp;
 use crate::decode::wal2json::{self, Numbers};
 use crate::decode::{Plugin, test_decoding};
 use crate::id::quote_ident;
-use crate::limit::{
-    BULK_AGAIN_BYTES, BULK_BYTES, BULK_MESSAGE_BYTES, BULK_TRANSACTION_BYTES, SILENCE,
-};
+use crate::limit::{BULK_BYTES, BULK_MESSAGE_BYTES, BULK_TRANSACTION_BYTES, SILENCE};
 use crate::lsn::Lsn;
 use crate::pg;
 
@@ -75,8 +73,6 @@ pub struct BulkOptions {
     /// Where messages of the first chunk have more bytes on average, all others are streamed;
     /// `None` for never.
     pub message_bytes: Option<u64>,
-    /// More bytes of log than this are not decoded again for a chunk: the rest is streamed.
-    pub again_bytes: u64,
     /// Messages of a chunk, in bulk or by a pull; chosen by what chunks cost where `None`.
     pub messages: Option<u32>,
 }
@@ -88,7 +84,6 @@ impl Default for BulkOptions {
             ahead: true,
             transaction_bytes: BULK_TRANSACTION_BYTES,
             message_bytes: Some(BULK_MESSAGE_BYTES),
-            again_bytes: BULK_AGAIN_BYTES,
             messages: None,
         }
     }

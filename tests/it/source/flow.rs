@@ -457,39 +457,6 @@ async fn a_backlog_of_large_rows_is_streamed_behind_its_first_chunk() {
     assert!(seen.iter().all(|chunks| *chunks == seen[0]), "they differ");
 }
 
-/// A run that ended in the middle of a backlog leaves its slot far behind what it has applied.
-/// What lies between is decoded at the beginning, and not for each chunk.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_backlog_is_read_on_in_bulk_though_the_slot_is_far_behind() {
-    let ddl = "create table public.a (id serial primary key, v text)";
-    let mut rig = Rig::new(&[], ddl, &["a"]).await;
-    if rig.sql.major_version() < 12 {
-        return; // No copies of slots.
-    }
-    let write = "do $$ begin for i in 1..400 loop insert into public.a (v) \
-         select repeat('x', 200) from generate_series(1, 4); commit; end loop; end $$";
-    for _ in 0..6 {
-        rig.sql.execute(write).await.unwrap();
-        // It logs which transactions run, as a server does every 15 s.
-        rig.sql.execute("checkpoint").await.unwrap();
-    }
-    let start_lsn = rig.lsn("select pg_current_wal_insert_lsn()").await;
-    let behind_bytes = start_lsn.bytes_since(rig.confirmed().await);
-    rig.sql.execute(write).await.unwrap();
-    rig.mark().await;
-    let (least_bytes, messages, again_bytes) = (Some(1), Some(1000), behind_bytes / 2);
-    let bulk = BulkOptions { least_bytes, messages, again_bytes, ..Default::default() };
-    let options = StreamOptions { bulk, start_lsn, ..rig.options() };
-    // Chunks of the backlog have 200 kB, for which there is no room here.
-    let mut reader = Reader::start(&rig.config, options, 64 << 10).await;
-    assert!(matches!(reader.pop().await, Item::Chunk(_)));
-    let marks = "select count(*) > 0 from pg_replication_slots where temporary";
-    assert_eq!(rig.sql.query_one(marks, &[]).await.unwrap().str(0).unwrap(), "t");
-    let transactions = reader.until_mark().await.into_iter().filter(|c| !c.changes.is_empty());
-    assert_eq!(transactions.count(), 399);
-    reader.end().await.unwrap();
-}
-
 /// The mark is dropped and the slot streamed while writers go on, and one of them is in the middle
 /// of a transaction all the time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
